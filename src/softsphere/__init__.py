@@ -1,0 +1,20 @@
+"""Softmax alternatives of the spherical loss family."""
+
+from softsphere import functional, losses
+from softsphere.modules import (
+    SoftMarginSoftmaxLoss,
+    SphericalLoss,
+    SphericalSoftmaxLoss,
+    TaylorSoftmaxLoss,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SoftMarginSoftmaxLoss",
+    "SphericalLoss",
+    "SphericalSoftmaxLoss",
+    "TaylorSoftmaxLoss",
+    "functional",
+    "losses",
+]

@@ -1,0 +1,161 @@
+"""Every check of what a caller passed: names the argument, what came, and how to mend it."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = ["even_order", "finite", "non_negative", "positive", "prior", "readable"]
+
+
+def number(name: str, value: float) -> float:
+    """A real number, as the argument `name`."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    return value
+
+
+def finite(name: str, value: float) -> None:
+    if not math.isfinite(number(name, value)):
+        raise ValueError(f"{name} must be finite, got {value}")
+
+
+def positive(name: str, value: float) -> None:
+    if not (math.isfinite(number(name, value)) and value > 0):
+        raise ValueError(f"{name} must be positive and finite, got {value}")
+
+
+def non_negative(name: str, value: float) -> None:
+    if not (math.isfinite(number(name, value)) and value >= 0):
+        raise ValueError(f"{name} must be zero or positive, and finite, got {value}")
+
+
+def even_order(order: int, least: int = 2) -> None:
+    if isinstance(order, bool) or not isinstance(order, int):
+        raise TypeError(f"order must be an even integer, got {order!r}")
+    if order < least or order % 2:
+        raise ValueError(
+            f"order must be even and at least {least}, got {order}: "
+            "a Taylor polynomial of odd order is negative somewhere"
+        )
+
+
+def readable(x: Tensor) -> bool:
+    """Whether x has values that Python may look at: not while traced, and not inside vmap."""
+    if torch.compiler.is_compiling():
+        return False
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_batchedtensor(x):
+            return False
+        x = functorch.get_unwrapped(x)
+    return True
+
+
+def class_vector(name: str, value: Tensor, num_classes: int) -> None:
+    """A floating tensor with one entry a class."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor with one entry a class, got {value!r}")
+    if value.shape != (num_classes,):
+        raise ValueError(
+            f"{name} must have shape ({num_classes},), one entry a class, got {tuple(value.shape)}"
+        )
+
+
+def prior(value: Tensor) -> Tensor:
+    """Class frequencies or counts, normalised to Σ π = D, in float32 or wider."""
+    if not isinstance(value, Tensor) or value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(f"prior must be a tensor of class frequencies or counts, got {value!r}")
+    if value.dim() != 1 or value.numel() == 0:
+        raise ValueError(f"prior must have shape (num_classes,), got {tuple(value.shape)}")
+    if readable(value) and not bool(((value > 0) & value.isfinite()).all()):
+        raise ValueError(
+            "prior must be positive and finite for every class, got values from "
+            f"{value.min().item():g} to {value.max().item():g}; "
+            "give classes that were never seen a small count, such as counts + 1"
+        )
+    wide = value.double()
+    dtype = value.dtype if value.dtype in (torch.float32, torch.float64) else torch.float32
+    return (wide * (value.numel() / wide.sum())).to(dtype)
+
+
+def logits_shape(logits: Tensor) -> int:
+    """The class dimension of logits of shape (C), (N, C) or (N, C, d1, …)."""
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"logits must be a tensor, got {logits!r}")
+    if not logits.is_floating_point():
+        raise TypeError(f"logits must be floating-point, got {logits.dtype}; use logits.float()")
+    if logits.dim() == 0:
+        raise ValueError("logits must have shape (C), (N, C) or (N, C, d1, …), got a scalar")
+    dim = 0 if logits.dim() == 1 else 1
+    if logits.shape[dim] == 0:
+        raise ValueError(f"logits must have at least one class, got shape {tuple(logits.shape)}")
+    return dim
+
+
+def target_shape(logits: Tensor, dim: int, target: Tensor) -> None:
+    """Class indices with the shape of logits less its class dimension, or class probabilities."""
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target must be a tensor, got {target!r}")
+    if target.is_floating_point():
+        if target.shape != logits.shape:
+            raise ValueError(
+                f"target of class probabilities must have the shape of logits "
+                f"{tuple(logits.shape)}, got {tuple(target.shape)}; class indices must be integers"
+            )
+        return
+    if target.dtype == torch.bool or target.is_complex():
+        raise TypeError(
+            f"target must hold class indices (torch.int64) or class probabilities "
+            f"(floating-point), got {target.dtype}"
+        )
+    rows = logits.shape[:dim] + logits.shape[dim + 1 :]
+    if target.shape != rows:
+        raise ValueError(
+            f"target of class indices must have shape {tuple(rows)} for logits of shape "
+            f"{tuple(logits.shape)}, got {tuple(target.shape)}"
+        )
+
+
+def indices(target: Tensor, allowed: Tensor, num_classes: int, spared: str) -> None:
+    """Every index is in [0, C) but where `allowed`; `spared` says what is."""
+    if not readable(target) or target.device.type != "cpu":
+        return  # A GPU's own gather asserts it without a synchronisation.
+    bad = ((target < 0) | (target >= num_classes)) & ~allowed
+    if bool(bad.any()):
+        raise ValueError(
+            f"target must be in [0, {num_classes}) or {spared}, got {target[bad][0].item()}"
+        )
+
+
+def one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+
+
+def label_smoothing(value: float) -> None:
+    if not 0 <= number("label_smoothing", value) <= 1:
+        raise ValueError(f"label_smoothing must be between 0 and 1, got {value}")
+
+
+def sparse_targets(o: Tensor, target: Tensor, values: Tensor) -> None:
+    """K-sparse targets (N, K) or (K), integers, with real values of their shape."""
+    for name, x in (("target", target), ("target_values", values)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {x!r}")
+    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
+        raise TypeError(f"target must hold class indices with target_values, got {target.dtype}")
+    if values.is_complex() or values.dtype == torch.bool:
+        raise TypeError(f"target_values must be real numbers, got {values.dtype}")
+    if target.shape != values.shape:
+        raise ValueError(
+            f"target_values must have the shape of target {tuple(target.shape)}, "
+            f"got {tuple(values.shape)}"
+        )
+    if o.dim() > 2 or target.dim() != o.dim() or target.shape[:-1] != o.shape[:-1]:
+        raise ValueError(
+            "target with target_values must have shape (N, K) for logits (N, C), or (K) for (C); "
+            f"got {tuple(target.shape)}"
+        )

@@ -1,0 +1,60 @@
+"""The family, one loss a file, and its names."""
+
+from __future__ import annotations
+
+from softsphere.losses.base import Loss, Normalised, OnLogits, Spherical
+from softsphere.losses.bohning_bound import BohningBound
+from softsphere.losses.bouchard_bound import BouchardBound
+from softsphere.losses.softmax import HigherTaylorSoftmax, SoftMarginSoftmax, Softmax
+from softsphere.losses.spherical_softmax import SphericalSoftmax
+from softsphere.losses.squared_error import SquaredError
+from softsphere.losses.taylor_softmax import TaylorSoftmax
+from softsphere.losses.z_loss import ZLoss
+
+__all__ = [
+    "REGISTRY",
+    "BohningBound",
+    "BouchardBound",
+    "HigherTaylorSoftmax",
+    "Loss",
+    "Normalised",
+    "OnLogits",
+    "SoftMarginSoftmax",
+    "Softmax",
+    "Spherical",
+    "SphericalSoftmax",
+    "SquaredError",
+    "TaylorSoftmax",
+    "ZLoss",
+    "get",
+]
+
+# The names users write. A new loss is a line here and its file.
+REGISTRY: dict[str, type[Loss]] = {
+    "squared_error": SquaredError,
+    "spherical_softmax": SphericalSoftmax,
+    "taylor_softmax": TaylorSoftmax,
+    "z_loss": ZLoss,
+    "bouchard_bound": BouchardBound,
+    "bohning_bound": BohningBound,
+    "softmax": Softmax,
+    "higher_taylor_softmax": HigherTaylorSoftmax,
+    "soft_margin_softmax": SoftMarginSoftmax,
+}
+
+
+def get(loss: str | Loss) -> Loss:
+    """The loss of that name with its default hyper-parameters; a loss itself is given back.
+
+    Raises: ValueError for an unknown name, listing the known ones; TypeError for anything else.
+
+    >>> get("spherical_softmax")
+    SphericalSoftmax(eps=1.0)
+    """
+    if isinstance(loss, Loss):
+        return loss
+    if not isinstance(loss, str):
+        raise TypeError(f"loss must be a name or a softsphere.losses.Loss, got {loss!r}")
+    if loss not in REGISTRY:
+        raise ValueError(f"loss must be one of {', '.join(REGISTRY)}, got {loss!r}")
+    return REGISTRY[loss]()

@@ -1,0 +1,96 @@
+"""Bouchard's product-of-sigmoids bound of log-softmax, made spherical by one ξ for all classes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from softsphere.losses.base import Spherical, weigh
+from softsphere.stats import Partials, Stats
+
+__all__ = ["BouchardBound"]
+
+# Safeguarded Newton steps; the tests measure what is left of h(ξ) − v after them.
+STEPS = 16
+
+
+@dataclass(frozen=True)
+class BouchardBound(Spherical):
+    r"""ℓ = min over ξ of  s/M + λ(q − s²/M) − (M−2)²/(16Mλ) − Mξ/2 − Mλξ² + M log(1+e^ξ) − c.
+
+    λ(ξ) = (σ(ξ) − ½)/(2ξ). With v = q/M − s²/M² the best ξ solves ξ² = v + ((M−2)/(4Mλ))²; it is
+    log(M − 1) at v = 0. An upper bound of −log softmax, very loose for many classes. −log π_t is
+    added under a base measure, where it is a bound no more if some π_k < 1.
+
+    Partials (envelope theorem): s' = 1/M − 2λs/M, q' = λ, c' = −1.
+    Raises: ValueError for fewer than two classes, whose bound has no minimum.
+    Source: Bouchard 2007 (Efficient bounds for the softmax function); arXiv:1511.05042.
+
+    >>> import torch
+    >>> from softsphere.stats import Stats
+    >>> o = torch.zeros(2)
+    >>> BouchardBound().value(Stats(o.sum(), (o * o).sum(), o[:1], mass=2.0)).exp()
+    tensor(4.)
+    """
+
+    shift_invariant: ClassVar[bool] = True
+    upper_bound: ClassVar[bool] = True
+
+    def each(self, x: Stats) -> Tensor:
+        mu = x.s / x.mass
+        centred = (x.q - x.s * mu).clamp_min(0)
+        xi = best_xi(centred / x.mass, x.mass)
+        # The formula's terms are of size Mξ and cancel to ξ: E = e^{−ξ} is of size 1/M.
+        E, rho = torch.exp(-xi), (x.mass - 1) / x.mass**2
+        slack = xi * x.mass * (rho - (E / (1 + E)) ** 2) / torch.tanh(xi / 2)
+        bound = mu + lam(xi) * centred + slack + x.mass * torch.log1p(E)
+        nll = bound.unsqueeze(-1) - x.c
+        return nll if x.pi is None else nll - x.pi.log()
+
+    def partials(self, x: Stats) -> Partials:
+        centred = (x.q - x.s * x.s / x.mass).clamp_min(0)
+        dq = lam(best_xi(centred / x.mass, x.mass)).unsqueeze(-1)
+        ds = (1 - 2 * dq * x.s.unsqueeze(-1)) / x.mass
+        return weigh(x, ds, dq, -torch.ones_like(x.c))
+
+
+def lam(xi: Tensor) -> Tensor:
+    """λ(ξ) = (σ(ξ) − ½)/(2ξ) = tanh(ξ/2)/(4ξ), ξ > 0."""
+    return torch.tanh(xi / 2) / (4 * xi)
+
+
+def best_xi(v: Tensor, mass: float) -> Tensor:
+    """The ξ of the tightest bound, where h(ξ) = 4ξ² (ρ(1+E)² − E)/(1−E)² meets v.
+
+    E = e^{−ξ}, ρ = (M−1)/M². h rises from 0 at ξ₀ = log(M−1) and lies below 4ρξ², so the
+    solution is between max(ξ₀, a) and ξ₀ + a, a = √(v/4ρ).
+    """
+    if mass < 2:
+        raise ValueError(f"BouchardBound needs at least 2 classes, got {mass:g}")
+    rho = (mass - 1) / mass**2
+    if mass == 2:  # h(ξ) = ξ²; kept off ξ = 0, where λ is 1/8 to rounding already
+        return v.clamp_min(1e-8).sqrt()
+    xi0 = math.log(mass - 1)
+
+    def newton(xi: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        E = torch.exp(-xi)
+        g = (rho * (1 + E) ** 2 - E) / (1 - E) ** 2
+        h = 4 * xi * xi * g
+        dg = (1 - 4 * rho) * E * (1 + E) / (1 - E) ** 3
+        return h - v, xi - (h - v) / (8 * xi * g + 4 * xi * xi * dg)
+
+    with torch.no_grad():
+        a = (v / (4 * rho)).sqrt()
+        low, high = a.clamp_min(xi0), a + xi0
+        xi = high
+        for _ in range(STEPS):
+            error, proposal = newton(xi, v)
+            low, high = torch.where(error < 0, xi, low), torch.where(error < 0, high, xi)
+            inside = (proposal >= low) & (proposal <= high)
+            xi = torch.where(inside, proposal, 0.5 * (low + high))
+    # One step in the graph gives ξ its exact first derivative, hence ℓ its second.
+    return newton(xi, v)[1].clamp_min(xi0)

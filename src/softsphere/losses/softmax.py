@@ -1,0 +1,117 @@
+"""Softmax and Taylor softmax of higher order, with or without a soft margin: the comparators."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from softsphere import checks
+from softsphere.losses.base import OnLogits
+
+__all__ = ["HigherTaylorSoftmax", "SoftMarginSoftmax", "Softmax"]
+
+
+class NormalisedOnLogits(OnLogits):
+    """−log f_t with f_k = π_k t(o_k) / Σ_j π_j t(o_j), from the outputs themselves."""
+
+    normalised: ClassVar[bool] = True
+
+    @abstractmethod
+    def log_numerator(self, o: Tensor) -> Tensor: ...
+
+    def per_class(self, o: Tensor, pi: Tensor | None) -> Tensor:
+        log_t = self.log_numerator(o)
+        log_t = log_t if pi is None else log_t + pi.log()
+        return torch.logsumexp(log_t, -1, keepdim=True) - log_t
+
+
+@dataclass(frozen=True)
+class Softmax(NormalisedOnLogits):
+    """ℓ = log Σ_k π_k e^{o_k} − log π_t − o_t: the reference all others are compared with."""
+
+    shift_invariant: ClassVar[bool] = True
+    upper_bound: ClassVar[bool] = True
+
+    def log_numerator(self, o: Tensor) -> Tensor:
+        return o
+
+
+@dataclass(frozen=True)
+class HigherTaylorSoftmax(NormalisedOnLogits):
+    r"""Taylor softmax of even order n: t(o) = Σ_{i≤n} oⁱ/i! in place of e^o.
+
+    Positive everywhere, with minima ½ (n = 2), 0.2704 (4) and 0.1493 (6). Computed as
+    n log|o| + log(t(o)/|o|ⁿ) beyond 1, so that no power overflows.
+    Raises: TypeError or ValueError unless n is even and at least 2.
+    Source: Banerjee et al. 2020, arXiv:2011.11538, eq. (7).
+    """
+
+    order: int = 4
+
+    def __post_init__(self) -> None:
+        checks.even_order(self.order)
+
+    def log_numerator(self, o: Tensor) -> Tensor:
+        n = self.order
+        far = o.abs() > 1
+        near = torch.where(far, 0.0, o)
+        inverse = 1 / torch.where(far, o, 1.0)
+        ascending = [1 / math.factorial(i) for i in range(n + 1)]
+        log_near = torch.log1p(near * horner(near, ascending[1:]))
+        log_far = torch.log(horner(inverse, ascending[::-1])) - n * inverse.abs().log()
+        return torch.where(far, log_far, log_near)
+
+
+@dataclass(frozen=True)
+class SoftMarginSoftmax(OnLogits):
+    r"""ℓ = log(t(o_t − m) + Σ_{j≠t} t(o_j)) − log t(o_t − m), with t = exp, or f_n of an order n.
+
+    The target must win by a margin m ≥ 0; m = 0 is the softmax, or Taylor softmax, itself. The
+    margin is for training: probabilities are those of m = 0.
+    Raises: ValueError unless m ≥ 0 and n, where given, is even.
+    Source: Banerjee et al. 2020, arXiv:2011.11538, eqs. (9) and (11).
+    """
+
+    margin: float = 1.0
+    order: int | None = None
+
+    normalised: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        checks.non_negative("margin", self.margin)
+        if self.order is not None:
+            checks.even_order(self.order)
+
+    @property
+    def plain(self) -> NormalisedOnLogits:
+        """The same without the margin."""
+        return Softmax() if self.order is None else HigherTaylorSoftmax(self.order)
+
+    def log_numerator(self, o: Tensor) -> Tensor:
+        return self.plain.log_numerator(o)
+
+    def at(self, o: Tensor, target: Tensor, pi: Tensor | None) -> Tensor:
+        chosen = torch.nn.functional.one_hot(target, o.shape[-1]).to(o.dtype)
+        return self.plain.at(o - self.margin * chosen, target, pi)
+
+    def per_class(self, o: Tensor, pi: Tensor | None) -> Tensor:
+        log_t, log_m = self.log_numerator(o), self.log_numerator(o - self.margin)
+        if pi is not None:
+            log_t, log_m = log_t + pi.log(), log_m + pi.log()
+        log_n = torch.logsumexp(log_t, -1, keepdim=True)
+        # What is left of the normaliser when class k gives way to its value at the margin.
+        rest = -torch.expm1((log_t - log_n).clamp_max(0)) + torch.exp(log_m - log_n)
+        return log_n + rest.log() - log_m
+
+
+def horner(x: Tensor, coefficients: list[float]) -> Tensor:
+    """Σ_i coefficients[i] xⁱ."""
+    total = torch.full_like(x, coefficients[-1])
+    for coefficient in reversed(coefficients[:-1]):
+        total = total * x + coefficient
+    return total

@@ -1,0 +1,66 @@
+"""The Z-loss: a softplus of the standardised target output."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from softsphere import checks
+from softsphere.losses.base import Spherical, weigh
+from softsphere.stats import Partials, Stats
+
+__all__ = ["ZLoss"]
+
+
+@dataclass(frozen=True)
+class ZLoss(Spherical):
+    r"""ℓ = softplus(a(b − z))/a,  z = (c − μ)/σ,  μ = s/M,  σ² = q/M − μ².
+
+    Invariant to shift and scale of the outputs. Not a distribution, so ranking metrics only.
+    Not the log²Z penalty on the softmax normaliser that large-model code calls "z-loss".
+
+    Partials, with g = −sigmoid(a(b − z)): c' = g/σ, q' = −g z/(2Mσ²),
+    s' = g(−1/(Mσ) + zμ/(Mσ²)).
+    Convention: where all outputs are equal (σ = 0, to rounding) z is 0 and its gradient too.
+    Raises: ValueError unless a > 0 and b is finite.
+    Source: de Brébisson & Vincent 2016, arXiv:1604.08859, eq. (4).
+
+    >>> import torch
+    >>> from softsphere.stats import Stats
+    >>> o = torch.tensor([1.0, 0.0, -1.0])
+    >>> ZLoss(a=1.0, b=1.0).value(Stats(o.sum(), (o * o).sum(), o[:1], mass=3.0))
+    tensor(0.5871)
+    """
+
+    a: float = 1.0
+    b: float = 4.0
+
+    shift_invariant: ClassVar[bool] = True
+    scale_invariant: ClassVar[bool] = True
+    smoothable: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        checks.positive("a", self.a)
+        checks.finite("b", self.b)
+
+    def standardised(self, x: Stats) -> tuple[Tensor, Tensor, Tensor]:
+        """z (..., K), μ (..., 1) and 1/σ (..., 1), both z and 1/σ zero where σ is."""
+        mu = (x.s / x.mass).unsqueeze(-1)
+        variance = (x.q / x.mass).unsqueeze(-1) - mu * mu
+        # Below this the subtraction above has left nothing but rounding.
+        spread = variance > 4 * torch.finfo(x.q.dtype).eps * mu * mu
+        rsigma = torch.where(spread, torch.where(spread, variance, 1.0).rsqrt(), 0.0)
+        return (x.c - mu) * rsigma, mu, rsigma
+
+    def each(self, x: Stats) -> Tensor:
+        z, _, _ = self.standardised(x)
+        return softplus(self.a * (self.b - z)) / self.a
+
+    def partials(self, x: Stats) -> Partials:
+        z, mu, rsigma = self.standardised(x)
+        g = -torch.sigmoid(self.a * (self.b - z)) * rsigma
+        return weigh(x, g * (z * mu * rsigma - 1) / x.mass, -g * z * rsigma / (2 * x.mass), g)

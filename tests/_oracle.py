@@ -1,0 +1,85 @@
+"""Explicit float64 definitions, in plain Python loops. Imports nothing from the package."""
+
+from __future__ import annotations
+
+import math
+
+
+def numerator(kind: str, o: float, **p: float) -> float:
+    if kind == "softmax":
+        return math.exp(o)
+    if kind == "taylor":
+        return sum(o**i / math.factorial(i) for i in range(int(p["order"]) + 1))
+    if kind == "spherical":
+        return o * o + p["eps"]
+    raise KeyError(kind)
+
+
+def likelihood(kind: str, **p: float):
+    def loss(o: list[float], t: int, pi: list[float]) -> float:
+        total = sum(pi[k] * numerator(kind, o[k], **p) for k in range(len(o)))
+        return -math.log(pi[t] * numerator(kind, o[t], **p) / total)
+
+    return loss
+
+
+def squared_error(o: list[float], t: int, pi: list[float]) -> float:
+    return sum(pi[k] * (o[k] - (k == t)) ** 2 for k in range(len(o)))
+
+
+def squared_error_vector(o: list[float], y: list[float], pi: list[float]) -> float:
+    return sum(pi[k] * (o[k] - y[k]) ** 2 for k in range(len(o)))
+
+
+def z_loss(a: float, b: float):
+    def loss(o: list[float], t: int, pi: list[float]) -> float:
+        mass = sum(pi)
+        mu = sum(pi[k] * o[k] for k in range(len(o))) / mass
+        var = sum(pi[k] * (o[k] - mu) ** 2 for k in range(len(o))) / mass
+        return math.log(1 + math.exp(a * (b - (o[t] - mu) / math.sqrt(var)))) / a
+
+    return loss
+
+
+def bohning(o: list[float], t: int, pi: list[float]) -> float:
+    mass = sum(pi)
+    mu = sum(pi[k] * o[k] for k in range(len(o))) / mass
+    spread = sum(pi[k] * (o[k] - mu) ** 2 for k in range(len(o)))
+    return math.log(mass) + mu + spread / 4 - o[t] - math.log(pi[t])
+
+
+def bouchard(o: list[float], t: int, pi: list[float]) -> float:
+    """The bound before any minimisation, minimised over α and ξ by golden-section search."""
+    mass = sum(pi)
+
+    def at(xi: float) -> float:
+        lam = math.tanh(xi / 2) / (4 * xi)
+        # The minimum over α of a quadratic: α + Σ π (λ((o−α)² − ξ²) + (o−α−ξ)/2 + log(1+e^ξ))
+        alpha = (sum(p * x for p, x in zip(pi, o, strict=True)) * 2 * lam + mass / 2 - 1) / (
+            2 * lam * mass
+        )
+        total = alpha
+        for p, x in zip(pi, o, strict=True):
+            total += p * (
+                lam * ((x - alpha) ** 2 - xi * xi)
+                + (x - alpha - xi) / 2
+                + xi
+                + math.log1p(math.exp(-xi))
+            )
+        return total
+
+    low, high = 1e-9, 200.0
+    ratio = (math.sqrt(5) - 1) / 2
+    for _ in range(300):
+        left, right = high - ratio * (high - low), low + ratio * (high - low)
+        low, high = (low, right) if at(left) < at(right) else (left, high)
+    return at((low + high) / 2) - o[t] - math.log(pi[t])
+
+
+def soft_margin(margin: float, kind: str, **p: float):
+    def loss(o: list[float], t: int, pi: list[float]) -> float:
+        own = pi[t] * numerator(kind, o[t] - margin, **p)
+        rest = sum(pi[k] * numerator(kind, o[k], **p) for k in range(len(o)) if k != t)
+        return -math.log(own / (own + rest))
+
+    return loss

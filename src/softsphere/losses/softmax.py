@@ -96,8 +96,9 @@ class SoftMarginSoftmax(OnLogits):
         return self.plain.log_numerator(o)
 
     def at(self, o: Tensor, target: Tensor, pi: Tensor | None) -> Tensor:
-        chosen = torch.nn.functional.one_hot(target, o.shape[-1]).to(o.dtype)
-        return self.plain.at(o - self.margin * chosen, target, pi)
+        # Not one_hot, which looks at its values: that fails inside vmap.
+        chosen = torch.arange(o.shape[-1], device=o.device) == target.unsqueeze(-1)
+        return self.plain.at(torch.where(chosen, o - self.margin, o), target, pi)
 
     def per_class(self, o: Tensor, pi: Tensor | None) -> Tensor:
         log_t, log_m = self.log_numerator(o), self.log_numerator(o - self.margin)

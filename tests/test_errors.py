@@ -1,0 +1,77 @@
+"""Every wrong argument names itself, what came, and what would do."""
+
+import pytest
+import torch
+
+import softsphere
+from softsphere import functional, losses
+
+LOGITS, TARGET = torch.zeros(4, 3), torch.tensor([0, 1, 2, 0])
+
+WRONG = {
+    "reduction must be one of mean, sum, none, got 'avg'": lambda: call(reduction="avg"),
+    "label_smoothing must be between 0 and 1, got 2": lambda: call(label_smoothing=2),
+    r"weight must have shape \(3,\).*got \(4,\)": lambda: call(weight=torch.ones(4)),
+    r"prior must have shape \(3,\).*got \(2,\)": lambda: call(prior=torch.ones(2)),
+    "prior must be positive.*-1 to 1": lambda: call(prior=torch.tensor([1.0, -1.0, 1.0])),
+    "prior must be positive.*0 to 0": lambda: call(prior=torch.zeros(3)),
+    r"target must be in \[0, 3\) or ignore_index = -100, got 3": lambda: call(target=TARGET + 1),
+    r"must have shape \(4,\).*got \(3,\)": lambda: call(target=TARGET[:3]),
+    r"class probabilities must have the shape of logits \(4, 3\), got \(4,\)": lambda: call(
+        target=TARGET.float()
+    ),
+    "got a scalar": lambda: call(logits=torch.tensor(1.0), target=TARGET[0]),
+    "at least one class": lambda: call(logits=torch.zeros(4, 0)),
+    "loss must be one of .*taylor_softmax.*got 'hinge'": lambda: call(loss="hinge"),
+    "eps must be positive and finite, got 0": lambda: losses.SphericalSoftmax(eps=0),
+    "a must be positive": lambda: losses.ZLoss(a=-1.0),
+    "b must be finite": lambda: losses.ZLoss(b=float("nan")),
+    "order must be even and at least 2, got 3": lambda: functional.taylor_softmax(LOGITS, order=3),
+    "margin must be zero or positive": lambda: softsphere.SoftMarginSoftmaxLoss(margin=-1.0),
+    "BouchardBound needs at least 2 classes": lambda: call(
+        logits=torch.zeros(4, 1), target=torch.zeros(4, dtype=torch.long), loss="bouchard_bound"
+    ),
+    r"target_values must have the shape of target \(4, 1\)": lambda: call(
+        target=TARGET[:, None], target_values=torch.ones(4, 2)
+    ),
+    r"shape \(N, K\)": lambda: call(target=TARGET, target_values=torch.ones(4)),
+    "weight has no meaning for the squared error": lambda: call(
+        loss="squared_error", target=torch.ones(4, 3), weight=torch.ones(3)
+    ),
+    "label_smoothing has no meaning with target_values": lambda: call(
+        target=TARGET[:, None], target_values=torch.ones(4, 1), label_smoothing=0.1
+    ),
+}
+
+WRONG_TYPE = {
+    "logits must be floating-point, got torch.int64": lambda: call(logits=LOGITS.long()),
+    "logits must be a tensor": lambda: call(logits=[1.0]),
+    "target must be a tensor": lambda: call(target=[0, 1, 2, 0]),
+    "target must hold class indices.*got torch.bool": lambda: call(target=TARGET.bool()),
+    "loss must be a name": lambda: call(loss=3),
+    "prior must be a tensor": lambda: call(prior=[1.0, 1.0, 1.0]),
+    "weight must be a tensor": lambda: call(weight=[1.0, 1.0, 1.0]),
+    "order must be an even integer": lambda: losses.HigherTaylorSoftmax(4.0),
+    "eps must be a number": lambda: losses.SphericalSoftmax("1"),
+}
+
+
+def call(logits=LOGITS, target=TARGET, loss="taylor_softmax", **options):
+    return functional.spherical_loss(logits, target, loss, **options)
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_value_errors(message):
+    with pytest.raises(ValueError, match=message):
+        WRONG[message]()
+
+
+@pytest.mark.parametrize("message", WRONG_TYPE)
+def test_type_errors(message):
+    with pytest.raises(TypeError, match=message):
+        WRONG_TYPE[message]()
+
+
+def test_wrong_index_inside_vmap_is_not_silent():
+    with pytest.raises((ValueError, RuntimeError)):
+        torch.func.vmap(lambda o, t: call(o, t))(LOGITS, TARGET + 1)

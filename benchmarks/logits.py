@@ -1,0 +1,120 @@
+"""What does a loss on logits cost beside `F.cross_entropy`? Prints ratios of one run.
+
+    python benchmarks/logits.py [--rows 4096] [--classes 50257] [--repeats 7] [--out CSV]
+
+Times are of forward and backward, taken in turn, and compared pair by pair. Extra memory is the
+peak of what was allocated beyond the logits and their gradient, counted from the allocator's own
+events (CPU) or its statistics (CUDA).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
+
+import softsphere
+
+Criterion = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+CRITERIA: dict[str, Criterion] = {
+    "F.cross_entropy": F.cross_entropy,
+    "TaylorSoftmaxLoss()": softsphere.TaylorSoftmaxLoss(),
+    "SphericalSoftmaxLoss()": softsphere.SphericalSoftmaxLoss(),
+    "SphericalLoss('z_loss')": softsphere.SphericalLoss("z_loss"),
+    "SphericalLoss('squared_error')": softsphere.SphericalLoss("squared_error"),
+}
+
+
+def seconds(criterion: Criterion, logits: torch.Tensor, target: torch.Tensor) -> float:
+    logits.grad = None
+    if logits.is_cuda:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    criterion(logits, target).backward()
+    if logits.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def extra_bytes(criterion: Criterion, logits: torch.Tensor, target: torch.Tensor) -> int:
+    """Peak allocation of forward and backward beyond the gradient that stays."""
+    logits.grad = None
+    kept = logits.numel() * logits.element_size()
+    if logits.is_cuda:
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        criterion(logits, target).backward()
+        return torch.cuda.max_memory_allocated() - before - kept
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        criterion(logits, target).backward()
+    held = peak = 0
+    for event in recorded.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak - kept
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, default=4096)
+    parser.add_argument("--classes", type=int, default=50257)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, help="write the table as CSV")
+    options = parser.parse_args()
+
+    torch.manual_seed(0)
+    shape = (options.rows, options.classes)
+    logits = torch.randn(shape, device=options.device, requires_grad=True)
+    target = torch.randint(options.classes, shape[:1], device=options.device)
+    for criterion in CRITERIA.values():
+        seconds(criterion, logits, target)
+    times: dict[str, list[float]] = {name: [] for name in CRITERIA}
+    for _ in range(options.repeats):
+        for name, criterion in CRITERIA.items():
+            times[name].append(seconds(criterion, logits, target))
+    base = times["F.cross_entropy"]
+    size = logits.numel() * logits.element_size()
+    device = torch.cuda.get_device_name() if logits.is_cuda else platform.machine()
+    rows = [
+        {
+            "criterion": name,
+            "rows": options.rows,
+            "classes": options.classes,
+            "dtype": "float32",
+            "time over F.cross_entropy": round(
+                statistics.median(a / b for a, b in zip(taken, base, strict=True)), 3
+            ),
+            "extra memory over logits": round(
+                extra_bytes(CRITERIA[name], logits, target) / size, 3
+            ),
+            "device": device,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        }
+        for name, taken in times.items()
+    ]
+    columns = ("criterion", "time over F.cross_entropy", "extra memory over logits")
+    print(f"{options.rows} x {options.classes} float32, forward + backward, {device}")
+    for row in [dict(zip(columns, columns, strict=True)), *rows]:
+        print(f"{row[columns[0]]:<32}{row[columns[1]]:>28}{row[columns[2]]:>28}")
+    if options.out:
+        with options.out.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,27 @@
+"""The `softsphere` command: the lab's, where the lab is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+
+# What the extra [lab] brings.
+LAB = ("datasets", "matplotlib", "rich", "scipy", "sklearn", "typer")
+
+
+def main() -> int:
+    """Runs the command line. Returns the exit code."""
+    missing = [name for name in LAB if importlib.util.find_spec(name) is None]
+    if missing:
+        print(
+            f"softsphere: the command needs {', '.join(missing)}; pip install 'softsphere[lab]'",
+            file=sys.stderr,
+        )
+        return 2
+    from softsphere.lab.cli import main as lab_main
+
+    return lab_main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Experiments: data, models, training, records, statistics, figures and the command line."""

@@ -1,0 +1,149 @@
+"""Softmax and its alternatives on one data set: the same network, budget and search for each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from softsphere.lab.data import Images
+from softsphere.lab.records import Record
+from softsphere.lab.spec import LossSpec
+from softsphere.lab.training import Epoch, Final, Schedule, train
+
+__all__ = ["RUNS", "Plan", "Task", "remaining", "run", "total"]
+
+RATES = (3e-4, 1e-3, 3e-3)
+DEFAULT_RATE = 1e-3
+# Tuning has a seed of its own, so that no final run is one that was selected.
+TUNING_SEED = 1_000_003
+TRIALS, RUNS = "tuning.jsonl", "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is compared. lr None: tuned where tune is set, DEFAULT_RATE otherwise."""
+
+    dataset: str
+    losses: tuple[LossSpec, ...]
+    seeds: tuple[int, ...]
+    schedule: Schedule
+    lr: float | None
+    tune: bool
+
+    # What may be added to when a record is gone on with.
+    GROWS = ("losses", "seeds")
+
+    def config(self) -> dict[str, Any]:
+        """As JSON."""
+        return {
+            "dataset": self.dataset,
+            "losses": [str(spec) for spec in self.losses],
+            "seeds": list(self.seeds),
+            **asdict(self.schedule),
+            "tune": self.tune,
+            "rates": self.rates(),
+        }
+
+    def rates(self) -> list[float]:
+        """The learning rates that are tried."""
+        if self.lr is not None:
+            return [self.lr]
+        return list(RATES) if self.tune else [DEFAULT_RATE]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One training run: a trial of the search, or a final one that reads the test set."""
+
+    loss: str
+    setting: LossSpec
+    lr: float
+    seed: int
+    trial: bool
+
+    def line(self) -> dict[str, Any]:
+        """What tells this run from the others."""
+        return {
+            "loss": self.loss,
+            "setting": str(self.setting),
+            "lr": self.lr,
+            "seed": self.seed,
+        }
+
+
+def trials(plan: Plan, spec: LossSpec) -> list[Task]:
+    """The search for one loss; none where there is nothing to choose from."""
+    settings = list(spec.candidates()) if plan.tune else [spec]
+    tasks = [
+        Task(str(spec), setting, lr, TUNING_SEED, trial=True)
+        for setting in settings
+        for lr in plan.rates()
+    ]
+    return tasks if len(tasks) > 1 else []
+
+
+def chosen(plan: Plan, spec: LossSpec, record: Record) -> tuple[LossSpec, float]:
+    """The setting and rate with the lowest validation error, of equals the lowest on average."""
+    tasks = trials(plan, spec)
+    if not tasks:
+        return spec, plan.rates()[0]
+    tried = {(line["setting"], line["lr"]): line["final"] for line in record.lines(TRIALS)}
+
+    def errors(task: Task) -> tuple[bool, float, float]:
+        final = tried[str(task.setting), task.lr]
+        return final["diverged"], final["valid_error"], final["mean_valid_error"]
+
+    best = min(tasks, key=errors)
+    return best.setting, best.lr
+
+
+def done(record: Record, name: str) -> set[tuple[str, str, float, int]]:
+    """The finished runs of a file."""
+    return {
+        (line["loss"], line["setting"], line["lr"], line["seed"])
+        for line in record.lines(name)
+        if "final" in line
+    }
+
+
+def remaining(plan: Plan, record: Record) -> Iterator[Task]:
+    """What is not finished: trials first, then seed by seed, so that pairs are complete early."""
+    tried = done(record, TRIALS)
+    for spec in plan.losses:
+        for task in trials(plan, spec):
+            if (task.loss, str(task.setting), task.lr, task.seed) not in tried:
+                yield task
+    best = {spec: chosen(plan, spec, record) for spec in plan.losses}
+    finished = done(record, RUNS)
+    for seed in plan.seeds:
+        for spec, (setting, lr) in best.items():
+            if (str(spec), str(setting), lr, seed) not in finished:
+                yield Task(str(spec), setting, lr, seed, trial=False)
+
+
+def total(plan: Plan) -> int:
+    """How many runs the whole plan has."""
+    searched = sum(len(trials(plan, spec)) for spec in plan.losses)
+    return searched + len(plan.seeds) * len(plan.losses)
+
+
+def run(
+    task: Task, data: Images, plan: Plan, record: Record, on_epoch: Callable[[Epoch], None]
+) -> Final:
+    """Does a task and adds it to the record: all of its lines at once, when it is finished."""
+    history, final = train(
+        data,
+        task.setting.loss(),
+        task.lr,
+        task.seed,
+        plan.schedule,
+        read_test=not task.trial,
+        on_epoch=on_epoch,
+    )
+    end = {**task.line(), "final": asdict(final)}
+    if task.trial:
+        record.add(TRIALS, [end])
+    else:
+        record.add(RUNS, [*({**task.line(), **asdict(epoch)} for epoch in history), end])
+    return final

@@ -1,0 +1,67 @@
+"""Small networks whose last layer gives the outputs o; the same for every loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from torch import nn
+
+from softsphere.lab.errors import LabError
+
+__all__ = ["MODELS", "build", "known"]
+
+
+def mlp(shape: tuple[int, ...], num_classes: int, width: int = 256) -> nn.Module:
+    """Two hidden ReLU layers with dropout."""
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(math.prod(shape), width),
+        nn.ReLU(),
+        nn.Dropout(0.2),
+        nn.Linear(width, width),
+        nn.ReLU(),
+        nn.Dropout(0.2),
+        nn.Linear(width, num_classes),
+    )
+
+
+def cnn(shape: tuple[int, ...], num_classes: int, width: int = 32) -> nn.Module:
+    """Two blocks of two 3 × 3 convolutions with batch normalisation, and one hidden layer."""
+
+    def block(inputs: int, outputs: int) -> list[nn.Module]:
+        return [
+            nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(),
+        ]
+
+    channels, height, across = shape
+    return nn.Sequential(
+        *block(channels, width),
+        *block(width, width),
+        nn.MaxPool2d(2),
+        *block(width, 2 * width),
+        *block(2 * width, 2 * width),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(2 * width * (height // 4) * (across // 4), 256),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+        nn.Linear(256, num_classes),
+    )
+
+
+MODELS: dict[str, Callable[[tuple[int, ...], int], nn.Module]] = {"mlp": mlp, "cnn": cnn}
+
+
+def known(name: str) -> str:
+    """The name, where there is such a network."""
+    if name not in MODELS:
+        raise LabError(f"--model must be one of {', '.join(MODELS)}, got {name!r}")
+    return name
+
+
+def build(name: str, shape: tuple[int, ...], num_classes: int) -> nn.Module:
+    """The network of that name for images of that shape (channels, height, width)."""
+    return MODELS[name](shape, num_classes)

@@ -1,0 +1,132 @@
+"""A run folder: what was asked, where it ran, and every metric, each file whole or not there."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from softsphere.lab.errors import LabError
+
+__all__ = ["Record", "environment", "write", "write_bytes"]
+
+Line = dict[str, Any]
+
+
+def write(path: Path, text: str) -> None:
+    """Writes a text file in one step; see `write_bytes`."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a file in one step: after an interrupt it is the old one or the new one."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def environment() -> Line:
+    """The command, and the versions and hardware that its numbers came from."""
+    packages = ("softsphere", "torch", "numpy", "scikit-learn", "datasets")
+    return {
+        "command": shlex.join(["softsphere", *sys.argv[1:]]),
+        "date": time.strftime("%Y-%m-%d"),
+        "python": platform.python_version(),
+        "packages": {name: importlib.metadata.version(name) for name in packages},
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "threads": torch.get_num_threads(),
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def differing(old: Line, new: Line, grows: tuple[str, ...]) -> list[str]:
+    """The keys in which two configurations differ, but for those that may grow."""
+    keys = dict.fromkeys([*old, *new])
+    return [key for key in keys if key not in grows and old.get(key) != new.get(key)]
+
+
+class Record:
+    """config.json, environment.jsonl (a line a start), and *.jsonl files of finished work."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @classmethod
+    def create(cls, folder: Path, config: Line) -> Record:
+        """A new record. Raises LabError where the folder holds something already."""
+        if folder.exists() and any(folder.iterdir()):
+            raise LabError(
+                f"--out {folder} is not empty; pass --resume to do only what is missing there"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        record = cls(folder)
+        write(folder / "config.json", json.dumps(config, indent=2) + "\n")
+        record.add("environment.jsonl", [environment()])
+        return record
+
+    @classmethod
+    def reopen(cls, folder: Path, config: Line, grows: tuple[str, ...]) -> Record:
+        """A record to go on with, made with this configuration but for the lists that may grow.
+
+        Raises: LabError where there is no record, or one of another configuration.
+        """
+        old = cls(folder).config()
+        if old is None:
+            raise LabError(
+                f"--resume: {folder} has no config.json; leave --resume out to begin there"
+            )
+        for key in differing(old, config, grows):
+            raise LabError(
+                f"--resume: {folder} was made with {key} = {old.get(key)!r}, not "
+                f"{config.get(key)!r}; give the same, or another --out"
+            )
+        union = {key: list(dict.fromkeys([*old[key], *config[key]])) for key in grows}
+        record = cls(folder)
+        write(folder / "config.json", json.dumps({**config, **union}, indent=2) + "\n")
+        record.add("environment.jsonl", [environment()])
+        return record
+
+    def matches(self, config: Line, grows: tuple[str, ...]) -> bool:
+        """Whether it was made with this configuration but for the lists that may grow."""
+        old = self.config()
+        return old is not None and not differing(old, config, grows)
+
+    def config(self) -> Line | None:
+        """What was asked, None where no record is."""
+        path = self.folder / "config.json"
+        try:
+            config: Line = json.loads(path.read_text())
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise LabError(f"{path} is not JSON ({error}); take another --out") from error
+        return config
+
+    def lines(self, name: str) -> list[Line]:
+        """The JSON lines of a file, none where it is not there."""
+        path = self.folder / name
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def add(self, name: str, lines: list[Line]) -> None:
+        """Appends the lines, all of them or none."""
+        path = self.folder / name
+        old = path.read_text() if path.exists() else ""
+        write(path, old + "".join(json.dumps(line) + "\n" for line in lines))

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from softsphere.lab import data, figures, models, summary
-from softsphere.lab.compare import RUNS, Plan, Task, remaining, run, total
+from softsphere.lab.compare import RUNS, Plan, Task, finished, remaining, run, total
 from softsphere.lab.errors import LabError
 from softsphere.lab.records import Record, write
 from softsphere.lab.spec import LossSpec
@@ -136,7 +136,7 @@ def opened(plan: Plan, out: Path | None, resume: bool) -> Record:
 
 def work(plan: Plan, images: data.Images, record: Record, console: Console) -> None:
     """Everything that the record lacks, with a bar on a terminal and a line a run elsewhere."""
-    missing, runs = len(list(remaining(plan, record))), total(plan)
+    done, runs = len(finished(plan, record)), total(plan)
     progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -146,8 +146,8 @@ def work(plan: Plan, images: data.Images, record: Record, console: Console) -> N
         disable=not console.is_terminal,
     )
     with progress:
-        bar = progress.add_task(plan.dataset, total=runs, completed=runs - missing)
-        for number, task in enumerate(remaining(plan, record), runs - missing + 1):
+        bar = progress.add_task(plan.dataset, total=runs, completed=done)
+        for number, task in enumerate(remaining(plan, record), done + 1):
 
             def show(epoch: Epoch, task: Task = task) -> None:
                 progress.update(bar, description=f"{named(task)}  epoch {epoch.epoch}")

@@ -11,9 +11,9 @@ from softsphere.lab.records import Record
 from softsphere.lab.spec import LossSpec
 from softsphere.lab.training import Epoch, Final, Schedule, train
 
-__all__ = ["RUNS", "Plan", "Task", "remaining", "run", "total"]
+__all__ = ["RUNS", "Plan", "Task", "finished", "remaining", "run", "total"]
 
-RATES = (3e-4, 1e-3, 3e-3)
+RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 DEFAULT_RATE = 1e-3
 # Tuning has a seed of its own, so that no final run is one that was selected.
 TUNING_SEED = 1_000_003
@@ -98,28 +98,31 @@ def chosen(plan: Plan, spec: LossSpec, record: Record) -> tuple[LossSpec, float]
     return best.setting, best.lr
 
 
-def done(record: Record, name: str) -> set[tuple[str, str, float, int]]:
-    """The finished runs of a file."""
+def finished(plan: Plan, record: Record) -> set[Task]:
+    """The tasks of the plan that the record has."""
+    names = {str(spec) for spec in plan.losses}
     return {
-        (line["loss"], line["setting"], line["lr"], line["seed"])
+        Task(line["loss"], LossSpec.parse(line["setting"]), line["lr"], line["seed"], trial)
+        for name, trial in ((TRIALS, True), (RUNS, False))
         for line in record.lines(name)
-        if "final" in line
+        if "final" in line and line["loss"] in names and (trial or line["seed"] in plan.seeds)
     }
 
 
 def remaining(plan: Plan, record: Record) -> Iterator[Task]:
-    """What is not finished: trials first, then seed by seed, so that pairs are complete early."""
-    tried = done(record, TRIALS)
+    """What is not finished: trials first, then seed by seed, so that pairs are complete early.
+
+    To be read while the tasks are done: the trials decide what the final runs are.
+    """
+    ready = finished(plan, record)
     for spec in plan.losses:
-        for task in trials(plan, spec):
-            if (task.loss, str(task.setting), task.lr, task.seed) not in tried:
-                yield task
+        yield from (task for task in trials(plan, spec) if task not in ready)
     best = {spec: chosen(plan, spec, record) for spec in plan.losses}
-    finished = done(record, RUNS)
     for seed in plan.seeds:
         for spec, (setting, lr) in best.items():
-            if (str(spec), str(setting), lr, seed) not in finished:
-                yield Task(str(spec), setting, lr, seed, trial=False)
+            task = Task(str(spec), setting, lr, seed, trial=False)
+            if task not in ready:
+                yield task
 
 
 def total(plan: Plan) -> int:

@@ -135,9 +135,9 @@ def split(part: Any, hub: Hub) -> Split:
             f"{hub.name} must have columns {hub.image} and {hub.label}, got {', '.join(columns)}"
         )
     part = part.select_columns([image, label]).cast_column(image, datasets.Image())
-    pixels = torch.from_numpy(np.stack([np.asarray(row) for row in part[image]]))
+    pixels = torch.from_numpy(np.stack([np.asarray(row) for row in part[image][:]]))
     pixels = pixels.unsqueeze(1) if pixels.dim() == 3 else pixels.movedim(-1, 1)
-    return Split(pixels.float() / 255, torch.tensor(part[label]))
+    return Split(pixels.float() / 255, torch.tensor(part[label][:]))
 
 
 DATASETS: dict[str, Callable[[Path | None], tuple[Split, Split, int]]] = {

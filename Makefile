@@ -1,8 +1,12 @@
-# Two commands: `make test` (lint, types, import rules, doctests, tests) and `make clean`.
+# `make demo` compares the losses on real digits, `make test` runs every check, `make clean` forgets
+# the environment that both make.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: test clean
+.PHONY: demo test clean
+demo: .venv/.ready
+	$(BIN)/softsphere compare --tune
+
 test: .venv/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -14,7 +18,7 @@ test: .venv/.ready
 .venv/.ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable . --group dev
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[lab]" --group dev
 	touch $@
 
 clean:

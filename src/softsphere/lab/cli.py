@@ -196,7 +196,7 @@ def main() -> int:
     except Exception as error:
         # typer's errors of use have a base class that differs between its versions
         message = getattr(error, "format_message", None)
-        if not isinstance(error, (LabError, typer.Abort)) and message is None:
+        if not isinstance(error, (LabError, OSError, typer.Abort)) and message is None:
             raise
         print(f"softsphere: {message() if message else error}", file=sys.stderr)
         return 130 if isinstance(error, typer.Abort) else 2

@@ -48,7 +48,9 @@ def comparison(lines: list[dict[str, Any]], rows: list[Row], title: str, path: P
             alpha=0.12,
             linewidth=0,
         )
-    curves.set(xlabel="epoch", ylabel="validation error, %", yscale="log")
+    # an error of zero has no place on a logarithmic axis
+    scale = "log" if epochs and all(line["valid_error"] > 0 for line in epochs) else "linear"
+    curves.set(xlabel="epoch", ylabel="validation error, %", yscale=scale)
     curves.yaxis.set_major_formatter(mpl.ticker.FormatStrFormatter("%g"))
     curves.yaxis.set_minor_formatter(mpl.ticker.FormatStrFormatter("%g"))
     curves.tick_params(axis="y", which="minor", labelsize=8)

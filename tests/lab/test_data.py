@@ -1,0 +1,118 @@
+"""Data sets: sizes, ranges, the held-out part, and what is said when one cannot be had."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from softsphere.lab import data
+from softsphere.lab.errors import LabError
+
+needs_data = pytest.mark.skipif(
+    not os.environ.get(data.VARIABLE), reason=f"{data.VARIABLE} names no folder of data sets"
+)
+
+
+def png(pixels: np.ndarray) -> dict:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG")
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def write_parquet(folder: Path, columns: tuple[str, str], shape: tuple[int, ...]) -> None:
+    """Train and test parts of 20 and 10 pictures whose only grey is their label."""
+    import datasets
+
+    folder.mkdir(parents=True)
+    for part, count in (("train", 20), ("test", 10)):
+        labels = [i % 10 for i in range(count)]
+        pictures = [png(np.full(shape, 20 * label, dtype=np.uint8)) for label in labels]
+        table = datasets.Dataset.from_dict({columns[0]: pictures, columns[1]: labels})
+        table.to_parquet(str(folder / f"{part}-00000-of-00001.parquet"))
+
+
+def test_digits_are_split_by_class_standardised_and_always_the_same():
+    one, two = data.load("digits"), data.load("digits")
+    assert [len(part) for part in (one.train, one.valid, one.test)] == [1293, 144, 360]
+    assert one.shape == (1, 8, 8) and one.num_classes == 10
+    torch.testing.assert_close(one.train.x.mean(), torch.tensor(0.0), atol=1e-5, rtol=0)
+    torch.testing.assert_close(one.train.x.std(), torch.tensor(1.0), atol=1e-3, rtol=0)
+    for part in ("train", "valid", "test"):
+        torch.testing.assert_close(getattr(one, part).x, getattr(two, part).x, rtol=0, atol=0)
+    rows = torch.cat([one.train.x, one.valid.x, one.test.x]).flatten(1)
+    assert len(rows.unique(dim=0)) == 1797
+
+
+@pytest.mark.parametrize("place", ["cifar10/data", "."])
+@pytest.mark.parametrize(
+    ("name", "columns", "shape"),
+    [
+        ("mnist", ("image", "label"), (28, 28)),
+        ("cifar10", ("img", "label"), (32, 32, 3)),
+        ("cifar100", ("img", "fine_label"), (32, 32, 3)),
+    ],
+)
+def test_a_local_folder_has_the_schema_of_the_hub(tmp_path, place, name, columns, shape):
+    folder = tmp_path / "sets" / place.replace("cifar10", name)
+    write_parquet(folder, columns, shape)
+    images = data.load(name, tmp_path / "sets")
+    assert images.shape == ((1, 28, 28) if len(shape) == 2 else (3, 32, 32))
+    assert len(images.train) == 18 and len(images.valid) == 2 and len(images.test) == 10
+    grey = images.test.x[:, 0, 0, 0]
+    assert torch.equal(grey.argsort(), images.test.y.argsort())
+
+
+def test_another_set_in_the_folder_is_not_taken_for_the_one_asked_for(tmp_path):
+    write_parquet(tmp_path / "mnist", ("image", "label"), (28, 28))
+    with pytest.raises(LabError, match="has no cifar10/train"):
+        data.load("cifar10", tmp_path)
+
+
+def test_wrong_columns_and_broken_files_are_named(tmp_path):
+    write_parquet(tmp_path / "mnist", ("picture", "digit"), (28, 28))
+    with pytest.raises(LabError, match="must have columns image and label, got picture, digit"):
+        data.load("mnist", tmp_path)
+    for path in (tmp_path / "mnist").iterdir():
+        path.write_bytes(b"no parquet")
+    with pytest.raises(LabError, match="cannot read mnist"):
+        data.load("mnist", tmp_path)
+
+
+def test_an_unreachable_hub_names_the_option_for_a_local_folder(monkeypatch):
+    import datasets
+
+    def unreachable(*_, **__):
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.delenv(data.VARIABLE, raising=False)
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(LabError, match=r"ylecun/mnist .*no route to host.*--data-dir") as caught:
+        data.load("mnist")
+    assert "\n" not in str(caught.value)
+
+
+@needs_data
+def test_mnist_is_whole():
+    images = data.load("mnist")
+    assert [len(part) for part in (images.train, images.valid, images.test)] == [54000, 6000, 10000]
+    assert images.shape == (1, 28, 28)
+    # the published counts of each digit in the test part
+    assert images.test.y.bincount().tolist() == [
+        980,
+        1135,
+        1032,
+        1010,
+        982,
+        892,
+        958,
+        1028,
+        974,
+        1009,
+    ]

@@ -147,6 +147,8 @@ def test_vmap_and_grad(name):
 
 @pytest.mark.parametrize("name", ALL)
 def test_compile_without_a_graph_break(name):
+    # the compiler keeps eight specialisations of one forward, and there are more losses here
+    torch.compiler.reset()
     criterion = softsphere.SphericalLoss(CASES[name][0], prior=torch.arange(1.0, 8.0))
     logits, target = problem((5, 7))
     target[2] = -100

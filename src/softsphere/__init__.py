@@ -1,6 +1,7 @@
 """Softmax alternatives of the spherical loss family."""
 
-from softsphere import functional, losses
+from softsphere import functional, losses, optim
+from softsphere.heads import FactoredSphericalLoss
 from softsphere.modules import (
     SoftMarginSoftmaxLoss,
     SphericalLoss,
@@ -11,10 +12,12 @@ from softsphere.modules import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "FactoredSphericalLoss",
     "SoftMarginSoftmaxLoss",
     "SphericalLoss",
     "SphericalSoftmaxLoss",
     "TaylorSoftmaxLoss",
     "functional",
     "losses",
+    "optim",
 ]

@@ -140,8 +140,8 @@ def label_smoothing(value: float) -> None:
         raise ValueError(f"label_smoothing must be between 0 and 1, got {value}")
 
 
-def sparse_targets(o: Tensor, target: Tensor, values: Tensor) -> None:
-    """K-sparse targets (N, K) or (K), integers, with real values of their shape."""
+def sparse_kinds(target: Tensor, values: Tensor) -> None:
+    """K-sparse targets are integers with real values of their shape."""
     for name, x in (("target", target), ("target_values", values)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor, got {x!r}")
@@ -154,8 +154,68 @@ def sparse_targets(o: Tensor, target: Tensor, values: Tensor) -> None:
             f"target_values must have the shape of target {tuple(target.shape)}, "
             f"got {tuple(values.shape)}"
         )
+
+
+def sparse_targets(o: Tensor, target: Tensor, values: Tensor) -> None:
+    """K-sparse targets (N, K) or (K), integers, with real values of their shape."""
+    sparse_kinds(target, values)
     if o.dim() > 2 or target.dim() != o.dim() or target.shape[:-1] != o.shape[:-1]:
         raise ValueError(
             "target with target_values must have shape (N, K) for logits (N, C), or (K) for (C); "
             f"got {tuple(target.shape)}"
         )
+
+
+def at_least_one(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def hidden(value: Tensor, in_features: int) -> None:
+    """Floating rows of in_features numbers, any leading shape."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        came = value.dtype if isinstance(value, Tensor) else repr(value)
+        raise TypeError(f"hidden must be a floating-point tensor, got {came}")
+    if value.dim() == 0 or value.shape[-1] != in_features:
+        raise ValueError(
+            f"hidden must have shape (…, in_features = {in_features}), got {tuple(value.shape)}"
+        )
+
+
+def rows_target(rows: torch.Size, target: Tensor) -> None:
+    """Class indices, one a row."""
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target must be a tensor, got {target!r}")
+    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
+        raise TypeError(
+            f"target must hold class indices (torch.int64), got {target.dtype}; dense class "
+            "probabilities need the logits: use SphericalLoss on them, or target_values"
+        )
+    if target.shape != rows:
+        raise ValueError(
+            f"target must have the leading shape of hidden {tuple(rows)}, got {tuple(target.shape)}"
+        )
+
+
+def sparse_rows(rows: torch.Size, target: Tensor, values: Tensor) -> None:
+    """K-sparse targets (…, K) with values for rows (…)."""
+    sparse_kinds(target, values)
+    if target.dim() != len(rows) + 1 or target.shape[:-1] != rows:
+        raise ValueError(
+            f"target with target_values must have shape (…, K) for rows {tuple(rows)}, "
+            f"got {tuple(target.shape)}"
+        )
+
+
+def classes(value: Tensor, num_classes: int, name: str = "classes") -> None:
+    """Class indices, every one in [0, D)."""
+    if not isinstance(value, Tensor) or value.dtype not in (torch.int64, torch.int32):
+        came = value.dtype if isinstance(value, Tensor) else repr(value)
+        raise TypeError(f"{name} must be a tensor of class indices (torch.int64), got {came}")
+    if readable(value) and value.device.type == "cpu" and value.numel():
+        low, high = int(value.min()), int(value.max())
+        if low < 0 or high >= num_classes:
+            bad = low if low < 0 else high
+            raise ValueError(f"{name} must be in [0, {num_classes}), got {bad}")

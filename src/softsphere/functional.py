@@ -8,6 +8,7 @@ from torch import Tensor
 from softsphere import checks, losses
 from softsphere.engines.logits import accumulator, dense_statistics, statistics
 from softsphere.stats import Stats
+from softsphere.targets import from_indices, from_sparse
 
 __all__ = [
     "log_prob",
@@ -19,7 +20,6 @@ __all__ = [
 ]
 
 REDUCTIONS = ("mean", "sum", "none")
-PADDING = -1
 
 
 def spherical_loss(
@@ -137,10 +137,8 @@ def hard(
     smoothing: float,
 ) -> tuple[Tensor, Tensor]:
     """Losses (...) of class indices (...), and what each row counts for."""
-    target = target.long()
-    ignored = target == ignore_index
-    checks.indices(target, ignored, o.shape[-1], f"ignore_index = {ignore_index}")
-    t = torch.where(ignored, 0, target)
+    entries = from_indices(target, o.shape[-1], ignore_index)
+    t, ignored = entries.t.squeeze(-1), entries.ignored
     own = torch.ones_like(t, dtype=accumulator(o.dtype)) if w is None else w[t]
     counted = torch.where(ignored, 0.0, own)
     if smoothing:
@@ -176,19 +174,12 @@ def sparse(
 ) -> tuple[Tensor, Tensor]:
     """Losses (...) of K-sparse targets (..., K) with values, and which rows count."""
     checks.sparse_targets(o, target, values)
-    target = target.long()
-    ignored = (target == ignore_index).all(-1)
-    padding = (target == PADDING) | ignored.unsqueeze(-1)
-    checks.indices(
-        target, padding, o.shape[-1], f"{PADDING} for padding, or a whole row of {ignore_index}"
-    )
-    t = torch.where(padding, 0, target)
-    y = torch.where(padding, 0.0, values.to(accumulator(o.dtype)))
     if isinstance(loss, losses.SquaredError):
         refuse_weight(w)
-    elif w is not None:
-        y = y * w[t]
-    y = add_up(t, y, ~padding)
+    values = values.to(accumulator(o.dtype))
+    entries = from_sparse(target, values, o.shape[-1], ignore_index, w)
+    t, ignored = entries.t, entries.ignored
+    y = values if entries.y is None else entries.y
     if isinstance(loss, losses.Spherical):
         x = statistics(o, t, pi, centred=loss.shift_invariant)
         rows = loss.value(Stats(x.s, x.q, x.c, x.mass, y=y, pi=x.pi))
@@ -196,13 +187,6 @@ def sparse(
         each = on_logits(loss).per_class(o.to(y.dtype), pi)
         rows = (each.gather(-1, t) * y).sum(-1)
     return torch.where(ignored, 0.0, rows), (~ignored).to(y.dtype)
-
-
-def add_up(t: Tensor, y: Tensor, real: Tensor) -> Tensor:
-    """y (..., K) with the values of equal targets t summed at their first place, 0 at the rest."""
-    same = (t.unsqueeze(-1) == t.unsqueeze(-2)) & real.unsqueeze(-1) & real.unsqueeze(-2)
-    first = ~same.tril(-1).any(-1)
-    return torch.where(first, (same * y.unsqueeze(-2)).sum(-1), 0.0)
 
 
 def per_class(o: Tensor, loss: losses.Loss, pi: Tensor | None) -> Tensor:

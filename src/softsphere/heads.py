@@ -1,0 +1,332 @@
+"""Output layers that own their weight and never make the logits."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from softsphere import checks, functional, losses
+from softsphere.engines import factored, stream
+from softsphere.losses import Spherical
+from softsphere.matrix import FactoredMatrix, Health, StructuredGradient
+from softsphere.modules import TopK
+from softsphere.stats import Stats
+from softsphere.targets import from_indices, from_sparse
+
+__all__ = ["FactoredSphericalLoss"]
+
+# What a state_dict has beside weight and bias, to go on exactly.
+EXTRA = "factors."
+
+
+class FactoredSphericalLoss(nn.Module):
+    r"""Linear output layer and spherical loss in one, trained exactly in O(d²) a row.
+
+    loss = head(hidden, target) is ℓ(W h + b, t) for every spherical loss, and `loss.backward()`
+    gives hidden its gradient. The gradient by W stays in `head.gradient` as a StructuredGradient
+    until `softsphere.optim.FactoredSGD` takes its step; neither ever touches more of W than the
+    rows of the targets. No optimizer that works elementwise on W (Adam) can do that.
+
+    Args:
+        in_features: d.
+        num_classes: D.
+        loss: a name or a spherical loss.
+        bias: whether there is a b; it is one more column of W whose input is 1.
+        prior: (D) positive class frequencies or counts, the base measure π. SGD then steps
+            diag(√π) [W b].
+        reduction, ignore_index: as in `nn.CrossEntropyLoss`.
+        device, dtype: of the weight; float32 or float64.
+
+    Shapes: hidden (…, d); target (…) class indices, or (…, K) with target_values (…, K).
+    A step costs ≈ 7 m d² + 6 m² d multiply-adds for m < d rows, whatever D is. Good learning rates
+    grow with D: begin at 0.001·D to 0.1·D with the mean reduction.
+
+    Source: Vincent, de Brébisson & Bouthillier 2015, arXiv:1412.7091; 2016, arXiv:1606.08061.
+
+    >>> import softsphere
+    >>> head = FactoredSphericalLoss(8, 1000)
+    >>> optimizer = softsphere.optim.FactoredSGD([head], lr=10.0)
+    >>> loss = head(torch.randn(4, 8), torch.tensor([1, 5, 5, 999]))
+    >>> loss.backward()
+    >>> optimizer.step()
+    """
+
+    prior: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        loss: str | losses.Loss = "taylor_softmax",
+        bias: bool = True,
+        prior: Tensor | None = None,
+        *,
+        reduction: str = "mean",
+        ignore_index: int = -100,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        checks.at_least_one("in_features", in_features)
+        checks.at_least_one("num_classes", num_classes)
+        checks.one_of("reduction", reduction, functional.REDUCTIONS)
+        self.loss = spherical(losses.get(loss))
+        self.in_features, self.num_classes = in_features, num_classes
+        self.has_bias = bias
+        self.reduction, self.ignore_index = reduction, ignore_index
+        weight = torch.empty(num_classes, in_features + bias, device=device, dtype=dtype)
+        pi = None
+        if prior is not None:
+            pi = checks.prior(prior)
+            checks.class_vector("prior", pi, num_classes)
+            pi = pi.to(weight)
+        bound = 1 / math.sqrt(in_features)
+        self.matrix = FactoredMatrix(weight.uniform_(-bound, bound), pi)
+        # Stands for the weight where PyTorch wants a parameter; its gradient is always zero.
+        self.anchor = nn.Parameter(torch.zeros((), device=device))
+        self.gradient: StructuredGradient | None = None
+        self.backward = -1  # the last backward that has been recorded
+        self.has_optimizer = False
+
+    def reset_parameters(self) -> None:
+        """The initial values of `nn.Linear`: uniform within ±1/√d."""
+        bound = 1 / math.sqrt(self.in_features)
+        self.matrix.narrow_()
+        self.matrix.V.uniform_(-bound, bound)
+        self.matrix.reset_()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def forward(
+        self, hidden: Tensor, target: Tensor, target_values: Tensor | None = None
+    ) -> Tensor:
+        """The loss of hidden (…, d) against target.
+
+        Raises: ValueError or TypeError that names the argument; RuntimeError where an optimizer
+        other than FactoredSGD has been given this layer.
+        """
+        if self.anchor._version and not self.has_optimizer:
+            raise RuntimeError(
+                "an optimizer has stepped the parameters of a FactoredSphericalLoss, but only "
+                "softsphere.optim.FactoredSGD([head], lr=…) can train its weight; for Adam use "
+                "LinearSphericalLoss or nn.Linear with SphericalLoss"
+            )
+        checks.hidden(hidden, self.in_features)
+        leading = hidden.shape[:-1]
+        device = hidden.device.type
+        with torch.autocast(device, enabled=False):
+            H = self.rows_of(hidden)
+            dtype = H.dtype
+            if target_values is None:
+                checks.rows_target(leading, target)
+                entries = from_indices(target.reshape(-1), self.num_classes, self.ignore_index)
+            else:
+                checks.sparse_rows(leading, target, target_values)
+                K = target.shape[-1]
+                entries = from_sparse(
+                    target.reshape(-1, K),
+                    target_values.reshape(-1, K).to(dtype),
+                    self.num_classes,
+                    self.ignore_index,
+                )
+            x = factored.statistics(
+                H, self.anchor, entries.t, self, centred=self.loss.shift_invariant
+            )
+            rows = self.loss.value(Stats(x.s, x.q, x.c, x.mass, y=entries.y, pi=x.pi))
+            rows = torch.where(entries.ignored, 0.0, rows)
+            return functional.reduce(
+                rows.view(leading), (~entries.ignored).to(dtype), self.reduction
+            )
+
+    def rows_of(self, hidden: Tensor) -> Tensor:
+        """hidden as (m, w) in the weight's dtype, with the bias's column of ones."""
+        H = hidden.reshape(-1, self.in_features).to(self.matrix.V.dtype)
+        return nn.functional.pad(H, (0, 1), value=1.0) if self.has_bias else H
+
+    def record(self, gradient: StructuredGradient) -> None:
+        """Adds a gradient, or begins anew where the anchor's has been zeroed since.
+
+        During one backward the anchor has no gradient yet, however often the layer was used.
+        """
+        backward = torch._C._current_graph_task_id()
+        zeroed = self.anchor.grad is None and backward != self.backward
+        fresh = self.gradient is None or zeroed
+        self.gradient = gradient if fresh else self.gradient + gradient  # type: ignore[operator]
+        self.backward = backward
+
+    def classes(self) -> stream.Classes:
+        """What prediction streams over."""
+        first = slice(0, self.matrix.width)
+        return stream.Classes(
+            lambda size: self.matrix.chunks(size, first),
+            self.num_classes,
+            self.matrix.pi,
+            self.loss,
+        )
+
+    def log_normaliser(self, H: Tensor) -> Tensor:
+        """log Σ_k π_k t(o_k) of each row from Q and w̄: (m); 0 for a loss without it."""
+        if not isinstance(self.loss, losses.Normalised):
+            return H.new_zeros(len(H))
+        d = self.matrix.width
+        q = ((H @ self.matrix.small("gram")[:d, :d]) * H).sum(-1).clamp_min(0)
+        s = H @ self.matrix.small("colsum")[:d]
+        return self.loss.log_normaliser(s, q, self.matrix.mass)
+
+    @torch.no_grad()
+    def log_prob(self, hidden: Tensor, classes: Tensor | None = None) -> Tensor:
+        """log f_k: (…, D), or (…, n) of the given classes (n) alone.
+
+        Raises: TypeError for a loss that is not a distribution.
+        """
+        checks.hidden(hidden, self.in_features)
+        H = self.rows_of(hidden)
+        log_norm = self.log_normaliser(H).unsqueeze(1)
+        first = slice(0, self.matrix.width)
+        if classes is not None:
+            checks.classes(classes, self.num_classes)
+            o = H @ self.matrix.rows(classes, first).mT
+            pi = None if self.matrix.pi is None else self.matrix.pi[classes]
+            log_t = self.loss.log_numerator(o)
+            result = (log_t if pi is None else log_t + pi.log()) - log_norm
+        else:
+            self.loss.log_numerator(H[:0])  # says so, where there is none
+            result = H.new_empty(len(H), self.num_classes)
+            for part, scores in self.classes().stream(H):
+                result[:, part] = scores - log_norm
+        return result.view(*hidden.shape[:-1], -1)
+
+    @torch.no_grad()
+    def topk(self, hidden: Tensor, k: int) -> TopK:
+        """The k best classes of each row, best first; values are log-probabilities, or the outputs
+        where the loss is not a distribution. W is read once, in chunks."""
+        checks.hidden(hidden, self.in_features)
+        if not 1 <= k <= self.num_classes:
+            raise ValueError(f"k must be from 1 to num_classes = {self.num_classes}, got {k}")
+        H = self.rows_of(hidden)
+        best, index = stream.topk(self.classes(), H, k)
+        best = best - self.log_normaliser(H).unsqueeze(1)
+        shape = (*hidden.shape[:-1], k)
+        return TopK(best.view(shape), index.view(shape))
+
+    def predict(self, hidden: Tensor) -> Tensor:
+        """The best class of each row."""
+        return self.topk(hidden, 1).indices.squeeze(-1)
+
+    @torch.no_grad()
+    def rank(self, hidden: Tensor, target: Tensor) -> Tensor:
+        """1 + the number of classes that are better than the target: (…)."""
+        checks.hidden(hidden, self.in_features)
+        checks.rows_target(hidden.shape[:-1], target)
+        checks.classes(target, self.num_classes, "target")
+        H, t = self.rows_of(hidden), target.reshape(-1)
+        o = (H * self.matrix.rows(t, slice(0, self.matrix.width))).sum(-1)
+        own = self.classes().scores(o, None if self.matrix.pi is None else self.matrix.pi[t])
+        return stream.rank(self.classes(), H, own).view(target.shape)
+
+    @property
+    def weight(self) -> Tensor:
+        """W as a new tensor (D, d)."""
+        return self.dense()[:, : self.in_features]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """b as a new tensor (D), or None."""
+        if not self.has_bias:
+            return None
+        column = slice(self.in_features, self.in_features + 1)
+        return torch.cat([rows.squeeze(1) for _, rows in self.matrix.chunks(columns=column)])
+
+    def dense(self) -> Tensor:
+        """[W b] as a new tensor."""
+        result = self.matrix.V.new_empty(self.num_classes, self.matrix.width)
+        for part, rows in self.matrix.chunks(columns=slice(0, self.matrix.width)):
+            result[part] = rows
+        return result
+
+    def to_linear(self) -> nn.Linear:
+        """An `nn.Linear` with the same weight and bias."""
+        options = {"device": self.matrix.V.device, "dtype": self.matrix.V.dtype}
+        linear: nn.Linear = nn.utils.skip_init(
+            nn.Linear, self.in_features, self.num_classes, bias=self.has_bias, **options
+        )
+        with torch.no_grad():
+            for part, rows in self.matrix.chunks(columns=slice(0, self.matrix.width)):
+                linear.weight[part] = rows[:, : self.in_features]
+                if self.has_bias:
+                    linear.bias[part] = rows[:, -1]
+        return linear
+
+    def health(self, probes: int = 4) -> Health:
+        """How well the factors stand; see `softsphere.matrix.Health`."""
+        return self.matrix.health(probes)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        # V is written as W itself first, so that weight and bias are views of it and not copies.
+        matrix = self.matrix
+        matrix.canonical_()
+        destination[prefix + "weight"] = matrix.V[:, : self.in_features]
+        if self.has_bias:
+            destination[prefix + "bias"] = matrix.V[:, self.in_features]
+        if matrix.pi is not None:
+            destination[prefix + "prior"] = matrix.pi
+        for name, value in matrix.extra_state().items():
+            destination[prefix + EXTRA + name] = value
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        wanted = {"weight": (self.num_classes, self.in_features)}
+        if self.has_bias:
+            wanted["bias"] = (self.num_classes,)  # type: ignore[assignment]
+        own = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
+        extra = {k[len(EXTRA) :]: v for k, v in own.items() if k.startswith(EXTRA)}
+        known = {*wanted, "prior", *(EXTRA + name for name in extra)}
+        unexpected_keys += [prefix + key for key in own if key not in known]
+        missing_keys += [prefix + key for key in wanted if key not in own]
+        for key, shape in wanted.items():
+            if key in own and tuple(own[key].shape) != shape:
+                error_msgs.append(
+                    f"size mismatch for {prefix}{key}: copying a param with shape "
+                    f"{tuple(own[key].shape)}, the shape in current model is {shape}."
+                )
+        if error_msgs or any(prefix + key in missing_keys for key in wanted):
+            return
+        with torch.no_grad():
+            matrix = self.matrix
+            matrix.narrow_()
+            matrix.V[:, : self.in_features].copy_(own["weight"])
+            if self.has_bias:
+                matrix.V[:, self.in_features].copy_(own["bias"])
+            if "prior" in own:
+                matrix.pi = own["prior"].to(matrix.V)
+            if extra:
+                matrix.load_extra_state(extra)
+            else:
+                matrix.reset_()
+        self.gradient = None
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_features}, {self.num_classes}, loss={self.loss}, bias={self.has_bias}, "
+            f"reduction={self.reduction!r}, ignore_index={self.ignore_index}"
+        )
+
+
+def spherical(loss: losses.Loss) -> Spherical:
+    """The loss, if it sees the outputs through (s, q, c) alone."""
+    if not isinstance(loss, Spherical):
+        raise TypeError(
+            f"loss must be spherical for a layer without logits, got {loss}; "
+            "use nn.Linear with SphericalLoss for this one"
+        )
+    return loss

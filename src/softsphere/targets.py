@@ -1,0 +1,63 @@
+"""Targets as entries: which classes, with which values, and which rows count."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from softsphere import checks
+
+__all__ = ["PADDING", "Targets", "from_indices", "from_sparse"]
+
+PADDING = -1
+
+
+@dataclass(frozen=True)
+class Targets:
+    """t (..., K) class indices, y (..., K) their values (None: one), ignored (...) rows.
+
+    Padding and ignored rows have t = 0 and y = 0, so that every index can be looked up.
+    """
+
+    t: Tensor
+    y: Tensor | None
+    ignored: Tensor
+
+
+def from_indices(target: Tensor, num_classes: int, ignore_index: int) -> Targets:
+    """Class indices (...), one a row."""
+    target = target.long()
+    ignored = target == ignore_index
+    checks.indices(target, ignored, num_classes, f"ignore_index = {ignore_index}")
+    return Targets(torch.where(ignored, 0, target).unsqueeze(-1), None, ignored)
+
+
+def from_sparse(
+    target: Tensor,
+    values: Tensor,
+    num_classes: int,
+    ignore_index: int,
+    weight: Tensor | None = None,
+) -> Targets:
+    """K-sparse targets (..., K) with values; those of an index that is repeated add up.
+
+    weight: (C) by which values are multiplied.
+    """
+    target = target.long()
+    ignored = (target == ignore_index).all(-1)
+    padding = (target == PADDING) | ignored.unsqueeze(-1)
+    checks.indices(
+        target, padding, num_classes, f"{PADDING} for padding, or a whole row of {ignore_index}"
+    )
+    t = torch.where(padding, 0, target)
+    y = torch.where(padding, 0.0, values if weight is None else values * weight[t])
+    return Targets(t, add_up(t, y, ~padding), ignored)
+
+
+def add_up(t: Tensor, y: Tensor, real: Tensor) -> Tensor:
+    """y (..., K) with the values of equal targets t summed at their first place, 0 at the rest."""
+    same = (t.unsqueeze(-1) == t.unsqueeze(-2)) & real.unsqueeze(-1) & real.unsqueeze(-2)
+    first = ~same.tril(-1).any(-1)
+    return torch.where(first, (same * y.unsqueeze(-2)).sum(-1), 0.0)

@@ -26,7 +26,9 @@ WRONG = {
     "eps must be positive and finite, got 0": lambda: losses.SphericalSoftmax(eps=0),
     "a must be positive": lambda: losses.ZLoss(a=-1.0),
     "b must be finite": lambda: losses.ZLoss(b=float("nan")),
-    "order must be even and at least 2, got 3": lambda: functional.taylor_softmax(LOGITS, order=3),
+    "order must be even and from 2 to 20, got 3.*of odd": lambda: functional.taylor_softmax(
+        LOGITS, order=3
+    ),
     "margin must be zero or positive": lambda: softsphere.SoftMarginSoftmaxLoss(margin=-1.0),
     "BouchardBound needs at least 2 classes": lambda: call(
         logits=torch.zeros(4, 1), target=torch.zeros(4, dtype=torch.long), loss="bouchard_bound"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ __all__ = ["even_order", "finite", "non_negative", "positive", "prior", "readabl
 
 def number(name: str, value: float) -> float:
     """A real number, as the argument `name`."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
     return value
 
@@ -32,19 +33,19 @@ def non_negative(name: str, value: float) -> None:
         raise ValueError(f"{name} must be zero or positive, and finite, got {value}")
 
 
-def even_order(order: int, least: int = 2) -> None:
+def even_order(order: int) -> None:
     if isinstance(order, bool) or not isinstance(order, int):
         raise TypeError(f"order must be an even integer, got {order!r}")
-    if order < least or order % 2:
+    if not 2 <= order <= 20 or order % 2:
         raise ValueError(
-            f"order must be even and at least {least}, got {order}: "
-            "a Taylor polynomial of odd order is negative somewhere"
+            f"order must be even and from 2 to 20, got {order}: a Taylor polynomial of odd order "
+            "is negative somewhere, and one of high order is the exponential"
         )
 
 
 def readable(x: Tensor) -> bool:
-    """Whether x has values that Python may look at: not while traced, and not inside vmap."""
-    if torch.compiler.is_compiling():
+    """Whether x has values that Python may look at: not while traced or faked, not inside vmap."""
+    if torch.compiler.is_compiling() or x.is_meta or torch._C._len_torch_dispatch_stack():
         return False
     functorch = torch._C._functorch
     while functorch.is_functorch_wrapped_tensor(x):
@@ -58,6 +59,8 @@ def class_vector(name: str, value: Tensor, num_classes: int) -> None:
     """A floating tensor with one entry a class."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor with one entry a class, got {value!r}")
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must be floating-point, got {value.dtype}; use {name}.float()")
     if value.shape != (num_classes,):
         raise ValueError(
             f"{name} must have shape ({num_classes},), one entry a class, got {tuple(value.shape)}"
@@ -78,15 +81,34 @@ def prior(value: Tensor) -> Tensor:
         )
     wide = value.double()
     dtype = value.dtype if value.dtype in (torch.float32, torch.float64) else torch.float32
-    return (wide * (value.numel() / wide.sum())).to(dtype)
+    pi = (wide * (value.numel() / wide.sum())).to(dtype)
+    if readable(pi) and not bool((pi > 0).all()):
+        raise ValueError(
+            f"prior spans more than {dtype} holds: its smallest share is "
+            f"{(wide.min() / wide.sum()).item():g}; give rare classes larger counts"
+        )
+    return pi
 
 
-def logits_shape(logits: Tensor) -> int:
-    """The class dimension of logits of shape (C), (N, C) or (N, C, d1, …)."""
+def floating_logits(logits: Tensor) -> None:
     if not isinstance(logits, Tensor):
         raise TypeError(f"logits must be a tensor, got {logits!r}")
     if not logits.is_floating_point():
         raise TypeError(f"logits must be floating-point, got {logits.dtype}; use logits.float()")
+
+
+def along(logits: Tensor, dim: int) -> None:
+    """Logits with at least one class in their dimension `dim`."""
+    floating_logits(logits)
+    if not -logits.dim() <= dim < logits.dim():
+        raise ValueError(f"dim must be a dimension of logits {tuple(logits.shape)}, got {dim}")
+    if logits.shape[dim] == 0:
+        raise ValueError(f"logits must have at least one class, got shape {tuple(logits.shape)}")
+
+
+def logits_shape(logits: Tensor) -> int:
+    """The class dimension of logits of shape (C), (N, C) or (N, C, d1, …)."""
+    floating_logits(logits)
     if logits.dim() == 0:
         raise ValueError("logits must have shape (C), (N, C) or (N, C, d1, …), got a scalar")
     dim = 0 if logits.dim() == 1 else 1
@@ -128,6 +150,11 @@ def indices(target: Tensor, allowed: Tensor, num_classes: int, spared: str) -> N
         raise ValueError(
             f"target must be in [0, {num_classes}) or {spared}, got {target[bad][0].item()}"
         )
+
+
+def index(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
 
 
 def one_of(name: str, value: str, known: tuple[str, ...]) -> None:

@@ -47,9 +47,11 @@ def spherical_loss(
             any place; the values of an index that is repeated in a row add up.
         weight: (C) class weights, as in `F.cross_entropy`.
         prior: (C) positive class frequencies or counts, the base measure π: f_k ∝ π_k t(o_k).
-        reduction: "mean" (over the weights of what is counted), "sum" or "none".
+        reduction: "mean", "sum" or "none". The mean of class indices is weighted by `weight`; that
+            of class probabilities and of K-sparse targets divides by the number of rows.
         ignore_index: rows with this target count for nothing.
-        label_smoothing: α of (1−α)·ℓ(t) + (α/C)·Σ_k ℓ(k).
+        label_smoothing: α of (1−α)·ℓ(t) + (α/C)·Σ_k ℓ(k); class probabilities become
+            (1−α)·p + α/C.
 
     Raises: ValueError or TypeError that names the argument, what came and what would do.
 
@@ -85,6 +87,7 @@ def loss_on_logits(
 ) -> Tensor:
     """`spherical_loss` for a prior that is checked and normalised already."""
     checks.one_of("reduction", reduction, REDUCTIONS)
+    checks.index("ignore_index", ignore_index)
     checks.label_smoothing(label_smoothing)
     dim = checks.logits_shape(logits)
     num_classes = logits.shape[dim]
@@ -107,6 +110,11 @@ def loss_on_logits(
     else:
         checks.target_shape(logits, dim, target)
         if target.is_floating_point():
+            if ignore_index >= 0:
+                raise ValueError(
+                    f"ignore_index has no meaning for class probabilities, got {ignore_index}; "
+                    "leave it out, or give class indices"
+                )
             p = target.movedim(dim, -1).to(dtype)
             p = (1 - label_smoothing) * p + label_smoothing / num_classes if label_smoothing else p
             rows, counted = soft(o, p, loss, w, pi), None
@@ -139,7 +147,13 @@ def hard(
     """Losses (...) of class indices (...), and what each row counts for."""
     entries = from_indices(target, o.shape[-1], ignore_index)
     t, ignored = entries.t.squeeze(-1), entries.ignored
-    own = torch.ones_like(t, dtype=accumulator(o.dtype)) if w is None else w[t]
+    # gather, since indexing with a single index looks at its value, which fails inside vmap
+    flat = t.reshape(-1)
+    own = (
+        torch.ones_like(t, dtype=accumulator(o.dtype))
+        if w is None
+        else w.gather(0, flat).view(t.shape)
+    )
     counted = torch.where(ignored, 0.0, own)
     if smoothing:
         each = per_class(o, loss, pi)
@@ -228,13 +242,13 @@ def log_prob(
 
 def log_prob_checked(logits: Tensor, loss: losses.Loss, dim: int, pi: Tensor | None) -> Tensor:
     """`log_prob` for a prior that is checked and normalised already."""
-    checks.logits_shape(logits)
+    checks.along(logits, dim)
     o = logits.movedim(dim, -1).to(accumulator(logits.dtype))
     log_t = loss.log_numerator(o)
     if pi is not None:
         checks.class_vector("prior", pi, o.shape[-1])
         log_t = log_t + pi.to(o.dtype).log()
-    return (log_t - torch.logsumexp(log_t, -1, keepdim=True)).movedim(-1, dim).to(logits.dtype)
+    return torch.log_softmax(log_t, -1).movedim(-1, dim).to(logits.dtype)
 
 
 def log_taylor_softmax(logits: Tensor, dim: int = -1, order: int = 2) -> Tensor:
@@ -267,4 +281,5 @@ def spherical_softmax(logits: Tensor, dim: int = -1, eps: float = 1.0) -> Tensor
 
 def taylor(order: int) -> losses.Loss:
     """Taylor softmax of that even order: the spherical one where it is 2."""
+    checks.even_order(order)
     return losses.TaylorSoftmax() if order == 2 else losses.HigherTaylorSoftmax(order)

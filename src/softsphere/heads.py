@@ -89,6 +89,7 @@ class FactoredSphericalLoss(nn.Module):
         self.anchor = nn.Parameter(torch.zeros((), device=device))
         self.gradient: StructuredGradient | None = None
         self.backward = -1  # the last backward that has been recorded
+        self.edition = -1  # that of W, when the gradient was begun
         self.has_optimizer = False
 
     def reset_parameters(self) -> None:
@@ -152,9 +153,25 @@ class FactoredSphericalLoss(nn.Module):
         """
         backward = torch._C._current_graph_task_id()
         zeroed = self.anchor.grad is None and backward != self.backward
-        fresh = self.gradient is None or zeroed
-        self.gradient = gradient if fresh else self.gradient + gradient  # type: ignore[operator]
+        if self.gradient is None or zeroed:
+            self.gradient, self.edition = gradient, self.matrix.edition
+        else:
+            self.gradient = self.current_gradient() + gradient
         self.backward = backward
+
+    def current_gradient(self) -> StructuredGradient:
+        """The gradient, if it was taken at the W that there is now.
+
+        Raises: RuntimeError where W was stepped since: what multiplies W is another one now, so
+        it can be neither added to nor stepped again.
+        """
+        assert self.gradient is not None
+        if self.edition != self.matrix.edition:
+            raise RuntimeError(
+                "the gradient of a FactoredSphericalLoss belongs to the weight before the last "
+                "step; call optimizer.zero_grad() after each step"
+            )
+        return self.gradient
 
     def classes(self) -> stream.Classes:
         """What prediction streams over."""

@@ -59,6 +59,7 @@ class SphericalLoss(nn.Module):
     ) -> None:
         super().__init__()
         checks.one_of("reduction", reduction, functional.REDUCTIONS)
+        checks.index("ignore_index", ignore_index)
         checks.label_smoothing(label_smoothing)
         self.loss = losses.get(loss)
         self.register_buffer("weight", weight)
@@ -108,7 +109,11 @@ class SphericalLoss(nn.Module):
         return TopK(*torch.topk(self.scores(logits), k, dim=checks.logits_shape(logits)))
 
     def extra_repr(self) -> str:
-        return f"{self.loss}, reduction={self.reduction!r}, ignore_index={self.ignore_index}"
+        given = [name for name in ("weight", "prior") if getattr(self, name) is not None]
+        return (
+            f"{self.loss}, reduction={self.reduction!r}, ignore_index={self.ignore_index}, "
+            f"label_smoothing={self.label_smoothing}" + "".join(f", {name}=…" for name in given)
+        )
 
 
 class TaylorSoftmaxLoss(SphericalLoss):

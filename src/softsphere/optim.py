@@ -103,8 +103,7 @@ class FactoredSGD(torch.optim.Optimizer):
         self, head: FactoredSphericalLoss, group: dict[str, Any], state: dict[str, Any]
     ) -> None:
         """W ← W − lr·g, or with B ← momentum·B + (1 − dampening)·g what SGD makes of B."""
-        gradient = head.gradient
-        assert gradient is not None
+        gradient = head.current_gradient()
         scale = getattr(self, "grad_scale", None)
         if scale is not None:
             gradient = gradient * (1 / scale).to(gradient.H)

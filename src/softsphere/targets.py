@@ -46,7 +46,8 @@ def from_sparse(
     weight: (C) by which values are multiplied.
     """
     target = target.long()
-    ignored = (target == ignore_index).all(-1)
+    # a row of no targets at all is not an ignored one
+    ignored = (target == ignore_index).all(-1) & (target.shape[-1] > 0)
     padding = (target == PADDING) | ignored.unsqueeze(-1)
     checks.indices(
         target, padding, num_classes, f"{PADDING} for padding, or a whole row of {ignore_index}"

@@ -54,7 +54,7 @@ class FactoredStatistics(torch.autograd.Function):
         q = (P * H).sum(-1).clamp_min(0)
         at_rows = matrix.rows(target.flatten(), slice(0, d))
         c = (at_rows.view(*target.shape, d) * H.unsqueeze(1)).sum(-1)
-        ctx.recorder, ctx.version, ctx.centred = recorder, matrix.version, centred
+        ctx.recorder, ctx.edition, ctx.centred = recorder, matrix.edition, centred
         ctx.save_for_backward(H, target, P, s, at_rows)
         if centred:
             return torch.zeros_like(s), q, c - s.unsqueeze(1) / matrix.mass
@@ -67,7 +67,7 @@ class FactoredStatistics(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, None, None, None]:
         H, target, P, s, at_rows = ctx.saved_tensors
         matrix = ctx.recorder.matrix
-        if matrix.version != ctx.version:
+        if matrix.edition != ctx.edition:
             raise RuntimeError(
                 "the factored weight has been changed since this loss was computed; "
                 "call backward before the optimizer's step, or compute the loss anew"

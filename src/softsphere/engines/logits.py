@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from softsphere.stats import Stats
 
@@ -23,18 +24,26 @@ def statistics(o: Tensor, target: Tensor, pi: Tensor | None, *, centred: bool) -
     centred: of o − Σ π o / M, for losses that do not see a shift: s is 0 and q a true sum of
     squares, where q − s²/M would have lost its digits.
     """
+    at = None if pi is None else pi[target]
+    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+        # A function with a rule for forward-mode derivatives cannot be compiled, so those get
+        # plain operations.
+        x = dense_statistics(o, pi, centred=centred, y=None)
+        return Stats(x.s, x.q, x.c.gather(-1, target), x.mass, pi=at)
     s, q, c = RowStatistics.apply(o, target, pi, centred)  # type: ignore[no-untyped-call]
-    return Stats(s, q, c, float(o.shape[-1]), pi=None if pi is None else pi[target])
+    return Stats(s, q, c, float(o.shape[-1]), pi=at)
 
 
 def dense_statistics(o: Tensor, pi: Tensor | None, *, centred: bool, y: Tensor | None) -> Stats:
     """The same with every class a target, c = o: for class probabilities and label smoothing."""
     o = o.to(accumulator(o.dtype))
-    if centred:
-        o = centre(o, pi)
-    weighted = o if pi is None else o * pi
-    s = torch.zeros_like(o[..., 0]) if centred else weighted.sum(-1)
-    return Stats(s, (weighted * o).sum(-1), o, float(o.shape[-1]), y=y, pi=pi)
+    if not centred:
+        weighted = o if pi is None else o * pi
+        s, q = weighted.sum(-1), (weighted * o).sum(-1)
+        return Stats(s, q, o, float(o.shape[-1]), y=y, pi=pi)
+    d, mean = centre(o, pi)
+    q = above_rounding((d * d if pi is None else d * d * pi).sum(-1), mean, o.shape[-1])
+    return Stats(torch.zeros_like(q), q, d, float(o.shape[-1]), y=y, pi=pi)
 
 
 class RowStatistics(torch.autograd.Function):
@@ -51,12 +60,14 @@ class RowStatistics(torch.autograd.Function):
         dtype = accumulator(o.dtype)
         c = o.gather(-1, target).to(dtype)
         if pi is None and not centred:
-            s = o.sum(-1, dtype=dtype)
-            return s, torch.linalg.vector_norm(o, dim=-1, dtype=dtype).square(), c
-        d = centre(o, pi) if centred else o.to(dtype)
-        weighted = d if pi is None else d * pi
-        s = torch.zeros_like(c[..., 0]) if centred else weighted.sum(-1)
-        return s, (weighted * d).sum(-1), d.gather(-1, target) if centred else c
+            return o.sum(-1, dtype=dtype), sum_of_squares(o, dtype), c
+        if pi is not None and not centred:
+            d = o.to(dtype)
+            weighted = d * pi
+            return weighted.sum(-1), (weighted * d).sum(-1), c
+        d, mean = centre(o, pi)
+        q = sum_of_squares(d, dtype) if pi is None else (d * d * pi).sum(-1)
+        return torch.zeros_like(q), above_rounding(q, mean, o.shape[-1]), d.gather(-1, target)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -66,7 +77,7 @@ class RowStatistics(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gs: Tensor, gq: Tensor, gc: Tensor) -> tuple[Tensor, None, None, None]:
         o, target, pi = ctx.saved_tensors
-        d = centre(o, pi) if ctx.centred else o.to(gq.dtype)
+        d = centre(o, pi)[0] if ctx.centred else o.to(gq.dtype)
         base = -gc.sum(-1) / o.shape[-1] if ctx.centred else gs
         grad = torch.addcmul(base.unsqueeze(-1), d, 2 * gq.unsqueeze(-1))
         if pi is not None:
@@ -88,9 +99,29 @@ class RowStatistics(torch.autograd.Function):
         return out, (0, 0, 0)
 
 
-def centre(o: Tensor, pi: Tensor | None) -> Tensor:
-    """o − Σ π o / M. Twice, since the first mean is rounded to the digits of o, not of the rest."""
+def sum_of_squares(o: Tensor, dtype: torch.dtype) -> Tensor:
+    """Σ o² over the last dimension, in parts: one sum of a million squares loses five digits."""
+    parts = torch.split(o, 1 << 14, dim=-1)
+    norms = [torch.linalg.vector_norm(part, dim=-1, dtype=dtype).square() for part in parts]
+    return norms[0] if len(norms) == 1 else torch.stack(norms).sum(0)
+
+
+def centre(o: Tensor, pi: Tensor | None) -> tuple[Tensor, Tensor]:
+    """o − μ with μ = Σ π o / M, and μ (..., 1).
+
+    Twice, since the first mean is rounded to the digits of o, not of the rest.
+    """
     d = o.to(accumulator(o.dtype))
-    for _ in range(2):
-        d = d - (d if pi is None else d * pi).mean(-1, keepdim=True)
-    return d
+    mean = average(d, pi)
+    d = d - mean
+    return d - average(d, pi), mean
+
+
+def average(d: Tensor, pi: Tensor | None) -> Tensor:
+    return (d if pi is None else d * pi).mean(-1, keepdim=True)
+
+
+def above_rounding(q: Tensor, mean: Tensor, num_classes: int) -> Tensor:
+    """q, or 0 where centring equal outputs has left nothing but rounding."""
+    least = torch.finfo(q.dtype).eps * mean.squeeze(-1).abs() / 8
+    return torch.where(q > num_classes * least * least, q, 0.0)

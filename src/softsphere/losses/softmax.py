@@ -27,7 +27,7 @@ class NormalisedOnLogits(OnLogits):
     def per_class(self, o: Tensor, pi: Tensor | None) -> Tensor:
         log_t = self.log_numerator(o)
         log_t = log_t if pi is None else log_t + pi.log()
-        return torch.logsumexp(log_t, -1, keepdim=True) - log_t
+        return -torch.log_softmax(log_t, -1)
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,9 @@ class HigherTaylorSoftmax(NormalisedOnLogits):
     r"""Taylor softmax of even order n: t(o) = Σ_{i≤n} oⁱ/i! in place of e^o.
 
     Positive everywhere, with minima ½ (n = 2), 0.2704 (4) and 0.1493 (6). Computed as
-    n log|o| + log(t(o)/|o|ⁿ) beyond 1, so that no power overflows.
-    Raises: TypeError or ValueError unless n is even and at least 2.
+    n log|o| + log(t(o)/|o|ⁿ) beyond 1, so that no power overflows, and in float64, since the terms
+    of a negative o cancel.
+    Raises: TypeError or ValueError unless n is even and from 2 to 20.
     Source: Banerjee et al. 2020, arXiv:2011.11538, eq. (7).
     """
 
@@ -57,14 +58,15 @@ class HigherTaylorSoftmax(NormalisedOnLogits):
         checks.even_order(self.order)
 
     def log_numerator(self, o: Tensor) -> Tensor:
-        n = self.order
+        n, dtype = self.order, o.dtype
+        o = o.double()
         far = o.abs() > 1
         near = torch.where(far, 0.0, o)
         inverse = 1 / torch.where(far, o, 1.0)
         ascending = [1 / math.factorial(i) for i in range(n + 1)]
         log_near = torch.log1p(near * horner(near, ascending[1:]))
         log_far = torch.log(horner(inverse, ascending[::-1])) - n * inverse.abs().log()
-        return torch.where(far, log_far, log_near)
+        return torch.where(far, log_far, log_near).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -104,10 +106,18 @@ class SoftMarginSoftmax(OnLogits):
         log_t, log_m = self.log_numerator(o), self.log_numerator(o - self.margin)
         if pi is not None:
             log_t, log_m = log_t + pi.log(), log_m + pi.log()
-        log_n = torch.logsumexp(log_t, -1, keepdim=True)
-        # What is left of the normaliser when class k gives way to its value at the margin.
-        rest = -torch.expm1((log_t - log_n).clamp_max(0)) + torch.exp(log_m - log_n)
-        return log_n + rest.log() - log_m
+        return torch.nn.functional.softplus(log_rest(log_t) - log_m)
+
+
+def log_rest(log_t: Tensor) -> Tensor:
+    """log Σ_{j≠k} t_j of every k: (..., C). The largest is left out by summing the others anew."""
+    best = log_t.argmax(-1, keepdim=True)
+    is_best = torch.arange(log_t.shape[-1], device=log_t.device) == best
+    nothing = torch.finfo(log_t.dtype).min
+    others = torch.logsumexp(log_t.masked_fill(is_best, nothing), -1, keepdim=True)
+    log_n = torch.logsumexp(log_t, -1, keepdim=True)
+    share = (log_t - log_n).masked_fill(is_best, -1.0)
+    return torch.where(is_best, others, log_n + torch.log1p(-share.exp()))
 
 
 def horner(x: Tensor, coefficients: list[float]) -> Tensor:

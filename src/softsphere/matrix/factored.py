@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from softsphere.matrix import mending
 from softsphere.matrix.structured import StructuredGradient
-from softsphere.matrix.update import Blocks, SingularStepError, Update, gram_times, plan
+from softsphere.matrix.update import Blocks, SingularStepError, gram_times, plan
 
 __all__ = ["FactoredMatrix", "Health", "SingularStepError"]
 
@@ -89,8 +89,11 @@ class FactoredMatrix(nn.Module):
                 torch.empty(shape, dtype=torch.float64, device=weight.device),
                 persistent=False,
             )
-        self.version = 0
-        self.small_cache: dict[str, Tensor] = {}
+        self.edition = 0  # counts the changes of W
+        self.version = 0  # counts the changes of the factors
+        # the small arrays in the dtype of V: kept buffers, and which of them are up to date
+        self.shadows: dict[str, Tensor] = {}
+        self.fresh: set[str] = set()
         # rows where blocks of V beyond the first may be other than zero
         self.active: list[Tensor] = []
         self.watch = mending.Watch()
@@ -114,6 +117,7 @@ class FactoredMatrix(nn.Module):
 
     def reset_(self) -> None:
         """Takes V for W: U = I, ω = 0, Q and w̄ from V. O(D w²)."""
+        self.edition += 1
         eye = torch.eye(self.V.shape[1], dtype=torch.float64, device=self.V.device)
         self.U, self.U_inv = eye, eye.clone()
         self.omega = torch.zeros_like(eye[0])
@@ -135,22 +139,38 @@ class FactoredMatrix(nn.Module):
     def changed(self) -> None:
         """What was read before is not W any more."""
         self.version += 1
-        self.small_cache = {}
+        self.fresh = set()
 
-    def small(self, name: str) -> Tensor:
-        """One of the small arrays in the dtype of V."""
-        if name not in self.small_cache:
-            self.small_cache[name] = getattr(self, name).to(self.V.dtype)
-        return self.small_cache[name]
+    def small(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """One of the small arrays in a dtype (that of V); to be read before the next step only."""
+        if dtype == torch.float64:
+            exact: Tensor = getattr(self, name)
+            return exact
+        return self.shadow(name, lambda: getattr(self, name))
+
+    def shadow(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """What `make` gives in the dtype of V, in a buffer of that name, made once a step."""
+        if name not in self.fresh:
+            array = make()
+            old = self.shadows.get(name)
+            if array.dtype == self.V.dtype:
+                self.shadows[name] = array
+            elif old is None or old.shape != array.shape or old.dtype != self.V.dtype:
+                self.shadows[name] = array.to(self.V.dtype)
+            else:
+                old.copy_(array)
+            self.fresh.add(name)
+        return self.shadows[name]
 
     def centred_gram(self) -> Tensor:
         """Q − w̄w̄ᵀ/M of the first block, the gram of W less its mean row, in the dtype of V."""
-        if "centred" not in self.small_cache:
-            d = self.width
+        d = self.width
+
+        def make() -> Tensor:
             mean = self.colsum[:d] / self.mass
-            centred = torch.addr(self.gram[:d, :d], self.colsum[:d], mean, alpha=-1)
-            self.small_cache["centred"] = centred.to(self.V.dtype)
-        return self.small_cache["centred"]
+            return torch.addr(self.gram[:d, :d], self.colsum[:d], mean, alpha=-1)
+
+        return self.shadow("centred", make)
 
     def rows(self, index: Tensor, columns: slice = slice(None)) -> Tensor:
         """W[index]: (n, w)."""
@@ -194,20 +214,18 @@ class FactoredMatrix(nn.Module):
         if len(blocks.spread) != self.blocks:
             raise ValueError(f"blocks must be for {self.blocks} blocks, got {len(blocks.spread)}")
         update = plan(self, gradient, blocks)
+        if update.refused is None and mending.too_harsh(self, update):
+            self.watch.prepare(self, gradient, blocks)
+            update = plan(self, gradient, blocks)
         if update.refused is not None:
             raise SingularStepError(update.refused)
         with mending.uninterrupted():
-            self.commit(update)
-        self.watch.after_step(self, blocks, update.harsh)
-
-    def commit(self, update: Update) -> None:
-        """Writes what was computed; nothing here can fail."""
-        self.V.index_add_(0, update.rows, update.increments)
-        if self.blocks > 1:
-            self.active.append(update.rows)
-        for name, value in update.small.items():
-            getattr(self, name).copy_(value)
-        self.changed()
+            update.commit(self)
+            self.edition += 1
+            if self.blocks > 1:
+                self.active.append(update.rows)
+            self.changed()
+        self.watch.after_step(self, blocks, update.share)
 
     def norm(self, gradient: StructuredGradient) -> Tensor:
         """√tr(Gᵀ Π G), the Frobenius norm of the gradient by diag(√π) W, in O(r² d)."""
@@ -278,8 +296,13 @@ class FactoredMatrix(nn.Module):
             state |= {"rows": index, "beside": self.V[index, self.width :]}
         return state
 
+    def state(self) -> dict[str, Tensor]:
+        """Every array of the factors."""
+        return {"V": self.V, **{name: getattr(self, name) for name in self.SMALL}}
+
     def load_extra_state(self, state: dict[str, Tensor]) -> None:
         """Takes what `extra_state` gave, the first block of V being written already."""
+        self.edition += 1
         if "rows" in state:
             index, beside = state["rows"].to(self.V.device), state["beside"].to(self.V)
             self.V = nn.functional.pad(self.V, (0, beside.shape[1]))
@@ -331,6 +354,7 @@ class FactoredMatrix(nn.Module):
             self.pi = kept(self.pi, (self.V.dtype,)).to(self.V.dtype)
         for name in self.SMALL:
             setattr(self, name, kept(getattr(self, name), (torch.float64,)))
+        self.shadows = {}
         self.changed()
         return self
 

@@ -30,7 +30,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from softsphere.matrix.update import Blocks, SingularStepError
+from softsphere.matrix.structured import StructuredGradient
+from softsphere.matrix.update import HARSH, Blocks, SingularStepError, Update
 
 if TYPE_CHECKING:
     from softsphere.matrix.factored import FactoredMatrix
@@ -41,6 +42,8 @@ __all__ = ["Watch", "condition", "gram_drift", "inverse_drift", "rebase", "unint
 CONDITION = 8.0
 # How far U U⁻¹ may be from I and Q from WᵀW, in units of the square root of V's precision.
 DRIFT = 0.03
+# Less than this is as good as nothing.
+FLOOR = 1e-14
 # ‖1 ωᵀ‖ against ‖W‖: beyond it, W = V U + 1 ωᵀ is a small difference of large numbers.
 SHIFT = 8.0
 # Rows of U may be 2^±RANGE long before V's columns are scaled.
@@ -70,33 +73,63 @@ def uninterrupted() -> Iterator[None]:
             old(*held[-1])
 
 
+class Gauge:
+    """One measure of wear, which grows by a factor a step, and when it will reach its limit."""
+
+    def __init__(self, limit: float) -> None:
+        self.limit = limit
+        self.level = math.log(FLOOR)
+        self.rate = 0.0
+
+    def steps_left(self, value: float, steps: int) -> float:
+        """For the value after so many steps more; a rate is forgotten by halves."""
+        level = math.log(max(value, FLOOR)) if math.isfinite(value) else math.log(self.limit)
+        self.rate = max((level - self.level) / steps, self.rate / 2, 1e-9)
+        self.level = level
+        return (math.log(self.limit) - level) / self.rate
+
+    def settle(self, value: float) -> None:
+        """The value that mending has left."""
+        self.level = math.log(max(value, FLOOR))
+
+
 class Watch:
     """When to measure the factors, and what to do about them.
 
-    The period is stretched while they wear slowly and cut when they wear fast, so that the limit
-    is met about two measurements ahead.
+    The period is stretched while they wear slowly and cut when they wear fast, so that a limit is
+    met about two measurements ahead.
     """
 
     def __init__(self) -> None:
-        self.period = 1
-        self.steps = 0
-        self.last = 0.0
         self.blocks = Blocks(((1.0,),), (1.0,))
-        self.done = dict.fromkeys(
-            ("refactorised", "refolded", "rescaled", "reinverted", "regrammed"), 0
-        )
+        self.done = dict.fromkeys(MEANS, 0)
         self.seconds = 0.0
         self.refused: Tensor | None = None
+        self.restart()
 
     def restart(self) -> None:
         """Measures again after the next step, whatever was seen before."""
-        self.period, self.steps, self.last = 1, 0, 0.0
+        self.period, self.steps = 1, 0
+        self.gauges = Gauge(CONDITION**2 - 1), Gauge(1.0), Gauge(SHIFT), Gauge(2.0**RANGE)
 
-    def after_step(self, W: FactoredMatrix, blocks: Blocks, harsh: bool) -> None:
+    def prepare(self, W: FactoredMatrix, gradient: StructuredGradient, blocks: Blocks) -> None:
+        """Before a step that leaves next to nothing of a direction: makes that a row of U.
+
+        With T = X Σ Yᵀ, U = Xᵀ becomes Σ Yᵀ, whose rows are orthogonal as they were.
+        """
+        start = time.perf_counter()
+        eye = torch.eye(W.width, dtype=torch.float64, device=W.U.device)
+        A = gradient.to(torch.float64).A
+        X = torch.linalg.svd(blocks.times(eye) + blocks.spread[0] * A).U
+        rebase(W, X.mT.contiguous())
+        self.done["refactorised"] += 1
+        self.seconds += time.perf_counter() - start
+
+    def after_step(self, W: FactoredMatrix, blocks: Blocks, share: float) -> None:
         """Counts a step, and measures when it is time or the step was harsh."""
         self.blocks = blocks
         self.steps += 1
-        if harsh or self.steps >= self.period:
+        if share < HARSH or self.steps >= self.period:
             start = time.perf_counter()
             self.check(W)
             self.seconds += time.perf_counter() - start
@@ -109,44 +142,51 @@ class Watch:
                 "a step since the last check was not finite or singular and was left out with "
                 "those after it; lower lr, or look for an overflow in the layers below"
             )
-        wear = self.mend(W)
-        rate = (wear - self.last) / max(self.steps, 1)
-        ahead = 2 * self.period
-        if rate > 0:
-            ahead = min(ahead, int((1 - wear) / rate / 2))
-        self.period = min(max(ahead, 1), LONGEST, self.blocks.horizon(2 * CONDITION))
-        self.steps, self.last = 0, wear
+        steps = max(self.steps, 1)
+        before = measures(W)
+        left = [gauge.steps_left(x, steps) for gauge, x in zip(self.gauges, before, strict=True)]
+        if min(left) <= 0:
+            self.mend(W)
+            for gauge, x in zip(self.gauges, measures(W), strict=True):
+                gauge.settle(x)
+            left = [(math.log(g.limit) - g.level) / g.rate for g in self.gauges]
+        ahead = min(2 * self.period, LONGEST, self.blocks.horizon(2 * CONDITION), min(left) / 2)
+        self.period, self.steps = max(int(ahead), 1), 0
 
-    def mend(self, W: FactoredMatrix) -> float:
-        """Does what is needed. Returns the wear that is left; at 1 something must be done."""
-        tolerance = DRIFT * math.sqrt(torch.finfo(W.V.dtype).eps)
-        drift, lengths = inverse_drift(W), W.U.norm(dim=1)
-        if not drift <= tolerance:
+    def mend(self, W: FactoredMatrix) -> None:
+        """Whatever is beyond its limit, by the cheapest means that will do."""
+
+        def within(*which: int) -> bool:
+            now = measures(W)
+            return all(now[i] <= self.gauges[i].limit for i in which)
+
+        if not within(1):
             reinvert(W)
             self.done["reinverted"] += 1
-            drift = inverse_drift(W)
-        kappa, shift = condition(W), shift_share(W)
-        if W.blocks > 1 and not (kappa <= CONDITION and lengths.log2().abs().max() < RANGE):
+        if W.blocks > 1 and not within(0, 3):
             refold(W, *self.blocks.eigenbasis()[1])
             self.done["refolded"] += 1
-            kappa, lengths = condition(W), W.U.norm(dim=1)
-        if not (kappa <= CONDITION and shift <= SHIFT):
+        if not within(0, 2):
             rebase(W, aligned(W))
             self.done["refactorised"] += 1
-            if gram_drift(W, 1) > tolerance:
+            if gram_drift(W, 1) > tolerance(W):
                 W.regram_()
                 self.done["regrammed"] += 1
-            kappa, shift, lengths = condition(W), 0.0, W.U.norm(dim=1)
-            drift = inverse_drift(W)
-        exponents = torch.log2(lengths)
-        reach = float(exponents.abs().max()) / RANGE
-        if reach > 1:
-            rescale(W, exponents.round())
+        if not within(3):
+            rescale(W)
             self.done["rescaled"] += 1
-            reach = 0.0
-        return max(
-            drift / tolerance, math.log(max(kappa, 1)) / math.log(CONDITION), shift / SHIFT, reach
-        )
+
+
+def tolerance(W: FactoredMatrix) -> float:
+    """How far U U⁻¹ may be from I and Q from WᵀW."""
+    return DRIFT * math.sqrt(torch.finfo(W.V.dtype).eps)
+
+
+def measures(W: FactoredMatrix) -> tuple[float, float, float, float]:
+    """κ² − 1, the drift of U⁻¹ in tolerances, the share of 1 ωᵀ, and the length of U's rows."""
+    reach = float(torch.log2(W.U.norm(dim=1)).abs().max())
+    length = 2.0 ** min(reach, 1000.0)
+    return condition(W) ** 2 - 1, inverse_drift(W) / tolerance(W), shift_share(W), length
 
 
 def block_sizes(W: FactoredMatrix) -> Tensor:
@@ -158,10 +198,21 @@ def block_sizes(W: FactoredMatrix) -> Tensor:
 
 def condition(W: FactoredMatrix) -> float:
     """κ, see above."""
-    size = block_sizes(W)
-    out = (W.U / size).norm(dim=1)
-    back = (W.U_inv * size.unsqueeze(1)).norm(dim=0)
+    return kappa(W.U, W.U_inv, block_sizes(W))
+
+
+def kappa(U: Tensor, U_inv: Tensor, size: Tensor) -> float:
+    out = (U / size).norm(dim=1)
+    back = (U_inv * size.unsqueeze(1)).norm(dim=0)
     return float((out * back).square().mean().sqrt())
+
+
+def too_harsh(W: FactoredMatrix, update: Update) -> bool:
+    """Whether a step would leave so little of a direction that κ doubled its limit at once."""
+    if update.share >= HARSH or W.blocks > 1:
+        return False
+    U, U_inv = update.after(W, "U"), update.after(W, "U_inv")
+    return kappa(U, U_inv, block_sizes(W)) > 2 * CONDITION
 
 
 def shift_share(W: FactoredMatrix) -> float:
@@ -200,9 +251,9 @@ def reinvert(W: FactoredMatrix) -> None:
         W.changed()
 
 
-def rescale(W: FactoredMatrix, exponents: Tensor) -> None:
-    """Rows of U ← 2^−e of them, columns of V ← 2^e: exact. O(D w)."""
-    scale = torch.exp2(exponents)
+def rescale(W: FactoredMatrix) -> None:
+    """Rows of U ← 2^−e of them, columns of V ← 2^e, to rows of about 1: exact. O(D w)."""
+    scale = torch.exp2(torch.log2(W.U.norm(dim=1)).round())
     with uninterrupted():
         W.V.mul_(scale.to(W.V.dtype))
         W.U.div_(scale.unsqueeze(1))

@@ -62,6 +62,20 @@ class StructuredGradient:
         """(n, d): row j is added to row rows_j."""
         return self.x.unsqueeze(1) * self.H[self.cols]
 
+    def to(self, dtype: torch.dtype) -> StructuredGradient:
+        """The same in another dtype."""
+        if self.H.dtype == dtype:
+            return self
+        return replace(
+            self,
+            H=self.H.to(dtype),
+            L=self.L.to(dtype),
+            s=self.s.to(dtype),
+            x=self.x.to(dtype),
+            back=None if self.back is None else self.back.to(dtype),
+            at_rows=None if self.at_rows is None else self.at_rows.to(dtype),
+        )
+
     def __add__(self, other: StructuredGradient) -> StructuredGradient:
         """The sum of two gradients taken at the same W: factors side by side."""
         if self.H.shape[1] != other.H.shape[1]:

@@ -18,7 +18,7 @@ and added to float64, so what is rounded is the change and not the whole.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,11 +29,11 @@ from softsphere.matrix.structured import StructuredGradient
 if TYPE_CHECKING:
     from softsphere.matrix.factored import FactoredMatrix
 
-__all__ = ["Blocks", "SingularStepError", "Update", "gram_times", "plan"]
+__all__ = ["HARSH", "Blocks", "SingularStepError", "Update", "gram_times", "plan"]
 
 # Above this share of w, r factors cost more than the w × w matrix that they make.
 THIN = 0.75
-# A pivot of S = I + … below this tells of a direction that is nearly lost.
+# With a pivot of S below this a step counts as harsh.
 HARSH = 0.5
 
 
@@ -52,7 +52,7 @@ class Blocks:
         """x κ for x (…, w), or κ x for x (w, …); with κ⁻¹ where inverse."""
         if len(self.base) == 1:
             scale = self.base[0][0]
-            return x / scale if inverse else x * scale
+            return x if scale == 1 else x / scale if inverse else x * scale
         base = torch.tensor(self.base, dtype=x.dtype, device=x.device)
         if inverse:
             base = torch.linalg.inv_ex(base).inverse
@@ -60,13 +60,13 @@ class Blocks:
             return torch.einsum("ab,bdz->adz", base, x.unflatten(0, (len(base), -1))).flatten(0, 1)
         return torch.einsum("...ad,ab->...bd", x.unflatten(-1, (len(base), -1)), base).flatten(-2)
 
-    def inverse_column(self) -> tuple[float, ...]:
-        """The first column of base⁻¹."""
+    def columns(self, x: Tensor) -> Tensor:
+        """κ⁻¹ [x; 0; …] for x (d, w): (w, w)."""
         if len(self.base) == 1:
-            return (1 / self.base[0][0],)
+            return x if self.base[0][0] == 1 else x / self.base[0][0]
         (a, b), (c, d) = self.base
         det = a * d - b * c
-        return d / det, -c / det
+        return torch.cat([x * (d / det), x * (-c / det)])
 
     def eigenbasis(self) -> tuple[tuple[float, ...], ...]:
         """Rows (1 0) and e with e base = λ e: what momentum only scales is written in the second.
@@ -99,16 +99,54 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Update:
-    """New small arrays, and increments (n, w) for the rows of V; or why there are none.
+    """What is added: (n, w) to the rows of V, and to each small array after κ has acted on it.
 
-    harsh: the step shrinks some direction so much that the factors must be looked at.
+    scaled: the small arrays after κ; empty where κ is a number and can act in place
+    refused: why the step cannot be taken, None where it can
+    share: the smallest pivot of S, about how much the step leaves of the direction that it shrinks
+        most; 1 on a GPU, where it is not asked for
     """
 
     rows: Tensor
-    increments: Tensor
-    small: dict[str, Tensor]
+    to_rows: Tensor
+    to_small: dict[str, Tensor]
+    scaled: dict[str, Tensor]
+    blocks: Blocks
     refused: str | None = None
-    harsh: bool = False
+    share: float = 1.0
+
+    def commit(self, W: FactoredMatrix) -> None:
+        """Writes it all, in place: nothing is allocated, so nothing can fail half way."""
+        W.V.index_add_(0, self.rows, self.to_rows.to(W.V.dtype))
+        for name, increment in self.to_small.items():
+            array: Tensor = getattr(W, name)
+            if name in self.scaled:
+                array.copy_(self.scaled[name])
+            elif self.blocks.base[0][0] != 1:
+                array.mul_(self.blocks.base[0][0] ** POWER[name])
+            array.add_(increment)
+
+    def after(self, W: FactoredMatrix, name: str) -> Tensor:
+        """What a small array will be."""
+        if name in self.scaled:
+            return self.scaled[name] + self.to_small[name]
+        before: Tensor = getattr(W, name)
+        return before * self.blocks.base[0][0] ** POWER[name] + self.to_small[name]
+
+
+# How often κ acts on each small array.
+POWER = {"U": 1, "U_inv": -1, "gram": 2, "omega": 1, "colsum": 1}
+
+
+def under(blocks: Blocks, W: FactoredMatrix) -> dict[str, Tensor]:
+    """The small arrays after κ."""
+    return {
+        "U": blocks.times(W.U),
+        "U_inv": blocks.times(W.U_inv, inverse=True, left=True),
+        "gram": blocks.times(blocks.times(W.gram).mT),
+        "omega": blocks.times(W.omega),
+        "colsum": blocks.times(W.colsum),
+    }
 
 
 def scatter(gradient: StructuredGradient, values: Tensor) -> Tensor:
@@ -131,7 +169,9 @@ def coincide(gradient: StructuredGradient, pi: Tensor | None, R: Tensor) -> Tens
     x = gradient.x[order].unsqueeze(1)
     cols = gradient.cols[order]
     table = R.new_zeros(len(rows), R.shape[1]).index_add_(0, place, x * R[cols])
-    read = table[place] * x if pi is None else table[place] * (x * pi[rows].unsqueeze(1))
+    read = (
+        table[place] * x if pi is None else table[place] * (x * pi[rows].unsqueeze(1).to(x.dtype))
+    )
     return R.new_zeros(R.shape).index_add_(0, cols, read)
 
 
@@ -143,11 +183,11 @@ def rest(
     if g.at_rows is not None and width == g.at_rows.shape[1]:
         at_rows = g.at_rows
     else:
-        at_rows = W.rows(g.rows, slice(0, width))
-    pi = None if W.pi is None else W.pi[g.rows]
+        at_rows = W.rows(g.rows, slice(0, width)).to(R.dtype)
+    pi = None if W.pi is None else W.pi[g.rows].to(R.dtype)
     s = g.s
     of_W = scatter(g, at_rows if pi is None else at_rows * pi.unsqueeze(1))
-    of_W = torch.addr(of_W, s, W.small("colsum")[:width])
+    of_W = torch.addr(of_W, s, W.small("colsum", R.dtype)[:width])
     e = scatter(g, torch.ones_like(g.x) if pi is None else pi)
     of_one = e + W.mass * s
     of_rest = coincide(g, W.pi, R)
@@ -160,7 +200,7 @@ def gram_times(W: FactoredMatrix, gradient: StructuredGradient) -> Tensor:
     """Jᵀ Π J H: (r, d), by which Gᵀ Π G = Hᵀ (Jᵀ Π J H)."""
     g, d = gradient, W.width
     of_W, _, of_rest = rest(W, g, g.H, d)
-    back = of_W + g.L @ W.small("gram")[:d, :d] if g.back is None else g.back
+    back = of_W + g.L @ W.small("gram", g.H.dtype)[:d, :d] if g.back is None else g.back
     if g.rank > d:
         return of_rest + back @ g.A + g.L @ (of_W.mT @ g.H)
     return of_rest + (back @ g.L.mT + g.L @ of_W.mT) @ g.H
@@ -169,74 +209,94 @@ def gram_times(W: FactoredMatrix, gradient: StructuredGradient) -> Tensor:
 def plan(W: FactoredMatrix, gradient: StructuredGradient, blocks: Blocks) -> Update:
     """The update, or on a CPU the reason why there is none.
 
-    On a GPU, where asking costs a synchronisation, an update that cannot be taken leaves
-    everything as it was and is remembered in W.watch for the next check.
+    A harsh step is a small difference of large numbers, so it is computed again in float64; on a
+    GPU, where asking costs a synchronisation, every step is. There an update that cannot be taken
+    leaves everything as it was and is remembered in W.watch for the next check.
     """
-    g, d, w = gradient, W.width, W.V.shape[1]
+    g = gradient
     if not blocks.invertible():
-        return Update(g.rows, g.H, {}, "weight decay takes all of W away; lower lr or weight_decay")
-    Q, U, U_inv = W.small("gram"), W.small("U"), W.small("U_inv")
-    R = torch.cat([g.H * scale for scale in blocks.spread], 1)
+        why = "weight decay takes all of W away; lower lr or weight_decay"
+        return Update(g.rows, g.H, {}, {}, blocks, why)
+    exact = g.to(torch.float64)
+    if W.V.device.type != "cpu" or W.V.dtype == torch.float64:
+        return compute(W, exact, blocks)
+    update = compute(W, g.to(W.V.dtype), blocks)
+    return compute(W, exact, blocks) if update.share < HARSH else update
+
+
+def compute(W: FactoredMatrix, gradient: StructuredGradient, blocks: Blocks) -> Update:
+    """The update in the dtype of the gradient."""
+    g, d, w, dtype = gradient, W.width, W.V.shape[1], gradient.H.dtype
+    Q, U, U_inv = (W.small(name, dtype) for name in ("gram", "U", "U_inv"))
+    R = spread_out(g.H, blocks.spread)
     of_W, of_one, of_rest = rest(W, g, R, w)
     thin = g.rank <= THIN * w
     L_T = g.L if thin else torch.eye(d, dtype=R.dtype, device=R.device)
     R_T = R if thin else g.L.mT @ R
 
-    # T⁻¹ by Woodbury's identity
+    # T⁻¹ by Woodbury's identity; S is small and near I, so its inverse is as good as a solve
+    eye = torch.eye(len(R_T), dtype=R.dtype, device=R.device)
     R_back = blocks.times(R_T, inverse=True)
-    S = torch.addmm(torch.eye(len(R_T), dtype=R.dtype, device=R.device), R_back[:, :d], L_T.mT)
-    LU, pivots, _ = torch.linalg.lu_factor_ex(S)
-    N = torch.linalg.lu_solve(LU, pivots, R_back @ U_inv)
+    LU, pivots, _ = torch.linalg.lu_factor_ex(torch.addmm(eye, R_back[:, :d], L_T.mT))
+    N = torch.linalg.lu_solve(LU, pivots, eye) @ (R_back @ U_inv)
     LN = L_T.mT @ N if thin else N
-    column = blocks.inverse_column()
-    new_U = blocks.times(W.U) + (U[:, :d] @ L_T.mT if thin else U[:, :d]) @ R_T
-    new_U_inv = blocks.times(W.U_inv, inverse=True, left=True)
-    new_U_inv -= torch.cat([LN * scale for scale in column])
 
-    # Q, and the rows of V
     if thin:
         back = g.back if g.back is not None and w == d else of_W + g.L @ Q[:d]
-        JJ = back[:, :d] @ g.L.mT + g.L @ of_W[:, :d].mT
-        half = R.mT @ (blocks.times(back) + 0.5 * torch.addmm(of_rest, JJ, R))
-        increments = g.x.unsqueeze(1) * N[g.cols]
+        JJ = torch.addmm(g.L @ of_W[:, :d].mT, back[:, :d], g.L.mT)
+        half = R.mT @ blocks.times(back).add(torch.addmm(of_rest, JJ, R), alpha=0.5)
+        to_rows = g.x.unsqueeze(1) * N[g.cols]
     else:
         C = of_W.mT @ R
         RB = R_T.mT @ Q[:d] + C.mT
         half = RB[:, :d] @ R_T + R_T.mT @ C[:d] + R.mT @ of_rest
         half = blocks.times(RB) + 0.5 * half
-        increments = (g.x.unsqueeze(1) * R[g.cols]) @ new_U_inv.to(R.dtype)
-    new_Q = blocks.times(blocks.times(W.gram).mT) + (half + half.mT)
-    J_one = of_one + g.L @ W.small("colsum")[:d]
-    small = {
-        "U": new_U,
-        "U_inv": new_U_inv,
-        "gram": new_Q,
-        "omega": blocks.times(W.omega) + (g.L @ W.small("omega")[:d] + g.s) @ R,
-        "colsum": blocks.times(W.colsum) + J_one @ R,
+        after = blocks.times(U_inv, inverse=True, left=True) - blocks.columns(LN)
+        to_rows = (g.x.unsqueeze(1) * R[g.cols]) @ after
+    to_small = {
+        "U": (U[:, :d] @ L_T.mT if thin else U[:, :d]) @ R_T,
+        "U_inv": -blocks.columns(LN),
+        "gram": half + half.mT,
+        "omega": (g.L @ W.small("omega", dtype)[:d] + g.s) @ R,
+        "colsum": (of_one + g.L @ W.small("colsum", dtype)[:d]) @ R,
     }
-    return guarded(W, g, small, increments, LU.diagonal().abs())
+    scaled = under(blocks, W) if W.blocks > 1 else {}
+    seen = (N, half, to_rows, to_small["omega"], to_small["colsum"])
+    return guarded(W, g, Update(g.rows, to_rows, to_small, scaled, blocks), seen, LU.diagonal())
+
+
+def spread_out(H: Tensor, spread: tuple[float, ...]) -> Tensor:
+    """spread ⊗ H: (r, w)."""
+    return H * spread[0] if len(spread) == 1 else torch.cat([H * scale for scale in spread], 1)
 
 
 def guarded(
     W: FactoredMatrix,
     gradient: StructuredGradient,
-    small: dict[str, Tensor],
-    increments: Tensor,
+    update: Update,
+    seen: tuple[Tensor, ...],
     pivots: Tensor,
 ) -> Update:
-    """The update if every number of it is finite and its map is not singular."""
-    total = increments.sum()
-    for value in small.values():
-        total = total + value.sum()
-    ok = total.isfinite()
-    share = pivots.min() / pivots.max().clamp_min(1) if len(pivots) else total.new_ones(())
-    ok = ok & (share > 64 * torch.finfo(pivots.dtype).eps)
+    """The update if all that is `seen` is finite and S not singular by its pivots.
+
+    On a GPU, where asking would wait for it, one that changes nothing otherwise.
+    """
+    total = sum((part.sum() for part in seen), pivots.new_zeros(()))
+    size = pivots.abs()
+    share = size.min() / size.max().clamp_min(1) if len(size) else total.new_ones(())
+    ok = total.isfinite() & (share > 64 * torch.finfo(pivots.dtype).eps)
     if W.V.device.type == "cpu":
         refused = None if bool(ok) else reason(gradient)
-        return Update(gradient.rows, increments, small, refused, harsh=bool(share < HARSH))
-    W.watch.refused = W.watch.refused | ~ok if W.watch.refused is not None else ~ok
-    kept = {name: torch.where(ok, new, getattr(W, name)) for name, new in small.items()}
-    return Update(gradient.rows, torch.where(ok, increments, 0.0), kept)
+        return replace(update, refused=refused, share=float(share))
+    W.watch.refused = ~ok if W.watch.refused is None else W.watch.refused | ~ok
+    ok = ~W.watch.refused
+    scaled = update.scaled or under(update.blocks, W)
+    return replace(
+        update,
+        to_rows=torch.where(ok, update.to_rows, 0.0),
+        to_small={name: torch.where(ok, x, 0.0) for name, x in update.to_small.items()},
+        scaled={name: torch.where(ok, x, getattr(W, name)) for name, x in scaled.items()},
+    )
 
 
 def reason(gradient: StructuredGradient) -> str:

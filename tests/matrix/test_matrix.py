@@ -1,0 +1,231 @@
+"""FactoredMatrix and StructuredGradient beside dense twins, as linear algebra."""
+
+from __future__ import annotations
+
+import copy
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from softsphere.matrix import FactoredMatrix, SingularStepError, StructuredGradient, mending
+from softsphere.matrix.update import Blocks
+
+D, d = 23, 4
+
+
+def gradient(m: int, n: int, seed: int, width: int = d, rows: int = D) -> StructuredGradient:
+    """Random factors in float64; several entries in one place and in one row."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    H = normal(m, width) * torch.logspace(0, -1, width, dtype=torch.float64)
+    q = torch.rand(m, 1, generator=generator).double()
+    t = torch.randint(rows, (n,), generator=generator) // 2
+    cols = torch.randint(m, (n,), generator=generator)
+    return StructuredGradient(H, q * H, normal(m), t, cols, normal(n))
+
+
+def cast(g: StructuredGradient, dtype: torch.dtype) -> StructuredGradient:
+    H, L, s, x = (part.to(dtype) for part in (g.H, g.L, g.s, g.x))
+    return StructuredGradient(H, L, s, g.rows, g.cols, x)
+
+
+def dense_gradient(W: torch.Tensor, g: StructuredGradient) -> torch.Tensor:
+    """G by explicit loops."""
+    J = W @ g.L.T + g.s
+    for t, i, x in zip(g.rows.tolist(), g.cols.tolist(), g.x.tolist(), strict=True):
+        J[t, i] += x
+    return J @ g.H
+
+
+@pytest.mark.parametrize("prior", [False, True])
+@pytest.mark.parametrize(("m", "n"), [(3, 5), (11, 7), (1, 1), (2, 0)])
+def test_gradients_as_matrices(m, n, prior):
+    torch.manual_seed(1)
+    pi = torch.rand(D).double() + 0.2 if prior else None
+    pi = None if pi is None else pi / pi.sum() * D
+    W = FactoredMatrix(torch.randn(D, d).double(), pi)
+    W.add_(gradient(2, 3, 9), alpha=-0.1)
+    dense = W.to_dense()
+    one, two, P = gradient(m, n, 0), gradient(m + 1, n + 2, 1), torch.randn(d, d).double()
+    Pi = torch.ones(D, 1).double() if pi is None else pi.unsqueeze(1)
+    cases = {
+        "itself": (one, dense_gradient(dense, one)),
+        "sum": (one + two, dense_gradient(dense, one) + dense_gradient(dense, two)),
+        "scaled": (one * -2.5, -2.5 * dense_gradient(dense, one)),
+        "right": ((one + two) @ P, (dense_gradient(dense, one) + dense_gradient(dense, two)) @ P),
+        "none": (StructuredGradient.zero(d, one.H) + one, dense_gradient(dense, one)),
+    }
+    for name, (got, want) in cases.items():
+        torch.testing.assert_close(W.to_dense_gradient(got), want, msg=name)
+        parts = (dense @ got.A + got.b).index_add_(0, got.rows, got.X)
+        torch.testing.assert_close(parts, want, msg=name)
+        torch.testing.assert_close(W.gradient_gram(got), want.T @ (Pi * want), msg=name)
+        torch.testing.assert_close(W.norm(got), (Pi * want * want).sum().sqrt(), msg=name)
+
+
+def test_gradients_of_different_width_do_not_add_up():
+    with pytest.raises(ValueError, match="same width, got 4 and 3"):
+        gradient(2, 2, 0) + gradient(2, 2, 0, width=3)
+
+
+def test_what_is_cached_in_a_gradient_changes_nothing():
+    W, g = FactoredMatrix(torch.randn(D, d).double()), gradient(2, 3, 0)
+    J = W.to_dense() @ g.L.T + g.s
+    J[g.rows, g.cols] += 0  # shape
+    full = torch.zeros(D, 2).double()
+    full.index_put_((g.rows, g.cols), g.x, accumulate=True)
+    J = J + full
+    known = StructuredGradient(
+        g.H, g.L, g.s, g.rows, g.cols, g.x, J.T @ W.to_dense(), W.rows(g.rows)
+    )
+    other = copy.deepcopy(W)
+    W.add_(g, alpha=-0.2)
+    other.add_(known, alpha=-0.2)
+    torch.testing.assert_close(W.gram, other.gram)
+    torch.testing.assert_close(W.to_dense(), other.to_dense())
+
+
+def test_a_step_that_is_singular_or_not_finite_changes_nothing():
+    W = FactoredMatrix(torch.randn(D, d).double())
+    before = copy.deepcopy(W.state())
+    h = torch.tensor([[2.0, 0, 0, 0]]).double()
+    none = torch.empty(0, dtype=torch.long)
+    singular = StructuredGradient(h, h, torch.zeros(1).double(), none, none, h.new_empty(0))
+    with pytest.raises(SingularStepError, match="singular"):
+        W.add_(singular, alpha=-0.25)
+    with pytest.raises(SingularStepError, match="not finite"):
+        W.add_(gradient(2, 3, 0) * float("nan"), alpha=-0.1)
+    with pytest.raises(SingularStepError, match="weight decay"):
+        W.add_(gradient(2, 3, 0), decay=1.0)
+    with pytest.raises(IndexError):
+        W.add_(gradient(2, 3, 0, rows=5 * D), alpha=-0.1)
+    for name, value in W.state().items():
+        assert torch.equal(value, before[name]), name
+    W.add_(singular, alpha=-0.2)
+
+
+def test_harsh_steps_are_mended_at_once():
+    """One step takes all but 1e-3 of a direction; float32 keeps its digits."""
+    torch.manual_seed(0)
+    W = FactoredMatrix(torch.randn(D, d))
+    dense = W.to_dense().double()
+    for seed in range(30):
+        g = gradient(1, 1, seed)
+        h = g.H / g.H.norm()
+        g = StructuredGradient(h, h, g.s, g.rows, g.cols, g.x)
+        dense = dense - (1 - 1e-3) * dense_gradient(dense, g)
+        W.add_(cast(g, torch.float32), alpha=-(1 - 1e-3))
+    error = (W.to_dense().double() - dense).abs().max() / dense.abs().max()
+    assert error < 1e-4
+    assert W.health().refactorised > 0
+
+
+@pytest.mark.parametrize("means", ["refactorise_", "canonical_", "mend_"])
+def test_mending_leaves_the_matrix(means):
+    W = FactoredMatrix(torch.randn(D, d).double())
+    for seed in range(5):
+        W.add_(gradient(3, 4, seed), alpha=-0.1, decay=0.01)
+    before, gram = W.to_dense(), W.gram.clone()
+    getattr(W, means)()
+    torch.testing.assert_close(W.to_dense(), before, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(W.gram, gram)
+
+
+def test_rescaling_is_exact():
+    W = FactoredMatrix(torch.randn(D, d))
+    W.add_(cast(gradient(3, 0, 0) * 0.0, torch.float32), decay=1 - 2.0**-20)
+    before = W.to_dense()
+    mending.rescale(W)
+    assert torch.equal(W.to_dense(), before)
+    assert torch.equal(W.U, torch.eye(d).double())
+
+
+class Machine(RuleBasedStateMachine):
+    """Steps, momentum, mending, saving, moving between dtypes, in any order, beside a dense W."""
+
+    @initialize(prior=st.booleans(), seed=st.integers(0, 99))
+    def start(self, prior, seed):
+        torch.manual_seed(seed)
+        pi = torch.rand(D).double() + 0.2 if prior else None
+        self.Pi = torch.ones(D, 1).double() if pi is None else (pi / pi.sum() * D).unsqueeze(1)
+        self.dense = torch.randn(D, d).double()
+        self.W = FactoredMatrix(self.dense.clone(), None if pi is None else self.Pi.squeeze(1))
+        self.rough = False
+
+    @property
+    def tolerance(self):
+        return 2e-4 if self.rough else 1e-9
+
+    @rule(
+        m=st.integers(1, 9),
+        n=st.integers(0, 9),
+        seed=st.integers(0, 999),
+        decay=st.sampled_from([0.0, 0.05]),
+        scale=st.sampled_from([0.02, 0.1]),
+    )
+    def step(self, m, n, seed, decay, scale):
+        g = gradient(m, n, seed) * (scale / m)
+        G = dense_gradient(self.dense[:, :d], g)
+        g = cast(g, self.W.V.dtype)
+        if self.W.blocks == 1:
+            self.W.add_(g, alpha=-1.0, decay=decay)
+            self.dense = (1 - decay) * self.dense - G
+            return
+        B = 0.7 * self.dense[:, d:] + G + decay * self.dense[:, :d]
+        self.dense = torch.cat([self.dense[:, :d] - B, B], 1)
+        self.W.transform_(g, Blocks(((1 - decay, decay), (-0.7, 0.7)), (-1.0, 1.0)))
+
+    @precondition(lambda self: self.W.blocks == 1)
+    @rule()
+    def begin_momentum(self):
+        self.W.widen_(Blocks(((1.0, 0.0), (-0.7, 0.7)), (-1.0, 1.0)))
+        self.dense = torch.cat([self.dense, torch.zeros(D, d).double()], 1)
+
+    @precondition(lambda self: self.W.blocks > 1)
+    @rule()
+    def forget_momentum(self):
+        self.W.narrow_()
+        self.dense = self.dense[:, :d]
+
+    @rule(means=st.sampled_from(["mend_", "refactorise_", "canonical_", "regram_"]))
+    def mend(self, means):
+        getattr(self.W, means)()
+
+    @rule()
+    def save_and_load(self):
+        self.W.canonical_()
+        state = {name: value.clone() for name, value in self.W.extra_state().items()}
+        first = self.W.V[:, :d].clone()
+        other = FactoredMatrix(torch.zeros(D, d, dtype=self.W.V.dtype), self.W.pi)
+        other.V.copy_(first)
+        other.load_extra_state(state)
+        assert torch.equal(other.to_dense(), self.W.to_dense())
+        self.W = other
+
+    @rule(dtype=st.sampled_from([torch.float32, torch.float64]))
+    def change_dtype(self, dtype):
+        self.rough |= dtype == torch.float32
+        self.W.to(dtype)
+
+    @invariant()
+    def is_its_twin(self):
+        if not hasattr(self, "W"):
+            return
+        W, scale = self.W, self.dense.abs().max()
+        near = {"rtol": 0, "atol": float(self.tolerance * (1 + scale) ** 2 * D)}
+        torch.testing.assert_close(W.to_dense().double(), self.dense, **near)
+        torch.testing.assert_close(W.gram, self.dense.T @ (self.Pi * self.dense), **near)
+        torch.testing.assert_close(W.colsum, (self.Pi * self.dense).sum(0), **near)
+        lengths = W.U.norm(dim=1)
+        back = W.U @ W.U_inv * lengths / lengths.unsqueeze(1)
+        torch.testing.assert_close(back, torch.eye(len(W.U)).double(), rtol=0, atol=self.tolerance)
+
+
+TestMachine = Machine.TestCase
+TestMachine.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)

@@ -81,8 +81,7 @@ class FactoredStatistics(torch.autograd.Function):
         rows = target.flatten()
         x = gc.flatten() if matrix.pi is None else gc.flatten() / matrix.pi[rows]
         m, K = target.shape
-        cols = torch.arange(m, device=H.device)
-        cols = cols if K == 1 else cols.repeat_interleave(K)
+        cols = None if K == 1 else torch.arange(m, device=H.device).repeat_interleave(K)
         by_one = gs - 2 * gq * s / matrix.mass if ctx.centred else gs
         ctx.recorder.record(StructuredGradient(H, twice * H, by_one, rows, cols, x, back, at_rows))
         return back, gs.new_zeros(()), None, None, None

@@ -18,7 +18,7 @@ class StructuredGradient:
     L: (r, d)              left factors, A = Lᵀ H
     s: (r)                 b = Hᵀ s
     rows, cols, x: (n)     E has the value x_j at (rows_j, cols_j), cols in [0, r); entries at one
-                           place add up. X_j = x_j H[cols_j] goes to row rows_j
+                           place add up. X_j = x_j H[cols_j] goes to row rows_j. cols None: 0 … r−1
     back: (r, d) or None   Jᵀ Π W, if it is known already: the gradient of what was multiplied
     at_rows: (n, d) or None   W[rows], if it is known already
 
@@ -30,7 +30,7 @@ class StructuredGradient:
     L: Tensor
     s: Tensor
     rows: Tensor
-    cols: Tensor
+    cols: Tensor | None
     x: Tensor
     back: Tensor | None = None
     at_rows: Tensor | None = None
@@ -40,7 +40,7 @@ class StructuredGradient:
         """The gradient with no factors, in the dtype and on the device of `like`."""
         none = torch.empty(0, dtype=torch.long, device=like.device)
         H, s = like.new_empty(0, width), like.new_empty(0)
-        return cls(H, H, s, none, none, s, H, H)
+        return cls(H, H, s, none, None, s, H, H)
 
     @property
     def rank(self) -> int:
@@ -60,7 +60,11 @@ class StructuredGradient:
     @property
     def X(self) -> Tensor:
         """(n, d): row j is added to row rows_j."""
-        return self.x.unsqueeze(1) * self.H[self.cols]
+        return self.x.unsqueeze(1) * (self.H if self.cols is None else self.H[self.cols])
+
+    def columns(self) -> Tensor:
+        """cols as a tensor."""
+        return torch.arange(self.rank, device=self.H.device) if self.cols is None else self.cols
 
     def to(self, dtype: torch.dtype) -> StructuredGradient:
         """The same in another dtype."""
@@ -86,12 +90,14 @@ class StructuredGradient:
         def both(one: Tensor | None, two: Tensor | None) -> Tensor | None:
             return None if one is None or two is None else torch.cat([one, two])
 
+        each = self.cols is None and other.cols is None
+        cols = None if each else torch.cat([self.columns(), other.columns() + self.rank])
         return StructuredGradient(
             torch.cat([self.H, other.H]),
             torch.cat([self.L, other.L]),
             torch.cat([self.s, other.s]),
             torch.cat([self.rows, other.rows]),
-            torch.cat([self.cols, other.cols + self.rank]),
+            cols,
             torch.cat([self.x, other.x]),
             both(self.back, other.back),
             both(self.at_rows, other.at_rows),

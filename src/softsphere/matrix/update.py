@@ -149,14 +149,21 @@ def under(blocks: Blocks, W: FactoredMatrix) -> dict[str, Tensor]:
     }
 
 
-def scatter(gradient: StructuredGradient, values: Tensor) -> Tensor:
+def to_columns(gradient: StructuredGradient, values: Tensor) -> Tensor:
     """Eᵀ of (n, …) values at the entries, summed over the entries of each column: (r, …)."""
     weighted = values * gradient.x.reshape(-1, *[1] * (values.dim() - 1))
+    if gradient.cols is None:
+        return weighted
     out = weighted.new_zeros(gradient.rank, *values.shape[1:])
     return out.index_add_(0, gradient.cols, weighted)
 
 
-def coincide(gradient: StructuredGradient, pi: Tensor | None, R: Tensor) -> Tensor:
+def at_entries(gradient: StructuredGradient, values: Tensor) -> Tensor:
+    """values (r, …) of the column of each entry: (n, …)."""
+    return values if gradient.cols is None else values[gradient.cols]
+
+
+def entries_times(gradient: StructuredGradient, pi: Tensor | None, R: Tensor) -> Tensor:
     """Eᵀ Π E R: (r, w), without a D-sized or an n × n tensor.
 
     The rows x_j R[i_j] of equal targets are summed in a table of n places, then read back.
@@ -166,44 +173,70 @@ def coincide(gradient: StructuredGradient, pi: Tensor | None, R: Tensor) -> Tens
     place = torch.zeros_like(rows)
     if len(rows) > 1:
         place[1:] = (rows[1:] != rows[:-1]).cumsum(0)
-    x = gradient.x[order].unsqueeze(1)
-    cols = gradient.cols[order]
-    table = R.new_zeros(len(rows), R.shape[1]).index_add_(0, place, x * R[cols])
-    read = (
-        table[place] * x if pi is None else table[place] * (x * pi[rows].unsqueeze(1).to(x.dtype))
-    )
-    return R.new_zeros(R.shape).index_add_(0, cols, read)
+    weighted = gradient.x.unsqueeze(1) * at_entries(gradient, R)
+    table = torch.zeros_like(weighted).index_add_(0, place, weighted[order])
+    read = torch.empty_like(weighted)
+    read[order] = table[place]
+    if pi is not None:
+        read = read * pi.unsqueeze(1)
+    return to_columns(gradient, read)
 
 
-def rest(
-    W: FactoredMatrix, gradient: StructuredGradient, R: Tensor, width: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(1 sᵀ + E)ᵀ Π of W (r, width), of 1 (r), and of (1 sᵀ + E) R (r, w)."""
-    g = gradient
-    if g.at_rows is not None and width == g.at_rows.shape[1]:
-        at_rows = g.at_rows
-    else:
-        at_rows = W.rows(g.rows, slice(0, width)).to(R.dtype)
-    pi = None if W.pi is None else W.pi[g.rows].to(R.dtype)
-    s = g.s
-    of_W = scatter(g, at_rows if pi is None else at_rows * pi.unsqueeze(1))
-    of_W = torch.addr(of_W, s, W.small("colsum", R.dtype)[:width])
-    e = scatter(g, torch.ones_like(g.x) if pi is None else pi)
-    of_one = e + W.mass * s
-    of_rest = coincide(g, W.pi, R)
-    of_rest = torch.addr(of_rest, of_one, s @ R)
-    of_rest = torch.addr(of_rest, s, e @ R)
-    return of_W, of_one, of_rest
+def entries_gram(gradient: StructuredGradient, pi: Tensor | None) -> Tensor:
+    """Eᵀ Π E: (r, r), by an n × n table of which targets are equal."""
+    weighted = gradient.x if pi is None else gradient.x * pi
+    equal = gradient.rows.unsqueeze(1) == gradient.rows
+    table = equal * torch.outer(weighted, gradient.x)
+    if gradient.cols is None:
+        return table
+    out = table.new_zeros(gradient.rank, gradient.rank)
+    across = table.new_zeros(gradient.rank, len(table)).index_add_(0, gradient.cols, table)
+    return out.index_add_(1, gradient.cols, across)
+
+
+@dataclass(frozen=True)
+class Rest:
+    """What F = 1 sᵀ + E makes with W (r, width), with ones (r), and e = Eᵀπ (r)."""
+
+    of_weight: Tensor
+    of_one: Tensor
+    e: Tensor
+    pi: Tensor | None
+
+    @classmethod
+    def of(cls, W: FactoredMatrix, gradient: StructuredGradient, width: int) -> Rest:
+        """Fᵀ Π W and Fᵀ Π 1; `width` columns of W."""
+        g, dtype = gradient, gradient.H.dtype
+        if g.at_rows is not None and width == g.at_rows.shape[1]:
+            at_rows = g.at_rows
+        else:
+            at_rows = W.rows(g.rows, slice(0, width)).to(dtype)
+        pi = None if W.pi is None else W.pi[g.rows].to(dtype)
+        of_W = to_columns(g, at_rows if pi is None else at_rows * pi.unsqueeze(1))
+        of_W = torch.addr(of_W, g.s, W.small("colsum", dtype)[:width])
+        e = to_columns(g, torch.ones_like(g.x) if pi is None else pi)
+        return cls(of_W, e + W.mass * g.s, e, pi)
+
+    def gram(self, gradient: StructuredGradient) -> Tensor:
+        """Fᵀ Π F: (r, r)."""
+        own = torch.addr(entries_gram(gradient, self.pi), self.of_one, gradient.s)
+        return torch.addr(own, gradient.s, self.e)
+
+    def times(self, gradient: StructuredGradient, R: Tensor) -> Tensor:
+        """Fᵀ Π F R: (r, w)."""
+        own = torch.addr(entries_times(gradient, self.pi, R), self.of_one, gradient.s @ R)
+        return torch.addr(own, gradient.s, self.e @ R)
 
 
 def gram_times(W: FactoredMatrix, gradient: StructuredGradient) -> Tensor:
     """Jᵀ Π J H: (r, d), by which Gᵀ Π G = Hᵀ (Jᵀ Π J H)."""
     g, d = gradient, W.width
-    of_W, _, of_rest = rest(W, g, g.H, d)
-    back = of_W + g.L @ W.small("gram", g.H.dtype)[:d, :d] if g.back is None else g.back
+    rest = Rest.of(W, g, d)
+    back = rest.of_weight + g.L @ W.small("gram", g.H.dtype)[:d, :d] if g.back is None else g.back
+    own = rest.times(g, g.H)
     if g.rank > d:
-        return of_rest + back @ g.A + g.L @ (of_W.mT @ g.H)
-    return of_rest + (back @ g.L.mT + g.L @ of_W.mT) @ g.H
+        return own + back @ g.A + g.L @ (rest.of_weight.mT @ g.H)
+    return own + (back @ g.L.mT + g.L @ rest.of_weight.mT) @ g.H
 
 
 def plan(W: FactoredMatrix, gradient: StructuredGradient, blocks: Blocks) -> Update:
@@ -217,11 +250,11 @@ def plan(W: FactoredMatrix, gradient: StructuredGradient, blocks: Blocks) -> Upd
     if not blocks.invertible():
         why = "weight decay takes all of W away; lower lr or weight_decay"
         return Update(g.rows, g.H, {}, {}, blocks, why)
-    exact = g.to(torch.float64)
-    if W.V.device.type != "cpu" or W.V.dtype == torch.float64:
-        return compute(W, exact, blocks)
-    update = compute(W, g.to(W.V.dtype), blocks)
-    return compute(W, exact, blocks) if update.share < HARSH else update
+    if W.V.device.type == "cpu":
+        update = compute(W, g.to(W.V.dtype), blocks)
+        if update.share >= HARSH:
+            return update
+    return compute(W, g.to(torch.float64), blocks)
 
 
 def compute(W: FactoredMatrix, gradient: StructuredGradient, blocks: Blocks) -> Update:
@@ -229,7 +262,8 @@ def compute(W: FactoredMatrix, gradient: StructuredGradient, blocks: Blocks) -> 
     g, d, w, dtype = gradient, W.width, W.V.shape[1], gradient.H.dtype
     Q, U, U_inv = (W.small(name, dtype) for name in ("gram", "U", "U_inv"))
     R = spread_out(g.H, blocks.spread)
-    of_W, of_one, of_rest = rest(W, g, R, w)
+    rest = Rest.of(W, g, w)
+    of_W = rest.of_weight
     thin = g.rank <= THIN * w
     L_T = g.L if thin else torch.eye(d, dtype=R.dtype, device=R.device)
     R_T = R if thin else g.L.mT @ R
@@ -243,22 +277,28 @@ def compute(W: FactoredMatrix, gradient: StructuredGradient, blocks: Blocks) -> 
 
     if thin:
         back = g.back if g.back is not None and w == d else of_W + g.L @ Q[:d]
-        JJ = torch.addmm(g.L @ of_W[:, :d].mT, back[:, :d], g.L.mT)
-        half = R.mT @ blocks.times(back).add(torch.addmm(of_rest, JJ, R), alpha=0.5)
-        to_rows = g.x.unsqueeze(1) * N[g.cols]
+        # JᵀΠJ = (JᵀΠW)Lᵀ + L(FᵀΠW)ᵀ + FᵀΠF
+        if len(g.rows) <= 2 * w:
+            JJ = torch.addmm(rest.gram(g), g.L, of_W[:, :d].mT).addmm_(back[:, :d], g.L.mT)
+            JJR = JJ @ R
+        else:
+            JJ = torch.addmm(g.L @ of_W[:, :d].mT, back[:, :d], g.L.mT)
+            JJR = torch.addmm(rest.times(g, R), JJ, R)
+        half = R.mT @ blocks.times(back).add(JJR, alpha=0.5)
+        to_rows = g.x.unsqueeze(1) * at_entries(g, N)
     else:
         C = of_W.mT @ R
         RB = R_T.mT @ Q[:d] + C.mT
-        half = RB[:, :d] @ R_T + R_T.mT @ C[:d] + R.mT @ of_rest
+        half = RB[:, :d] @ R_T + R_T.mT @ C[:d] + R.mT @ rest.times(g, R)
         half = blocks.times(RB) + 0.5 * half
         after = blocks.times(U_inv, inverse=True, left=True) - blocks.columns(LN)
-        to_rows = (g.x.unsqueeze(1) * R[g.cols]) @ after
+        to_rows = (g.x.unsqueeze(1) * at_entries(g, R)) @ after
     to_small = {
         "U": (U[:, :d] @ L_T.mT if thin else U[:, :d]) @ R_T,
         "U_inv": -blocks.columns(LN),
         "gram": half + half.mT,
         "omega": (g.L @ W.small("omega", dtype)[:d] + g.s) @ R,
-        "colsum": (of_one + g.L @ W.small("colsum", dtype)[:d]) @ R,
+        "colsum": (rest.of_one + g.L @ W.small("colsum", dtype)[:d]) @ R,
     }
     scaled = under(blocks, W) if W.blocks > 1 else {}
     seen = (N, half, to_rows, to_small["omega"], to_small["colsum"])

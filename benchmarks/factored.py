@@ -1,0 +1,274 @@
+"""What does a training step of the factored layer cost, beside other output layers?
+
+    python benchmarks/factored.py papers    # the papers' settings against softmax, core and others
+    python benchmarks/factored.py sweep     # step time against D from 10⁴ to 10⁷, for all layers
+    python benchmarks/factored.py flat      # D = 10⁷ against D = 10⁴, m = d = 128
+    python benchmarks/factored.py products  # against the matrix products that it cannot do without
+    python benchmarks/factored.py wear      # squared error over 10,000 steps
+    python benchmarks/factored.py memory    # peak memory of steps, mending, saving and loading
+    python benchmarks/factored.py figure    # draws the sweep that the table holds
+
+Everything is counted: forward, backward, update, mending; only ratios of one run mean anything.
+A part replaces its rows in benchmarks/factored.csv (with machine and versions). Each layer is timed
+in a process of its own, the median of its steps after warm-up.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from layers import LAYERS, Setting, Step, core, factored
+
+TABLE = Path(__file__).with_name("factored.csv")
+FIGURE = Path(__file__).with_name("factored.png")
+COLUMNS = ("part", "layer", "D", "d", "m", "measure", "value", "machine", "torch", "threads")
+PAPERS = (Setting(793_471, 512, 200), Setting(800_000, 300, 128))
+CHUNKS = (25, 50, 100, 200)
+
+
+def timed(step: Step, setting: Setting, least: int = 5, seconds: float = 12.0) -> list[float]:
+    """Times of steps after warm-up: for so many seconds, but at least so many."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        step(*setting.batch(generator))
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(times) < least or (time.perf_counter() < end and len(times) < 500):
+        batch = setting.batch(generator)
+        start = time.perf_counter()
+        step(*batch)
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def measure(name: str, setting: Setting, chunk: int | None = None) -> float:
+    """Median seconds of a step of a layer, in a process of its own."""
+    job = json.dumps([name, setting.D, setting.d, setting.m, chunk])
+    result = subprocess.run(
+        [sys.executable, __file__, "one", job], capture_output=True, text=True, check=False
+    )
+    if result.returncode:
+        raise SystemExit(f"{name} at {setting} failed:\n{result.stderr[-2000:]}")
+    return float(result.stdout.split()[-1])
+
+
+def one(job: str) -> None:
+    name, D, d, m, chunk = json.loads(job)
+    setting = Setting(D, d, m)
+    step = core(setting, chunk) if chunk else LAYERS[name](setting)
+    print(statistics.median(timed(step, setting)))
+
+
+def record(part: str, rows: list[tuple[str, Setting, str, float]]) -> None:
+    """Replaces a part's rows in the table, and prints them."""
+    old = list(csv.DictReader(TABLE.open())) if TABLE.exists() else []
+    kept = [row for row in old if row["part"] != part]
+    host = {
+        "machine": f"{os.cpu_count()}-core {platform.machine()}",
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
+    for layer, setting, what, value in rows:
+        kept.append(
+            {
+                "part": part,
+                "layer": layer,
+                "D": setting.D,
+                "d": setting.d,
+                "m": setting.m,
+                "measure": what,
+                "value": f"{value:.6g}",
+                **host,
+            }
+        )
+        print(
+            f"{layer:34s} D={setting.D:<9d} d={setting.d:<4d} m={setting.m:<4d} {what}: {value:.4g}"
+        )
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(kept)
+    TABLE.write_text(text.getvalue())
+
+
+def papers() -> None:
+    rows = []
+    for setting in PAPERS:
+        ours = measure("factored Taylor (ours)", setting)
+        rows.append(("factored Taylor (ours)", setting, "seconds", ours))
+        for name in LAYERS:
+            if name in ("factored Taylor (ours)", "softmax, core fused"):
+                continue
+            seconds = measure(name, setting)
+            rows.append((name, setting, "seconds", seconds))
+            rows.append((name, setting, "times ours", seconds / ours))
+        best, chunk = min((measure("core", setting, c), c) for c in CHUNKS)
+        rows.append((f"softmax, core fused, chunk {chunk}", setting, "seconds", best))
+        rows.append((f"softmax, core fused, chunk {chunk}", setting, "times ours", best / ours))
+    record("papers", rows)
+
+
+def sweep() -> None:
+    rows = []
+    for D in (10_000, 100_000, 1_000_000, 10_000_000):
+        setting = Setting(D, 128, 128)
+        for name in LAYERS:
+            # the m × D logits and their gradient, and the dense gradient, would not fit
+            if D > 1_000_000 and name in ("softmax", "softmax, core fused"):
+                continue
+            rows.append((name, setting, "seconds", measure(name, setting)))
+    record("sweep", rows)
+
+
+def flat() -> None:
+    few, many = Setting(10_000, 128, 128), Setting(10_000_000, 128, 128)
+    name = "factored Taylor (ours)"
+    pairs = [(measure(name, few), measure(name, many)) for _ in range(3)]
+    ratio = statistics.median(b / a for a, b in pairs)
+    rows = [
+        (name, few, "seconds", statistics.median(a for a, _ in pairs)),
+        (name, many, "seconds", statistics.median(b for _, b in pairs)),
+        (name, many, "times that at D = 10,000", ratio),
+    ]
+    record("flat", rows)
+
+
+def products() -> None:
+    """Seven products of m d², five of m² d: H Q, V_t U, U Lᵀ, (U Lᵀ)R, R U⁻¹, LᵀN, RᵀZ; S, JJ, …"""
+    rows = []
+    for setting in PAPERS:
+        m, d = setting.m, setting.d
+        H, Q, K = torch.randn(m, d), torch.randn(d, d), torch.randn(m, m)
+
+        def bare(H: torch.Tensor = H, Q: torch.Tensor = Q, K: torch.Tensor = K) -> None:
+            H @ Q, H @ Q, Q @ H.T, H @ Q
+            H.T @ H, H.T @ H, H.T @ H
+            H @ H.T, H @ H.T, H @ H.T, K @ H, K @ H
+
+        step = factored(setting)
+        generator = torch.Generator().manual_seed(0)
+        ours, alone = [], []
+        for turn in range(60):
+            batch = setting.batch(generator)
+            start = time.perf_counter()
+            step(*batch)
+            middle = time.perf_counter()
+            bare()
+            if turn >= 10:
+                ours.append(middle - start)
+                alone.append(time.perf_counter() - middle)
+        name = "factored Taylor (ours)"
+        rows.append((name, setting, "milliseconds", 1e3 * statistics.median(ours)))
+        rows.append(("its products alone", setting, "milliseconds", 1e3 * statistics.median(alone)))
+        ratio = statistics.median(a / b for a, b in zip(ours, alone, strict=True))
+        rows.append((name, setting, "times its products", ratio))
+    record("products", rows)
+
+
+def wear() -> None:
+    """Ten thousand steps of the squared error, mending included, a thousand at a time."""
+    setting = Setting(793_471, 512, 200)
+    step = factored(setting, "squared_error")
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.logspace(0, -1, setting.d)
+    thousands = []
+    for _ in range(10):
+        start = time.perf_counter()
+        for _ in range(1000):
+            hidden, target = setting.batch(generator)
+            step(hidden.detach().mul_(scale).requires_grad_(), target)
+        thousands.append((time.perf_counter() - start) / 1000)
+        print(f"{1e3 * thousands[-1]:.2f} ms a step", flush=True)
+    health = step.head.health(0)  # type: ignore[attr-defined]
+    name = "factored squared error"
+    record(
+        "wear",
+        [
+            (name, setting, "milliseconds, first thousand", 1e3 * thousands[0]),
+            (name, setting, "milliseconds, slowest thousand", 1e3 * max(thousands)),
+            (name, setting, "slowest over first", max(thousands) / thousands[0]),
+            (name, setting, "refactorised", health.refactorised),
+            (name, setting, "seconds of mending", health.seconds),
+            (name, setting, "condition at the end", health.condition),
+        ],
+    )
+
+
+def memory() -> None:
+    """Peak resident memory beyond that of an import, in sizes of W."""
+    setting = Setting(2_000_000, 256, 128)
+    size = 4 * setting.D * setting.d
+    name = "factored Taylor (ours)"
+    before = peak_bytes()
+    step = factored(setting)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        step(*setting.batch(generator))
+    rows = [(name, setting, "peak over W, steps", (peak_bytes() - before) / size)]
+    head = step.head  # type: ignore[attr-defined]
+    head.matrix.refactorise_()
+    rows.append((name, setting, "peak over W, and mending", (peak_bytes() - before) / size))
+    path = Path(os.environ.get("TMPDIR", "/tmp")) / f"softsphere-{os.getpid()}.pt"
+    try:
+        torch.save(head.state_dict(), path)
+        rows.append((name, setting, "peak over W, and saving", (peak_bytes() - before) / size))
+        state = torch.load(path, mmap=True)
+        head.load_state_dict(state)
+        rows.append((name, setting, "peak over W, and loading", (peak_bytes() - before) / size))
+    finally:
+        path.unlink(missing_ok=True)
+    record("memory", rows)
+
+
+def figure() -> None:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in csv.DictReader(TABLE.open()) if row["part"] == "sweep"]
+    axes = plt.figure(figsize=(7, 4.6), layout="constrained").subplots()
+    for name in LAYERS:
+        own = [row for row in rows if row["layer"] == name]
+        x, y = [int(row["D"]) for row in own], [1e3 * float(row["value"]) for row in own]
+        ours = name.endswith("(ours)")
+        axes.plot(x, y, marker="o", linewidth=2.6 if ours else 1.4, zorder=3 if ours else 2)
+        if x:
+            axes.annotate(
+                name, (x[-1], y[-1]), xytext=(8, 0), textcoords="offset points", va="center",
+                fontsize=9,
+            )  # fmt: skip
+    axes.set(xscale="log", yscale="log", xlabel="classes D", ylabel="milliseconds a training step")
+    axes.set_xlim(7e3, 2e8)
+    axes.set_xticks([10**k for k in range(4, 8)])
+    axes.set_title("One step of an output layer, d = 128, m = 128, float32, 2 cores", fontsize=11)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.figure.savefig(FIGURE, dpi=140, metadata={"Software": None})
+    print(FIGURE)
+
+
+PARTS = {f.__name__: f for f in (papers, sweep, flat, products, wear, memory, figure)}
+
+if __name__ == "__main__":
+    if len(sys.argv) == 3 and sys.argv[1] == "one":
+        one(sys.argv[2])
+    elif len(sys.argv) == 2 and sys.argv[1] in PARTS:
+        PARTS[sys.argv[1]]()
+    else:
+        raise SystemExit(f"usage: python benchmarks/factored.py {'|'.join(PARTS)}")

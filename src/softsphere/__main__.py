@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import sys
 
 # What the extra [lab] brings.
@@ -11,6 +12,19 @@ LAB = ("datasets", "matplotlib", "rich", "scipy", "sklearn", "typer")
 
 def main() -> int:
     """Runs the command line. Returns the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        # a terminal without ± is no reason to lose the table
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    try:
+        return command()
+    except KeyboardInterrupt:
+        print("softsphere: stopped", file=sys.stderr)
+        return 130
+
+
+def command() -> int:
+    """Imports what the command needs, which takes seconds, and runs it."""
     missing = [name for name in LAB if importlib.util.find_spec(name) is None]
     if missing:
         print(

@@ -108,7 +108,8 @@ class FactoredSphericalLoss(nn.Module):
         Raises: ValueError or TypeError that names the argument; RuntimeError where an optimizer
         other than FactoredSGD has been given this layer.
         """
-        if self.anchor._version and not self.has_optimizer:
+        stepped = self.training and torch.is_grad_enabled() and self.anchor._version > 0
+        if stepped and not self.has_optimizer:
             raise RuntimeError(
                 "an optimizer has stepped the parameters of a FactoredSphericalLoss, but only "
                 "softsphere.optim.FactoredSGD([head], lr=…) can train its weight; for Adam use "

@@ -95,6 +95,33 @@ def test_resume_does_only_what_is_missing_and_ends_as_one_run_would(tmp_path, mo
     assert trained == [1, 1]
 
 
+def test_resume_knows_a_loss_by_all_its_digits_and_by_any_spelling(tmp_path, monkeypatch):
+    out = ["--seeds", "1", "--epochs", "1", "--out", str(tmp_path / "run")]
+    losses = "spherical_softmax:eps=0.123456789,z_loss"
+    assert command("compare", *out, "--losses", losses) == 0
+    before = lines(tmp_path / "run")
+    monkeypatch.setattr(compare, "train", None)
+    again = "z_loss:b=4:a=1,spherical_softmax:eps=0.123456789"
+    assert command("compare", *out, "--losses", again, "--resume") == 0
+    assert lines(tmp_path / "run") == before
+    assert json.loads((tmp_path / "run/config.json").read_text())["losses"] == losses.split(",")
+
+
+def test_resume_refuses_other_data(tmp_path, monkeypatch, capsys):
+    out = ["--losses", "softmax", "--seeds", "1", "--epochs", "1", "--out", str(tmp_path / "run")]
+    assert command("compare", *out) == 0
+    assert json.loads((tmp_path / "run/config.json").read_text())["data"]["train"] == 1437
+    real = data.digits
+
+    def other():
+        train, test, classes = real()
+        return data.Split(train.x.flip(3), train.y), test, classes
+
+    monkeypatch.setattr(data, "digits", other)
+    assert command("compare", *out, "--resume") == 2
+    assert "was made with data = " in capsys.readouterr().err
+
+
 def test_resume_refuses_another_configuration_and_names_what_differs(tmp_path, capsys):
     out = str(tmp_path / "run")
     command(*SMALL, "--seeds", "1", "--losses", "softmax", "--out", out)
@@ -115,11 +142,16 @@ def test_resume_without_a_folder_takes_the_newest_of_the_same_configuration(
     assert command(*one, "--lr", "0.1", "--out", "runs/20260102-000000-compare-digits") == 0
     assert command(*one, "--resume") == 0
     assert "20260101" in capsys.readouterr().out.splitlines()[-2]
+    # a spoiled neighbour is in nobody's way
+    spoiled = tmp_path / "runs/20260103-000000-compare-digits"
+    spoiled.mkdir()
+    (spoiled / "config.json").write_text("{")
+    assert command(*one, "--resume") == 0
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupt_keeps_what_is_finished(tmp_path, sent):
-    out = tmp_path / "run"
+    out = tmp_path / "a run"
     arguments = [*SMALL, "--seeds", "200", "--losses", "softmax,z_loss", "--out", str(out)]
     process = subprocess.Popen(
         [sys.executable, "-m", "softsphere", *arguments],
@@ -138,21 +170,25 @@ def test_an_interrupt_keeps_what_is_finished(tmp_path, sent):
     assert len(lines(out)) == 3 * len(finals)
     if sent == signal.SIGINT:
         assert process.returncode == 130
-        assert "--resume" in said and "Traceback" not in wrong
+        assert f"--resume --out '{out}' does" in said and "Traceback" not in wrong
         assert (out / "table.md").exists()
 
 
-def test_the_search_is_recorded_is_the_same_for_all_and_never_reads_the_test_set(tmp_path):
+def test_the_search_is_recorded_has_the_same_rates_for_all_and_never_reads_the_test_set(tmp_path):
     out = tmp_path / "run"
     options = ["--losses", "softmax,spherical_softmax", "--seeds", "1", "--tune"]
     command(*SMALL, *options, "--out", str(out))
     trials = lines(out, compare.TRIALS)
     assert all(trial["final"]["test_error"] is None for trial in trials)
     assert {trial["seed"] for trial in trials} == {compare.TUNING_SEED}
-    rates = {name: {t["lr"] for t in trials if t["loss"] == name} for name in ("softmax",)}
-    assert rates["softmax"] == set(compare.RATES)
+    for name in ("softmax", "spherical_softmax"):
+        assert {t["lr"] for t in trials if t["loss"] == name} == set(compare.RATES)
     settings = {t["setting"] for t in trials if t["loss"] == "spherical_softmax"}
     assert len(settings) == 3
+    assert {row.split(" | ")[2] for row in (out / "table.md").read_text().splitlines()[2:]} == {
+        "4",
+        "12",
+    }
     for loss in ("softmax", "spherical_softmax"):
         best = min(
             (t for t in trials if t["loss"] == loss),
@@ -182,14 +218,23 @@ WRONG = {
     "number": (["--losses", "spherical_softmax:eps=x"], "must be a number"),
     "model": (["--model", "resnet"], "mlp, cnn"),
     "seeds": (["--seeds", "0"], "at least 1"),
+    "far too many seeds": (["--seeds", "10001"], "at most 10000"),
+    "far too many epochs": (["--epochs", "100001"], "at most 100000"),
+    "far too large a batch": (["--batch-size", str(2**31)], "at most 2147483647"),
     "seeds as a word": (["--seeds", "many"], "--seeds"),
     "epochs": (["--epochs", "-3"], "at least 1"),
     "batch": (["--batch-size", "0"], "at least 1"),
     "rate": (["--lr", "-1"], "positive"),
     "rate nan": (["--lr", "nan"], "positive"),
+    "rate beyond float32": (["--lr", "1e39"], "float32"),
+    "a loss twice over": (["--losses", "z_loss:a=1:a=2"], "given a twice"),
+    "device without numbers": (["--device", "meta"], "--device meta"),
+    "device of another torch": (["--device", "hpu"], "--device hpu"),
     "device": (["--device", "tpu9"], "--device tpu9"),
     "option": (["--bogus"], "--bogus"),
-    "folder": (["--dataset", "mnist", "--data-dir", "nowhere"], "nowhere"),
+    "folder": (["--dataset", "mnist", "--data-dir", "nowhere"], "nowhere: there is no such"),
+    "folder for digits": (["--data-dir", "."], "leave --data-dir out"),
+    "no folder": (["--out", ""], "--out"),
     "a file for a folder": (["--out", "/dev/null/run"], "/dev/null"),
 }
 
@@ -202,6 +247,22 @@ def test_wrong_options_are_one_line_and_exit_code_2(case, tmp_path, monkeypatch,
     said = capsys.readouterr().err
     assert said.startswith("softsphere: ") and len(said.splitlines()) == 1
     assert word in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_images_that_the_network_cannot_take_are_refused_before_a_folder_is_made(
+    tmp_path, monkeypatch, capsys
+):
+    real = data.digits
+
+    def tiny():
+        train, test, classes = real()
+        return data.Split(train.x[..., :2], train.y), data.Split(test.x[..., :2], test.y), classes
+
+    monkeypatch.setattr(data, "digits", tiny)
+    assert command("compare", "--model", "cnn", "--out", str(tmp_path / "run")) == 2
+    said = capsys.readouterr().err
+    assert "--model cnn cannot take images of 1 × 8 × 2" in said and len(said.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
 
 

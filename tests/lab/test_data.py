@@ -75,6 +75,104 @@ def test_another_set_in_the_folder_is_not_taken_for_the_one_asked_for(tmp_path):
         data.load("cifar10", tmp_path)
 
 
+def grey(value: int, *shape: int) -> dict:
+    return png(np.full(shape, value, dtype=np.uint8))
+
+
+PICTURES = [grey(i, 8, 8) for i in range(10)]
+SPOILED = {
+    "a label too large": (
+        PICTURES,
+        [*range(9), 10],
+        "label must be an integer from 0 to 9, got 10",
+    ),
+    "a negative label": (PICTURES, [*range(9), -1], "got -1 in row 9"),
+    "no label": (PICTURES, [*range(9), None], "got None in row 9"),
+    "words": (PICTURES, ["one"] * 10, "got 'one' in row 0"),
+    "fractions": (PICTURES, [1.0] * 10, "got 1.0 in row 0"),
+    "two sizes": (
+        [*PICTURES[:9], grey(1, 8, 9)],
+        range(10),
+        r"one size, got \(8, 8\) and \(8, 9\)",
+    ),
+    "two kinds": ([*PICTURES[:9], grey(1, 8, 8, 3)], range(10), "one size"),
+    "another kind": ([grey(1, 8, 8, 4)] * 10, range(10), "grey or RGB with 8 bits, got RGBA"),
+    "no image": ([*PICTURES[:9], None], range(10), "no image in row 9"),
+    "no images": ([1.5] * 10, range(10), "cannot read the images in column image"),
+    "a spoiled image": (
+        [*PICTURES[:9], {"bytes": b"\x89PNG\r\n", "path": None}],
+        range(10),
+        "cannot read the images",
+    ),
+    "too few": (PICTURES[:9], range(9), "at least 10 images, got 9"),
+    "none": (PICTURES[:0], range(0), "at least 10 images, got 0"),
+}
+
+
+@pytest.mark.parametrize("case", SPOILED)
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_a_spoiled_set_is_one_line_that_names_what_is_wrong(case, part):
+    import datasets
+
+    pictures, labels, words = SPOILED[case]
+    rows = datasets.Dataset.from_dict({"image": list(pictures), "label": list(labels)})
+    with pytest.raises(LabError, match=words) as caught:
+        data.split(rows, data.HUBS["mnist"], f"--data-dir sets: mnist/{part}")
+    said = str(caught.value)
+    assert said.startswith(f"--data-dir sets: mnist/{part}") and "\n" not in said
+
+
+def test_a_spoiled_set_stops_the_command_before_a_folder_is_made(tmp_path, monkeypatch, capsys):
+    from softsphere.lab import cli
+
+    write_parquet(tmp_path / "sets/mnist", ("image", "label"), (28, 28))
+    write_parquet(tmp_path / "other/mnist", ("image", "label"), (27, 28))
+    (tmp_path / "other/mnist/test-00000-of-00001.parquet").rename(
+        tmp_path / "sets/mnist/test-00000-of-00001.parquet"
+    )
+    options = ["--dataset", "mnist", "--data-dir", str(tmp_path / "sets")]
+    out = ["--out", str(tmp_path / "run")]
+    monkeypatch.setattr("sys.argv", ["softsphere", "compare", *options, *out])
+    assert cli.main() == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and "sets: mnist: images must be of one size" in said[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_empty_file_is_named(tmp_path):
+    write_parquet(tmp_path / "mnist", ("image", "label"), (28, 28))
+    (tmp_path / "mnist/test-00000-of-00001.parquet").write_bytes(b"")
+    with pytest.raises(LabError, match=r"--data-dir .*: cannot read mnist"):
+        data.load("mnist", tmp_path)
+
+
+def test_a_channel_that_never_changes_stays_finite(tmp_path, monkeypatch):
+    x = torch.rand(40, 2, 4, 4)
+    x[:, 1] = 0.3
+    part = data.Split(x, torch.arange(40) % 10)
+    monkeypatch.setitem(data.DATASETS, "digits", lambda _: (part, part, 10))
+    images = data.load("digits")
+    assert images.train.x.isfinite().all() and images.test.x.isfinite().all()
+    torch.testing.assert_close(images.test.x[:, 1], torch.zeros(40, 4, 4), atol=1e-4, rtol=0)
+
+
+def test_the_fingerprint_is_of_the_data_alone(tmp_path, monkeypatch):
+    one = data.load("digits").fingerprint()
+    assert one == data.load("digits").fingerprint()
+    assert (one["train"], one["test"], one["shape"]) == (1437, 360, [1, 8, 8])
+    train, test, classes = data.digits()
+    changed = data.Split(test.x, test.y.roll(1))
+    monkeypatch.setitem(data.DATASETS, "digits", lambda _: (train, changed, classes))
+    assert data.load("digits").fingerprint()["sha256"] != one["sha256"]
+
+
+def test_a_folder_for_digits_and_one_that_is_not_there_are_refused(tmp_path):
+    with pytest.raises(LabError, match="leave --data-dir out"):
+        data.load("digits", tmp_path)
+    with pytest.raises(LabError, match="no such folder"):
+        data.load("mnist", tmp_path / "nowhere")
+
+
 def test_wrong_columns_and_broken_files_are_named(tmp_path):
     write_parquet(tmp_path / "mnist", ("picture", "digit"), (28, 28))
     with pytest.raises(LabError, match="must have columns image and label, got picture, digit"):

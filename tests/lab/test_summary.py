@@ -34,8 +34,17 @@ def test_the_paired_test_by_hand_and_at_its_limits():
     # differences 1, 2, 3: t = 2 / (1 / √3)
     t = 2 * math.sqrt(3)
     assert inference.paired_p([2, 4, 6], [1, 2, 3]) == pytest.approx(2 * stats.t.sf(t, 2))
-    assert inference.paired_p([1, 2], [1, 2]) == 1.0
+    assert inference.paired_p([1, 2, 3], [1, 2, 3]) == 1.0
     assert math.isnan(inference.paired_p([1], [2]))
+    # two equal differences are no proof, and rounding is not a spread
+    assert math.isnan(inference.paired_p([1.9, 2.1], [1.8, 2.0]))
+    equal = [1.6 + 0.1, 1.7 + 0.1, 1.8 + 0.1, 1.9 + 0.1]
+    assert inference.paired_p(equal, [1.6, 1.7, 1.8, 1.9]) == 2**-3
+
+
+def test_an_interval_of_what_is_not_finite_is_none():
+    mean, half = inference.interval([1.0, math.inf])
+    assert mean == math.inf and math.isnan(half)
 
 
 def test_holm_multiplies_the_smallest_most_and_never_falls():
@@ -63,8 +72,12 @@ def test_a_row_pairs_by_seed_not_by_order():
     [
         ({"softmax": (0.10, 0.11, 0.12), "z_loss": (0.02, 0.031, 0.04)}, "Better than softmax"),
         ({"softmax": (0.02, 0.031, 0.04), "z_loss": (0.10, 0.11, 0.12)}, "Worse than softmax"),
-        ({"softmax": (0.02, 0.04, 0.03), "z_loss": (0.03, 0.02, 0.031)}, "No loss differs"),
-        ({"softmax": (0.02,), "z_loss": (0.03,)}, "One seed tells nothing"),
+        (
+            {"softmax": (0.02, 0.04, 0.03), "z_loss": (0.03, 0.02, 0.031)},
+            "No loss was shown to differ",
+        ),
+        ({"softmax": (0.02,), "z_loss": (0.03,)}, "No loss was tested"),
+        ({"softmax": (0.02, 0.03), "z_loss": (0.03, 0.04)}, "at least 3 seeds"),
         ({"z_loss": (0.03, 0.02)}, "softmax was not run"),
         ({"softmax": (0.03, 0.02)}, "softmax alone"),
     ],
@@ -73,6 +86,59 @@ def test_the_sentence_says_what_was_found(errors, words):
     lines = [final(loss, i, e) for loss, all_ in errors.items() for i, e in enumerate(all_)]
     sentence = summary.finding(summary.summarise(lines))
     assert words in sentence and sentence.endswith(".")
+
+
+def runs(loss: str, errors: dict[int, float]) -> list[dict]:
+    return [final(loss, seed, error) for seed, error in errors.items()]
+
+
+def test_losses_with_other_seeds_are_told_apart_from_those_with_the_same():
+    lines = [
+        *runs("softmax", {0: 0.10, 1: 0.11, 2: 0.12, 3: 0.13}),
+        *runs("squared_error", {0: 0.20, 1: 0.212, 2: 0.22, 3: 0.23}),
+        *runs("taylor_softmax", {1: 0.10, 2: 0.125, 3: 0.12}),
+        *runs("z_loss", {0: 0.09, 7: 0.50}),
+        *runs("bohning_bound", {8: 0.50}),
+    ]
+    rows = {row.loss: row for row in summary.summarise(lines)}
+    assert {name: row.pairs for name, row in rows.items()} == {
+        "softmax": 4,
+        "squared_error": 4,
+        "taylor_softmax": 3,
+        "z_loss": 1,
+        "bohning_bound": 0,
+    }
+    # over the seed that both have, not the difference of the two means
+    assert rows["z_loss"].difference == pytest.approx(-1.0)
+    table = summary.to_markdown(list(rows.values())).splitlines()
+    cells = {line.split(" | ")[0][2:]: line.split(" | ")[7] for line in table[2:]}
+    assert cells == {
+        "softmax": "–",
+        "squared_error": "+10.05",
+        "taylor_softmax": "-0.50 (3 pairs)",
+        "z_loss": "-1.00 (1 pair)",
+        "bohning_bound": "–",
+    }
+    sentence = summary.finding(list(rows.values()))
+    assert "squared_error (+10.05, p < 0.001)" in sentence
+    assert "no other loss was shown to differ" in sentence
+    assert "not tested: z_loss, bohning_bound" in sentence
+    assert "(3 to 4 seeds; chance is that of the seeds: initialisation and order)" in sentence
+
+
+def test_no_p_is_printed_as_zero():
+    lines = runs("softmax", {s: 0.1 + s / 1e5 for s in range(5)})
+    lines += runs("z_loss", {s: 0.2 + s / 9e4 for s in range(5)})
+    rows = summary.summarise(lines)
+    assert rows[1].p is not None and rows[1].p < 1e-6
+    assert summary.to_markdown(rows).splitlines()[-1].endswith("| < 0.001 |")
+    assert "p < 0.001" in summary.finding(rows) and "0.000" not in summary.finding(rows)
+
+
+def test_trials_are_counted_for_each_loss():
+    lines = [*runs("softmax", {0: 0.1}), *runs("z_loss", {0: 0.1})]
+    rows = summary.summarise(lines, [{"loss": "z_loss"}] * 3)
+    assert [row.trials for row in rows] == [0, 3]
 
 
 def test_tables_hold_every_row_and_every_number():
@@ -85,6 +151,18 @@ def test_tables_hold_every_row_and_every_number():
     table = list(csv.DictReader(io.StringIO(summary.to_csv(rows))))
     assert float(table[0]["error"]) == pytest.approx(11.0)
     assert table[1]["nll"] == ""
+
+
+@pytest.mark.parametrize("count", [1, 10, 11, 20, 21, 60])
+def test_every_loss_has_a_colour_of_its_own(count):
+    assert len({tuple(colour) for colour in figures.distinguishable(count)}) == count
+
+
+def test_a_picture_of_many_losses_can_be_drawn(tmp_path):
+    lines = [final(f"z_loss:b={b}", 0, 0.1) for b in range(21)]
+    lines += [{"loss": "z_loss:b=0", "seed": 0, "epoch": 1, "valid_error": 0.1}]
+    figures.comparison(lines, summary.summarise(lines), "title", tmp_path / "x.png")
+    assert (tmp_path / "x.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("valid_error", [None, 0.0, 0.1])

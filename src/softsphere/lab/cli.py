@@ -1,192 +1,25 @@
-"""The command line: options in, run folders and tables out. Errors of use are one line, exit 2."""
+"""The command line: an error of use is one line and exit code 2."""
 
 from __future__ import annotations
 
 import sys
-import time
-from pathlib import Path
-from typing import Annotated
 
-import torch
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from softsphere.lab import data, figures, models, summary
-from softsphere.lab.compare import RUNS, Plan, Task, finished, remaining, run, total
+from softsphere.lab.compare_command import compare
 from softsphere.lab.errors import LabError
-from softsphere.lab.records import Record, write
-from softsphere.lab.spec import LossSpec
-from softsphere.lab.training import Epoch, Final, Schedule
+from softsphere.lab.twins_command import twins
 
 __all__ = ["main"]
 
-DEFAULT_LOSSES = "softmax,taylor_softmax,spherical_softmax,z_loss,squared_error"
-RUNS_FOLDER = Path("runs")
-
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app.command()(compare)
+app.command()(twins)
 
 
 @app.callback()
 def softsphere() -> None:
     """Softmax and its spherical alternatives, compared."""
-
-
-@app.command()
-def compare(
-    dataset: Annotated[str, typer.Option(help=f"One of {', '.join(data.DATASETS)}.")] = "digits",
-    losses: Annotated[
-        str, typer.Option(help="Names, with hyper-parameters as in z_loss:a=1:b=4.")
-    ] = DEFAULT_LOSSES,
-    seeds: Annotated[int, typer.Option(help="How many: 0, 1, …")] = 5,
-    epochs: Annotated[int, typer.Option(help="Passes over the training part.")] = 20,
-    model: Annotated[str, typer.Option(help=f"One of {', '.join(models.MODELS)}.")] = "mlp",
-    batch_size: Annotated[int, typer.Option(help="Examples in a step.")] = 128,
-    lr: Annotated[
-        float | None, typer.Option(help="Adam's rate; 0.001, or what --tune finds.")
-    ] = None,
-    tune: Annotated[
-        bool, typer.Option("--tune", help="Choose rate and hyper-parameters on validation data.")
-    ] = False,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
-    data_dir: Annotated[
-        Path | None,
-        typer.Option(help="Folder with NAME/train.parquet; default $SOFTSPHERE_DATA, or the hub."),
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Run folder; default runs/TIME-compare-DATASET.")
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Do only what is missing in --out, or the last run.")
-    ] = False,
-) -> None:
-    """Train one network with each loss and each seed, and say which is better."""
-    plan = Plan(
-        dataset=dataset,
-        losses=specs(losses),
-        seeds=tuple(range(at_least_one("--seeds", seeds))),
-        schedule=Schedule(
-            model=models.known(model),
-            epochs=at_least_one("--epochs", epochs),
-            batch_size=at_least_one("--batch-size", batch_size),
-            device=usable(device),
-        ),
-        lr=positive("--lr", lr),
-        tune=tune,
-    )
-    images = data.load(dataset, data_dir).to(device)
-    record = opened(plan, out, resume)
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    try:
-        work(plan, images, record, console)
-    except KeyboardInterrupt:
-        report(record, console)
-        console.print(
-            f"Stopped. What is finished is in {record.folder}; the same command with "
-            f"--resume --out {record.folder} does the rest.",
-            markup=False,
-        )
-        raise typer.Exit(130) from None
-    report(record, console)
-
-
-def specs(text: str) -> tuple[LossSpec, ...]:
-    """The losses of a comma-separated list, each once."""
-    return tuple(dict.fromkeys(LossSpec.parse(part) for part in text.split(",")))
-
-
-def at_least_one(option: str, value: int) -> int:
-    if value < 1:
-        raise LabError(f"{option} must be at least 1, got {value}")
-    return value
-
-
-def positive(option: str, value: float | None) -> float | None:
-    if value is not None and not 0 < value < float("inf"):
-        raise LabError(f"{option} must be a positive number, got {value}")
-    return value
-
-
-def usable(device: str) -> str:
-    """A device that a tensor can be put on."""
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise LabError(f"--device {device} cannot be used: {reason}") from error
-    return device
-
-
-def opened(plan: Plan, out: Path | None, resume: bool) -> Record:
-    """A new run folder, or the one that is gone on with."""
-    config = plan.config()
-    if not resume:
-        name = f"{time.strftime('%Y%m%d-%H%M%S')}-compare-{plan.dataset}"
-        return Record.create(out or RUNS_FOLDER / name, config)
-    if out is None:
-        folders = sorted(RUNS_FOLDER.glob(f"*-compare-{plan.dataset}"), reverse=True)
-        out = next((f for f in folders if Record(f).matches(config, Plan.GROWS)), None)
-        if out is None:
-            raise LabError(
-                f"--resume: no folder {RUNS_FOLDER}/*-compare-{plan.dataset} was made with these "
-                "options; leave --resume out to begin one, or name it with --out"
-            )
-    return Record.reopen(out, config, Plan.GROWS)
-
-
-def work(plan: Plan, images: data.Images, record: Record, console: Console) -> None:
-    """Everything that the record lacks, with a bar on a terminal and a line a run elsewhere."""
-    done, runs = len(finished(plan, record)), total(plan)
-    progress = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )
-    with progress:
-        bar = progress.add_task(plan.dataset, total=runs, completed=done)
-        for number, task in enumerate(remaining(plan, record), done + 1):
-
-            def show(epoch: Epoch, task: Task = task) -> None:
-                progress.update(bar, description=f"{named(task)}  epoch {epoch.epoch}")
-
-            final = run(task, images, plan, record, show)
-            progress.advance(bar)
-            if not console.is_terminal:
-                print(f"[{number}/{runs}] {named(task)}  {told(final)}", flush=True)
-
-
-def named(task: Task) -> str:
-    """A task in a few words."""
-    return f"{task.setting} lr {task.lr:g} {'trial' if task.trial else f'seed {task.seed}'}"
-
-
-def told(final: Final) -> str:
-    """What a run ended with."""
-    test = "" if final.test_error is None else f", test {100 * final.test_error:.2f} %"
-    return f"valid {100 * final.valid_error:.2f} %{test}" + (
-        " (diverged)" if final.diverged else ""
-    )
-
-
-def report(record: Record, console: Console) -> None:
-    """Table, picture and one sentence, of what is finished."""
-    lines = record.lines(RUNS)
-    rows = summary.summarise([line for line in lines if "final" in line])
-    if not rows:
-        console.print("No run is finished yet.")
-        return
-    config = record.config() or {}
-    write(record.folder / "table.md", summary.to_markdown(rows))
-    write(record.folder / "table.csv", summary.to_csv(rows))
-    title = f"{config['dataset']}, {config['model']}, {config['epochs']} epochs"
-    picture = record.folder / "comparison.png"
-    figures.comparison(lines, rows, title, picture)
-    console.print(summary.to_table(rows, title))
-    console.print(f"Picture: {picture}", markup=False, highlight=False)
-    console.print(summary.finding(rows), markup=False, highlight=False)
 
 
 def main() -> int:
@@ -198,5 +31,7 @@ def main() -> int:
         message = getattr(error, "format_message", None)
         if not isinstance(error, (LabError, OSError, typer.Abort)) and message is None:
             raise
+        if isinstance(error, typer.Abort):
+            raise KeyboardInterrupt from None
         print(f"softsphere: {message() if message else error}", file=sys.stderr)
-        return 130 if isinstance(error, typer.Abort) else 2
+        return 2

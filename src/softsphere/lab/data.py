@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,10 @@ from softsphere.lab.errors import LabError
 __all__ = ["DATASETS", "Images", "Split", "load"]
 
 VALIDATION_SHARE = 0.1
+# A tenth of fewer images would hold none.
+FEWEST_IMAGES = 10
+# One of the 255 steps between black and white.
+GREY_STEP = 1 / 255
 VARIABLE = "SOFTSPHERE_DATA"
 
 
@@ -39,12 +44,17 @@ class Split:
 
 @dataclass(frozen=True)
 class Images:
-    """A data set whose validation part was held out of its training part."""
+    """A data set whose validation part was held out of its training part.
+
+    sha256: of the pixels and labels as they were read, so that it knows nothing of the rounding of
+    the standardisation, which differs between machines.
+    """
 
     train: Split
     valid: Split
     test: Split
     num_classes: int
+    sha256: str
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -52,7 +62,16 @@ class Images:
 
     def to(self, device: str) -> Images:
         train, valid, test = self.train.to(device), self.valid.to(device), self.test.to(device)
-        return Images(train, valid, test, self.num_classes)
+        return Images(train, valid, test, self.num_classes, self.sha256)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells this data from other data of the same name, as JSON."""
+        return {
+            "train": len(self.train) + len(self.valid),
+            "test": len(self.test),
+            "shape": list(self.shape),
+            "sha256": self.sha256,
+        }
 
 
 @dataclass(frozen=True)
@@ -100,6 +119,8 @@ def from_hub(name: str, data_dir: Path | None) -> tuple[Split, Split, int]:
     import datasets
 
     hub = HUBS[name]
+    if data_dir is not None and not data_dir.is_dir():
+        raise LabError(f"--data-dir {data_dir}: there is no such folder")
     files = None if data_dir is None else parquet_files(data_dir, name)
     if data_dir is not None and files is None:
         raise LabError(
@@ -120,11 +141,16 @@ def from_hub(name: str, data_dir: Path | None) -> tuple[Split, Split, int]:
             f"cannot load {hub.name} from the hub {cause}; give a local copy with --data-dir "
             f"FOLDER that holds {name}/train.parquet and {name}/test.parquet"
         ) from error
-    return split(parts["train"], hub), split(parts["test"], hub), hub.num_classes
+    source = hub.name if files is None else f"--data-dir {data_dir}: {name}"
+    train, test = (split(parts[part], hub, f"{source}/{part}") for part in ("train", "test"))
+    if train.x.shape[1:] != test.x.shape[1:]:
+        sizes = [tuple(part.x.shape[1:]) for part in (train, test)]
+        raise LabError(f"{source}: images must be of one size, got {sizes[0]} and {sizes[1]}")
+    return train, test, hub.num_classes
 
 
-def split(part: Any, hub: Hub) -> Split:
-    """A part of a set as tensors, pixels in [0, 1]."""
+def split(part: Any, hub: Hub, source: str) -> Split:
+    """A part of a set as tensors, pixels in [0, 1]. source: what an error calls it."""
     import datasets
 
     columns = part.column_names
@@ -132,12 +158,47 @@ def split(part: Any, hub: Hub) -> Split:
     label = hub.label if hub.label in columns else "label"
     if image not in columns or label not in columns:
         raise LabError(
-            f"{hub.name} must have columns {hub.image} and {hub.label}, got {', '.join(columns)}"
+            f"{source} must have columns {hub.image} and {hub.label}, got {', '.join(columns)}"
         )
-    part = part.select_columns([image, label]).cast_column(image, datasets.Image())
-    pixels = torch.from_numpy(np.stack([np.asarray(row) for row in part[image][:]]))
-    pixels = pixels.unsqueeze(1) if pixels.dim() == 3 else pixels.movedim(-1, 1)
-    return Split(pixels.float() / 255, torch.tensor(part[label][:]))
+    labels = checked_labels(part[label][:], hub, source, label)
+    try:
+        part = part.select_columns([image]).cast_column(image, datasets.Image())
+        pictures = part[image][:]
+    except Exception as error:  # the decoders raise dozens of kinds
+        cause = f"({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+        raise LabError(f"{source}: cannot read the images in column {image} {cause}") from error
+    return Split(pixels(pictures, source), labels)
+
+
+def checked_labels(values: list[Any], hub: Hub, source: str, column: str) -> Tensor:
+    """The labels, of enough images, each that of a class."""
+    if len(values) < FEWEST_IMAGES:
+        raise LabError(f"{source} must have at least {FEWEST_IMAGES} images, got {len(values)}")
+    for row, value in enumerate(values):
+        if type(value) is not int or not 0 <= value < hub.num_classes:
+            raise LabError(
+                f"{source}: {column} must be an integer from 0 to {hub.num_classes - 1}, "
+                f"got {value!r:.40} in row {row}"
+            )
+    return torch.tensor(values)
+
+
+def pixels(pictures: list[Any], source: str) -> Tensor:
+    """The images (N, channels, height, width) in [0, 1], all of one size and of 8 bits."""
+    for row, picture in enumerate(pictures):
+        if picture is None:
+            raise LabError(f"{source}: there is no image in row {row}")
+        if picture.mode not in ("L", "RGB"):
+            raise LabError(
+                f"{source}: images must be grey or RGB with 8 bits, got {picture.mode} in row {row}"
+            )
+    rows = [np.asarray(picture) for picture in pictures]
+    shapes = list(dict.fromkeys(row.shape for row in rows))
+    if len(shapes) > 1:
+        raise LabError(f"{source}: images must be of one size, got {shapes[0]} and {shapes[1]}")
+    stacked = torch.from_numpy(np.stack(rows))
+    stacked = stacked.unsqueeze(1) if stacked.dim() == 3 else stacked.movedim(-1, 1)
+    return stacked.float() / 255
 
 
 DATASETS: dict[str, Callable[[Path | None], tuple[Split, Split, int]]] = {
@@ -157,16 +218,28 @@ def load(name: str, data_dir: Path | None = None) -> Images:
     """
     if name not in DATASETS:
         raise LabError(f"--dataset must be one of {', '.join(DATASETS)}, got {name!r}")
+    if name == "digits" and data_dir is not None:
+        raise LabError("digits come with scikit-learn; leave --data-dir out")
     if data_dir is None and os.environ.get(VARIABLE):
         data_dir = Path(os.environ[VARIABLE])
     train, test, num_classes = DATASETS[name](data_dir)
+    sha256 = digest(train.x, train.y, test.x, test.y)
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
     held = round(len(train) * VALIDATION_SHARE)
     valid, train = train.take(order[:held]), train.take(order[held:])
     mean = train.x.mean((0, 2, 3), keepdim=True)
-    std = train.x.std((0, 2, 3), keepdim=True)
+    # a channel that is the same in every image has no spread to divide by
+    std = train.x.std((0, 2, 3), keepdim=True).clamp_min(GREY_STEP)
 
     def standardised(part: Split) -> Split:
         return Split((part.x - mean) / std, part.y)
 
-    return Images(standardised(train), standardised(valid), standardised(test), num_classes)
+    return Images(standardised(train), standardised(valid), standardised(test), num_classes, sha256)
+
+
+def digest(*tensors: Tensor) -> str:
+    """The first twelve digits of the SHA-256 of the tensors' values."""
+    sha = hashlib.sha256()
+    for tensor in tensors:
+        sha.update(tensor.contiguous().numpy().data)
+    return sha.hexdigest()[:12]

@@ -8,13 +8,26 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.figure import Figure
 
 from softsphere.lab.records import write_bytes
 from softsphere.lab.summary import Row
 
-__all__ = ["comparison"]
+__all__ = ["comparison", "twins"]
 
 mpl.use("Agg")
+
+# More names than these cover the curves.
+MOST_INSIDE = 6
+
+
+def distinguishable(count: int) -> list[Any]:
+    """Colours that are all different."""
+    for name in ("tab10", "tab20"):
+        colours = mpl.colormaps[name](range(mpl.colormaps[name].N))
+        if count <= len(colours):
+            return list(colours[:count])
+    return list(mpl.colormaps["turbo"](np.linspace(0, 1, count)))
 
 
 def comparison(lines: list[dict[str, Any]], rows: list[Row], title: str, path: Path) -> None:
@@ -23,27 +36,25 @@ def comparison(lines: list[dict[str, Any]], rows: list[Row], title: str, path: P
 
     epochs = [line for line in lines if "epoch" in line]
     finals = [line for line in lines if "final" in line]
-    colours = dict(
-        zip(
-            [row.loss for row in rows],
-            plt.rcParams["axes.prop_cycle"].by_key()["color"] * 2,
-            strict=False,
-        )
-    )
-    figure, (curves, points) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    colours = dict(zip([row.loss for row in rows], distinguishable(len(rows)), strict=True))
+    crowded = len(rows) > MOST_INSIDE
+    size = (11, 4.2 if not crowded else 2.6 + 0.28 * len(rows))
+    figure, (curves, points) = plt.subplots(1, 2, figsize=size, layout="constrained")
 
     for row in rows:
-        by_epoch: dict[int, list[float]] = {}
+        # by seed: one that was cut off and done again counts once
+        by_epoch: dict[int, dict[int, float]] = {}
         for line in epochs:
             if line["loss"] == row.loss:
-                by_epoch.setdefault(line["epoch"], []).append(100 * line["valid_error"])
+                by_epoch.setdefault(line["epoch"], {})[line["seed"]] = 100 * line["valid_error"]
         x = sorted(by_epoch)
-        mean = [np.mean(by_epoch[e]) for e in x]
+        errors = [list(by_epoch[e].values()) for e in x]
+        mean = [np.mean(each) for each in errors]
         curves.plot(x, mean, color=colours[row.loss], label=row.loss, linewidth=1.8)
         curves.fill_between(
             x,
-            [min(by_epoch[e]) for e in x],
-            [max(by_epoch[e]) for e in x],
+            [min(each) for each in errors],
+            [max(each) for each in errors],
             color=colours[row.loss],
             alpha=0.12,
             linewidth=0,
@@ -55,7 +66,10 @@ def comparison(lines: list[dict[str, Any]], rows: list[Row], title: str, path: P
     curves.yaxis.set_minor_formatter(mpl.ticker.FormatStrFormatter("%g"))
     curves.tick_params(axis="y", which="minor", labelsize=8)
     curves.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
-    curves.legend(frameon=False, fontsize=9)
+    if crowded:
+        figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    else:
+        curves.legend(frameon=False, fontsize=9)
     curves.grid(alpha=0.25)
 
     for place, row in enumerate(reversed(rows)):
@@ -77,6 +91,48 @@ def comparison(lines: list[dict[str, Any]], rows: list[Row], title: str, path: P
     for axes in (curves, points):
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, fontsize=12)
+    save(figure, path)
+
+
+def twins(lines: list[dict[str, Any]], title: str, path: Path) -> None:
+    """Validation loss by epoch of both layers, one upon the other, and the time of a step."""
+    import matplotlib.pyplot as plt
+
+    figure, (curves, bars) = plt.subplots(
+        1, 2, figsize=(9, 3.8), layout="constrained", width_ratios=(3, 2)
+    )
+    engines = list(dict.fromkeys(line["engine"] for line in lines))
+    for place, engine in enumerate(engines):
+        own = [line for line in lines if line["engine"] == engine and "epoch" in line]
+        # the second is dashed and narrow, so that the first can be seen under it
+        style = {"linewidth": 4.5, "alpha": 0.5} if not place else {"linewidth": 1.6, "ls": "--"}
+        curves.plot(
+            [line["epoch"] for line in own],
+            [line["valid_loss"] for line in own],
+            marker="o",
+            label=engine,
+            **style,
+        )
+        milliseconds = 1000 * np.mean([line["step_seconds"] for line in own])
+        drawn = bars.barh(place, milliseconds, color=f"C{place}", height=0.5)
+        bars.bar_label(drawn, fmt=" %.1f ms", fontsize=9)
+    curves.set(xlabel="epoch", ylabel="validation loss")
+    curves.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
+    curves.legend(frameon=False)
+    bars.set_yticks(range(len(engines)), engines)
+    bars.set(xlabel="milliseconds a whole step")
+    bars.margins(x=0.2)
+    for axes in (curves, bars):
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, fontsize=11)
+    save(figure, path)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Writes a picture whole, and closes it."""
+    import matplotlib.pyplot as plt
+
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=140, metadata={"Software": None})
     plt.close(figure)

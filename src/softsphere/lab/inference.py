@@ -8,35 +8,48 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import stats
 
-__all__ = ["holm", "interval", "paired_p"]
+__all__ = ["FEWEST_PAIRS", "holm", "interval", "paired_p"]
+
+# With two pairs Student's test has one degree of freedom: a chance likeness of two differences
+# passes for certainty.
+FEWEST_PAIRS = 3
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and half-width of its 95 % interval by Student's t; nan for a single value.
+    """Mean and half-width of its 95 % interval by Student's t, nan where there is none to give.
 
     >>> interval([1.0, 2.0, 3.0])[0]
     2.0
     """
     mean = float(np.mean(values))
-    if len(values) < 2:
+    if len(values) < 2 or not math.isfinite(mean):
         return mean, math.nan
     half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
     return mean, float(half)
 
 
 def paired_p(values: Sequence[float], reference: Sequence[float]) -> float:
-    """Two-sided p of Student's paired test; 1 where all differences are zero, nan for one pair.
+    """Two-sided p of Student's paired test, nan for fewer than FEWEST_PAIRS.
 
-    >>> paired_p([1.0, 2.0], [1.0, 2.0])
+    Where the differences are all equal it is that of the sign test, and 1 if they are zero.
+
+    >>> round(paired_p([2.0, 3.0, 5.0], [1.0, 2.0, 3.0]), 4)
+    0.0572
+    >>> paired_p([2.0, 3.0, 4.0], [1.0, 2.0, 3.0])
+    0.25
+    >>> paired_p([1.0, 2.0, 3.0], [1.0, 2.0, 3.0])
     1.0
     """
     differences = np.subtract(values, reference)
-    if len(differences) < 2:
+    if len(differences) < FEWEST_PAIRS:
         return math.nan
-    if not differences.any():
+    largest = np.abs(differences).max()
+    if largest == 0:
         return 1.0
-    if np.ptp(differences) == 0:
-        return 0.0
+    # Errors are counts, so that differences are often the same, and then what spread there is is
+    # rounding: nothing to measure chance by.
+    if np.ptp(differences) <= 1e-9 * largest:
+        return float(2.0 ** (1 - len(differences)))
     return float(stats.ttest_rel(values, reference).pvalue)
 
 

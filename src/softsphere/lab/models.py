@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 
+import torch
 from torch import nn
 
 from softsphere.lab.errors import LabError
 
-__all__ = ["MODELS", "build", "known"]
+__all__ = ["MODELS", "build", "known", "suited"]
 
 
 def mlp(shape: tuple[int, ...], num_classes: int, width: int = 256) -> nn.Module:
@@ -65,3 +67,18 @@ def known(name: str) -> str:
 def build(name: str, shape: tuple[int, ...], num_classes: int) -> nn.Module:
     """The network of that name for images of that shape (channels, height, width)."""
     return MODELS[name](shape, num_classes)
+
+
+def suited(name: str, shape: tuple[int, ...], num_classes: int) -> None:
+    """Raises LabError where images of that shape cannot pass through the network."""
+    with torch.device("meta"), torch.no_grad(), warnings.catch_warnings():
+        # a layer without weights is warned of before the forward fails
+        warnings.simplefilter("ignore")
+        try:
+            build(name, shape, num_classes).eval()(torch.empty(1, *shape))
+        except RuntimeError as error:
+            size = " × ".join(map(str, shape))
+            raise LabError(
+                f"--model {name} cannot take images of {size} ({str(error).splitlines()[0]}); "
+                "take another --model"
+            ) from error

@@ -10,6 +10,7 @@ import shlex
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +59,37 @@ def environment() -> Line:
 
 
 def differing(old: Line, new: Line, grows: tuple[str, ...]) -> list[str]:
-    """The keys in which two configurations differ, but for those that may grow."""
+    """The keys in which two configurations differ, but for those that may grow.
+
+    Records from before the data had a fingerprint are not held to it.
+    """
     keys = dict.fromkeys([*old, *new])
+    if "data" not in old:
+        keys.pop("data", None)
     return [key for key in keys if key not in grows and old.get(key) != new.get(key)]
+
+
+def parsed(text: bytes, path: Path, number: int) -> Line:
+    """The JSON object of a line. Raises LabError naming the file and the line."""
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise LabError(f"{path}, line {number}: not JSON ({error})") from error
+    if not isinstance(line, dict):
+        raise LabError(f"{path}, line {number}: not a JSON object")
+    return line
+
+
+def without_cut(text: bytes) -> bytes:
+    """Text of whole lines: the last one goes if it was cut off while it was written."""
+    whole, _, last = text.rpartition(b"\n")
+    if not last:
+        return text
+    try:
+        json.loads(last)
+    except ValueError:
+        return whole + b"\n" if whole else b""
+    return text + b"\n"
 
 
 class Record:
@@ -93,6 +122,10 @@ class Record:
             raise LabError(
                 f"--resume: {folder} has no config.json; leave --resume out to begin there"
             )
+        for key in grows:
+            items = old.get(key)
+            if not isinstance(items, list) or not all(isinstance(x, (str, int)) for x in items):
+                raise LabError(f"{folder / 'config.json'} has no list of {key}; take another --out")
         for key in differing(old, config, grows):
             raise LabError(
                 f"--resume: {folder} was made with {key} = {old.get(key)!r}, not "
@@ -106,27 +139,49 @@ class Record:
 
     def matches(self, config: Line, grows: tuple[str, ...]) -> bool:
         """Whether it was made with this configuration but for the lists that may grow."""
-        old = self.config()
+        try:
+            old = self.config()
+        except (LabError, OSError):
+            return False
         return old is not None and not differing(old, config, grows)
 
     def config(self) -> Line | None:
         """What was asked, None where no record is."""
         path = self.folder / "config.json"
         try:
-            config: Line = json.loads(path.read_text())
+            config = json.loads(path.read_bytes())
         except FileNotFoundError:
             return None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise LabError(f"{path} is not JSON ({error}); take another --out") from error
+        if not isinstance(config, dict):
+            raise LabError(f"{path} is not a JSON object; take another --out")
         return config
 
-    def lines(self, name: str) -> list[Line]:
-        """The JSON lines of a file, none where it is not there."""
+    def lines(
+        self, name: str, flaw: Callable[[Line], str | None] = lambda line: None
+    ) -> list[Line]:
+        """The JSON lines of a file, none where it is not there.
+
+        flaw: what a line lacks, None if nothing.
+        Raises: LabError naming the file and the line that is not what it should be.
+        """
         path = self.folder / name
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        lines = []
+        for number, text in enumerate(self.text(name).split(b"\n")[:-1], 1):
+            line = parsed(text, path, number)
+            wrong = flaw(line)
+            if wrong is not None:
+                raise LabError(f"{path}, line {number}: {wrong}")
+            lines.append(line)
+        return lines
 
     def add(self, name: str, lines: list[Line]) -> None:
         """Appends the lines, all of them or none."""
+        new = "".join(json.dumps(line) + "\n" for line in lines)
+        write_bytes(self.folder / name, self.text(name) + new.encode())
+
+    def text(self, name: str) -> bytes:
+        """The whole lines of a file, none where it is not there."""
         path = self.folder / name
-        old = path.read_text() if path.exists() else ""
-        write(path, old + "".join(json.dumps(line) + "\n" for line in lines))
+        return without_cut(path.read_bytes()) if path.exists() else b""

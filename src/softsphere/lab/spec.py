@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+
+import torch
 
 from softsphere import losses
 from softsphere.lab.errors import LabError
 
-__all__ = ["LossSpec"]
+__all__ = ["LossSpec", "distinct"]
 
 # What tuning tries for the hyper-parameters that are a loss's own.
 GRID: dict[str, dict[str, tuple[float, ...]]] = {
@@ -21,7 +23,7 @@ GRID: dict[str, dict[str, tuple[float, ...]]] = {
 
 @dataclass(frozen=True)
 class LossSpec:
-    """A name of the registry and the hyper-parameters that were given for it."""
+    """A name of the registry and the hyper-parameters that were given for it, in order of name."""
 
     name: str
     given: tuple[tuple[str, float], ...] = ()
@@ -36,17 +38,16 @@ class LossSpec:
         if name not in losses.REGISTRY:
             raise LabError(f"--losses knows {', '.join(losses.REGISTRY)}, got {name!r}")
         known = {field.name: str(field.type) for field in fields(losses.REGISTRY[name])}
-        given = []
+        given: dict[str, float] = {}
         for pair in pairs:
-            key, _, value = pair.partition("=")
+            key, _, text_value = pair.partition("=")
             if key not in known:
                 takes = ", ".join(known) or "no hyper-parameters"
                 raise LabError(f"--losses: {name} takes {takes}, got {pair!r}")
-            try:
-                given.append((key, int(value) if "int" in known[key] else float(value)))
-            except ValueError as error:
-                raise LabError(f"--losses: {name}:{key} must be a number, got {value!r}") from error
-        spec = cls(name, tuple(given))
+            if key in given:
+                raise LabError(f"--losses: {name} was given {key} twice")
+            given[key] = number(f"{name}:{key}", text_value, int if "int" in known[key] else float)
+        spec = cls(name, tuple(sorted(given.items())))
         try:
             spec.loss()
         except (TypeError, ValueError) as error:
@@ -57,11 +58,53 @@ class LossSpec:
         """The loss itself."""
         return losses.REGISTRY[self.name](**dict(self.given))
 
-    def candidates(self) -> Iterator[LossSpec]:
-        """This spec with every setting of what was not given but can be tuned."""
-        grid = {k: v for k, v in GRID.get(self.name, {}).items() if k not in dict(self.given)}
-        for values in itertools.product(*grid.values()):
-            yield replace(self, given=self.given + tuple(zip(grid, values, strict=True)))
+    def candidates(self, tune: bool) -> list[LossSpec]:
+        """This spec alone; with tune, every setting of what was not given but can be tuned."""
+        grid = GRID.get(self.name, {}) if tune else {}
+        free = {key: values for key, values in grid.items() if key not in dict(self.given)}
+        return [
+            LossSpec(self.name, tuple(sorted((*self.given, *zip(free, values, strict=True)))))
+            for values in itertools.product(*free.values())
+        ]
+
+    def same(self, other: LossSpec, tune: bool) -> bool:
+        """Whether both choose from the same losses, however they are spelled."""
+        mine, others = ({each.loss() for each in spec.candidates(tune)} for spec in (self, other))
+        return mine == others
 
     def __str__(self) -> str:
-        return ":".join([self.name, *(f"{key}={value:g}" for key, value in self.given)])
+        """What `parse` reads back as the same numbers.
+
+        >>> str(LossSpec.parse("z_loss:b=2.50:a=1.0"))
+        'z_loss:a=1:b=2.5'
+        """
+        given = (f"{key}={repr(value).removesuffix('.0')}" for key, value in self.given)
+        return ":".join([self.name, *given])
+
+
+def number(name: str, text: str, kind: type[int] | type[float]) -> float:
+    """A hyper-parameter that networks in float32 can tell from zero and from infinity."""
+    try:
+        value = kind(text)
+    except ValueError as error:
+        wanted = "an integer" if kind is int else "a number"
+        raise LabError(f"--losses: {name} must be {wanted}, got {text!r}") from error
+    if kind is float:
+        single = float(torch.tensor(value, dtype=torch.float32))
+        if (single == 0) != (value == 0) or abs(single) == float("inf"):
+            raise LabError(f"--losses: {name} must be within the range of float32, got {text!r}")
+    return value
+
+
+def distinct(specs: Iterable[LossSpec], tune: bool) -> tuple[LossSpec, ...]:
+    """Each loss once, as it was spelled first. A free one is not a given one while it is tuned.
+
+    >>> one, other = LossSpec.parse("z_loss"), LossSpec.parse("z_loss:a=1:b=4")
+    >>> len(distinct([one, other], tune=False)), len(distinct([one, other], tune=True))
+    (1, 2)
+    """
+    first: list[LossSpec] = []
+    for spec in specs:
+        if not any(spec.same(other, tune) for other in first):
+            first.append(spec)
+    return tuple(first)

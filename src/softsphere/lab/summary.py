@@ -5,43 +5,58 @@ from __future__ import annotations
 import csv
 import io
 import math
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from rich import box
 from rich.table import Table
 
-from softsphere.lab.inference import holm, interval, paired_p
+from softsphere.lab.inference import FEWEST_PAIRS, holm, interval, paired_p
+from softsphere.lab.tables import markdown, terminal
 
 __all__ = ["Row", "finding", "summarise", "to_csv", "to_markdown", "to_table"]
 
 REFERENCE = "softmax"
 LEVEL = 0.05
+# Smaller p are not written out, so that none is printed as zero.
+LEAST = 0.001
 
 
 @dataclass(frozen=True)
 class Row:
-    """One loss over its seeds; errors in per cent, nll None where the loss has no likelihood."""
+    """One loss over its seeds; errors in per cent, nll None where the loss has no likelihood.
+
+    trials: runs of the search before. pairs: seeds shared with softmax, which are all that
+    difference and p are of; p None where they are too few for a test.
+    """
 
     loss: str
     setting: str
     lr: float
+    trials: int
     seeds: int
     error: float
     error_half: float
     nll: float | None
     nll_half: float | None
     seconds: float
+    pairs: int
     difference: float | None
     p: float | None
     diverged: int
 
 
-def summarise(finals: list[dict[str, Any]]) -> list[Row]:
-    """A row a loss, in the order in which they were run; paired with softmax seed by seed."""
+def summarise(lines: list[dict[str, Any]], trials: Iterable[dict[str, Any]] = ()) -> list[Row]:
+    """A row a loss, in the order in which they were run; paired with softmax seed by seed.
+
+    lines, trials: of the final runs and of the search, as the record has them.
+    """
     groups: dict[str, dict[int, dict[str, Any]]] = {}
-    for line in finals:
-        groups.setdefault(line["loss"], {})[line["seed"]] = line
+    for line in lines:
+        if "final" in line:
+            groups.setdefault(line["loss"], {})[line["seed"]] = line
+    searched = Counter(trial["loss"] for trial in trials)
     reference = groups.get(REFERENCE, {})
     pairs = {
         name: [
@@ -50,9 +65,9 @@ def summarise(finals: list[dict[str, Any]]) -> list[Row]:
             if seed in runs
         ]
         for name, runs in groups.items()
-        if name != REFERENCE and reference
+        if name != REFERENCE
     }
-    tested = [name for name, both in pairs.items() if both]
+    tested = [name for name, both in pairs.items() if len(both) >= FEWEST_PAIRS]
     p_values = holm([paired_p(*zip(*pairs[name], strict=True)) for name in tested])
     p_of = dict(zip(tested, p_values, strict=True))
     rows = []
@@ -68,12 +83,14 @@ def summarise(finals: list[dict[str, Any]]) -> list[Row]:
                 loss=name,
                 setting=some["setting"],
                 lr=some["lr"],
+                trials=searched[name],
                 seeds=len(runs),
                 error=error,
                 error_half=error_half,
                 nll=nll,
                 nll_half=nll_half,
                 seconds=sum(final["seconds"] for final in finals_of) / len(finals_of),
+                pairs=len(set(runs) & set(reference)),
                 difference=sum(a - b for a, b in both) / len(both) if both else None,
                 p=p_of.get(name),
                 diverged=sum(final["diverged"] for final in finals_of),
@@ -85,6 +102,7 @@ def summarise(finals: list[dict[str, Any]]) -> list[Row]:
 HEADER = (
     "loss",
     "rate",
+    "trials",
     "seeds",
     "test error %",
     "test NLL",
@@ -94,8 +112,8 @@ HEADER = (
 )
 
 
-def cells(row: Row) -> tuple[str, ...]:
-    """A row as a person reads it."""
+def cells(row: Row, reference: Row | None) -> tuple[str, ...]:
+    """A row as a person reads it; reference: softmax's."""
 
     def with_half(value: float, half: float | None, digits: int) -> str:
         known = half is not None and not math.isnan(half)
@@ -105,29 +123,47 @@ def cells(row: Row) -> tuple[str, ...]:
     return (
         name,
         f"{row.lr:g}",
+        str(row.trials),
         str(row.seeds),
         with_half(row.error, row.error_half, 2),
         "–" if row.nll is None else with_half(row.nll, row.nll_half, 4),
         f"{row.seconds:.1f}",
-        "–" if row.difference is None else f"{row.difference:+.2f}",
-        "–" if row.p is None or math.isnan(row.p) else f"{row.p:.3f}",
+        difference(row, reference) or "–",
+        "–" if row.p is None else probability(row.p),
     )
+
+
+def reference_row(rows: list[Row]) -> Row | None:
+    """The row that the others are compared with."""
+    return next((row for row in rows if row.loss == REFERENCE), None)
+
+
+def difference(row: Row, reference: Row | None) -> str:
+    """The difference from softmax, with the pairs that it is of where other seeds were run too."""
+    if row.difference is None or reference is None:
+        return ""
+    pairs = "" if row.pairs == row.seeds == reference.seeds else f" ({counted(row.pairs, 'pair')})"
+    return f"{row.difference:+.2f}{pairs}"
+
+
+def probability(p: float) -> str:
+    return f"< {LEAST}" if p < LEAST else f"{p:.3f}"
+
+
+def counted(number: int, what: str) -> str:
+    return f"{number} {what}" + ("" if number == 1 else "s")
 
 
 def to_markdown(rows: list[Row]) -> str:
     """The table for a README."""
-    lines = [HEADER, tuple("---" for _ in HEADER), *map(cells, rows)]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+    reference = reference_row(rows)
+    return markdown(HEADER, [cells(row, reference) for row in rows])
 
 
 def to_table(rows: list[Row], title: str) -> Table:
     """The table for a terminal."""
-    table = Table(title=title, box=box.SIMPLE)
-    for column, name in enumerate(HEADER):
-        table.add_column(name, justify="right" if column else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*cells(row))
-    return table
+    reference = reference_row(rows)
+    return terminal(HEADER, [cells(row, reference) for row in rows], title)
 
 
 def to_csv(rows: list[Row]) -> str:
@@ -141,7 +177,7 @@ def to_csv(rows: list[Row]) -> str:
 
 def finding(rows: list[Row]) -> str:
     """One sentence that says what was found, and no more than was."""
-    reference = next((row for row in rows if row.loss == REFERENCE), None)
+    reference = reference_row(rows)
     best = min(rows, key=lambda row: row.error)
     if reference is None:
         return (
@@ -150,23 +186,39 @@ def finding(rows: list[Row]) -> str:
         )
     if len(rows) == 1:
         return f"softmax alone was run: test error {best.error:.2f} %."
-    if reference.seeds < 2:
-        return "One seed tells nothing of chance: run at least two for a test against softmax."
-    clear = [row for row in rows if row.p is not None and row.p < LEVEL]
-    if not clear:
+    name = f"softmax ({reference.error:.2f} %)"
+    tested = [row for row in rows if row.p is not None]
+    if not tested:
         return (
-            f"No loss differs from softmax ({reference.error:.2f} %) beyond chance at 5 % "
-            f"over {reference.seeds} seeds."
+            f"No loss was tested against {name}: that takes at least {FEWEST_PAIRS} seeds that "
+            "both were run with."
         )
+    clear = [(row, row.p) for row in tested if row.p is not None and row.p < LEVEL]
 
-    def told(word: str, chosen: list[Row]) -> str:
-        names = ", ".join(f"{row.loss} ({row.difference:+.2f}, p = {row.p:.3f})" for row in chosen)
-        return f"{word} than softmax ({reference.error:.2f} %): {names}" if chosen else ""
+    def told(word: str, sign: int) -> list[str]:
+        names = ", ".join(
+            f"{row.loss} ({difference(row, reference)}, p {'' if p < LEAST else '= '}"
+            f"{probability(p)})"
+            for row, p in clear
+            if sign * (row.difference or 0) > 0
+        )
+        return [f"{word} than {name}: {names}"] if names else []
 
-    parts = (
-        told("better", [row for row in clear if (row.difference or 0) < 0]),
-        told("worse", [row for row in clear if (row.difference or 0) > 0]),
+    parts = [
+        *told("better", -1),
+        *told("worse", 1),
+    ]
+    if not clear:
+        parts.append(f"no loss was shown to differ from {name} beyond chance at 5 %")
+    elif len(clear) < len(tested):
+        parts.append("no other loss was shown to differ beyond chance")
+    untested = [row.loss for row in rows if row.p is None and row is not reference]
+    if untested:
+        parts.append(f"not tested: {', '.join(untested)}")
+    sentence = "; ".join(parts)
+    few, many = min(row.pairs for row in tested), max(row.pairs for row in tested)
+    seeds = f"{few} seeds" if few == many else f"{few} to {many} seeds"
+    return (
+        f"{sentence[0].upper()}{sentence[1:]} "
+        f"({seeds}; chance is that of the seeds: initialisation and order)."
     )
-    sentence = "; ".join(part for part in parts if part)
-    rest = "; no other loss differs beyond chance" if len(clear) < len(rows) - 1 else ""
-    return f"{sentence[0].upper()}{sentence[1:]}{rest} ({reference.seeds} seeds)."

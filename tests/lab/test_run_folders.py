@@ -1,0 +1,93 @@
+"""Run folders that were cut off or spoiled: what is gone on with, and what is said of the rest."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from softsphere.lab import compare
+from softsphere.lab.errors import LabError
+from softsphere.lab.records import Record
+
+START = {"loss": "softmax", "setting": "softmax", "lr": 0.001, "seed": 0}
+EPOCH = {"epoch": 1, "train_loss": 0.5, "valid_error": 0.1, "valid_nll": 0.4, "seconds": 1.0}
+FINAL = {
+    "best_epoch": 1,
+    "valid_error": 0.1,
+    "mean_valid_error": 0.1,
+    "test_error": 0.1,
+    "test_nll": None,
+    "seconds": 1.0,
+    "diverged": False,
+}
+GOOD = [{**START, **EPOCH}, {**START, "final": FINAL}]
+
+
+def text(lines: list) -> str:
+    return "".join(json.dumps(line) + "\n" for line in lines)
+
+
+@pytest.mark.parametrize(
+    "cut", ['{"loss": "soft', '{"loss": "softmax", "x": "\u00e4'[:-1] + "\udcc3"]
+)
+def test_a_line_that_was_cut_off_is_not_there_and_the_next_takes_its_place(tmp_path, cut):
+    path = tmp_path / compare.RUNS
+    path.write_bytes((text(GOOD) + cut).encode(errors="surrogateescape"))
+    record = Record(tmp_path)
+    assert compare.final_runs(record) == GOOD
+    record.add(compare.RUNS, GOOD[:1])
+    assert path.read_text() == text([*GOOD, GOOD[0]])
+
+
+def test_a_last_line_that_only_lacks_its_end_is_there(tmp_path):
+    path = tmp_path / compare.RUNS
+    path.write_text(text(GOOD).rstrip("\n"))
+    Record(tmp_path).add(compare.RUNS, GOOD[:1])
+    assert path.read_text() == text([*GOOD, GOOD[0]])
+
+
+SPOILED = {
+    "half a line": (b'{"loss": "soft\n', "line 1: not JSON"),
+    "no UTF-8": (b'{"loss": "\xff"}\n', "line 1: not JSON"),
+    "an empty line": (b"\n", "line 1: not JSON"),
+    "a list": (b"[1]\n", "line 1: not a JSON object"),
+    "no keys": (b"{}\n", "line 1: has no loss"),
+    "a later line": (text([*GOOD, START]).encode(), "line 3: has no epoch"),
+    "another type": (text([{**GOOD[0], "seed": "0"}]).encode(), "line 1: has seed = '0'"),
+    "a bool": (text([{**GOOD[0], "epoch": True}]).encode(), "line 1: has epoch = True"),
+    "no object": (text([{**START, "final": 1}]).encode(), "line 1: must be an object, got 1"),
+    "no test": (
+        text([{**START, "final": {**FINAL, "test_error": None}}]).encode(),
+        "line 1: has no test_error",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SPOILED)
+def test_a_spoiled_file_is_named_with_its_line(tmp_path, case):
+    content, words = SPOILED[case]
+    (tmp_path / compare.RUNS).write_bytes(content)
+    with pytest.raises(LabError, match=words) as caught:
+        compare.final_runs(Record(tmp_path))
+    assert str(tmp_path / compare.RUNS) in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff", b'{"losses": 1}', b'{"losses": [[]]}'])
+def test_a_spoiled_configuration_is_named_and_is_nobodys_match(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content)
+    record, config = Record(tmp_path), {"losses": ["softmax"], "epochs": 2}
+    assert not record.matches(config, ("losses",))
+    with pytest.raises(LabError, match=r"config\.json"):
+        Record.reopen(tmp_path, config, ("losses",))
+    assert (tmp_path / "config.json").read_bytes() == content
+
+
+def test_other_data_of_the_same_name_is_another_configuration(tmp_path):
+    one, other = ({"losses": [], "data": {"sha256": sha}} for sha in ("a", "b"))
+    record = Record.create(tmp_path / "r", one)
+    assert record.matches(one, ("losses",)) and not record.matches(other, ("losses",))
+    with pytest.raises(LabError, match="was made with data"):
+        Record.reopen(record.folder, other, ("losses",))
+    # records from before the fingerprint
+    assert Record.create(tmp_path / "old", {"losses": []}).matches(one, ("losses",))

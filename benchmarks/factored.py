@@ -250,8 +250,8 @@ def figure() -> None:
         axes.plot(x, y, marker="o", linewidth=2.6 if ours else 1.4, zorder=3 if ours else 2)
         if x:
             axes.annotate(
-                name, (x[-1], y[-1]), xytext=(8, 0), textcoords="offset points", va="center",
-                fontsize=9,
+                name, (x[-1], y[-1]), xytext=(8, 7 if name == "softmax" else -3),
+                textcoords="offset points", va="center", fontsize=9,
             )  # fmt: skip
     axes.set(xscale="log", yscale="log", xlabel="classes D", ylabel="milliseconds a training step")
     axes.set_xlim(7e3, 2e8)

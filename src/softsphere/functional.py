@@ -122,7 +122,9 @@ def loss_on_logits(
             rows, counted = hard(o, target, loss, w, pi, ignore_index, label_smoothing)
     rows = reduce(rows, counted, reduction)
     device = logits.device.type
-    mixed = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    # the compiler of torch 2.11 cannot trace the first question, and compiles for no other device
+    known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
+    mixed = known and torch.is_autocast_enabled(device)
     return rows if mixed else rows.to(logits.dtype)
 
 

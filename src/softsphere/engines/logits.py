@@ -58,7 +58,8 @@ class RowStatistics(torch.autograd.Function):
         o: Tensor, target: Tensor, pi: Tensor | None, centred: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         dtype = accumulator(o.dtype)
-        c = o.gather(-1, target).to(dtype)
+        # a copy, since the compiler of torch 2.11 loses the gradient of one that .to() gives back
+        c = o.gather(-1, target).to(dtype, copy=True)
         if pi is None and not centred:
             return o.sum(-1, dtype=dtype), sum_of_squares(o, dtype), c
         if pi is not None and not centred:

@@ -148,14 +148,13 @@ def remaining(record: Record) -> Iterator[str]:
 
 
 def table(lines: list[dict[str, Any]], normalised: bool) -> list[tuple[str, ...]]:
-    """Header and a row an engine: loss or perplexity by epoch, at the test, milliseconds a step."""
+    """Header and a row an engine: validation loss or perplexity by epoch, test, step time."""
 
     def shown(loss: float) -> str:
         return f"{math.exp(loss):.3f}" if normalised else f"{loss:.6f}"
 
-    word = "perplexity" if normalised else "loss"
     epochs = sorted({line["epoch"] for line in lines if "epoch" in line})
-    header = ("engine", *(f"valid {word}, epoch {e}" for e in epochs), f"test {word}", "ms a step")
+    header = ("engine", *(f"epoch {e}" for e in epochs), "test", "ms a step")
     rows = [header]
     for engine in ENGINES:
         own = {

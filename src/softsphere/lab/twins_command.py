@@ -137,7 +137,10 @@ def report(plan: lab_twins.Plan, record: Record, console: Console) -> None:
     lines = record.lines(lab_twins.RUNS)
     normalised = losses.get(plan.loss).normalised
     header, *rows = lab_twins.table(lines, normalised)
-    title = f"{plan.dataset}, {plan.loss}, n = {plan.n}, d = {plan.width}, m = {plan.batch_size}"
+    what = "perplexity" if normalised else "loss"
+    title = (
+        f"{plan.dataset} {what}, {plan.loss}, n = {plan.n}, d = {plan.width}, m = {plan.batch_size}"
+    )
     write(record.folder / "table.md", tables.markdown(header, rows))
     picture = record.folder / "twins.png"
     figures.twins(lines, title, picture)

@@ -12,7 +12,7 @@ test: .venv/.ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 # The environment is made once and again only when what it is made from changes.
 .venv/.ready: pyproject.toml constraints.txt

@@ -321,6 +321,8 @@ def test_an_interrupt_leaves_a_usable_layer():
     go_on(head, optimizer, 1)
     caught = 0
     old = signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
+    # a process that was started in the background ignores Ctrl-C
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         for trial in range(300):
             torch.set_grad_enabled(True)  # PyTorch's own no_grad may have been interrupted
@@ -333,6 +335,7 @@ def test_an_interrupt_leaves_a_usable_layer():
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, old)
+        signal.signal(signal.SIGINT, before)
         torch.set_grad_enabled(True)
     assert caught > 20
     # a step half written would be off in the first digits

@@ -158,6 +158,8 @@ def test_an_interrupt_keeps_what_is_finished(tmp_path, sent):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # a process that was started in the background ignores Ctrl-C, and so do its children
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     end = time.monotonic() + 60
     while not (out / compare.RUNS).exists() and time.monotonic() < end:

@@ -24,6 +24,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -223,7 +224,7 @@ def memory() -> None:
     head = step.head  # type: ignore[attr-defined]
     head.matrix.refactorise_()
     rows.append((name, setting, "peak over W, and mending", (peak_bytes() - before) / size))
-    path = Path(os.environ.get("TMPDIR", "/tmp")) / f"softsphere-{os.getpid()}.pt"
+    path = Path(tempfile.gettempdir()) / f"softsphere-{os.getpid()}.pt"
     try:
         torch.save(head.state_dict(), path)
         rows.append((name, setting, "peak over W, and saving", (peak_bytes() - before) / size))

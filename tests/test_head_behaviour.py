@@ -426,9 +426,9 @@ def test_wrong_states_are_refused_as_pytorch_does():
         head.load_state_dict(nn.Linear(d + 1, D).state_dict())
     with pytest.raises(RuntimeError, match="Missing key"):
         head.load_state_dict({"weight": torch.zeros(D, d)})
+    assert torch.equal(head.dense(), before)
     with pytest.raises(RuntimeError, match="Unexpected key"):
         head.load_state_dict({**nn.Linear(d, D).state_dict(), "nonsense": torch.zeros(1)})
-    assert torch.equal(head.dense()[:0], before[:0])
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])

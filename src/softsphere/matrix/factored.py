@@ -191,10 +191,10 @@ class FactoredMatrix(nn.Module):
         """Rows whose bytes are CHUNK_BYTES, at least one."""
         return max(1, CHUNK_BYTES // (self.V.shape[1] * self.V.element_size()))
 
-    def to_dense(self, chunk: int | None = None) -> Tensor:
-        """W as a new tensor (D, w)."""
-        dense = torch.empty_like(self.V)
-        for part, rows in self.chunks(chunk):
+    def to_dense(self, chunk: int | None = None, columns: slice = slice(None)) -> Tensor:
+        """W, or columns of it, as a new tensor (D, w)."""
+        dense = torch.empty_like(self.V[:, columns], memory_format=torch.contiguous_format)
+        for part, rows in self.chunks(chunk, columns):
             dense[part] = rows
         return dense
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from softsphere.lab import data, figures, models, summary
 from softsphere.lab.compare import (
@@ -25,6 +22,7 @@ from softsphere.lab.compare import (
 )
 from softsphere.lab.errors import LabError
 from softsphere.lab.options import at_least_one, folder, positive, usable
+from softsphere.lab.progress import bars, tell_stopped, terminal
 from softsphere.lab.records import Record, write
 from softsphere.lab.spec import LossSpec, distinct
 from softsphere.lab.training import Epoch, Final, Schedule
@@ -93,17 +91,12 @@ def compare(
     images = data.load(dataset, data_dir).to(device)
     models.suited(model, images.shape, images.num_classes)
     plan, record = opened(plan, images, out, resume)
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = terminal()
     try:
         work(plan, images, record, console)
     except KeyboardInterrupt:
         report(record, console)
-        console.print(
-            f"Stopped. What is finished is in {record.folder}; the same command with "
-            f"--resume --out {shlex.quote(str(record.folder))} does the rest.",
-            markup=False,
-            soft_wrap=True,
-        )
+        tell_stopped(console, record.folder)
         raise typer.Exit(130) from None
     report(record, console)
 
@@ -135,14 +128,7 @@ def opened(plan: Plan, images: data.Images, out: Path | None, resume: bool) -> t
 def work(plan: Plan, images: data.Images, record: Record, console: Console) -> None:
     """Everything that the record lacks, with a bar on a terminal and a line a run elsewhere."""
     done, runs = len(finished(plan, record)), total(plan)
-    progress = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )
+    progress = bars(console)
     with progress:
         bar = progress.add_task(plan.dataset, total=runs, completed=done)
         for number, task in enumerate(remaining(plan, record), done + 1):

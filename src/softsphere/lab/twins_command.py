@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import shlex
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -13,13 +11,13 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from softsphere import losses
 from softsphere.lab import data, figures, tables, text
 from softsphere.lab import twins as lab_twins
 from softsphere.lab.errors import LabError
 from softsphere.lab.options import at_least_one, positive, usable
+from softsphere.lab.progress import bars, tell_stopped, terminal
 from softsphere.lab.records import Record, write
 from softsphere.losses import Spherical
 
@@ -81,17 +79,12 @@ def twins(
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-twins-{dataset}"
     where = out or Path("runs") / name
     record = Record.reopen(where, config, ()) if resume else Record.create(where, config)
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = terminal()
     try:
         for engine in lab_twins.remaining(record):
             work(plan, engine, words, record, console)
     except KeyboardInterrupt:
-        console.print(
-            f"Stopped. What is finished is in {record.folder}; the same command with --resume "
-            f"--out {shlex.quote(str(record.folder))} does the rest.",
-            markup=False,
-            soft_wrap=True,
-        )
+        tell_stopped(console, record.folder)
         raise typer.Exit(130) from None
     report(plan, record, console)
 
@@ -108,14 +101,7 @@ def work(
     plan: lab_twins.Plan, engine: str, words: text.Text, record: Record, console: Console
 ) -> None:
     """One engine's training, with a bar on a terminal and a line an epoch elsewhere."""
-    progress = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )
+    progress = bars(console)
     with progress:
         bar = progress.add_task(engine)
 

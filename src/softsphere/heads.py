@@ -242,7 +242,7 @@ class FactoredSphericalLoss(nn.Module):
         H, t = self.rows_of(hidden), target.reshape(-1)
         o = (H * self.matrix.rows(t, slice(0, self.matrix.width))).sum(-1)
         own = self.classes().scores(o, None if self.matrix.pi is None else self.matrix.pi[t])
-        return stream.rank(self.classes(), H, own).view(target.shape)
+        return stream.rank(self.classes(), H, t, own).view(target.shape)
 
     @property
     def weight(self) -> Tensor:

@@ -54,9 +54,13 @@ def topk(classes: Classes, H: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return best, index
 
 
-def rank(classes: Classes, H: Tensor, own: Tensor) -> Tensor:
-    """1 + the number of classes whose score is above own (m): (m)."""
+def rank(classes: Classes, H: Tensor, target: Tensor, own: Tensor) -> Tensor:
+    """1 + the number of other classes whose score is above own (m), the target's (m): (m)."""
     above = torch.zeros(len(H), dtype=torch.long, device=H.device)
-    for _, scores in classes.stream(H):
-        above += (scores > own.unsqueeze(1)).sum(1)
+    for part, scores in classes.stream(H):
+        better = scores > own.unsqueeze(1)
+        # not the target itself, whose score here may differ from `own` in the last digit
+        row = ((target >= part.start) & (target < part.stop)).nonzero().squeeze(1)
+        better[row, target[row] - part.start] = False
+        above += better.sum(1)
     return above + 1

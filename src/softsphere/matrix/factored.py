@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from softsphere.matrix import mending
+from softsphere.matrix.generations import Generations
 from softsphere.matrix.structured import StructuredGradient
 from softsphere.matrix.update import Blocks, SingularStepError, gram_times, plan
 
@@ -26,7 +28,9 @@ class Health:
     inverse_drift: ‖U U⁻¹ − I‖ / √w, U's rows scaled to norm 1
     gram_drift: largest relative error of xᵀ Q x against ‖W x‖² over random x; nan if not asked for
     shift: ‖1 ωᵀ‖ / ‖W‖
-    refactorised, refolded, rescaled, reinverted, regrammed: how often each was done
+    generations: how many there are rows of V of
+    renewed, refactorised, reinverted, regrammed: how often a generation was begun, V written anew,
+        U⁻¹ and Q computed anew
     seconds: spent on all of that
     """
 
@@ -34,9 +38,9 @@ class Health:
     inverse_drift: float
     gram_drift: float
     shift: float
+    generations: int
+    renewed: int
     refactorised: int
-    refolded: int
-    rescaled: int
     reinverted: int
     regrammed: int
     seconds: float
@@ -94,8 +98,7 @@ class FactoredMatrix(nn.Module):
         # the small arrays in the dtype of V: kept buffers, and which of them are up to date
         self.shadows: dict[str, Tensor] = {}
         self.fresh: set[str] = set()
-        # rows where blocks of V beyond the first may be other than zero
-        self.active: list[Tensor] = []
+        self.generations = Generations(self.num_rows, weight.shape[1], weight.device)
         self.watch = mending.Watch()
         self.canonical_at = -1
         self.reset_()
@@ -121,6 +124,7 @@ class FactoredMatrix(nn.Module):
         eye = torch.eye(self.V.shape[1], dtype=torch.float64, device=self.V.device)
         self.U, self.U_inv = eye, eye.clone()
         self.omega = torch.zeros_like(eye[0])
+        self.generations.forget()
         self.changed()
         self.regram_()
         self.watch.restart()
@@ -175,7 +179,11 @@ class FactoredMatrix(nn.Module):
     def rows(self, index: Tensor, columns: slice = slice(None)) -> Tensor:
         """W[index]: (n, w)."""
         omega, U = self.small("omega")[columns], self.small("U")[:, columns]
-        return torch.addmm(omega, self.V.index_select(0, index), U)
+        return torch.addmm(omega, self.coordinates(index), U)
+
+    def coordinates(self, index: Tensor | slice) -> Tensor:
+        """V[index] in the current coordinates: what U and ω make W[index] of."""
+        return self.generations.carried(self.V[index], self.generations.made[index])
 
     def chunks(
         self, size: int | None = None, columns: slice = slice(None)
@@ -185,7 +193,18 @@ class FactoredMatrix(nn.Module):
         omega, U = self.small("omega")[columns], self.small("U")[:, columns]
         for start in range(0, self.num_rows, size):
             part = slice(start, min(start + size, self.num_rows))
-            yield part, torch.addmm(omega, self.V[part], U)
+            yield part, torch.addmm(omega, self.coordinates(part), U)
+
+    def times(self, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """(slice of rows, W x there) for x (w, p) in V's dtype. O(D w p) for each generation."""
+        each = self.generations.maps_in(x.dtype) @ (self.small("U") @ x)
+        flat, shift = each.transpose(0, 1).flatten(1), self.small("omega") @ x
+        size = self.chunk_size()
+        for start in range(0, self.num_rows, size):
+            part = slice(start, min(start + size, self.num_rows))
+            made = self.generations.made[part].long()
+            by_each = (self.V[part] @ flat).view(len(made), len(each), -1)
+            yield part, shift + by_each[torch.arange(len(made), device=made.device), made]
 
     def chunk_size(self) -> int:
         """Rows whose bytes are CHUNK_BYTES, at least one."""
@@ -222,8 +241,6 @@ class FactoredMatrix(nn.Module):
         with mending.uninterrupted():
             update.commit(self)
             self.edition += 1
-            if self.blocks > 1:
-                self.active.append(update.rows)
             self.changed()
         self.watch.after_step(self, blocks, update.share)
 
@@ -255,6 +272,7 @@ class FactoredMatrix(nn.Module):
         pad = nn.functional.pad
         with mending.uninterrupted():
             self.V = pad(self.V, (0, extra))
+            self.generations.resize(self.V.shape[1])
             self.U = torch.kron(basis, self.U.contiguous())
             self.U_inv = torch.kron(torch.linalg.inv(basis).contiguous(), self.U_inv.contiguous())
             self.gram = pad(self.gram, (0, extra, 0, extra))
@@ -269,30 +287,39 @@ class FactoredMatrix(nn.Module):
         d = self.width
         with mending.uninterrupted():
             self.V = self.V[:, :d].contiguous()
+            self.generations.resize(d)
             for name in ("U", "U_inv", "gram"):
                 setattr(self, name, getattr(self, name)[:d, :d].contiguous())
             self.omega, self.colsum = self.omega[:d].clone(), self.colsum[:d].clone()
-            self.active = []
             self.changed()
 
     def canonical_(self) -> None:
-        """Writes the first block of V as that of W, so that it can be saved as it is. O(D d²).
+        """Writes the first block of V as that of W, so that it can be saved as it is. O(D w²).
 
         What follows is the same whether the factors go on or are saved and loaded.
         """
         if self.canonical_at == self.version:
             return
-        if self.blocks > 1:
-            mending.refold(self, 0.0, 1.0)
         self.refactorise_()
+        self.forget_()
         self.watch.restart()
         self.canonical_at = self.version
+
+    def forget_(self) -> None:
+        """V₂ ← 0 in rows whose share of the second block is below its rounding. O(D d)."""
+        if self.blocks == 1:
+            return
+        least = torch.finfo(self.V.dtype).eps / 64 * mending.block_sizes(self)[-1]
+        for rows in self.V[:, self.width :].split(self.chunk_size()):
+            alive = rows.norm(dim=1) > least / math.sqrt(self.num_rows)
+            rows.masked_fill_(~alive.unsqueeze(1), 0)
 
     def extra_state(self) -> dict[str, Tensor]:
         """What, beside the first block of V, a canonical matrix is made of; none of it O(D w)."""
         state = {name: getattr(self, name) for name in self.SMALL}
         if self.blocks > 1:
-            index = torch.cat(self.active).unique()
+            parts = self.V[:, self.width :].split(self.chunk_size())
+            index = torch.cat([rows.any(dim=1) for rows in parts]).nonzero().squeeze(1)
             state |= {"rows": index, "beside": self.V[index, self.width :]}
         return state
 
@@ -307,7 +334,8 @@ class FactoredMatrix(nn.Module):
             index, beside = state["rows"].to(self.V.device), state["beside"].to(self.V)
             self.V = nn.functional.pad(self.V, (0, beside.shape[1]))
             self.V[:, self.width :].index_copy_(0, index, beside)
-            self.active = [index]
+        self.generations.resize(self.V.shape[1])
+        self.generations.forget()
         for name in self.SMALL:
             setattr(self, name, state[name].to(self.gram).clone())
         self.watch.restart()
@@ -315,11 +343,16 @@ class FactoredMatrix(nn.Module):
         self.canonical_at = self.version
 
     def refactorise_(self) -> None:
-        """V ← W, U ← I, ω ← 0, in row chunks and in place; W is what it was. O(D d²).
+        """V ← W, U ← I, ω ← 0, in row chunks and in place; W is what it was. O(D w²).
 
-        With momentum beside W this is so for the first block, as far as rows are not active.
+        With momentum beside W this is so for the first block, and V₂ is 0 where it was.
         """
-        mending.rebase(self, torch.eye(self.width, dtype=torch.float64, device=self.V.device))
+        eye = torch.eye(self.width, dtype=torch.float64, device=self.V.device)
+        mending.rebase(self, eye, (0.0, 1.0))
+
+    def renew_(self) -> None:
+        """Begins a new generation; W is what it was. O(w³), nothing in D but a glance at it."""
+        mending.renew(self, mending.directions(self), self.watch.scaled)
 
     def condition(self) -> float:
         """See `Health.condition`."""
@@ -333,6 +366,7 @@ class FactoredMatrix(nn.Module):
             inverse_drift=mending.inverse_drift(self),
             gram_drift=mending.gram_drift(self, probes),
             shift=mending.shift_share(self),
+            generations=sum(count > 0 for count in self.generations.counts()),
             seconds=self.watch.seconds,
             **done,
         )
@@ -354,6 +388,7 @@ class FactoredMatrix(nn.Module):
             self.pi = kept(self.pi, (self.V.dtype,)).to(self.V.dtype)
         for name in self.SMALL:
             setattr(self, name, kept(getattr(self, name), (torch.float64,)))
+        self.generations._apply(fn)
         self.shadows = {}
         self.changed()
         return self

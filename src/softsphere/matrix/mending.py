@@ -6,14 +6,16 @@ matters is not the condition of U but that of U with each of its rows scaled at 
 
     κ = rms_i ‖U_i·‖ ‖U⁻¹_·i‖,    1 where the rows of U are orthogonal, whatever their lengths.
 
-So when κ has grown, V is written in the basis of U's right singular vectors, U ← Qᵀ: the directions
-that steps shrink are then rows of U, they can shrink by many powers of ten before anything is lost,
-and the next time is far off. A repair that made U the identity would have to be repeated for ever.
+So when κ has grown, a new generation begins (see generations.py): U ← P, orthogonal, and only rows
+that are written from then on are written in its coordinates. P are the directions that U = L P has
+by Gram and Schmidt: taken again and again they turn to those that steps shrink least, next to least
+and so on. These are then rows of U, shrink by many powers of ten before anything is lost, and the
+next generation is far off. Nothing of this costs anything in D. Only where 1 ωᵀ has outgrown W is
+V written anew.
 
-With a second block, an optimizer's momentum B, W = V₁U₁₁ + V₂U₂₁ and B = V₁U₁₂ + V₂U₂₂. Momentum is
-forgotten: (U₂₁ U₂₂) shrinks by μ a step while what is added to V₂ grows. But B is a small map of W
-but for the rows that were targets lately, so V₂ is zero elsewhere and stays so: (U₂₁ U₂₂) can be
-chosen anew by rewriting those rows alone, at no cost in D.
+With a second block, an optimizer's momentum B, W = V₁U₁₁ + V₂U₂₁ and B = V₁U₁₂ + V₂U₂₂. For a row
+that was no target lately B is the same small map of W, B = W N, so U ← ((P, PN), (e ⊗ P)) leaves
+its V₂ zero; e is the direction that momentum only scales.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from softsphere.matrix.structured import StructuredGradient
 from softsphere.matrix.update import HARSH, Blocks, SingularStepError, Update
@@ -36,21 +38,29 @@ from softsphere.matrix.update import HARSH, Blocks, SingularStepError, Update
 if TYPE_CHECKING:
     from softsphere.matrix.factored import FactoredMatrix
 
-__all__ = ["Watch", "condition", "gram_drift", "inverse_drift", "rebase", "uninterrupted"]
+__all__ = [
+    "Watch",
+    "condition",
+    "gram_drift",
+    "inverse_drift",
+    "rebase",
+    "renew",
+    "uninterrupted",
+]
 
-# A rounding error may be amplified by this much before V is written anew.
-CONDITION = 8.0
+# A rounding error may be amplified by this much before a new generation begins.
+CONDITION = 4.0
 # How far U U⁻¹ may be from I and Q from WᵀW, in units of the square root of V's precision.
 DRIFT = 0.03
 # Less than this is as good as nothing.
 FLOOR = 1e-14
 # ‖1 ωᵀ‖ against ‖W‖: beyond it, W = V U + 1 ωᵀ is a small difference of large numbers.
 SHIFT = 8.0
-# Rows of U may be 2^±RANGE long before V's columns are scaled.
+# Rows of U may be 2^±RANGE long.
 RANGE = 40
 # Steps between two measurements, at most.
 LONGEST = 64
-MEANS = ("refactorised", "refolded", "rescaled", "reinverted", "regrammed")
+MEANS = ("renewed", "refactorised", "reinverted", "regrammed")
 
 
 @contextmanager
@@ -77,7 +87,7 @@ class Gauge:
     """One measure of wear, which grows by a factor a step, and when it will reach its limit."""
 
     def __init__(self, limit: float) -> None:
-        self.limit = limit
+        self.asked = self.limit = limit
         self.level = math.log(FLOOR)
         self.rate = 0.0
 
@@ -89,7 +99,8 @@ class Gauge:
         return (math.log(self.limit) - level) / self.rate
 
     def settle(self, value: float) -> None:
-        """The value that mending has left."""
+        """The value that mending has left; what it cannot reach is not asked for."""
+        self.limit = max(self.asked, 2 * value)
         self.level = math.log(max(value, FLOOR))
 
 
@@ -107,9 +118,14 @@ class Watch:
         self.refused: Tensor | None = None
         self.restart()
 
+    @property
+    def scaled(self) -> tuple[float, ...]:
+        """e: in which direction momentum only scales [W B]; that of B before a step is seen."""
+        return self.blocks.eigenbasis()[1] if len(self.blocks.base) > 1 else (0.0, 1.0)
+
     def restart(self) -> None:
         """Measures again after the next step, whatever was seen before."""
-        self.period, self.steps = 1, 0
+        self.period, self.steps, self.since_gram = 1, 0, 0
         self.gauges = Gauge(CONDITION**2 - 1), Gauge(1.0), Gauge(SHIFT), Gauge(2.0**RANGE)
 
     def prepare(self, W: FactoredMatrix, gradient: StructuredGradient, blocks: Blocks) -> None:
@@ -121,8 +137,8 @@ class Watch:
         eye = torch.eye(W.width, dtype=torch.float64, device=W.U.device)
         A = gradient.to(torch.float64).A
         X = torch.linalg.svd(blocks.times(eye) + blocks.spread[0] * A).U
-        rebase(W, X.mT.contiguous())
-        self.done["refactorised"] += 1
+        renew(W, X.mT.contiguous(), self.scaled)
+        self.done["renewed"] += 1
         self.seconds += time.perf_counter() - start
 
     def after_step(self, W: FactoredMatrix, blocks: Blocks, share: float) -> None:
@@ -143,6 +159,7 @@ class Watch:
                 "those after it; lower lr, or look for an overflow in the layers below"
             )
         steps = max(self.steps, 1)
+        self.check_gram(W, steps)
         before = measures(W)
         left = [gauge.steps_left(x, steps) for gauge, x in zip(self.gauges, before, strict=True)]
         if min(left) <= 0:
@@ -152,6 +169,16 @@ class Watch:
             left = [(math.log(g.limit) - g.level) / g.rate for g in self.gauges]
         ahead = min(2 * self.period, LONGEST, self.blocks.horizon(2 * CONDITION), min(left) / 2)
         self.period, self.steps = max(int(ahead), 1), 0
+
+    def check_gram(self, W: FactoredMatrix, steps: int) -> None:
+        """Q against WᵀW so seldom that reading W costs O(w²) a step, and rebuilding Q O(w³)."""
+        self.since_gram += steps
+        if self.since_gram < max(LONGEST, W.num_rows // len(W.U)):
+            return
+        self.since_gram = 0
+        if gram_drift(W, 1) > tolerance(W):
+            W.regram_()
+            self.done["regrammed"] += 1
 
     def mend(self, W: FactoredMatrix) -> None:
         """Whatever is beyond its limit, by the cheapest means that will do."""
@@ -163,18 +190,12 @@ class Watch:
         if not within(1):
             reinvert(W)
             self.done["reinverted"] += 1
-        if W.blocks > 1 and not within(0, 3):
-            refold(W, *self.blocks.eigenbasis()[1])
-            self.done["refolded"] += 1
-        if not within(0, 2):
-            rebase(W, aligned(W))
+        if not within(0, 3):
+            renew(W, directions(W), self.scaled)
+            self.done["renewed"] += 1
+        if not within(2):
+            rebase(W, directions(W), self.scaled)
             self.done["refactorised"] += 1
-            if gram_drift(W, 1) > tolerance(W):
-                W.regram_()
-                self.done["regrammed"] += 1
-        if not within(3):
-            rescale(W)
-            self.done["rescaled"] += 1
 
 
 def tolerance(W: FactoredMatrix) -> float:
@@ -236,8 +257,8 @@ def gram_drift(W: FactoredMatrix, probes: int) -> float:
     x = torch.randn(len(W.U), probes, generator=torch.Generator().manual_seed(0)).to(W.V)
     x = x / block_sizes(W).to(x).unsqueeze(1)
     exact = torch.zeros(probes, dtype=torch.float64, device=x.device)
-    for part, rows in W.chunks():
-        squares = (rows @ x).double().square()
+    for part, outputs in W.times(x):
+        squares = outputs.double().square()
         exact += (squares if W.pi is None else squares * W.pi[part].unsqueeze(1)).sum(0)
     kept = (x.double() * (W.gram @ x.double())).sum(0)
     return float(((kept - exact).abs() / exact.clamp_min(1e-300)).max())
@@ -251,70 +272,64 @@ def reinvert(W: FactoredMatrix) -> None:
         W.changed()
 
 
-def rescale(W: FactoredMatrix) -> None:
-    """Rows of U ← 2^−e of them, columns of V ← 2^e, to rows of about 1: exact. O(D w)."""
-    scale = torch.exp2(torch.log2(W.U.norm(dim=1)).round())
-    with uninterrupted():
-        W.V.mul_(scale.to(W.V.dtype))
-        W.U.div_(scale.unsqueeze(1))
-        W.U_inv.mul_(scale)
-        W.changed()
+def directions(W: FactoredMatrix) -> Tensor:
+    """The rows of U₁₁ made orthonormal one after the other: P of U₁₁ = L P."""
+    first = W.U[: W.width, : W.width]
+    lengths = first.norm(dim=1)
+    order = lengths.argsort(descending=True)
+    P = torch.empty_like(first)
+    P[order] = torch.linalg.qr((first / lengths.unsqueeze(1))[order].mT).Q.mT
+    return P
 
 
-def aligned(W: FactoredMatrix) -> Tensor:
-    """The directions (as rows) in which steps have shrunk U most and least."""
-    directions: Tensor = torch.linalg.svd(W.U[: W.width, : W.width], full_matrices=False).Vh
-    return directions.contiguous()
-
-
-def rebase(W: FactoredMatrix, directions: Tensor) -> None:
-    """V₁ ← W P⁻¹ with P = directions, so that U₁₁ = P and ω₁ = 0; in place, in row chunks. O(D d²).
-
-    V₂ stays: V₁ ← (V₁ + 1 ω₁ᵀU₁₁⁻¹) U₁₁ P⁻¹ and (U₁₁ U₁₂) ← P U₁₁⁻¹ (U₁₁ U₁₂).
-    """
+def basis(W: FactoredMatrix, P: Tensor, e: tuple[float, ...]) -> Tensor:
+    """What U is to be, with U₁₁ = P: see above."""
+    if W.blocks == 1:
+        return P
     d = W.width
-    first = W.U[:d, :d]
-    onto = torch.linalg.inv(directions)
-    across, shift = (first @ onto).to(W.V.dtype), (W.omega[:d] @ onto).to(W.V.dtype)
-    U, omega = W.U.clone(), W.omega.clone()
-    U[:d, :d] = directions
-    if W.blocks > 1:
-        ahead = torch.linalg.solve(first, W.U[:d, d:])
-        U[:d, d:] = directions @ ahead
-        omega[d:] -= W.omega[:d] @ ahead
-    omega[:d] = 0
+    past, present = e
+    ahead = P @ torch.linalg.solve(W.U[:d, :d], W.U[:d, d:])
+    return torch.cat([torch.cat([P, ahead], 1), torch.cat([past * P, present * P], 1)])
+
+
+def onto(W: FactoredMatrix, U: Tensor, U_inv: Tensor) -> Tensor:
+    """From coordinates by W.U to those by U: W.U U⁻¹, with V₂ = 0 kept zero."""
+    step = W.U @ U_inv
+    step[: W.width, W.width :] = 0
+    return step
+
+
+def renew(W: FactoredMatrix, P: Tensor, e: tuple[float, ...]) -> None:
+    """Begins a generation with U₁₁ = P, orthogonal. O(w³), and O(w²) for each row carried over."""
+    U = basis(W, P, e)
     U_inv = inverse(U)
-    size = W.chunk_size()
-    buffer = W.V.new_empty(min(size, W.num_rows), d)
+    step = onto(W, U, U_inv)
     with uninterrupted():
-        for rows in W.V[:, :d].split(size):
-            rows.copy_(torch.addmm(shift, rows, across, out=buffer[: len(rows)]))
-        for name, value in (("U", U), ("U_inv", U_inv), ("omega", omega)):
-            getattr(W, name).copy_(value)
-        W.changed()
-
-
-def refold(W: FactoredMatrix, past: float, present: float) -> None:
-    """(U₂₁ U₂₂) ← (past·P present·P), P = U₁₁ with unit rows, for the rows where V₂ ≠ 0. O(n w²).
-
-    Rows whose share of B has been forgotten to the last digit go back to V₂ = 0.
-    """
-    d = W.width
-    index = torch.cat(W.active).unique() if W.active else W.V.new_empty(0, dtype=torch.long)
-    U = W.U.clone()
-    unit = U[:d, :d] / U[:d, :d].norm(dim=1, keepdim=True)
-    U[d:] = torch.cat([past * unit, present * unit], 1)
-    U_inv = inverse(U)
-    rows = (W.V[index].double() @ (W.U @ U_inv)).to(W.V.dtype)
-    momentum = (W.gram.diagonal()[d:].clamp_min(0).sum() / W.mass).sqrt()
-    forgotten = torch.finfo(W.V.dtype).eps / 64 * momentum
-    alive = rows[:, d:].norm(dim=1) * abs(present) > forgotten
-    rows[:, d:].masked_fill_(~alive.unsqueeze(1), 0)
-    with uninterrupted():
-        W.V.index_copy_(0, index, rows)
+        W.generations.begin(step)
         W.U.copy_(U)
         W.U_inv.copy_(U_inv)
-        W.active = [index[alive]]
+        W.generations.bound(W.V, W.chunk_size())
+        W.changed()
+
+
+def rebase(W: FactoredMatrix, P: Tensor, e: tuple[float, ...]) -> None:
+    """Writes all of V so that U₁₁ = P, orthogonal, and ω₁ = 0; in place, in chunks. O(D w²)."""
+    U = basis(W, P, e)
+    U_inv = inverse(U)
+    step, d = onto(W, U, U_inv).to(W.V.dtype), W.width
+    in_first = W.omega[:d] @ P.mT  # ω₁ in the coordinates of V₁
+    shift = nn.functional.pad(in_first, (0, len(U) - d)).to(W.V.dtype)
+    omega = W.omega - in_first @ U[:d]
+    omega[:d] = 0
+    with uninterrupted():
+        size = W.chunk_size()
+        parts = zip(W.V.split(size), W.generations.made.split(size), strict=True)
+        for rows, made in parts:
+            rows.copy_(torch.addmm(shift, W.generations.carried(rows, made), step))
+        W.generations.forget()
+        W.U.copy_(U)
+        W.U_inv.copy_(U_inv)
+        W.omega.copy_(omega)
         W.changed()
 
 

@@ -102,6 +102,7 @@ class Update:
     """What is added: (n, w) to the rows of V, and to each small array after κ has acted on it.
 
     scaled: the small arrays after κ; empty where κ is a number and can act in place
+    carried: (n, w) the rows of V in the current coordinates; None where they are in them already
     refused: why the step cannot be taken, None where it can
     share: the smallest pivot of S, about how much the step leaves of the direction that it shrinks
         most; 1 on a GPU, where it is not asked for
@@ -112,11 +113,15 @@ class Update:
     to_small: dict[str, Tensor]
     scaled: dict[str, Tensor]
     blocks: Blocks
+    carried: Tensor | None = None
     refused: str | None = None
     share: float = 1.0
 
     def commit(self, W: FactoredMatrix) -> None:
         """Writes it all, in place: nothing is allocated, so nothing can fail half way."""
+        if self.carried is not None:
+            W.V.index_copy_(0, self.rows, self.carried)
+            W.generations.made.index_fill_(0, self.rows, W.generations.now)
         W.V.index_add_(0, self.rows, self.to_rows.to(W.V.dtype))
         for name, increment in self.to_small.items():
             array: Tensor = getattr(W, name)
@@ -249,7 +254,7 @@ def plan(W: FactoredMatrix, gradient: StructuredGradient, blocks: Blocks) -> Upd
     g = gradient
     if not blocks.invertible():
         why = "weight decay takes all of W away; lower lr or weight_decay"
-        return Update(g.rows, g.H, {}, {}, blocks, why)
+        return Update(g.rows, g.H, {}, {}, blocks, refused=why)
     if W.V.device.type == "cpu":
         update = compute(W, g.to(W.V.dtype), blocks)
         if update.share >= HARSH:
@@ -302,7 +307,9 @@ def compute(W: FactoredMatrix, gradient: StructuredGradient, blocks: Blocks) -> 
     }
     scaled = under(blocks, W) if W.blocks > 1 else {}
     seen = (N, half, to_rows, to_small["omega"], to_small["colsum"])
-    return guarded(W, g, Update(g.rows, to_rows, to_small, scaled, blocks), seen, LU.diagonal())
+    carried = None if W.generations.alone else W.coordinates(g.rows)
+    update = Update(g.rows, to_rows, to_small, scaled, blocks, carried)
+    return guarded(W, g, update, seen, LU.diagonal())
 
 
 def spread_out(H: Tensor, spread: tuple[float, ...]) -> Tensor:

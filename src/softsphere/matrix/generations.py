@@ -1,0 +1,117 @@
+"""The coordinates that each row of V is written in, so that U can begin anew without rewriting V.
+
+Row k of V belongs to the generation in which it was last written: W_k = V_k M_g U + ω, g = made_k,
+with M = I for the current one. When U has worn, U ← P and M_g ← M_g (U P⁻¹) for every g: no row is
+read. A row is carried over, V_k ← V_k M_g, when it is next a target. What U has shrunk is shrunk in
+M_g for good, and since V_k was rounded before that, no digit of W is lost with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Generations"]
+
+# So many at most; before there are more, the rows of the one with the fewest are carried over.
+LIVE = 8
+
+
+class Generations(nn.Module):
+    """made (D) uint8: the generation of each row; maps (G, w, w) float64: M; now: the last one."""
+
+    made: Tensor
+    maps: Tensor
+
+    def __init__(self, num_rows: int, width: int, device: torch.device) -> None:
+        super().__init__()
+        made = torch.zeros(num_rows, dtype=torch.uint8, device=device)
+        maps = torch.eye(width, dtype=torch.float64, device=device).unsqueeze(0)
+        self.register_buffer("made", made, persistent=False)
+        self.register_buffer("maps", maps, persistent=False)
+        self.now = 0
+        self.rounded: Tensor | None = None
+
+    @property
+    def alone(self) -> bool:
+        """Whether all rows are in the current generation."""
+        return len(self.maps) == 1
+
+    def maps_in(self, dtype: torch.dtype) -> Tensor:
+        """maps in the dtype of V."""
+        if self.maps.dtype == dtype:
+            return self.maps
+        if self.rounded is None or self.rounded.dtype != dtype:
+            self.rounded = self.maps.to(dtype)
+        return self.rounded
+
+    def carried(self, rows: Tensor, made: Tensor) -> Tensor:
+        """Rows of V (n, w) of the generations made (n), in the coordinates of the current one."""
+        if self.alone:
+            return rows
+        maps = self.maps_in(rows.dtype)
+        if rows.device.type != "cpu":
+            # to ask which generations there are would be to wait for the device
+            each = (torch.where((made == g).unsqueeze(1), rows, 0) @ M for g, M in enumerate(maps))
+            return sum(each, torch.zeros_like(rows))
+        out = rows.clone()
+        for g in made.unique().tolist():
+            if g != self.now:
+                index = (made == g).nonzero().squeeze(1)
+                out[index] = rows[index] @ maps[g]
+        return out
+
+    def begin(self, step: Tensor) -> None:
+        """A new generation, `step` = U P⁻¹ from the coordinates of the last one to its own."""
+        self.maps = self.maps @ step
+        eye = torch.eye(step.shape[0], dtype=step.dtype, device=step.device)
+        counts = self.counts()
+        self.now = counts.index(0) if 0 in counts else len(counts)
+        if self.now == len(counts):
+            self.maps = torch.cat([self.maps, eye.unsqueeze(0)])
+        else:
+            self.maps[self.now] = eye
+        self.rounded = None
+
+    def counts(self) -> list[int]:
+        """How many rows each generation has."""
+        each = [(self.made == g).sum() for g in range(len(self.maps))]
+        return [int(count) for count in torch.stack(each).tolist()]
+
+    def bound(self, V: Tensor, size: int) -> None:
+        """Carries the rows of the smallest generation over, `size` at a time, if there are many."""
+        if len(self.maps) <= LIVE:
+            return
+        counts = self.counts()
+        if 0 in counts[: self.now] + counts[self.now + 1 :]:
+            return
+        counts[self.now] = len(V) + 1
+        least = counts.index(min(counts))
+        M = self.maps_in(V.dtype)[least]
+        for index in (self.made == least).nonzero().squeeze(1).split(size):
+            V[index] = V[index] @ M
+            self.made[index] = self.now
+
+    def forget(self) -> None:
+        """All rows are in the current coordinates."""
+        self.made.zero_()
+        eye = torch.eye(self.maps.shape[1], dtype=torch.float64, device=self.maps.device)
+        self.maps, self.now, self.rounded = eye.unsqueeze(0), 0, None
+
+    def resize(self, width: int) -> None:
+        """For V of another width: columns of zeros are added, or columns nobody uses taken off."""
+        old = self.maps.shape[1]
+        kept = min(old, width)
+        maps = torch.eye(width, dtype=torch.float64, device=self.maps.device)
+        maps = maps.repeat(len(self.maps), 1, 1)
+        maps[:, :kept, :kept] = self.maps[:, :kept, :kept]
+        self.maps, self.rounded = maps, None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Generations:
+        # a change of dtype is V's alone
+        maps = fn(self.maps)
+        self.maps = maps if maps.dtype == torch.float64 else self.maps.to(maps.device)
+        self.made, self.rounded = fn(self.made), None
+        return self

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -294,33 +293,21 @@ class FactoredMatrix(nn.Module):
             self.changed()
 
     def canonical_(self) -> None:
-        """Writes the first block of V as that of W, so that it can be saved as it is. O(D w²).
+        """Writes V as W, so that it can be saved as it is. O(D w²).
 
         What follows is the same whether the factors go on or are saved and loaded.
         """
         if self.canonical_at == self.version:
             return
         self.refactorise_()
-        self.forget_()
         self.watch.restart()
         self.canonical_at = self.version
 
-    def forget_(self) -> None:
-        """V₂ ← 0 in rows whose share of the second block is below its rounding. O(D d)."""
-        if self.blocks == 1:
-            return
-        least = torch.finfo(self.V.dtype).eps / 64 * mending.block_sizes(self)[-1]
-        for rows in self.V[:, self.width :].split(self.chunk_size()):
-            alive = rows.norm(dim=1) > least / math.sqrt(self.num_rows)
-            rows.masked_fill_(~alive.unsqueeze(1), 0)
-
     def extra_state(self) -> dict[str, Tensor]:
-        """What, beside the first block of V, a canonical matrix is made of; none of it O(D w)."""
+        """What, beside the first block of V, a canonical matrix is made of; nothing is copied."""
         state = {name: getattr(self, name) for name in self.SMALL}
         if self.blocks > 1:
-            parts = self.V[:, self.width :].split(self.chunk_size())
-            index = torch.cat([rows.any(dim=1) for rows in parts]).nonzero().squeeze(1)
-            state |= {"rows": index, "beside": self.V[index, self.width :]}
+            state["beside"] = self.V[:, self.width :]
         return state
 
     def state(self) -> dict[str, Tensor]:
@@ -330,10 +317,10 @@ class FactoredMatrix(nn.Module):
     def load_extra_state(self, state: dict[str, Tensor]) -> None:
         """Takes what `extra_state` gave, the first block of V being written already."""
         self.edition += 1
-        if "rows" in state:
-            index, beside = state["rows"].to(self.V.device), state["beside"].to(self.V)
+        if "beside" in state:
+            beside = state["beside"]
             self.V = nn.functional.pad(self.V, (0, beside.shape[1]))
-            self.V[:, self.width :].index_copy_(0, index, beside)
+            self.V[:, self.width :].copy_(beside)
         self.generations.resize(self.V.shape[1])
         self.generations.forget()
         for name in self.SMALL:
@@ -343,16 +330,12 @@ class FactoredMatrix(nn.Module):
         self.canonical_at = self.version
 
     def refactorise_(self) -> None:
-        """V ← W, U ← I, ω ← 0, in row chunks and in place; W is what it was. O(D w²).
-
-        With momentum beside W this is so for the first block, and V₂ is 0 where it was.
-        """
-        eye = torch.eye(self.width, dtype=torch.float64, device=self.V.device)
-        mending.rebase(self, eye, (0.0, 1.0))
+        """V ← W, U ← I, ω ← 0, in row chunks and in place; W is what it was. O(D w²)."""
+        mending.rebase(self, torch.eye(self.V.shape[1], dtype=torch.float64, device=self.V.device))
 
     def renew_(self) -> None:
         """Begins a new generation; W is what it was. O(w³), nothing in D but a glance at it."""
-        mending.renew(self, mending.directions(self), self.watch.scaled)
+        mending.renew(self, self.watch.basis(self))
 
     def condition(self) -> float:
         """See `Health.condition`."""

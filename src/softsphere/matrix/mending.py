@@ -13,9 +13,8 @@ and so on. These are then rows of U, shrink by many powers of ten before anythin
 next generation is far off. Nothing of this costs anything in D. Only where 1 ωᵀ has outgrown W is
 V written anew.
 
-With a second block, an optimizer's momentum B, W = V₁U₁₁ + V₂U₂₁ and B = V₁U₁₂ + V₂U₂₂. For a row
-that was no target lately B is the same small map of W, B = W N, so U ← ((P, PN), (e ⊗ P)) leaves
-its V₂ zero; e is the direction that momentum only scales.
+With a second block, an optimizer's momentum B, what momentum only scales, e ⊗ · in [W B], shrinks
+by μ a step beside the rest: U ← ((P, 0), (e₁P, e₂P)), so that it is rows of U as well.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from softsphere.matrix.structured import StructuredGradient
 from softsphere.matrix.update import HARSH, Blocks, SingularStepError, Update
@@ -118,10 +117,16 @@ class Watch:
         self.refused: Tensor | None = None
         self.restart()
 
-    @property
-    def scaled(self) -> tuple[float, ...]:
-        """e: in which direction momentum only scales [W B]; that of B before a step is seen."""
-        return self.blocks.eigenbasis()[1] if len(self.blocks.base) > 1 else (0.0, 1.0)
+    def frame(self, W: FactoredMatrix) -> Tensor:
+        """((1, 0), e) of the last step, or the identity where none was seen."""
+        rows = self.blocks.eigenbasis()
+        if len(rows) != W.blocks:
+            return torch.eye(W.blocks, dtype=torch.float64, device=W.U.device)
+        return torch.tensor(rows, dtype=torch.float64, device=W.U.device)
+
+    def basis(self, W: FactoredMatrix) -> Tensor:
+        """What U is to be when a generation begins."""
+        return torch.kron(self.frame(W), directions(W))
 
     def restart(self) -> None:
         """Measures again after the next step, whatever was seen before."""
@@ -137,7 +142,7 @@ class Watch:
         eye = torch.eye(W.width, dtype=torch.float64, device=W.U.device)
         A = gradient.to(torch.float64).A
         X = torch.linalg.svd(blocks.times(eye) + blocks.spread[0] * A).U
-        renew(W, X.mT.contiguous(), self.scaled)
+        renew(W, torch.kron(self.frame(W), X.mT.contiguous()))
         self.done["renewed"] += 1
         self.seconds += time.perf_counter() - start
 
@@ -191,10 +196,10 @@ class Watch:
             reinvert(W)
             self.done["reinverted"] += 1
         if not within(0, 3):
-            renew(W, directions(W), self.scaled)
+            renew(W, self.basis(W))
             self.done["renewed"] += 1
         if not within(2):
-            rebase(W, directions(W), self.scaled)
+            rebase(W, self.basis(W))
             self.done["refactorised"] += 1
 
 
@@ -282,28 +287,10 @@ def directions(W: FactoredMatrix) -> Tensor:
     return P
 
 
-def basis(W: FactoredMatrix, P: Tensor, e: tuple[float, ...]) -> Tensor:
-    """What U is to be, with U₁₁ = P: see above."""
-    if W.blocks == 1:
-        return P
-    d = W.width
-    past, present = e
-    ahead = P @ torch.linalg.solve(W.U[:d, :d], W.U[:d, d:])
-    return torch.cat([torch.cat([P, ahead], 1), torch.cat([past * P, present * P], 1)])
-
-
-def onto(W: FactoredMatrix, U: Tensor, U_inv: Tensor) -> Tensor:
-    """From coordinates by W.U to those by U: W.U U⁻¹, with V₂ = 0 kept zero."""
-    step = W.U @ U_inv
-    step[: W.width, W.width :] = 0
-    return step
-
-
-def renew(W: FactoredMatrix, P: Tensor, e: tuple[float, ...]) -> None:
-    """Begins a generation with U₁₁ = P, orthogonal. O(w³), and O(w²) for each row carried over."""
-    U = basis(W, P, e)
+def renew(W: FactoredMatrix, U: Tensor) -> None:
+    """Begins a generation with that U. O(w³), and O(w²) for each row carried over."""
     U_inv = inverse(U)
-    step = onto(W, U, U_inv)
+    step = W.U @ U_inv
     with uninterrupted():
         W.generations.begin(step)
         W.U.copy_(U)
@@ -312,15 +299,10 @@ def renew(W: FactoredMatrix, P: Tensor, e: tuple[float, ...]) -> None:
         W.changed()
 
 
-def rebase(W: FactoredMatrix, P: Tensor, e: tuple[float, ...]) -> None:
-    """Writes all of V so that U₁₁ = P, orthogonal, and ω₁ = 0; in place, in chunks. O(D w²)."""
-    U = basis(W, P, e)
+def rebase(W: FactoredMatrix, U: Tensor) -> None:
+    """Writes all of V for that U and ω = 0; in place, in row chunks. O(D w²)."""
     U_inv = inverse(U)
-    step, d = onto(W, U, U_inv).to(W.V.dtype), W.width
-    in_first = W.omega[:d] @ P.mT  # ω₁ in the coordinates of V₁
-    shift = nn.functional.pad(in_first, (0, len(U) - d)).to(W.V.dtype)
-    omega = W.omega - in_first @ U[:d]
-    omega[:d] = 0
+    step, shift = (W.U @ U_inv).to(W.V.dtype), (W.omega @ U_inv).to(W.V.dtype)
     with uninterrupted():
         size = W.chunk_size()
         parts = zip(W.V.split(size), W.generations.made.split(size), strict=True)
@@ -329,7 +311,7 @@ def rebase(W: FactoredMatrix, P: Tensor, e: tuple[float, ...]) -> None:
         W.generations.forget()
         W.U.copy_(U)
         W.U_inv.copy_(U_inv)
-        W.omega.copy_(omega)
+        W.omega.zero_()
         W.changed()
 
 

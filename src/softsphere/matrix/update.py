@@ -33,8 +33,8 @@ __all__ = ["HARSH", "Blocks", "SingularStepError", "Update", "gram_times", "plan
 
 # Above this share of w, r factors cost more than the w × w matrix that they make.
 THIN = 0.75
-# With a pivot of S below this a step counts as harsh.
-HARSH = 0.5
+# With a pivot of S below this a step counts as harsh, and float32 loses digits of it.
+HARSH = 0.8
 
 
 class SingularStepError(RuntimeError):

@@ -451,6 +451,16 @@ def test_copies_are_whole_and_apart(how):
     assert not torch.equal(other[1].dense(), before)
 
 
+@pytest.mark.parametrize("begin", [torch.float32, torch.float64])
+def test_nothing_stays_rounded_to_float32_in_a_float64_layer(begin):
+    head = layer(dtype=begin, prior=torch.arange(1.0, D + 1))
+    if begin == torch.float32:
+        train(head, 5)
+        head.double()
+    assert float(head.matrix.pi.sum()) == pytest.approx(D, rel=1e-14)
+    assert head.health().gram_drift < 1e-13
+
+
 def test_moves_between_dtypes_keep_the_matrix_and_its_double_state():
     head = layer(dtype=torch.float32)
     train(head, 5)
@@ -532,6 +542,25 @@ def flops(num_classes, m, name, **sgd):
 def test_a_step_costs_nothing_in_classes(name, m, sgd):
     few, many = flops(100, m, name, **sgd), flops(50_000, m, name, **sgd)
     assert few == many > 0
+
+
+@pytest.mark.parametrize("sgd", [{}, {"momentum": 0.9}], ids=["plain", "momentum"])
+def test_mending_costs_nothing_in_classes(sgd):
+    """Sixty steps of the loss that wears U out fastest, all that mends it counted."""
+    spent = []
+    for num_classes in (2_000, 100_000):
+        torch.manual_seed(0)
+        head = FactoredSphericalLoss(16, num_classes, "squared_error", dtype=torch.float64)
+        optimizer = FactoredSGD([head], lr=0.05, **sgd)
+        hidden = torch.randn(60, 8, 16, dtype=torch.float64, requires_grad=True)
+        with FlopCounterMode(display=False) as counter:
+            for rows in hidden:
+                optimizer.zero_grad()
+                head(rows, torch.randint(2_000, (8,))).backward()
+                optimizer.step()
+        assert head.health(0).renewed > 1
+        spent.append(counter.get_total_flops())
+    assert spent[1] == pytest.approx(spent[0], rel=0.05)
 
 
 class Largest(TorchDispatchMode):

@@ -67,8 +67,8 @@ def class_vector(name: str, value: Tensor, num_classes: int) -> None:
         )
 
 
-def prior(value: Tensor) -> Tensor:
-    """Class frequencies or counts, normalised to Σ π = D, in float32 or wider."""
+def prior(value: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Class frequencies or counts, normalised to Σ π = D; in float32 or wider if not in dtype."""
     if not isinstance(value, Tensor) or value.is_complex() or value.dtype == torch.bool:
         raise TypeError(f"prior must be a tensor of class frequencies or counts, got {value!r}")
     if value.dim() != 1 or value.numel() == 0:
@@ -80,7 +80,8 @@ def prior(value: Tensor) -> Tensor:
             "give classes that were never seen a small count, such as counts + 1"
         )
     wide = value.double()
-    dtype = value.dtype if value.dtype in (torch.float32, torch.float64) else torch.float32
+    if dtype is None:
+        dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
     pi = (wide * (value.numel() / wide.sum())).to(dtype)
     if readable(pi) and not bool((pi > 0).all()):
         raise ValueError(

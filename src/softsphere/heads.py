@@ -80,9 +80,9 @@ class FactoredSphericalLoss(nn.Module):
         weight = torch.empty(num_classes, in_features + bias, device=device, dtype=dtype)
         pi = None
         if prior is not None:
-            pi = checks.prior(prior)
+            pi = checks.prior(prior, weight.dtype)
             checks.class_vector("prior", pi, num_classes)
-            pi = pi.to(weight)
+            pi = pi.to(weight.device)
         bound = 1 / math.sqrt(in_features)
         self.matrix = FactoredMatrix(weight.uniform_(-bound, bound), pi)
         # Stands for the weight where PyTorch wants a parameter; its gradient is always zero.

@@ -57,10 +57,14 @@ def test_the_words_and_ngrams_of_a_text(folder):
     assert y.tolist() == [5, 6, 7]
 
 
+TOLERANCE = {"float32": 1e-4, "float64": 1e-11}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("extra", [[], ["--momentum", "0.9"], ["--no-prior", "--loss", "z_loss"]])
-def test_both_layers_have_the_same_curve(folder, tmp_path, monkeypatch, capsys, extra):
+def test_both_layers_have_the_same_curve(folder, tmp_path, monkeypatch, capsys, extra, dtype):
     out = tmp_path / "run"
-    assert command(monkeypatch, *options(folder, out), *extra) == 0
+    assert command(monkeypatch, *options(folder, out), *extra, "--dtype", dtype) == 0
     assert {path.name for path in out.iterdir()} == {
         "config.json",
         "environment.jsonl",
@@ -76,7 +80,7 @@ def test_both_layers_have_the_same_curve(folder, tmp_path, monkeypatch, capsys, 
         for engine in twins.ENGINES
     }
     assert len(losses["factored"]) == 2
-    assert losses["factored"] == pytest.approx(losses["dense"], rel=1e-4)
+    assert losses["factored"] == pytest.approx(losses["dense"], rel=TOLERANCE[dtype])
     assert losses["factored"][1] < losses["factored"][0]
     assert "The two curves differ by at most" in capsys.readouterr().out
 
@@ -107,6 +111,7 @@ def test_resume_does_the_engine_that_is_missing(folder, tmp_path, monkeypatch, c
         (["--dataset", "nowhere"], "nowhere"),
         (["--lr", "-1"], "--lr"),
         (["--device", "tpu9"], "--device tpu9"),
+        (["--dtype", "int8"], "--dtype"),
     ],
 )
 def test_wrong_options_are_one_line(folder, tmp_path, monkeypatch, capsys, extra, words):

@@ -40,6 +40,7 @@ class Plan:
     trunk_lr: float
     seed: int
     device: str
+    dtype: str
 
 
 class DenseTwin(nn.Module):
@@ -86,11 +87,15 @@ def run(
 ) -> None:
     """Trains with one engine and adds the run to the record, whole."""
     torch.manual_seed(plan.seed)
-    D, device = len(text.words), plan.device
-    model = trunk(plan, D).to(device)
+    D, device, dtype = len(text.words), plan.device, getattr(torch, plan.dtype)
+    # drawn in float32 whatever the dtype, so that runs in both begin with the same weights
+    model = trunk(plan, D).to(device, dtype)
+    first = nn.Linear(plan.width, D)
+    prior = text.counts if plan.prior else None
     head: nn.Module = FactoredSphericalLoss(
-        plan.width, D, plan.loss, prior=text.counts if plan.prior else None, device=device
+        plan.width, D, plan.loss, prior=prior, device=device, dtype=dtype
     )
+    head.load_state_dict(first.state_dict(), strict=False)
     lr = plan.lr * D
     layer: torch.optim.Optimizer
     if engine == "factored":

@@ -42,6 +42,7 @@ def twins(
     trunk_lr: Annotated[float, typer.Option(help="SGD's rate for the layers below.")] = 0.05,
     seed: Annotated[int, typer.Option(help="Of initial weights and order.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32 or float64, for all of it.")] = "float32",
     out: Annotated[
         Path | None, typer.Option(help="Run folder; default runs/TIME-twins-DATASET.")
     ] = None,
@@ -64,6 +65,7 @@ def twins(
         trunk_lr=positive("--trunk-lr", trunk_lr) or trunk_lr,
         seed=seed,
         device=usable(device),
+        dtype=known_dtype(dtype),
     )
     default = os.environ.get(data.VARIABLE)
     folder = data_dir or (Path(default) if default else None)
@@ -94,6 +96,13 @@ def spherical(name: str) -> str:
     known = [key for key, kind in losses.REGISTRY.items() if issubclass(kind, Spherical)]
     if name not in known:
         raise LabError(f"--loss must be one of {', '.join(known)}, got {name!r}")
+    return name
+
+
+def known_dtype(name: str) -> str:
+    """A dtype that the factored layer can have."""
+    if name not in ("float32", "float64"):
+        raise LabError(f"--dtype must be float32 or float64, got {name!r}")
     return name
 
 

@@ -366,6 +366,7 @@ class FactoredMatrix(nn.Module):
             result = fn(tensor)
             return result if result.dtype in allowed else tensor.to(result.device)
 
+        before = self.V.dtype
         self.V = kept(self.V, (torch.float32, torch.float64))
         if self.pi is not None:
             self.pi = kept(self.pi, (self.V.dtype,)).to(self.V.dtype)
@@ -374,6 +375,11 @@ class FactoredMatrix(nn.Module):
         self.generations._apply(fn)
         self.shadows = {}
         self.changed()
+        if before == torch.float32 and self.V.dtype == torch.float64:
+            # what was rounded to float32 in Q, w̄ and Σ π = D would stay so for ever
+            if self.pi is not None:
+                self.pi *= self.mass / self.pi.sum()
+            self.regram_()
         return self
 
     def extra_repr(self) -> str:

@@ -453,7 +453,7 @@ def test_copies_are_whole_and_apart(how):
 
 @pytest.mark.parametrize("begin", [torch.float32, torch.float64])
 def test_nothing_stays_rounded_to_float32_in_a_float64_layer(begin):
-    head = layer(dtype=begin, prior=torch.arange(1.0, D + 1))
+    head = layer(dtype=begin, prior=torch.rand(D) + 0.1)
     if begin == torch.float32:
         train(head, 5)
         head.double()
@@ -517,6 +517,40 @@ def test_wrong_arguments_are_named(case):
     call, words = WRONG[case]
     with pytest.raises((ValueError, TypeError), match=words):
         call(layer(dtype=torch.float32))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("prior", torch.ones(D + 1), "prior"),
+        ("prior", -torch.ones(D), "prior must be positive"),
+        ("weight", torch.zeros(D, d + 1), "size mismatch"),
+        ("factors.U", None, "factors.U"),
+        ("bias", None, "bias"),
+    ],
+)
+def test_a_state_that_does_not_fit_changes_nothing(key, value, words):
+    head = layer(prior=torch.rand(D) + 0.1)
+    state = {name: tensor.clone() for name, tensor in head.state_dict().items()}
+    train(head, 3)
+    before = head.dense()
+    if value is None:
+        del state[key]
+    else:
+        state[key] = value
+    with pytest.raises(RuntimeError, match=words):
+        head.load_state_dict(state)
+    assert torch.equal(head.dense(), before)
+
+
+def test_the_gradient_by_hidden_alone_leaves_the_weights_alone():
+    head, hidden = layer(), torch.randn(3, d, dtype=torch.float64, requires_grad=True)
+    loss = head(hidden, torch.tensor([0, 1, 1]))
+    (by_hidden,) = torch.autograd.grad(loss, hidden, retain_graph=True)
+    assert head.gradient is None
+    loss.backward()
+    assert head.gradient is not None
+    torch.testing.assert_close(hidden.grad, by_hidden)
 
 
 # --- cost --------------------------------------------------------------------------------------

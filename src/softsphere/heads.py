@@ -314,7 +314,17 @@ class FactoredSphericalLoss(nn.Module):
                     f"size mismatch for {prefix}{key}: copying a param with shape "
                     f"{tuple(own[key].shape)}, the shape in current model is {shape}."
                 )
-        if error_msgs or any(prefix + key in missing_keys for key in wanted):
+        if extra:
+            missing_keys += [
+                prefix + EXTRA + name for name in self.matrix.SMALL if name not in extra
+            ]
+        if "prior" in own:
+            try:
+                pi = checks.prior(own["prior"], self.matrix.V.dtype)
+                checks.class_vector("prior", pi, self.num_classes)
+            except (TypeError, ValueError) as error:
+                error_msgs.append(f"{prefix}prior cannot be loaded: {error}")
+        if error_msgs or any(key.startswith(prefix) for key in missing_keys):
             return
         with torch.no_grad():
             matrix = self.matrix
@@ -323,7 +333,8 @@ class FactoredSphericalLoss(nn.Module):
             if self.has_bias:
                 matrix.V[:, self.in_features].copy_(own["bias"])
             if "prior" in own:
-                matrix.pi = own["prior"].to(matrix.V)
+                # one that comes with its factors is what they were made with, to the last bit
+                matrix.pi = own["prior"].to(matrix.V) if extra else pi.to(matrix.V)
             if extra:
                 matrix.load_extra_state(extra)
             else:

@@ -30,9 +30,28 @@ def statistics(
     centred: as for logits.
     """
     matrix = recorder.matrix
-    s, q, c = FactoredStatistics.apply(H, anchor, target, recorder, centred)  # type: ignore[no-untyped-call]
+    found: list[StructuredGradient] = []
+    wanted = Delivery.apply(anchor, recorder, found)  # type: ignore[no-untyped-call]
+    s, q, c = FactoredStatistics.apply(H, wanted, target, matrix, centred, found)  # type: ignore[no-untyped-call]
     pi = None if matrix.pi is None else matrix.pi[target]
     return Stats(s, q, c, matrix.mass, pi=pi)
+
+
+class Delivery(torch.autograd.Function):
+    """Hands the gradient by W over, if it is asked for: `autograd.grad` by hidden alone is not."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, anchor: Tensor, recorder: Recorder, found: list[StructuredGradient]
+    ) -> Tensor:
+        ctx.recorder, ctx.found = recorder, found
+        return anchor.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, zero: Tensor) -> tuple[Tensor, None, None]:
+        ctx.recorder.record(ctx.found[0])
+        return zero, None, None
 
 
 class FactoredStatistics(torch.autograd.Function):
@@ -44,9 +63,14 @@ class FactoredStatistics(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, H: Tensor, anchor: Tensor, target: Tensor, recorder: Recorder, centred: bool
+        ctx: Any,
+        H: Tensor,
+        wanted: Tensor,
+        target: Tensor,
+        matrix: FactoredMatrix,
+        centred: bool,
+        found: list[StructuredGradient],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        matrix = recorder.matrix
         d = matrix.width
         sums = matrix.small("colsum")[:d]
         P = H @ (matrix.centred_gram() if centred else matrix.small("gram")[:d, :d])
@@ -54,7 +78,7 @@ class FactoredStatistics(torch.autograd.Function):
         q = (P * H).sum(-1).clamp_min(0)
         at_rows = matrix.rows(target.flatten(), slice(0, d))
         c = (at_rows.view(*target.shape, d) * H.unsqueeze(1)).sum(-1)
-        ctx.recorder, ctx.edition, ctx.centred = recorder, matrix.edition, centred
+        ctx.matrix, ctx.edition, ctx.centred, ctx.found = matrix, matrix.edition, centred, found
         ctx.save_for_backward(H, target, P, s, at_rows)
         if centred:
             return torch.zeros_like(s), q, c - s.unsqueeze(1) / matrix.mass
@@ -64,9 +88,9 @@ class FactoredStatistics(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(
         ctx: Any, gs: Tensor, gq: Tensor, gc: Tensor
-    ) -> tuple[Tensor, Tensor, None, None, None]:
+    ) -> tuple[Tensor, Tensor, None, None, None, None]:
         H, target, P, s, at_rows = ctx.saved_tensors
-        matrix = ctx.recorder.matrix
+        matrix = ctx.matrix
         if matrix.edition != ctx.edition:
             raise RuntimeError(
                 "the factored weight has been changed since this loss was computed; "
@@ -83,5 +107,5 @@ class FactoredStatistics(torch.autograd.Function):
         m, K = target.shape
         cols = None if K == 1 else torch.arange(m, device=H.device).repeat_interleave(K)
         by_one = gs - 2 * gq * s / matrix.mass if ctx.centred else gs
-        ctx.recorder.record(StructuredGradient(H, twice * H, by_one, rows, cols, x, back, at_rows))
-        return back, gs.new_zeros(()), None, None, None
+        ctx.found[:] = [StructuredGradient(H, twice * H, by_one, rows, cols, x, back, at_rows)]
+        return back, gs.new_zeros(()), None, None, None, None

@@ -128,9 +128,9 @@ def backward(
                 if weight is not None:
                     g.mul_(weight)
                 if needs[0]:
-                    back[row].addmm_(g, x)
+                    torch.addmm(back[row], g, x, out=back[row])
                 if needs[1]:
-                    G.addmm_(g.mT, wide[row])
+                    torch.addmm(G, g.mT, wide[row], out=G)
                 if needs[2]:
                     g1 += g.sum(0)
             if needs[1]:

@@ -90,7 +90,7 @@ def backward(
     with torch.autocast(H.device.type, enabled=False):
         if needs[0]:
             dH = moments.hidden_gradient(W, target, P, at, g).to(H.dtype)
-        out = dW if needs[1] else None, db if needs[2] else None
+        out = dW if needs[1] else None, db.zero_() if needs[2] else None
         if needs[1] or needs[2]:
             small = moments.small_gradient(H, at, g, len(W))
             moments.dense_gradient(W, b, pi, at.shift, small, out, size, fresh=True)

@@ -159,7 +159,10 @@ def dense_gradient(
     *,
     fresh: bool,
 ) -> None:
-    """π_k (v + 2 A x_k) to the gradients by W and b, either None; `fresh` ones are overwritten."""
+    """Adds π_k (v + 2 A x_k) to the gradients by W and b, either None.
+
+    fresh: that by W holds nothing yet and is written over.
+    """
     A, v = small
     d, twice = W.shape[1], 2 * A
     for part in chunks(len(W), size):
@@ -179,4 +182,4 @@ def dense_gradient(
         if out[1] is not None and x1 is not None:
             column = x @ twice[:d, d] + twice[d, d] * x1 + v[d]
             column = column if weight is None else column * weight
-            out[1][part].copy_(column) if fresh else out[1][part].add_(column)
+            out[1][part].add_(column)

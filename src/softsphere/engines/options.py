@@ -8,7 +8,7 @@ import torch
 
 from softsphere import checks
 
-__all__ = ["ENGINES", "LinearSphericalOptions"]
+__all__ = ["ENGINES", "LinearSphericalOptions", "options_or_default"]
 
 ENGINES = ("auto", "dense", "chunked", "gram", "triton")
 
@@ -56,3 +56,11 @@ class LinearSphericalOptions:
             )
         if not isinstance(self.deterministic, bool):
             raise TypeError(f"deterministic must be True or False, got {self.deterministic!r}")
+
+
+def options_or_default(options: LinearSphericalOptions | None) -> LinearSphericalOptions:
+    if options is None:
+        return LinearSphericalOptions()
+    if not isinstance(options, LinearSphericalOptions):
+        raise TypeError(f"options must be LinearSphericalOptions, got {options!r}")
+    return options

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from softsphere import checks, losses
-from softsphere.engines import LinearSphericalOptions, linear
+from softsphere.engines import LinearSphericalOptions, linear, options_or_default
 from softsphere.engines.weight import accumulator
 from softsphere.functional.conventions import (
     check_options,
@@ -71,8 +71,6 @@ def linear_spherical_loss(
     >>> linear_spherical_loss(torch.tensor([[1.0, 0.0]]), W, torch.tensor([0]), "taylor_softmax")
     tensor(0.4700)
     """
-    if not (options is None or isinstance(options, LinearSphericalOptions)):
-        raise TypeError(f"options must be LinearSphericalOptions, got {options!r}")
     pi = None if prior is None else checks.prior(prior)
     return loss_on_linear(
         input,
@@ -86,7 +84,7 @@ def linear_spherical_loss(
         reduction=reduction,
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
-        options=LinearSphericalOptions() if options is None else options,
+        options=options_or_default(options),
     )
 
 

@@ -31,6 +31,7 @@ SETTINGS = {
     "sparse prior weight": {"K": 3, "prior": True, "weight": True, "ignored": True},
     "one row": {"m": 1},
     "odd": {"m": 63, "D": 507, "d": 9, "prior": True},
+    "wide": {"m": 3, "D": 40, "d": 600},
 }
 
 
@@ -280,14 +281,66 @@ def test_a_large_common_part_costs_no_digits(name, engine):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_equal_outputs_are_equal_to_the_z_loss(engine):
-    H, W = torch.randn(4, 6).requires_grad_(), torch.randn(1, 6).expand(507, 6).requires_grad_()
+def test_a_gradient_that_sees_no_shift_sums_to_nothing(engine):
+    """Σ_k ∂W_k = 0, also where float32 rows have 1000 times more in common than apart."""
+    torch.manual_seed(0)
+    H, b = torch.randn(9, 6), torch.randn(507, requires_grad=True)
+    W = (torch.randn(507, 6) + 1000 * torch.randn(6)).requires_grad_()
     loss = linear_spherical_loss(
-        H, W, torch.tensor([0, 1, 1, 506]), "z_loss", options=ENGINES[engine]
+        H, W, torch.randint(507, (9,)), "bohning_bound", linear_bias=b, options=ENGINES[engine]
     )
-    want = spherical_loss(torch.zeros(1, 507), torch.tensor([0]), "z_loss")
-    torch.testing.assert_close(loss, want)
-    assert not torch.autograd.grad(loss, H)[0].any()
+    for grad in torch.autograd.grad(loss, [W, b]):
+        assert grad.double().sum(0).norm() < 1e-6 * grad.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("prior", [False, True])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_equal_outputs_are_equal_to_the_z_loss(engine, prior, dtype):
+    for seed in range(4):
+        torch.manual_seed(seed)
+        H = torch.randn(4, 6, dtype=dtype, requires_grad=True)
+        W = 3 * torch.randn(1, 6, dtype=dtype).expand(507, 6)
+        b = torch.randn(1, dtype=dtype).expand(507)
+        loss = linear_spherical_loss(
+            H, W, torch.tensor([0, 1, 1, 506]), "z_loss", linear_bias=b,
+            prior=torch.rand(507, dtype=dtype) + 0.1 if prior else None, options=ENGINES[engine],
+        )  # fmt: skip
+        want = spherical_loss(torch.zeros(1, 507, dtype=dtype), torch.tensor([0]), "z_loss")
+        torch.testing.assert_close(loss, want)
+        assert not torch.autograd.grad(loss, H)[0].any()
+
+
+def test_sums_over_many_chunks_lose_nothing():
+    torch.manual_seed(0)
+    H, W = torch.rand(3, 4), torch.rand(20_000, 4)
+    target, options = torch.zeros(3, 1).long(), LinearSphericalOptions("gram", class_chunk=1)
+    x = linear.statistics(H, W, None, target, None, centred=False, options=options)
+    o = H.double() @ W.double().T
+    torch.testing.assert_close(x.q.double(), o.square().sum(1), rtol=5e-7, atol=0)
+    torch.testing.assert_close(x.s.double(), o.sum(1), rtol=5e-7, atol=0)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_sum_of_squares_is_not_negative_where_it_is_all_rounding(engine):
+    torch.manual_seed(0)
+    u, H = torch.randn(16), torch.randn(200, 16)
+    W = torch.outer(torch.randn(507), u)
+    H = H - torch.outer(H @ u, u / u.dot(u))  # all outputs are zero, to rounding
+    target = torch.zeros(200, 1, dtype=torch.long)
+    x = linear.statistics(H, W, None, target, None, centred=False, options=ENGINES[engine])
+    assert (x.q >= 0).all() and x.q.max() < 1e-2
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_rows_without_any_target(engine):
+    H, W, b = layer(5, 123, 4)
+    target, values = torch.zeros(5, 0, dtype=torch.long), torch.zeros(5, 0).double()
+    call = {"target_values": values, "reduction": "none"}
+    got = linear_spherical_loss(
+        H, W, target, "squared_error", linear_bias=b, options=ENGINES[engine], **call
+    )
+    torch.testing.assert_close(got, F.linear(H, W, b).square().sum(1), **TIGHT)
 
 
 HALVES = [torch.bfloat16, torch.float16]

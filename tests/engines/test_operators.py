@@ -27,12 +27,12 @@ def back(name, given, saved, needs=(True, True, True)):
     return *(x.double() for x in g), H, W, b, target, pi, *saved, *sizes, deterministic, needs
 
 
-@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("name", OPERATORS)
-def test_opcheck(name, bias, centred):
+def test_opcheck(name, bias, dtype):
     operator, forward, _ = OPERATORS[name]
-    given = arguments(name, bias=bias, prior=bias, centred=centred)
+    given = arguments(name, bias=bias, prior=bias, centred=bias, dtype=dtype)
     torch.library.opcheck(operator, given)
     given = [x.detach() if isinstance(x, torch.Tensor) else x for x in given]
     needs = [True, True, bias]
@@ -60,12 +60,13 @@ def test_it_compiles_whole(engine, loss):
         torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
 
 
-def both_ways(name, **sizes):
+def both_ways(name, frozen=False, **sizes):
     """Runs an operator's implementation forwards and backwards."""
     given = arguments(name, **sizes)
     _, forward, backward = OPERATORS[name]
+    needs = [True, not frozen, given[2] is not None and not frozen]
     with torch.no_grad():
-        backward(*back(name, given, forward(*given)[3:], [True, True, given[2] is not None]))
+        backward(*back(name, given, forward(*given)[3:], needs))
 
 
 def flops(name, **sizes):
@@ -89,6 +90,11 @@ def test_the_work_of_gram_for_the_classes_does_not_grow_with_the_rows(bias, cent
     assert slope(1) == slope(100)
     # two products of each row of W with d × d; each d more is a matrix by a vector
     assert 4 * d * d <= slope(1) <= 4 * d * d + 8 * d
+
+
+def test_a_frozen_weight_costs_gram_nothing_backwards():
+    sizes = {"m": 7, "d": 8, "bias": False, "prior": False, "frozen": True}
+    assert flops("gram", D=300, **sizes) - flops("gram", D=100, **sizes) == 200 * 2 * 8 * 8
 
 
 def test_the_work_of_gram_where_products_are_symmetric():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -124,11 +125,12 @@ def loss_on_linear(
     refusal = without_logits(loss, label_smoothing, soft)
     if refusal and (statistics or options.engine not in ("auto", "dense")):
         raise refusal
-    H = input.reshape(-1, W.shape[1])
+    m = math.prod(leading)
+    H = input.reshape(m, W.shape[1])
     if statistics is None:
         H, W, b = autocast(H), autocast(W), None if b is None else autocast(b)
         checks.same_dtype(H, W, b)
-    target = target.reshape(-1, *target.shape[len(leading) :])
+    target = target.reshape(m, *target.shape[len(leading) :])
     values = None if target_values is None else target_values.reshape(target.shape)
     if refusal:
         rows = loss_on_logits(

@@ -132,13 +132,18 @@ def test_an_exception_leaves_nothing_half_done():
     run(head, batches(1))
     before = head.weight.grad.clone()
 
+    left = []
+
     def interrupted():
         with head.accumulate():
             run(head, batches())
+            left.append(head(*batches(1)[0]))
             raise KeyError
 
     with pytest.raises(KeyError):
         interrupted()
+    with pytest.raises(RuntimeError, match="was called after it"):
+        left[0].backward()
     assert torch.equal(head.weight.grad, before)
     head.zero_grad()
     with head.accumulate():  # and it can be used again

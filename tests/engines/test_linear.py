@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from _cases import CASES
 from _engines import ENGINES, SPHERICAL, layer
 from softsphere import FactoredSphericalLoss, LinearSphericalOptions, checks
-from softsphere.engines import factored, linear
+from softsphere.engines import factored, linear, moments
 from softsphere.functional import linear_spherical_loss, spherical_loss
 
 TIGHT = {"rtol": 1e-10, "atol": 1e-11}
@@ -395,3 +395,29 @@ def test_bfloat16_is_no_worse_than_on_logits(name, case, engine):
         assert x.dtype == torch.bfloat16
         mine, theirs = ((g.double() - z).norm() / z.norm() for g in (x, y))
         assert mine <= theirs + 1e-3
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("bias", [False, True])
+def test_low_precision_factors_multiplied_as_they_are(monkeypatch, bias, dtype):
+    """What a GPU does, with its product of low-precision factors put in by hand."""
+    H, W, b = layer(63, 507, 32, dtype, bias)
+    target, options = torch.randint(507, (63,)), LinearSphericalOptions("gram", class_chunk=100)
+
+    def run():
+        loss = linear_spherical_loss(
+            H, W, target, "taylor_softmax", linear_bias=b, options=options, reduction="sum"
+        )
+        return with_gradients(loss, H, W, b)
+
+    want, used = run(), []
+
+    def product(x, y, out_dtype):
+        used.append(x.dtype)
+        return x.to(out_dtype) @ y.to(out_dtype)
+
+    monkeypatch.setattr(moments, "multiplies", lambda x, dtype: x.dtype != dtype)
+    monkeypatch.setattr(moments, "product", product)
+    for x, y in zip(run(), want, strict=True):
+        assert (x.double() - y.double()).norm() <= torch.finfo(dtype).eps * y.double().norm()
+    assert used.count(dtype) == 12  # six chunks, both ways

@@ -37,7 +37,7 @@ class Accumulation:
     ) -> None:
         self.W, self.b, self.centred, self.options = W, b, centred, options
         self.dtype = accumulator(W, W, options.accumulate_dtype)
-        self.size = chunk_size(W.shape[1], options.class_chunk)
+        self.size = chunk_size(W, options.class_chunk)
         self.pi = None if pi is None else pi.to(self.dtype)
         self.versions = self.current_versions()
         self.moments: Moments | None = None
@@ -156,8 +156,7 @@ class KeptStatistics(torch.autograd.Function):
         a.check()
         H, target, P = ctx.saved_tensors
         g, back = Gradients(gs, gq, gc), None
-        if ctx.needs_input_grad[1]:
-            ctx.batch.pending = H, target, g
+        ctx.batch.pending = H, target, g
         if ctx.needs_input_grad[0]:
             with torch.autocast(H.device.type, enabled=False):
                 back = moments.hidden_gradient(a.W, target, P, a.moments, g).to(H.dtype)

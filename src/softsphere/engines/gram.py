@@ -21,12 +21,13 @@ from softsphere.stats import Stats
 __all__ = ["backward", "chunk_size", "forward", "statistics"]
 
 # Numbers of W in a chunk: enough for products at full speed, few enough for what is copied of it.
-CHUNK = 1 << 22
+CHUNK, CHUNK_ON_GPU = 1 << 22, 1 << 25
 
 
-def chunk_size(in_features: int, given: int | None) -> int:
-    """Rows of W in a chunk."""
-    return given or max(256, CHUNK // max(in_features, 1))
+def chunk_size(W: Tensor, given: int | None) -> int:
+    """Rows of W in a chunk, never few of them."""
+    numbers = CHUNK_ON_GPU if W.is_cuda else CHUNK
+    return given or max(256, numbers // max(W.shape[1], 1))
 
 
 def statistics(
@@ -43,7 +44,7 @@ def statistics(
 
     4 D d² + 4 m d² FLOPs forwards and backwards, less for d > 256. centred: as for logits.
     """
-    size = chunk_size(W.shape[1], options.class_chunk)
+    size = chunk_size(W, options.class_chunk)
     dtype = accumulator(H, W, options.accumulate_dtype)
     s, q, c, *_ = gram(H, W, b, target, pi, centred, size, dtype, options.deterministic)
     return Stats(s, q, c, float(len(W)), pi=None if pi is None else pi[target])

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from softsphere.engines.logits import above_rounding
+from softsphere.engines.products import multiplies, product, rounded
 from softsphere.engines.weight import (
     add_target_rows,
     chunks,
@@ -68,11 +69,13 @@ def moments(
     n = d + (b is not None)
     shift = mean_row(W, b, pi, size, dtype) if centred else None
     S, r = W.new_zeros(n, n, dtype=torch.float64), W.new_zeros(n, dtype=torch.float64)
+    as_is = shift is None and pi is None and multiplies(W, dtype)
     for part in chunks(len(W), size):
         x, x1 = read(W, b, part, shift, dtype)
         weight = None if pi is None else pi[part].to(dtype)
         y = x if weight is None else x * weight.unsqueeze(1)
-        S[:d, :d] += upper_product(x, y)
+        factors = (W[part], W[part]) if as_is else (x, y)
+        S[:d, :d] += upper_product(*factors, dtype)
         r[:d] += y.sum(0)
         if x1 is not None:
             y1 = x1 if weight is None else x1 * weight
@@ -85,14 +88,14 @@ def moments(
     return Moments(S.to(dtype), r.to(dtype), shift)
 
 
-def upper_product(x: Tensor, y: Tensor) -> Tensor:
+def upper_product(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
     """The upper triangle of xᵀy, at least, where that is symmetric."""
     d = x.shape[1]
     if d < 2 * BLOCK:
-        return x.mT @ y
-    out = x.new_zeros(d, d)
+        return product(x.mT, y, dtype)
+    out = x.new_zeros(d, d, dtype=dtype)
     for part in chunks(d, BLOCK):
-        torch.mm(x[:, part].mT, y[:, part.start :], out=out[part, part.start :])
+        out[part, part.start :] = product(x[:, part].mT, y[:, part.start :], dtype)
     return out
 
 
@@ -138,7 +141,7 @@ def small_gradient(H: Tensor, at: Moments, g: Gradients, num_classes: int) -> tu
     d, n, H = H.shape[1], len(at.r), H.to(at.r.dtype)
     s = by_sum(g, at, num_classes)
     A, v = at.r.new_zeros(n, n), at.r.new_zeros(n)
-    A[:d, :d] = symmetric(upper_product(H, H * g.q.unsqueeze(1)))
+    A[:d, :d] = symmetric(upper_product(H, H * g.q.unsqueeze(1), H.dtype))
     v[:d] = s @ H
     if n > d:
         A[:d, d] = A[d, :d] = g.q @ H
@@ -165,14 +168,18 @@ def dense_gradient(
     """
     A, v = small
     d, twice = W.shape[1], 2 * A
+    as_is = shift is None and multiplies(W, A.dtype)
+    low, scale = rounded(twice[:d, :d], W.dtype) if as_is else (twice[:d, :d], None)
     for part in chunks(len(W), size):
         x, x1 = read(W, b, part, shift, A.dtype)
         weight = None if pi is None else pi[part].to(A.dtype)
         if out[0] is not None:
             rows = out[0][part]
             direct = fresh and rows.dtype == A.dtype
-            out_rows = rows if direct else None
-            G = torch.addmm(v[:d], x, twice[:d, :d], out=out_rows)
+            if scale is not None:
+                G = torch.addcmul(v[:d], product(W[part], low, A.dtype), scale)
+            else:
+                G = torch.addmm(v[:d], x, low, out=rows if direct else None)
             if x1 is not None:
                 G.addr_(x1, twice[d, :d])
             if weight is not None:

@@ -86,9 +86,8 @@ class Accumulation:
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Adds what there is to the gradients of W and b; this is over then."""
+        """Adds what there is to the gradients of W and b."""
         self.check()
-        self.open = False
         if self.small is None or self.moments is None:
             return
         W, b, fresh = self.W, self.b, self.W.grad is None
@@ -106,6 +105,10 @@ class Accumulation:
         for x, grad in ((W, dW), (b, db)):
             if x is not None and grad is not None:
                 x.grad = grad
+
+    def close(self) -> None:
+        """Forgets all; a graph that still refers to this can go no further."""
+        self.open, self.moments, self.small, self.entries = False, None, None, []
 
 
 @dataclass

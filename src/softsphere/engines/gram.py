@@ -42,7 +42,9 @@ def statistics(
 ) -> Stats:
     """Statistics of H (m, d), W (D, d), b (D) for targets (m, K); no m × D tensor, no copy of W.
 
-    4 D d² + 4 m d² FLOPs forwards and backwards, less for d > 256. centred: as for logits.
+    4 D d² + 4 m d² FLOPs forwards and backwards, less for d ≥ 512. centred: as for logits. q is
+    right to the accumulating dtype's digits of ‖S‖ ‖h‖², not of itself: where h is nearly
+    orthogonal to all of W, accumulate in float64.
     """
     size = chunk_size(W, options.class_chunk)
     dtype = accumulator(H, W, options.accumulate_dtype)

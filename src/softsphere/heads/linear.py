@@ -89,10 +89,12 @@ class LinearSphericalLoss(OutputLayer):
         for name, value in (("weight", weight), ("prior", pi)):
             if value is not None:
                 checks.class_vector(name, value, num_classes)
-        self.register_buffer("class_weight", weight)
-        self.register_buffer("prior", pi)
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         self.weight = nn.Parameter(torch.empty(num_classes, in_features, **made))
+        for name, value in zip(BUFFERS, (weight, pi), strict=True):
+            # a weight that is yet to be borrowed is on no device
+            at = value if value is None or self.weight.is_meta else value.to(self.weight.device)
+            self.register_buffer(name, at)
         self.register_parameter(
             "bias", nn.Parameter(torch.empty(num_classes, **made)) if bias else None
         )
@@ -139,6 +141,9 @@ class LinearSphericalLoss(OutputLayer):
             device="meta",
         )
         head.weight, head.bias = W, b
+        for name in BUFFERS:
+            value = getattr(head, name)
+            setattr(head, name, None if value is None else value.to(W.device))
         return head
 
     def reset_parameters(self) -> None:
@@ -215,7 +220,8 @@ class LinearSphericalLoss(OutputLayer):
             yield
             kept.finish()
         finally:
-            kept.open, self.accumulation = False, None
+            kept.close()
+            self.accumulation = None
 
     @property
     def base_measure(self) -> Tensor | None:

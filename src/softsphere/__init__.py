@@ -1,7 +1,8 @@
 """Softmax alternatives of the spherical loss family."""
 
 from softsphere import functional, losses, optim
-from softsphere.heads import FactoredSphericalLoss
+from softsphere.engines import LinearSphericalOptions
+from softsphere.heads import FactoredSphericalLoss, LinearSphericalLoss
 from softsphere.modules import (
     SoftMarginSoftmaxLoss,
     SphericalLoss,
@@ -13,6 +14,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "FactoredSphericalLoss",
+    "LinearSphericalLoss",
+    "LinearSphericalOptions",
     "SoftMarginSoftmaxLoss",
     "SphericalLoss",
     "SphericalSoftmaxLoss",

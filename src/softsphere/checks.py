@@ -201,18 +201,54 @@ def at_least_one(name: str, value: int) -> None:
         raise ValueError(f"{name} must be at least 1, got {value}")
 
 
-def hidden(value: Tensor, in_features: int) -> None:
-    """Floating rows of in_features numbers, any leading shape."""
+def floating(name: str, value: Tensor) -> None:
     if not isinstance(value, Tensor) or not value.is_floating_point():
         came = value.dtype if isinstance(value, Tensor) else repr(value)
-        raise TypeError(f"hidden must be a floating-point tensor, got {came}")
+        raise TypeError(f"{name} must be a floating-point tensor, got {came}")
+
+
+def hidden(value: Tensor, in_features: int, name: str = "hidden") -> None:
+    """Floating rows of in_features numbers, any leading shape."""
+    floating(name, value)
     if value.dim() == 0 or value.shape[-1] != in_features:
         raise ValueError(
-            f"hidden must have shape (…, in_features = {in_features}), got {tuple(value.shape)}"
+            f"{name} must have shape (…, in_features = {in_features}), got {tuple(value.shape)}"
         )
 
 
-def rows_target(rows: torch.Size, target: Tensor) -> None:
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Rows (…, d), a weight (D, d) with D ≥ 1 and a bias (D)."""
+    floating("linear_weight", weight)
+    if weight.dim() != 2 or len(weight) == 0:
+        raise ValueError(
+            "linear_weight must have shape (num_classes, in_features) with at least one class, "
+            f"got {tuple(weight.shape)}"
+        )
+    hidden(input, weight.shape[1], "input")
+    if bias is not None:
+        class_vector("linear_bias", bias, len(weight))
+
+
+def same_dtype(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """As `F.linear` wants them."""
+    for name, x in (("linear_weight", weight), ("linear_bias", bias)):
+        if x is not None and x.dtype != input.dtype:
+            raise TypeError(
+                f"{name} must have the dtype of input {input.dtype}, got {x.dtype}; "
+                f"use input.to({name}.dtype)"
+            )
+
+
+def probability_rows(shape: tuple[int, ...], target: Tensor) -> None:
+    """Class probabilities, one row of them for each row of input."""
+    if target.shape != shape:
+        raise ValueError(
+            f"target of class probabilities must have shape {shape}, got {tuple(target.shape)}; "
+            "class indices must be integers"
+        )
+
+
+def rows_target(rows: torch.Size, target: Tensor, name: str = "hidden") -> None:
     """Class indices, one a row."""
     if not isinstance(target, Tensor):
         raise TypeError(f"target must be a tensor, got {target!r}")
@@ -223,7 +259,7 @@ def rows_target(rows: torch.Size, target: Tensor) -> None:
         )
     if target.shape != rows:
         raise ValueError(
-            f"target must have the leading shape of hidden {tuple(rows)}, got {tuple(target.shape)}"
+            f"target must have the leading shape of {name} {tuple(rows)}, got {tuple(target.shape)}"
         )
 
 

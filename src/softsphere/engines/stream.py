@@ -10,7 +10,7 @@ from torch import Tensor
 
 from softsphere.losses import Loss
 
-__all__ = ["Classes", "rank", "topk"]
+__all__ = ["Classes", "log_normaliser", "rank", "topk"]
 
 
 @dataclass(frozen=True)
@@ -64,3 +64,11 @@ def rank(classes: Classes, H: Tensor, target: Tensor, own: Tensor) -> Tensor:
         better[row, target[row] - part.start] = False
         above += better.sum(1)
     return above + 1
+
+
+def log_normaliser(classes: Classes, H: Tensor) -> Tensor:
+    """log Σ_k π_k t(o_k) of each row from the outputs themselves: (m)."""
+    total = H.new_full((len(H),), -torch.inf)
+    for _, scores in classes.stream(H):
+        total = torch.logaddexp(total, scores.logsumexp(1))
+    return total

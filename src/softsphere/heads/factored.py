@@ -1,18 +1,19 @@
-"""Output layers that own their weight and never make the logits."""
+"""The factored output layer: SGD at a cost that does not grow with the number of classes."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from softsphere import checks, functional, losses
-from softsphere.engines import factored, stream
+from softsphere.engines import factored
+from softsphere.heads.prediction import OutputLayer
 from softsphere.losses import Spherical
 from softsphere.matrix import FactoredMatrix, Health, StructuredGradient
-from softsphere.modules import TopK
 from softsphere.stats import Stats
 from softsphere.targets import from_indices, from_sparse
 
@@ -22,7 +23,7 @@ __all__ = ["FactoredSphericalLoss"]
 EXTRA = "factors."
 
 
-class FactoredSphericalLoss(nn.Module):
+class FactoredSphericalLoss(OutputLayer):
     r"""Linear output layer and spherical loss in one, trained exactly in O(d²) a row.
 
     loss = head(hidden, target) is ℓ(W h + b, t) for every spherical loss, and `loss.backward()`
@@ -54,6 +55,7 @@ class FactoredSphericalLoss(nn.Module):
     >>> optimizer.step()
     """
 
+    loss: Spherical
     prior: Tensor | None
 
     def __init__(
@@ -174,15 +176,15 @@ class FactoredSphericalLoss(nn.Module):
             )
         return self.gradient
 
-    def classes(self) -> stream.Classes:
-        """What prediction streams over."""
-        first = slice(0, self.matrix.width)
-        return stream.Classes(
-            lambda size: self.matrix.chunks(size, first),
-            self.num_classes,
-            self.matrix.pi,
-            self.loss,
-        )
+    @property
+    def base_measure(self) -> Tensor | None:
+        return self.matrix.pi
+
+    def weight_rows(self, classes: Tensor) -> Tensor:
+        return self.matrix.rows(classes, slice(0, self.matrix.width))
+
+    def weight_chunks(self, size: int) -> Iterator[tuple[slice, Tensor]]:
+        return self.matrix.chunks(size, slice(0, self.matrix.width))
 
     def log_normaliser(self, H: Tensor) -> Tensor:
         """log Σ_k π_k t(o_k) of each row from Q and w̄: (m); 0 for a loss without it."""
@@ -192,57 +194,6 @@ class FactoredSphericalLoss(nn.Module):
         q = ((H @ self.matrix.small("gram")[:d, :d]) * H).sum(-1).clamp_min(0)
         s = H @ self.matrix.small("colsum")[:d]
         return self.loss.log_normaliser(s, q, self.matrix.mass)
-
-    @torch.no_grad()
-    def log_prob(self, hidden: Tensor, classes: Tensor | None = None) -> Tensor:
-        """log f_k: (…, D), or (…, n) of the given classes (n) alone.
-
-        Raises: TypeError for a loss that is not a distribution.
-        """
-        checks.hidden(hidden, self.in_features)
-        H = self.rows_of(hidden)
-        log_norm = self.log_normaliser(H).unsqueeze(1)
-        first = slice(0, self.matrix.width)
-        if classes is not None:
-            checks.classes(classes, self.num_classes)
-            o = H @ self.matrix.rows(classes, first).mT
-            pi = None if self.matrix.pi is None else self.matrix.pi[classes]
-            log_t = self.loss.log_numerator(o)
-            result = (log_t if pi is None else log_t + pi.log()) - log_norm
-        else:
-            self.loss.log_numerator(H[:0])  # says so, where there is none
-            result = H.new_empty(len(H), self.num_classes)
-            for part, scores in self.classes().stream(H):
-                result[:, part] = scores - log_norm
-        return result.view(*hidden.shape[:-1], -1)
-
-    @torch.no_grad()
-    def topk(self, hidden: Tensor, k: int) -> TopK:
-        """The k best classes of each row, best first; values are log-probabilities, or the outputs
-        where the loss is not a distribution. W is read once, in chunks."""
-        checks.hidden(hidden, self.in_features)
-        if not 1 <= k <= self.num_classes:
-            raise ValueError(f"k must be from 1 to num_classes = {self.num_classes}, got {k}")
-        H = self.rows_of(hidden)
-        best, index = stream.topk(self.classes(), H, k)
-        best = best - self.log_normaliser(H).unsqueeze(1)
-        shape = (*hidden.shape[:-1], k)
-        return TopK(best.view(shape), index.view(shape))
-
-    def predict(self, hidden: Tensor) -> Tensor:
-        """The best class of each row."""
-        return self.topk(hidden, 1).indices.squeeze(-1)
-
-    @torch.no_grad()
-    def rank(self, hidden: Tensor, target: Tensor) -> Tensor:
-        """1 + the number of classes that are better than the target: (…)."""
-        checks.hidden(hidden, self.in_features)
-        checks.rows_target(hidden.shape[:-1], target)
-        checks.classes(target, self.num_classes, "target")
-        H, t = self.rows_of(hidden), target.reshape(-1)
-        o = (H * self.matrix.rows(t, slice(0, self.matrix.width))).sum(-1)
-        own = self.classes().scores(o, None if self.matrix.pi is None else self.matrix.pi[t])
-        return stream.rank(self.classes(), H, t, own).view(target.shape)
 
     @property
     def weight(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""Softmax-like probabilities, and the losses on logits, as functions."""
+"""Softmax-like probabilities, and the losses on logits."""
 
 from __future__ import annotations
 
@@ -7,19 +7,21 @@ from torch import Tensor
 
 from softsphere import checks, losses
 from softsphere.engines.logits import accumulator, dense_statistics, statistics
+from softsphere.functional.conventions import check_options, counts, finish, refuse_weight
 from softsphere.stats import Stats
-from softsphere.targets import from_indices, from_sparse
+from softsphere.targets import from_sparse
 
 __all__ = [
     "log_prob",
+    "log_prob_checked",
     "log_spherical_softmax",
     "log_taylor_softmax",
+    "loss_on_logits",
     "spherical_loss",
     "spherical_softmax",
+    "taylor",
     "taylor_softmax",
 ]
-
-REDUCTIONS = ("mean", "sum", "none")
 
 
 def spherical_loss(
@@ -86,19 +88,12 @@ def loss_on_logits(
     label_smoothing: float,
 ) -> Tensor:
     """`spherical_loss` for a prior that is checked and normalised already."""
-    checks.one_of("reduction", reduction, REDUCTIONS)
-    checks.index("ignore_index", ignore_index)
-    checks.label_smoothing(label_smoothing)
+    check_options(loss, reduction, ignore_index, label_smoothing)
     dim = checks.logits_shape(logits)
     num_classes = logits.shape[dim]
     for name, vector in (("weight", weight), ("prior", pi)):
         if vector is not None:
             checks.class_vector(name, vector, num_classes)
-    if label_smoothing and not loss.smoothable:
-        raise ValueError(
-            f"label_smoothing has no meaning for {type(loss).__name__}, which is no distribution "
-            "over classes; leave it 0"
-        )
     o = logits.movedim(dim, -1)
     dtype = accumulator(o.dtype)
     w = None if weight is None else weight.to(dtype)
@@ -120,21 +115,7 @@ def loss_on_logits(
             rows, counted = soft(o, p, loss, w, pi), None
         else:
             rows, counted = hard(o, target, loss, w, pi, ignore_index, label_smoothing)
-    rows = reduce(rows, counted, reduction)
-    device = logits.device.type
-    # the compiler of torch 2.11 cannot trace the first question, and compiles for no other device
-    known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
-    mixed = known and torch.is_autocast_enabled(device)
-    return rows if mixed else rows.to(logits.dtype)
-
-
-def reduce(rows: Tensor, counted: Tensor | None, reduction: str) -> Tensor:
-    """rows reduced; `counted` is what each counts for in the mean (None: one)."""
-    if reduction == "none":
-        return rows
-    if reduction == "sum":
-        return rows.sum()
-    return rows.mean() if counted is None else rows.sum() / counted.sum()
+    return finish(rows, counted, reduction, logits)
 
 
 def hard(
@@ -147,16 +128,8 @@ def hard(
     smoothing: float,
 ) -> tuple[Tensor, Tensor]:
     """Losses (...) of class indices (...), and what each row counts for."""
-    entries = from_indices(target, o.shape[-1], ignore_index)
-    t, ignored = entries.t.squeeze(-1), entries.ignored
-    # gather, since indexing with a single index looks at its value, which fails inside vmap
-    flat = t.reshape(-1)
-    own = (
-        torch.ones_like(t, dtype=accumulator(o.dtype))
-        if w is None
-        else w.gather(0, flat).view(t.shape)
-    )
-    counted = torch.where(ignored, 0.0, own)
+    dtype = accumulator(o.dtype)
+    t, own, ignored, counted = counts(target, o.shape[-1], ignore_index, w, dtype)
     if smoothing:
         each = per_class(o, loss, pi)
         uniform = (each if w is None else each * w).mean(-1)
@@ -216,14 +189,6 @@ def on_logits(loss: losses.Loss) -> losses.OnLogits:
     if not isinstance(loss, losses.OnLogits):
         raise TypeError(f"loss must be Spherical or OnLogits, got {loss!r}")
     return loss
-
-
-def refuse_weight(w: Tensor | None) -> None:
-    if w is not None:
-        raise ValueError(
-            "weight has no meaning for the squared error of a target vector; "
-            "weigh its classes with prior"
-        )
 
 
 def log_prob(

@@ -1,0 +1,77 @@
+"""The engines of a linear output layer by name."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+
+from softsphere.engines import choice, chunked, dense, gram
+from softsphere.engines.options import LinearSphericalOptions
+from softsphere.stats import Stats
+
+__all__ = ["ENGINES", "Engine", "statistics"]
+
+
+class Engine(Protocol):
+    """(s, q, c) of H Wᵀ + b, with gradients by H, W and b."""
+
+    def __call__(
+        self,
+        H: Tensor,
+        W: Tensor,
+        b: Tensor | None,
+        target: Tensor,
+        pi: Tensor | None,
+        *,
+        centred: bool,
+        options: LinearSphericalOptions,
+    ) -> Stats: ...
+
+
+ENGINES: dict[str, Engine] = {
+    "dense": dense.statistics,
+    "chunked": chunked.statistics,
+    "gram": gram.statistics,
+}
+
+
+def statistics(
+    H: Tensor,
+    W: Tensor,
+    b: Tensor | None,
+    target: Tensor,
+    pi: Tensor | None,
+    *,
+    centred: bool,
+    options: LinearSphericalOptions,
+) -> Stats:
+    """Statistics of H (m, d), W (D, d), b (D) for targets (m, K) by the engine of the options."""
+    name = options.engine
+    if name == "auto":
+        (m, K), (D, d) = target.shape, W.shape
+        name = choice.choose(m, D, d, H.dtype, H.device, K=K, bias=b is not None).engine
+    engine = ENGINES.get(name) or triton(H.device)
+    return engine(H, W, b, target, pi, centred=centred, options=options)
+
+
+def triton(device: torch.device) -> Engine:
+    """The triton engine, imported when it is first wanted.
+
+    Raises: ImportError where triton is not installed, ValueError for a device it has no code for.
+    """
+    if not choice.TRITON:
+        raise ImportError(
+            "engine='triton' needs the triton package, which is not installed; "
+            "install it, or use engine='auto', 'gram' or 'chunked'"
+        )
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f"engine='triton' needs tensors on a CUDA device, got {device}; use engine='auto', "
+            "'gram' or 'chunked', or set TRITON_INTERPRET=1 to debug its kernels"
+        )
+    module = importlib.import_module("softsphere.engines.triton")
+    return cast(Engine, module.statistics)

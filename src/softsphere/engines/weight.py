@@ -1,0 +1,134 @@
+"""[W b] read in row chunks and at the targets, and its gradient at the targets.
+
+W (D, d) and b (D) or None are never joined and never copied whole. A shift (d, or d + 1 with a b)
+is what is taken off every row of [W b]: its mean, for losses that see no shift of the outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "accumulator",
+    "add_target_rows",
+    "chunks",
+    "mean_row",
+    "read",
+    "scatter",
+    "target_outputs",
+]
+
+
+def accumulator(H: Tensor, W: Tensor, least: torch.dtype) -> torch.dtype:
+    """What sums are taken in: `least`, or wider where the tensors are."""
+    return torch.promote_types(torch.promote_types(H.dtype, W.dtype), least)
+
+
+def chunks(num_classes: int, size: int) -> Iterator[slice]:
+    """Slices of `size` classes over all of them."""
+    for start in range(0, num_classes, size):
+        yield slice(start, min(start + size, num_classes))
+
+
+def read(
+    W: Tensor, b: Tensor | None, part: slice, shift: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """[W b] there, less the shift, in dtype; W's own memory where neither changes it."""
+    d = W.shape[1]
+    rows = W[part].to(dtype)
+    column = None if b is None else b[part].to(dtype)
+    if shift is None:
+        return rows, column
+    return rows - shift[:d], None if column is None else column - shift[d]
+
+
+def mean_row(
+    W: Tensor, b: Tensor | None, pi: Tensor | None, size: int, dtype: torch.dtype
+) -> Tensor:
+    """Σ_k π_k [W b]_k / M, rounded to dtype: (d), or (d + 1) with a b."""
+    d = W.shape[1]
+    total = W.new_zeros(d + (b is not None), dtype=torch.float64)
+    for part in chunks(len(W), size):
+        rows, column = read(W, b, part, None, dtype)
+        total[:d] += rows.sum(0) if pi is None else pi[part].to(dtype) @ rows
+        if column is not None:
+            total[d] += (column if pi is None else column * pi[part]).sum()
+    return (total / len(W)).to(dtype)
+
+
+def target_outputs(
+    H: Tensor, W: Tensor, b: Tensor | None, target: Tensor, shift: Tensor | None
+) -> Tensor:
+    """c = W[t]·h + b[t], (m, K), in the dtype of H (m, d), one of the K at a time."""
+    c = H.new_empty(target.shape)
+    for j, t in enumerate(target.unbind(1)):
+        c[:, j] = (at(W, t, shift, H.dtype) * H).sum(1)
+    if b is not None:
+        c += b[target].to(H.dtype) if shift is None else b[target].to(H.dtype) - shift[-1]
+    return c
+
+
+def add_target_rows(
+    out: Tensor, W: Tensor, target: Tensor, gc: Tensor, shift: Tensor | None
+) -> None:
+    """out (m, d) += Σ_j gc_j W[t_j]."""
+    for j, t in enumerate(target.unbind(1)):
+        out.addcmul_(gc[:, j : j + 1], at(W, t, shift, out.dtype))
+
+
+def at(W: Tensor, t: Tensor, shift: Tensor | None, dtype: torch.dtype) -> Tensor:
+    rows = W.index_select(0, t).to(dtype)
+    return rows if shift is None else rows - shift[: W.shape[1]]
+
+
+def scatter(
+    out: tuple[Tensor | None, Tensor | None],
+    H: Tensor,
+    target: Tensor,
+    gc: Tensor,
+    deterministic: bool,
+) -> None:
+    """gc_ij [H_i 1] to the gradients by W (D, d) and b (D), either None, at the targets t_ij."""
+    dW, db = out
+    if dW is not None:
+        scatter_rows(dW, target, gc, H.to(gc.dtype), deterministic)
+    if db is not None:
+        scatter_rows(db, target, gc, None, deterministic)
+
+
+def scatter_rows(
+    out: Tensor, target: Tensor, gc: Tensor, H: Tensor | None, deterministic: bool
+) -> None:
+    """out[t_ij] += gc_ij H_i, or gc_ij without H.
+
+    In a narrower out the rows of equal targets are summed first, so that it rounds once.
+    """
+    m, K = target.shape
+    if out.dtype == gc.dtype:
+        for j, t in enumerate(target.unbind(1)):
+            add_at(out, t, gc[:, j] if H is None else gc[:, j : j + 1] * H, deterministic)
+        return
+    t, order = target.flatten().sort()
+    place = torch.zeros_like(t)
+    place[1:] = (t[1:] != t[:-1]).cumsum(0)
+    count = min(len(t), len(out))
+    # places that are not used have a sum of zero, which any row may be given
+    row = torch.zeros(count, dtype=torch.long, device=t.device).scatter_(0, place, t)
+    total = gc.new_zeros(count, *out.shape[1:])
+    for piece in chunks(len(t), max(m, 1)):
+        x = gc.flatten()[order[piece]]
+        x = x if H is None else x.unsqueeze(1) * H[order[piece] // K]
+        add_at(total, place[piece], x, deterministic)
+    add_at(out, row, total.to(out.dtype), deterministic)
+
+
+def add_at(out: Tensor, index: Tensor, x: Tensor, deterministic: bool) -> None:
+    """out[index] += x, equal indices adding up."""
+    if out.device.type == "cpu" or deterministic:
+        # sorted on a GPU; on a CPU several times as fast as index_add_
+        out.index_put_((index,), x, accumulate=True)
+    else:
+        out.index_add_(0, index, x)

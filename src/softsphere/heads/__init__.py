@@ -1,0 +1,6 @@
+"""Output layers that own their weight and never make the logits."""
+
+from softsphere.heads.factored import FactoredSphericalLoss
+from softsphere.heads.linear import LinearSphericalLoss
+
+__all__ = ["FactoredSphericalLoss", "LinearSphericalLoss"]

@@ -1,0 +1,52 @@
+"""Every engine of a linear layer. A new one joins the tests of agreement by one line here."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from _cases import CASES
+from softsphere import LinearSphericalOptions, losses
+from softsphere.engines import chunked, gram
+
+# Small chunks, so that there are several of them, the last one not full.
+ENGINES = {
+    "dense": LinearSphericalOptions(engine="dense"),
+    "chunked": LinearSphericalOptions(engine="chunked", row_chunk=5, class_chunk=100),
+    "gram": LinearSphericalOptions(engine="gram", class_chunk=100),
+}
+
+# Those that are operators, and what runs in them: forwards and backwards.
+OPERATORS = {
+    "chunked": (chunked.chunked, chunked.forward, chunked.backward),
+    "gram": (gram.gram, gram.forward, gram.backward),
+}
+
+SPHERICAL = {name: case[0] for name, case in CASES.items() if isinstance(case[0], losses.Spherical)}
+
+
+def layer(m, D, d, dtype=torch.float64, bias=True, seed=0) -> tuple[Tensor, Tensor, Tensor | None]:
+    """H, W, b that want gradients; the outputs have a mean of their own."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def new(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    H, W, b = new(m, d), 0.5 * new(D, d) + 0.2, new(D) if bias else None
+    return tuple(None if x is None else x.to(dtype).requires_grad_() for x in (H, W, b))
+
+
+class Largest(TorchDispatchMode):
+    """The most entries of a tensor that was made meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        made = [x.numel() for x in tree_iter(result) if isinstance(x, Tensor)]
+        self.numel = max([self.numel, *made])
+        return result

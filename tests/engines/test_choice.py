@@ -1,0 +1,134 @@
+"""The choice of an engine: pure, explained, and never one that collapses."""
+
+from __future__ import annotations
+
+import itertools
+import re
+
+import pytest
+import torch
+
+from softsphere import LinearSphericalOptions
+from softsphere.engines import choice, choose, chunked, gram, linear
+
+SIZES = list(
+    itertools.product(
+        (0, 1, 7, 64, 1024, 32768),
+        (1, 100, 50_257, 1_000_000, 100_000_000),
+        (1, 64, 768, 8192),
+        (torch.float32, torch.bfloat16),
+        ("cpu", "cuda"),
+    )
+)
+
+
+def test_it_is_pure_and_gives_its_numbers():
+    for size in SIZES:
+        one, two = choose(*size, triton=False), choose(*size, triton=False)
+        assert one == two
+        assert one.engine in ("dense", "gram", "chunked")
+        assert len(re.findall(r"\d", one.reason)) >= 5
+        assert one.engine in one.reason
+
+
+def test_dense_outputs_are_never_larger_than_the_limit():
+    for m, D, d, dtype, device in SIZES:
+        if choose(m, D, d, dtype, device).engine == "dense":
+            assert 2 * m * D * dtype.itemsize <= choice.LOGITS_LIMIT
+
+
+@pytest.mark.parametrize(
+    ("m", "D", "d", "engine"),
+    [
+        (2048, 100_000, 512, "gram"),
+        (1024, 262_144, 256, "gram"),
+        (1024, 1_000_000, 64, "gram"),
+        (8192, 256_000, 2304, "gram"),
+        (4, 1000, 512, "dense"),
+        (32, 50_000, 1024, "dense"),
+        (128, 2_810_000, 768, "chunked"),
+    ],
+)
+def test_known_workloads(m, D, d, engine):
+    assert choose(m, D, d, torch.float32, "cpu").engine == engine
+
+
+def test_bfloat16_outputs_are_half_as_large():
+    sizes = 500, 200_000, 2048
+    assert choose(*sizes, torch.float32, "cpu").engine != "dense"
+    assert choose(*sizes, torch.bfloat16, "cpu").engine == "dense"
+
+
+def test_triton_is_for_a_gpu_that_has_it_and_few_rows():
+    sizes = 128, 2_810_000, 768, torch.bfloat16
+    assert choose(*sizes, "cuda", triton=True).engine == "triton"
+    assert choose(*sizes, "cuda", triton=False).engine != "triton"
+    assert choose(*sizes, "cpu", triton=True).engine != "triton"
+    assert choose(8192, 256_000, 2304, torch.bfloat16, "cuda", triton=True).engine == "gram"
+
+
+def test_chunks_do_not_shrink_with_the_shape():
+    """Tiles of a size that follows from D/d come down to single rows where D/d ≥ m."""
+    rows, classes = chunked.tile(LinearSphericalOptions())
+    assert rows >= 256 and classes >= 256
+    for d in (1, 64, 8192, 1 << 20):
+        assert gram.chunk_size(torch.empty(1, d), None) >= 256
+    assert gram.chunk_size(torch.empty(1, 64), 10) == 10
+
+
+def test_auto_asks_and_a_name_does_not(monkeypatch):
+    asked = []
+
+    def chosen(*args, **kwargs):
+        asked.append((args, kwargs))
+        return choice.Choice("chunked", "")
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("another engine was run")
+
+    monkeypatch.setattr(choice, "choose", chosen)
+    for other in ("dense", "gram"):
+        monkeypatch.setitem(linear.ENGINES, other, refuse)
+    H, W, target = torch.randn(3, 4), torch.randn(9, 4), torch.zeros(3, 1, dtype=torch.long)
+    call = {"b": None, "target": target, "pi": None, "centred": False}
+    linear.statistics(H, W, **call, options=LinearSphericalOptions())
+    assert asked == [((3, 9, 4, torch.float32, H.device), {"K": 1, "bias": False})]
+    with pytest.raises(AssertionError, match="another engine"):
+        linear.statistics(H, W, **call, options=LinearSphericalOptions(engine="gram"))
+    assert len(asked) == 1
+
+
+def test_triton_says_what_it_lacks(monkeypatch):
+    H, W, target = torch.randn(3, 4), torch.randn(9, 4), torch.zeros(3, 1, dtype=torch.long)
+    call = {"b": None, "target": target, "pi": None, "centred": False}
+    options = LinearSphericalOptions(engine="triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(choice, "TRITON", False)
+    with pytest.raises(ImportError, match=r"needs the triton package.*'gram' or 'chunked'"):
+        linear.statistics(H, W, **call, options=options)
+    monkeypatch.setattr(choice, "TRITON", True)
+    with pytest.raises(ValueError, match=r"CUDA device, got cpu.*TRITON_INTERPRET=1"):
+        linear.statistics(H, W, **call, options=options)
+
+
+WRONG = {
+    "engine must be one of auto, dense.*got 'fast'": {"engine": "fast"},
+    "row_chunk must be at least 1, got 0": {"row_chunk": 0},
+    "class_chunk must be at least 1, got -1": {"class_chunk": -1},
+    "row_chunk has no meaning for engine='gram', got 8": {"engine": "gram", "row_chunk": 8},
+    "class_chunk has no meaning for engine='dense'": {"engine": "dense", "class_chunk": 8},
+    "accumulate_dtype must be torch.float32 or torch.float64": {"accumulate_dtype": torch.float16},
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_options_that_mean_nothing(message):
+    with pytest.raises(ValueError, match=message):
+        LinearSphericalOptions(**WRONG[message])
+
+
+def test_options_of_a_wrong_type():
+    with pytest.raises(TypeError, match=r"row_chunk must be an integer, got 1\.5"):
+        LinearSphericalOptions(row_chunk=1.5)
+    with pytest.raises(TypeError, match="deterministic must be True or False, got 1"):
+        LinearSphericalOptions(deterministic=1)

@@ -1,0 +1,139 @@
+"""The engines that are operators: registered, compiled, and as cheap as they say."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from _engines import ENGINES, OPERATORS, Largest, layer
+from softsphere import checks
+from softsphere.functional import linear_spherical_loss
+
+
+def arguments(name, m=5, D=63, d=4, K=2, bias=True, prior=True, centred=False, dtype=None):
+    """Positional arguments of an operator."""
+    torch.manual_seed(0)
+    H, W, b = layer(m, D, d, dtype or torch.float64, bias)
+    pi = checks.prior(torch.rand(D).double() + 0.2) if prior else None
+    sizes = {"gram": (20,), "chunked": (2, 20)}[name]
+    return H, W, b, torch.randint(D, (m, K)), pi, centred, *sizes, torch.float64, False
+
+
+def back(name, given, saved, needs=(True, True, True)):
+    """Arguments of the operator for the way back."""
+    H, W, b, target, pi, _, *sizes, _, deterministic = given
+    g = torch.randn(len(H)), torch.randn(len(H)), torch.randn(target.shape)
+    return *(x.double() for x in g), H, W, b, target, pi, *saved, *sizes, deterministic, needs
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_opcheck(name, bias, dtype):
+    operator, forward, _ = OPERATORS[name]
+    given = arguments(name, bias=bias, prior=bias, centred=bias, dtype=dtype)
+    torch.library.opcheck(operator, given)
+    given = [x.detach() if isinstance(x, torch.Tensor) else x for x in given]
+    needs = [True, True, bias]
+    args = back(name, given, forward(*given)[3:], needs)
+    torch.library.opcheck(getattr(torch.ops.softsphere, f"{name}_backward").default, args)
+
+
+@pytest.mark.parametrize("loss", ["taylor_softmax", "z_loss"])
+@pytest.mark.parametrize("engine", [*ENGINES, "auto"])
+def test_it_compiles_whole(engine, loss):
+    H, W, b = layer(5, 123, 4)
+    target = torch.tensor([0, 7, 7, -100, 122])
+
+    def call(H, W, b, target):
+        return linear_spherical_loss(
+            H, W, target, loss, linear_bias=b, prior=torch.ones(123), options=ENGINES.get(engine)
+        )
+
+    torch.compiler.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    results = [[x, *torch.autograd.grad(x, [H, W, b])] for x in (
+        call(H, W, b, target), compiled(H, W, b, target)
+    )]  # fmt: skip
+    for x, y in zip(*results, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
+
+
+def both_ways(name, frozen=False, **sizes):
+    """Runs an operator's implementation forwards and backwards."""
+    given = arguments(name, **sizes)
+    _, forward, backward = OPERATORS[name]
+    needs = [True, not frozen, given[2] is not None and not frozen]
+    with torch.no_grad():
+        backward(*back(name, given, forward(*given)[3:], needs))
+
+
+def flops(name, **sizes):
+    with FlopCounterMode(display=False) as counter:
+        both_ways(name, **sizes)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_work_of_gram_for_the_classes_does_not_grow_with_the_rows(bias, centred):
+    d, few, many = 8, 100, 300
+
+    def slope(m):
+        more, less = (
+            flops("gram", m=m, D=D, d=d, bias=bias, prior=False, centred=centred)
+            for D in (many, few)
+        )
+        return (more - less) / (many - few)
+
+    assert slope(1) == slope(100)
+    # two products of each row of W with d × d; each d more is a matrix by a vector
+    assert 4 * d * d <= slope(1) <= 4 * d * d + 8 * d
+
+
+def test_a_frozen_weight_costs_gram_nothing_backwards():
+    sizes = {"m": 7, "d": 8, "bias": False, "prior": False, "frozen": True}
+    assert flops("gram", D=300, **sizes) - flops("gram", D=100, **sizes) == 200 * 2 * 8 * 8
+
+
+def test_the_work_of_gram_where_products_are_symmetric():
+    d, D, m = 1024, 300, 40
+    full = flops("gram", m=m, D=D, d=d, bias=False, prior=False)
+    assert full < 3.4 * (D + m) * d * d
+
+
+def test_the_work_of_chunked():
+    m, D, d = 20, 300, 16
+    assert flops("chunked", m=m, D=D, d=d, bias=False, prior=False) == 8 * m * D * d
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_nothing_of_rows_by_classes_is_made(name, bias, centred, dtype):
+    m, D, d = 64, 1000, 4
+    with Largest() as largest:
+        both_ways(name, m=m, D=D, d=d, bias=bias, centred=centred, dtype=dtype)
+    assert largest.numel <= D * d  # the gradient by W itself
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_no_copy_of_the_weight_is_made(name, dtype):
+    """Where W wants no gradient, nothing is as large as W."""
+    given = list(arguments(name, m=64, D=1000, d=4, centred=True, dtype=dtype))
+    _, forward, backward = OPERATORS[name]
+    with torch.no_grad(), Largest() as largest:
+        backward(*back(name, given, forward(*given)[3:], [True, False, False]))
+    assert largest.numel <= 1000  # as b
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_deterministic_is_the_same_on_a_cpu(name):
+    given = arguments(name)
+    one, two = (OPERATORS[name][0](*given[:-1], flag) for flag in (False, True))
+    one, two = (torch.autograd.grad(x[1].sum() + x[2].sum(), given[:3]) for x in (one, two))
+    for x, y in zip(one, two, strict=True):
+        assert torch.equal(x, y)

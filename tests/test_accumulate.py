@@ -1,0 +1,245 @@
+"""Accumulated over batches with one Gram matrix, gradients are those of plain accumulation."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from _cases import CASES
+from _engines import SPHERICAL
+from softsphere import LinearSphericalLoss, LinearSphericalOptions
+
+d, D = 6, 123
+TIGHT = {"rtol": 1e-10, "atol": 1e-11}
+SMALL_CHUNKS = LinearSphericalOptions(class_chunk=50)
+
+
+def layer(loss="taylor_softmax", bias=True, prior=False, **options):
+    torch.manual_seed(0)
+    counts = torch.rand(D).double() + 0.2 if prior else None
+    options = {"dtype": torch.float64, "options": SMALL_CHUNKS, **options}
+    return LinearSphericalLoss(d, D, loss, bias, counts, **options)
+
+
+def batches(number=3):
+    torch.manual_seed(1)
+    return [
+        (torch.randn(m, d).double().requires_grad_(), torch.randint(D // 20, (m,)))
+        for m in range(4, 4 + number)
+    ]
+
+
+def run(head, data):
+    for hidden, target in data:
+        (head(hidden, target) / len(data)).backward()
+
+
+def same(one, two):
+    for x, y in zip(one.parameters(), two.parameters(), strict=True):
+        if x.grad is None or y.grad is None:
+            assert x.grad is y.grad
+        else:
+            torch.testing.assert_close(x.grad, y.grad, **TIGHT)
+
+
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("prior", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("name", SPHERICAL)
+def test_it_is_plain_accumulation(name, bias, prior, before):
+    head = layer(SPHERICAL[name], bias, prior)
+    twin = copy.deepcopy(head)
+    if before:  # there are gradients already
+        run(head, batches(1))
+        run(twin, batches(1))
+    mine, theirs = batches(), batches()
+    with head.accumulate():
+        run(head, mine)
+    run(twin, theirs)
+    same(head, twin)
+    for (x, _), (y, _) in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(x.grad, y.grad, **TIGHT)
+
+
+@pytest.mark.parametrize("frozen", ["weight", "bias"])
+def test_a_frozen_parameter_gets_nothing(frozen):
+    head, twin = layer(), layer()
+    for x in (head, twin):
+        getattr(x, frozen).requires_grad_(False)
+    with head.accumulate():
+        run(head, batches())
+    run(twin, batches())
+    same(head, twin)
+
+
+def test_sparse_targets_retained_graphs_and_one_sum_of_two():
+    head, twin = layer(), layer()
+    hidden, target = torch.randn(2, 4, d).double(), torch.randint(D, (2, 4, 3))
+    values = torch.randn(2, 4, 3).double()
+
+    def work(x):
+        loss = x(hidden[0], target[0], values[0]) + x(hidden[1], target[1], values[1])
+        loss.backward(retain_graph=True)
+        loss.backward()
+
+    with head.accumulate():
+        work(head)
+    work(twin)
+    same(head, twin)
+
+
+def test_a_weight_that_is_tied_to_an_embedding():
+    def tied():
+        torch.manual_seed(0)
+        embedding = nn.Embedding(D, d, dtype=torch.float64)
+        return embedding, LinearSphericalLoss.from_linear(embedding, "z_loss")
+
+    (one, head), (two, twin) = tied(), tied()
+    words = torch.tensor([1, 2, 2, 5])
+    with head.accumulate():
+        for _ in range(2):
+            head(one(words), words).backward()
+    for _ in range(2):
+        twin(two(words), words).backward()
+    torch.testing.assert_close(one.weight.grad, two.weight.grad, **TIGHT)
+
+
+def test_nothing_run_or_nothing_backwards_changes_nothing():
+    head = layer()
+    with head.accumulate():
+        pass
+    with head.accumulate():
+        head(*batches(1)[0])
+    with head.accumulate(), torch.no_grad():
+        head(*batches(1)[0])
+    assert head.weight.grad is None and head.bias.grad is None
+
+
+def test_a_gradient_of_something_else_leaves_no_trace():
+    head = layer()
+    hidden, target = batches(1)[0]
+    with head.accumulate():
+        torch.autograd.grad(head(hidden, target), hidden)
+    assert head.weight.grad is None
+
+
+def test_an_exception_leaves_nothing_half_done():
+    head = layer()
+    run(head, batches(1))
+    before = head.weight.grad.clone()
+
+    left = []
+
+    def interrupted():
+        with head.accumulate():
+            run(head, batches())
+            left.append(head(*batches(1)[0]))
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        interrupted()
+    with pytest.raises(RuntimeError, match="was called after it"):
+        left[0].backward()
+    assert torch.equal(head.weight.grad, before)
+    head.zero_grad()
+    with head.accumulate():  # and it can be used again
+        run(head, batches())
+    twin = layer()
+    run(twin, batches())
+    same(head, twin)
+
+
+def test_inputs_that_are_written_over_after_their_backward():
+    head, twin = layer(), layer()
+    with head.accumulate():
+        for hidden, target in batches():
+            plain = hidden.detach()
+            (head(plain, target) / 3).backward()
+            plain.zero_()
+    run(twin, batches())
+    same(head, twin)
+
+
+@pytest.mark.parametrize("when", ["before a forward", "before a backward", "at the end"])
+def test_a_weight_that_changes_inside_is_found_out(when):
+    head = layer()
+    hidden, target = batches(1)[0]
+
+    def change():
+        with torch.no_grad():
+            head.bias.mul_(2)
+
+    def work():
+        with head.accumulate():
+            loss = head(hidden, target)
+            if when == "before a forward":
+                change()
+                head(hidden, target)
+            elif when == "before a backward":
+                change()
+                loss.backward()
+            else:
+                loss.backward()
+                change()
+
+    with pytest.raises(RuntimeError, match=r"changed inside accumulate\(\).*after the context"):
+        work()
+    assert head.weight.grad is None
+
+
+def test_what_it_refuses():
+    head = layer()
+    hidden, target = batches(1)[0]
+    with head.accumulate():
+        loss = head(hidden, target)
+        with pytest.raises(RuntimeError, match="cannot be nested"), head.accumulate():
+            pass
+        with pytest.raises(ValueError, match="class probabilities needs the logits"):
+            head(hidden, torch.rand(len(hidden), D))
+    with pytest.raises(RuntimeError, match="was called after it; call backward inside"):
+        loss.backward()
+    refused = {
+        "is of the gram engine, got engine='chunked'": {
+            "options": LinearSphericalOptions(engine="chunked")
+        },
+        "label_smoothing needs the logits": {"label_smoothing": 0.1},
+    }
+    for message, options in refused.items():
+        with pytest.raises(ValueError, match=message), layer(**options).accumulate():
+            pass
+    with (
+        pytest.raises(TypeError, match="must be spherical"),
+        layer(CASES["softmax"][0]).accumulate(),
+    ):
+        pass
+    nn.utils.parametrizations.weight_norm(head)
+    with pytest.raises(RuntimeError, match="computed from something else"), head.accumulate():
+        pass
+
+
+def test_autocast_inside():
+    head = layer(dtype=torch.float32)
+    twin = layer(dtype=torch.float32)
+    data = [(hidden.detach().float(), target) for hidden, target in batches()]
+    with head.accumulate(), torch.autocast("cpu", torch.bfloat16):
+        loss = head(data[0][0].bfloat16(), data[0][1])
+        assert loss.dtype == torch.float32
+        run(head, data)
+    run(twin, data)
+    torch.testing.assert_close(head.weight.grad, twin.weight.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_one_more_batch_costs_nothing_in_the_classes():
+    def flops(classes, number):
+        head = LinearSphericalLoss(d, classes)
+        with FlopCounterMode(display=False) as counter, head.accumulate():
+            for _ in range(number):
+                head(torch.randn(4, d), torch.zeros(4, dtype=torch.long)).backward()
+        return counter.get_total_flops()
+
+    assert flops(500, 5) - flops(500, 1) == flops(100, 5) - flops(100, 1)
+    assert flops(500, 1) > flops(100, 1)

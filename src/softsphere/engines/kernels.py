@@ -211,12 +211,10 @@ def gram_kernel(
     BJ: tl.constexpr,
     BN: tl.constexpr,
     PRECISION: tl.constexpr,
-    WIDEN: tl.constexpr,
 ):
     """partial (splits, d, d): Σ π_k (w_k − mean)(w_k − mean)ᵀ over every splits-th tile of classes.
 
-    A tile below the diagonal is neither computed nor stored. WIDEN takes the factors to ACC, for
-    what mean and pi make of a narrower W.
+    A tile below the diagonal is neither computed nor stored.
     """
     if tl.program_id(1) > tl.program_id(0):
         return
@@ -231,15 +229,14 @@ def gram_kernel(
         y_at = W + classes[:, None] * stride_wk + across[None, :] * stride_wd
         x = tl.load(x_at, mask=(down < d)[:, None] & real[None, :], other=0.0)
         y = tl.load(y_at, mask=real[:, None] & (across < d)[None, :], other=0.0)
-        if WIDEN:
-            x, y = x.to(ACC), y.to(ACC)
         if mean is not None:
-            x -= tl.load(mean + down, mask=down < d, other=0.0)[:, None]
-            y -= tl.load(mean + across, mask=across < d, other=0.0)[None, :]
+            x = x.to(ACC) - tl.load(mean + down, mask=down < d, other=0.0)[:, None]
+            y = y.to(ACC) - tl.load(mean + across, mask=across < d, other=0.0)[None, :]
             # beyond the edge they are −mean, and one of them must be 0
             x = tl.where(real[None, :], x, 0.0)
         if pi is not None:
-            x *= tl.load(pi + classes, mask=real, other=0.0).to(ACC)[None, :]
+            x = x.to(ACC) * tl.load(pi + classes, mask=real, other=0.0).to(ACC)[None, :]
+            y = y.to(ACC)
         Q = tl.dot(x, y, Q, input_precision=PRECISION, out_dtype=ACC)
     at = partial + (tl.cast(split, tl.int64) * d + down[:, None]) * d + across[None, :]
     tl.store(at, Q, mask=(down < d)[:, None] & (across < d)[None, :])

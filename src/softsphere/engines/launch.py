@@ -1,4 +1,7 @@
-"""Tile sizes, splits and launches of the Triton kernels, and what is left of their sums."""
+"""Tile sizes, splits and launches of the Triton kernels, and what is left of their sums.
+
+H and W have any strides; all other tensors are contiguous. A grid of no programs is no launch.
+"""
 
 from __future__ import annotations
 
@@ -118,11 +121,10 @@ def sums(
     parts = splits(triton.cdiv(D, options["BN"]), W, row_tiles)
     partial = mean.new_empty((2, parts, m))
     c = mean.new_full((m, K), torch.nan)
-    if m:
-        with torch.cuda.device_of(W):
-            kernels.statistics_kernel[row_tiles, parts](
-                H, W, b, pi, mean, target.contiguous(), partial, c, m, D, d, K, parts, **options
-            )
+    with torch.cuda.device_of(W):
+        kernels.statistics_kernel[row_tiles, parts](
+            H, W, b, pi, mean, target, partial, c, m, D, d, K, parts, **options
+        )
     return partial[0].sum(0), partial[1].sum(0), c
 
 
@@ -139,7 +141,7 @@ def output_gradient(
 ) -> None:
     """Fills G (C, m) with the gradient by o of the classes from `first` on, C of them.
 
-    target and partials, those by s, q (m) and c (m, K), are contiguous.
+    partials: those by s, q (m) and c (m, K).
     """
     (C, m), d, K = G.shape, H.shape[1], target.shape[1]
     part = slice(first, first + C)
@@ -147,29 +149,27 @@ def output_gradient(
     b, pi = (None if x is None else x[part] for x in (b, pi))
     options = output_options(H, W)
     grid = triton.cdiv(m, options["BM"]) * triton.cdiv(C, options["BN"])
-    if m:
-        with torch.cuda.device_of(W):
-            kernels.gradient_kernel[grid,](
-                H, W, b, pi, mean, target, *partials, out, first, m, C, d, K, **options
-            )
+    with torch.cuda.device_of(W):
+        kernels.gradient_kernel[grid,](
+            H, W, b, pi, mean, target, *partials, out, first, m, C, d, K, **options
+        )
     if out is not G:
         G.copy_(out)
 
 
 def gram_options(W: Tensor, exact: bool) -> dict[str, Any]:
     """Constants of the Gram kernel; exact: its factors are W as it came, without pi and mean."""
-    precision, widen = input_precision(W.dtype), False
+    precision = input_precision(W.dtype)
     tile = Tile.of(W.dtype, precision)
     if W.dtype.itemsize == 2 and not exact:
         # they must not be rounded to two bytes; in three parts of TF32 they have 22 bits and more
-        precision, widen = "ieee" if torch.version.hip else "tf32x3", True
+        precision = "ieee" if torch.version.hip else "tf32x3"
         tile = Tile.of(torch.float32, precision)
     return {
         "ACC": accumulate_in(W.dtype),
         "BJ": tile.side,
         "BN": tile.depth,
         "PRECISION": precision,
-        "WIDEN": widen,
         "num_warps": tile.warps,
         "num_stages": tile.stages,
     }
@@ -183,7 +183,7 @@ def gram(W: Tensor, pi: Tensor | None, mean: Tensor | None) -> Tensor:
     across = triton.cdiv(d, options["BJ"])
     parts = splits(triton.cdiv(D, options["BN"]), W, across * (across + 1) // 2)
     partial = W.new_empty((parts, d, d), dtype=acc)
-    mean = None if mean is None else mean.to(acc).contiguous()
+    mean = None if mean is None else mean.to(acc)
     with torch.cuda.device_of(W):
         kernels.gram_kernel[across, across, parts](
             W, pi, mean, partial, D, d, parts, *W.stride(), **options

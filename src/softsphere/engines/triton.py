@@ -113,8 +113,9 @@ def triton_statistics(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """s, q (m), c (m, K), and the mean output (m), 0 unless centred, which has no derivative."""
     D, acc = len(W), accumulator(H.dtype)
+    b, pi = (None if x is None else x.contiguous() for x in (b, pi))
     mean = launch.mean_output(H, W, b, pi) if centred else H.new_zeros(len(H), dtype=acc)
-    s, q, c = launch.sums(H, W, b, pi, mean, target)
+    s, q, c = launch.sums(H, W, b, pi, mean, target.contiguous())
     if not centred:
         return s, q, c, mean
     # twice, as for logits: the first mean has rounded otherwise than the sum of the outputs
@@ -154,8 +155,8 @@ def triton_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """∂H, ∂W and ∂b, each of them empty if not needed."""
     (m, d), D, acc = H.shape, len(W), accumulator(H.dtype)
-    partials = gs.contiguous(), gq.contiguous(), gc.contiguous()
-    target = target.contiguous()
+    gs, gq, gc, target = (x.contiguous() for x in (gs, gq, gc, target))
+    b, pi = (None if x is None else x.contiguous() for x in (b, pi))
     gH = H.new_zeros((m, d) if needs[0] else 0, dtype=acc)
     gW = W.new_empty((D, d) if needs[1] else 0)
     gb = mean.new_empty(D if needs[2] else 0)
@@ -164,7 +165,7 @@ def triton_gradients(
     for first in range(0, D, size):
         part = slice(first, min(first + size, D))
         G = buffer[: part.stop - first]
-        launch.output_gradient(H, W, b, pi, mean, target, partials, first, G)
+        launch.output_gradient(H, W, b, pi, mean, target, (gs, gq, gc), first, G)
         if needs[0]:
             gH += G.mT @ W[part]
         if needs[1]:
@@ -217,7 +218,7 @@ triton_statistics.register_autograd(pull_back, setup_context=save)
 
 @torch.library.custom_op("softsphere::triton_gram", mutates_args=())
 def triton_gram(W: Tensor, pi: Tensor | None, mean: Tensor | None) -> Tensor:
-    return launch.gram(W, pi, mean)
+    return launch.gram(W, *(None if x is None else x.contiguous() for x in (pi, mean)))
 
 
 @triton_gram.register_fake

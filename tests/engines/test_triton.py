@@ -16,19 +16,12 @@ from torch.utils import deterministic
 
 pytest.importorskip("triton")
 CUDA = torch.cuda.is_available()
-if not CUDA:
-    os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 from softsphere.engines import launch, triton  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"
-pytestmark = [
-    pytest.mark.skipif(
-        not CUDA and not launch.INTERPRETED, reason="the kernels were imported to be compiled"
-    ),
-    pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 
 
 @dataclass(frozen=True)
@@ -42,6 +35,7 @@ class Options:
 @pytest.fixture(autouse=True)
 def poison():
     """Every tensor that is not filled has NaN in it."""
+    assert CUDA or launch.INTERPRETED, "the kernels were imported before TRITON_INTERPRET was set"
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     assert deterministic.fill_uninitialized_memory

@@ -35,14 +35,14 @@ BLOCK = 1 << 25
 class Options(Protocol):
     """class_chunk: classes in a block of G; None: as many as BLOCK entries have room for.
 
-    accumulate_dtype: None, or what sums are taken in anyway. Rows come in tiles and sums in a
-    fixed order whatever is asked, so other options have nothing to change.
+    accumulate_dtype: the least that sums are taken in. Rows come in tiles and sums in a fixed
+    order whatever is asked, so other options have nothing to change.
     """
 
     @property
     def class_chunk(self) -> int | None: ...
     @property
-    def accumulate_dtype(self) -> torch.dtype | None: ...
+    def accumulate_dtype(self) -> torch.dtype: ...
 
 
 def statistics(
@@ -61,14 +61,14 @@ def statistics(
     float64 if H and W are; derivatives by H, W and b in reverse mode, once.
 
     Raises TypeError unless H and W share one of float16, bfloat16, float32 and float64, and for
-    another accumulate_dtype; ValueError for tensors on the CPU, unless Triton interprets.
+    a wider accumulate_dtype; ValueError for tensors on the CPU, unless Triton interprets.
     """
     check(H, W)
     acc = accumulator(H.dtype)
-    if options.accumulate_dtype not in (None, acc):
+    if options.accumulate_dtype.itemsize > acc.itemsize:
         raise TypeError(
             f"the Triton engine takes sums of {H.dtype} in {acc}, got accumulate_dtype = "
-            f"{options.accumulate_dtype}; leave it None, or choose another engine"
+            f"{options.accumulate_dtype}; convert H and W, or choose another engine"
         )
     s, q, c, _ = triton_statistics(H, W, b, target, pi, centred, options.class_chunk or 0)
     return Stats(s, q, c, float(len(W)), pi=None if pi is None else pi[target])

@@ -16,11 +16,8 @@ in a process of its own, the median of its steps after warm-up.
 from __future__ import annotations
 
 import csv
-import io
 import json
 import os
-import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -30,10 +27,11 @@ from pathlib import Path
 
 import torch
 from layers import LAYERS, Setting, Step, core, factored
+from measure import Peak
+from measure import record as replace_part
 
 TABLE = Path(__file__).with_name("factored.csv")
 FIGURE = Path(__file__).with_name("factored.png")
-COLUMNS = ("part", "layer", "D", "d", "m", "measure", "value", "machine", "torch", "threads")
 PAPERS = (Setting(793_471, 512, 200), Setting(800_000, 300, 128))
 CHUNKS = (25, 50, 100, 200)
 
@@ -51,10 +49,6 @@ def timed(step: Step, setting: Setting, least: int = 5, seconds: float = 12.0) -
         step(*batch)
         times.append(time.perf_counter() - start)
     return times
-
-
-def peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def measure(name: str, setting: Setting, chunk: int | None = None) -> float:
@@ -77,34 +71,13 @@ def one(job: str) -> None:
 
 def record(part: str, rows: list[tuple[str, Setting, str, float]]) -> None:
     """Replaces a part's rows in the table, and prints them."""
-    old = list(csv.DictReader(TABLE.open())) if TABLE.exists() else []
-    kept = [row for row in old if row["part"] != part]
-    host = {
-        "machine": f"{os.cpu_count()}-core {platform.machine()}",
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-    }
     for layer, setting, what, value in rows:
-        kept.append(
-            {
-                "part": part,
-                "layer": layer,
-                "D": setting.D,
-                "d": setting.d,
-                "m": setting.m,
-                "measure": what,
-                "value": f"{value:.6g}",
-                **host,
-            }
-        )
         print(
             f"{layer:34s} D={setting.D:<9d} d={setting.d:<4d} m={setting.m:<4d} {what}: {value:.4g}"
         )
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(kept)
-    TABLE.write_text(text.getvalue())
+    names = ("layer", "D", "d", "m", "measure", "value")
+    values = ((layer, s.D, s.d, s.m, what, f"{x:.6g}") for layer, s, what, x in rows)
+    replace_part(TABLE, part, [dict(zip(names, row, strict=True)) for row in values])
 
 
 def papers() -> None:
@@ -195,7 +168,7 @@ def wear() -> None:
             step(hidden.detach().mul_(scale).requires_grad_(), target)
         thousands.append((time.perf_counter() - start) / 1000)
         print(f"{1e3 * thousands[-1]:.2f} ms a step", flush=True)
-    health = step.head.health(0)  # type: ignore[attr-defined]
+    health = step.head.health(1)  # type: ignore[attr-defined]
     name = "factored squared error"
     record(
         "wear",
@@ -203,7 +176,9 @@ def wear() -> None:
             (name, setting, "milliseconds, first thousand", 1e3 * thousands[0]),
             (name, setting, "milliseconds, slowest thousand", 1e3 * max(thousands)),
             (name, setting, "slowest over first", max(thousands) / thousands[0]),
+            (name, setting, "renewed", health.renewed),
             (name, setting, "refactorised", health.refactorised),
+            (name, setting, "drift of Q at the end", health.gram_drift),
             (name, setting, "seconds of mending", health.seconds),
             (name, setting, "condition at the end", health.condition),
         ],
@@ -211,26 +186,29 @@ def wear() -> None:
 
 
 def memory() -> None:
-    """Peak resident memory beyond that of an import, in sizes of W."""
+    """Peak memory beyond that of an import, in sizes of W."""
     setting = Setting(2_000_000, 256, 128)
     size = 4 * setting.D * setting.d
     name = "factored Taylor (ours)"
-    before = peak_bytes()
+    peak = Peak()
     step = factored(setting)
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):
         step(*setting.batch(generator))
-    rows = [(name, setting, "peak over W, steps", (peak_bytes() - before) / size)]
+    rows = [(name, setting, "peak over W, steps", peak.over(size))]
     head = step.head  # type: ignore[attr-defined]
+    for _ in range(20):
+        head.matrix.renew_()
+        step(*setting.batch(generator))
     head.matrix.refactorise_()
-    rows.append((name, setting, "peak over W, and mending", (peak_bytes() - before) / size))
+    rows.append((name, setting, "peak over W, and mending", peak.over(size)))
     path = Path(tempfile.gettempdir()) / f"softsphere-{os.getpid()}.pt"
     try:
         torch.save(head.state_dict(), path)
-        rows.append((name, setting, "peak over W, and saving", (peak_bytes() - before) / size))
+        rows.append((name, setting, "peak over W, and saving", peak.over(size)))
         state = torch.load(path, mmap=True)
         head.load_state_dict(state)
-        rows.append((name, setting, "peak over W, and loading", (peak_bytes() - before) / size))
+        rows.append((name, setting, "peak over W, and loading", peak.over(size)))
     finally:
         path.unlink(missing_ok=True)
     record("memory", rows)

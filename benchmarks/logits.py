@@ -14,13 +14,12 @@ import csv
 import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch.profiler import ProfilerActivity, profile
+from measure import extra_bytes, seconds
 
 import softsphere
 
@@ -34,34 +33,14 @@ CRITERIA: dict[str, Criterion] = {
 }
 
 
-def seconds(criterion: Criterion, logits: torch.Tensor, target: torch.Tensor) -> float:
-    logits.grad = None
-    if logits.is_cuda:
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    criterion(logits, target).backward()
-    if logits.is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+def run(criterion: Criterion, logits: torch.Tensor, target: torch.Tensor) -> Callable[[], None]:
+    """Forward and backward."""
 
+    def both() -> None:
+        logits.grad = None
+        criterion(logits, target).backward()
 
-def extra_bytes(criterion: Criterion, logits: torch.Tensor, target: torch.Tensor) -> int:
-    """Peak allocation of forward and backward beyond the gradient that stays."""
-    logits.grad = None
-    kept = logits.numel() * logits.element_size()
-    if logits.is_cuda:
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        criterion(logits, target).backward()
-        return torch.cuda.max_memory_allocated() - before - kept
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        criterion(logits, target).backward()
-    held = peak = 0
-    for event in recorded.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak - kept
+    return both
 
 
 def main() -> None:
@@ -77,13 +56,18 @@ def main() -> None:
     shape = (options.rows, options.classes)
     logits = torch.randn(shape, device=options.device, requires_grad=True)
     target = torch.randint(options.classes, shape[:1], device=options.device)
-    for criterion in CRITERIA.values():
-        seconds(criterion, logits, target)
+    runs = {name: run(criterion, logits, target) for name, criterion in CRITERIA.items()}
+    for both in runs.values():
+        both()
     times: dict[str, list[float]] = {name: [] for name in CRITERIA}
     for _ in range(options.repeats):
-        for name, criterion in CRITERIA.items():
-            times[name].append(seconds(criterion, logits, target))
+        for name, both in runs.items():
+            times[name].append(seconds(both, options.device))
     base = times["F.cross_entropy"]
+    extra = {}
+    for name, both in runs.items():
+        logits.grad = None
+        extra[name] = extra_bytes(both, options.device)
     size = logits.numel() * logits.element_size()
     device = torch.cuda.get_device_name() if logits.is_cuda else platform.machine()
     rows = [
@@ -95,9 +79,8 @@ def main() -> None:
             "time over F.cross_entropy": round(
                 statistics.median(a / b for a, b in zip(taken, base, strict=True)), 3
             ),
-            "extra memory over logits": round(
-                extra_bytes(CRITERIA[name], logits, target) / size, 3
-            ),
+            # beyond the gradient, which stays
+            "extra memory over logits": round(extra[name] / size - 1, 3),
             "device": device,
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,

@@ -7,6 +7,7 @@ import sys
 import typer
 
 from softsphere.lab.compare_command import compare
+from softsphere.lab.engines_command import engines
 from softsphere.lab.errors import LabError
 from softsphere.lab.twins_command import twins
 
@@ -14,6 +15,7 @@ __all__ = ["main"]
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 app.command()(compare)
+app.command()(engines)
 app.command()(twins)
 
 

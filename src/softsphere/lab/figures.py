@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from softsphere.lab.records import write_bytes
 from softsphere.lab.summary import Row
 
-__all__ = ["comparison", "twins"]
+__all__ = ["comparison", "side_by_side"]
 
 mpl.use("Agg")
 
@@ -94,8 +94,8 @@ def comparison(lines: list[dict[str, Any]], rows: list[Row], title: str, path: P
     save(figure, path)
 
 
-def twins(lines: list[dict[str, Any]], title: str, path: Path) -> None:
-    """Validation loss by epoch of both layers, one upon the other, and the time of a step."""
+def side_by_side(lines: list[dict[str, Any]], title: str, path: Path) -> None:
+    """Validation loss by epoch of each engine, one upon the other, and the time of a step."""
     import matplotlib.pyplot as plt
 
     figure, (curves, bars) = plt.subplots(
@@ -104,8 +104,13 @@ def twins(lines: list[dict[str, Any]], title: str, path: Path) -> None:
     engines = list(dict.fromkeys(line["engine"] for line in lines))
     for place, engine in enumerate(engines):
         own = [line for line in lines if line["engine"] == engine and "epoch" in line]
-        # the second is dashed and narrow, so that the first can be seen under it
-        style = {"linewidth": 4.5, "alpha": 0.5} if not place else {"linewidth": 1.6, "ls": "--"}
+        # each is narrower and dashed otherwise, so that the one before can be seen under it
+        width = 6 * 0.6**place
+        style = (
+            {"linewidth": width, "alpha": 0.5}
+            if not place
+            else {"lw": width, "ls": (0, (4, place))}
+        )
         curves.plot(
             [line["epoch"] for line in own],
             [line["valid_loss"] for line in own],

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
 import typer
 
+from softsphere import losses
+from softsphere.lab import data
 from softsphere.lab.errors import LabError
+from softsphere.losses import Spherical
 
-__all__ = ["at_least_one", "folder", "positive", "usable"]
+__all__ = [
+    "at_least_one",
+    "folder",
+    "known_dtype",
+    "positive",
+    "spherical",
+    "text_folder",
+    "usable",
+]
 
 # What torch counts the examples of a batch with.
 MOST = 2**31 - 1
@@ -42,3 +54,30 @@ def usable(device: str) -> str:
         reason = str(error).partition("\n")[0]
         raise LabError(f"--device {device} cannot be used: {reason}") from error
     return device
+
+
+def spherical(name: str) -> str:
+    """A loss that a layer without logits can have."""
+    known = [key for key, kind in losses.REGISTRY.items() if issubclass(kind, Spherical)]
+    if name not in known:
+        raise LabError(f"--loss must be one of {', '.join(known)}, got {name!r}")
+    return name
+
+
+def known_dtype(name: str) -> str:
+    """A dtype of a whole training."""
+    if name not in ("float32", "float64"):
+        raise LabError(f"--dtype must be float32 or float64, got {name!r}")
+    return name
+
+
+def text_folder(given: Path | None) -> Path:
+    """The folder of --data-dir, or that of the environment."""
+    default = os.environ.get(data.VARIABLE)
+    folder = given or (Path(default) if default else None)
+    if folder is None:
+        raise LabError(
+            "--data-dir must name a folder with ptb/train.parquet, ptb/validation.parquet and "
+            f"ptb/test.parquet (a column sentence); or set {data.VARIABLE}"
+        )
+    return folder

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from softsphere.lab.errors import LabError
 
-__all__ = ["Text", "load", "ngrams"]
+__all__ = ["Text", "load", "ngrams", "windows"]
 
 END = "</s>"
 
@@ -81,3 +81,13 @@ def ngrams(tokens: Tensor, n: int, end: int) -> tuple[Tensor, Tensor]:
     """Contexts (N, n − 1) and next words (N); the text begins after ends of sentences."""
     padded = torch.cat([torch.full((n - 1,), end), tokens])
     return padded.unfold(0, n - 1, 1)[:-1], tokens
+
+
+def windows(tokens: Tensor, length: int, end: int) -> tuple[Tensor, Tensor]:
+    """Words (N, length), one after the other, and the word after each (N, length).
+
+    The text begins after the end of a sentence; what does not fill a window is left out.
+    """
+    whole = len(tokens) // length * length
+    before = torch.cat([torch.tensor([end]), tokens])[:whole]
+    return before.view(-1, length), tokens[:whole].view(-1, length)

@@ -16,7 +16,7 @@ from softsphere.matrix.update import Blocks, SingularStepError, gram_times, plan
 
 __all__ = ["FactoredMatrix", "Health", "SingularStepError"]
 
-CHUNK_BYTES = 32 << 20
+CHUNK_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)

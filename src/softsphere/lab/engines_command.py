@@ -1,0 +1,72 @@
+"""`softsphere engines`: do all engines of the linear layer train alike, and how fast is each?"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from softsphere.lab import engines as lab_engines
+from softsphere.lab import text
+from softsphere.lab.options import (
+    at_least_one,
+    known_dtype,
+    positive,
+    spherical,
+    text_folder,
+    usable,
+)
+from softsphere.lab.side_by_side import perform
+
+__all__ = ["engines"]
+
+
+def engines(
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(help="Folder with NAME/train.parquet …; default $SOFTSPHERE_DATA."),
+    ] = None,
+    dataset: Annotated[str, typer.Option(help="A text in that folder, a sentence a row.")] = "ptb",
+    loss: Annotated[str, typer.Option(help="A spherical loss.")] = "taylor_softmax",
+    prior: Annotated[bool, typer.Option(help="Word frequencies as the base measure.")] = True,
+    length: Annotated[int, typer.Option(help="Words of a window of text.")] = 32,
+    embedding: Annotated[int, typer.Option(help="Width of an embedding.")] = 64,
+    width: Annotated[int, typer.Option(help="Width d of the LSTM and of the output layer.")] = 128,
+    batch_size: Annotated[int, typer.Option(help="Windows in a step.")] = 32,
+    epochs: Annotated[int, typer.Option(help="Passes over the text.")] = 2,
+    lr: Annotated[float, typer.Option(help="AdamW's rate for all layers.")] = 0.003,
+    seed: Annotated[int, typer.Option(help="Of initial weights and order.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32 or float64, for all of it.")] = "float32",
+    out: Annotated[
+        Path | None, typer.Option(help="Run folder; default runs/TIME-engines-DATASET.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Do what is missing in --out.")] = False,
+) -> None:
+    """Train one LSTM with AdamW and the linear output layer by each of its engines."""
+    plan = lab_engines.Plan(
+        dataset=dataset,
+        loss=spherical(loss),
+        prior=prior,
+        length=at_least_one("--length", length),
+        embedding=at_least_one("--embedding", embedding),
+        width=at_least_one("--width", width),
+        batch_size=at_least_one("--batch-size", batch_size),
+        epochs=at_least_one("--epochs", epochs),
+        lr=positive("--lr", lr) or lr,
+        seed=seed,
+        device=usable(device),
+        dtype=known_dtype(dtype),
+    )
+    words = text.load(dataset, text_folder(data_dir))
+    perform(
+        "engines",
+        asdict(plan),
+        lab_engines.engines(device),
+        lambda engine, on_step: lab_engines.run(plan, engine, words, on_step),
+        title=f"{dataset}, {loss}, d = {width}, m = {batch_size * length}, AdamW, {dtype}",
+        out=out,
+        resume=resume,
+    )

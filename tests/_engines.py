@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_iter
 
 from _cases import CASES
 from softsphere import LinearSphericalOptions, losses
-from softsphere.engines import chunked, gram
+from softsphere.engines import choice, chunked, gram
 
 # Small chunks, so that there are several of them, the last one not full.
 ENGINES = {
@@ -17,6 +17,9 @@ ENGINES = {
     "chunked": LinearSphericalOptions(engine="chunked", row_chunk=5, class_chunk=100),
     "gram": LinearSphericalOptions(engine="gram", class_chunk=100),
 }
+
+if choice.TRITON:
+    ENGINES["triton"] = LinearSphericalOptions(engine="triton")
 
 # Those that are operators, and what runs in them: forwards and backwards.
 OPERATORS = {

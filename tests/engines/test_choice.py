@@ -92,7 +92,8 @@ def test_auto_asks_and_a_name_does_not(monkeypatch):
     H, W, target = torch.randn(3, 4), torch.randn(9, 4), torch.zeros(3, 1, dtype=torch.long)
     call = {"b": None, "target": target, "pi": None, "centred": False}
     linear.statistics(H, W, **call, options=LinearSphericalOptions())
-    assert asked == [((3, 9, 4, torch.float32, H.device), {"K": 1, "bias": False})]
+    asks = {"K": 1, "bias": False, "triton": choice.TRITON}
+    assert asked == [((3, 9, 4, torch.float32, H.device), asks)]
     with pytest.raises(AssertionError, match="another engine"):
         linear.statistics(H, W, **call, options=LinearSphericalOptions(engine="gram"))
     assert len(asked) == 1

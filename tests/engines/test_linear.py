@@ -242,7 +242,7 @@ def test_a_weight_changed_before_backward_is_found_out(engine):
         loss.backward()
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", [name for name in ENGINES if name != "triton"])
 def test_accumulation_in_float64_of_float32(engine):
     H, W, b = layer(9, 123, 6, torch.float32)
     target = torch.randint(123, (9, 1))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import os
-from typing import Protocol, cast
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -53,12 +52,16 @@ def statistics(
     name = options.engine
     if name == "auto":
         (m, K), (D, d) = target.shape, W.shape
-        name = choice.choose(m, D, d, H.dtype, H.device, K=K, bias=b is not None).engine
-    engine = ENGINES.get(name) or triton(H.device)
+        # the kernels sum in what the inputs are summed in, and nothing wider
+        sums = choice.TRITON and options.accumulate_dtype == torch.float32 and H.dtype == W.dtype
+        name = choice.choose(
+            m, D, d, H.dtype, H.device, K=K, bias=b is not None, triton=sums
+        ).engine
+    engine = ENGINES.get(name) or kernels(H.device)
     return engine(H, W, b, target, pi, centred=centred, options=options)
 
 
-def triton(device: torch.device) -> Engine:
+def kernels(device: torch.device) -> Engine:
     """The triton engine, imported when it is first wanted.
 
     Raises: ImportError where triton is not installed, ValueError for a device it has no code for.
@@ -73,5 +76,6 @@ def triton(device: torch.device) -> Engine:
             f"engine='triton' needs tensors on a CUDA device, got {device}; use engine='auto', "
             "'gram' or 'chunked', or set TRITON_INTERPRET=1 to debug its kernels"
         )
-    module = importlib.import_module("softsphere.engines.triton")
-    return cast(Engine, module.statistics)
+    from softsphere.engines import triton
+
+    return triton.statistics

@@ -111,18 +111,21 @@ def triton_statistics(
     centred: bool,
     class_chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """s, q (m), c (m, K), and the mean output (m), 0 unless centred, which has no derivative."""
+    """s, q (m), c (m, K), and two means (2, m) without a derivative, 0 unless centred.
+
+    The first has been taken off; the second is that of what was left, and the sum of the two
+    would round it away.
+    """
     D, acc = len(W), accumulator(H.dtype)
     b, pi = (None if x is None else x.contiguous() for x in (b, pi))
     mean = launch.mean_output(H, W, b, pi) if centred else H.new_zeros(len(H), dtype=acc)
     s, q, c = launch.sums(H, W, b, pi, mean, target.contiguous())
     if not centred:
-        return s, q, c, mean
+        return s, q, c, torch.stack([mean, mean])
     # twice, as for logits: the first mean has rounded otherwise than the sum of the outputs
     rest = s / D
-    mean = mean + rest
     q = above_rounding((q - s * rest).clamp_min(0), mean.unsqueeze(1), D)
-    return torch.zeros_like(s), q, c - rest.unsqueeze(1), mean
+    return torch.zeros_like(s), q, c - rest.unsqueeze(1), torch.stack([mean, rest])
 
 
 @triton_statistics.register_fake
@@ -136,7 +139,7 @@ def _(
     class_chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows = H.new_empty(len(H), dtype=accumulator(H.dtype))
-    return rows, rows.clone(), rows.new_empty(target.shape), rows.clone()
+    return rows, rows.clone(), rows.new_empty(target.shape), rows.new_empty(2, len(H))
 
 
 @torch.library.custom_op("softsphere::triton_gradients", mutates_args=())
@@ -203,11 +206,11 @@ def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
 
 
 def pull_back(ctx: Any, gs: Tensor, gq: Tensor, gc: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    """∂/∂o_k as for logits: centred, gs is −Σ_j gc_j/M, as s is 0 and c has no mean."""
-    H, W, b, target, pi, mean = ctx.saved_tensors
+    """∂/∂o_k as for logits: centred, gs is −Σ_j gc_j/M less the rest of the mean."""
+    H, W, b, target, pi, (mean, rest) = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:3])
     if ctx.centred:
-        gs = -gc.sum(1) / len(W)
+        gs = -gc.sum(1) / len(W) - 2 * gq * rest
     each = triton_gradients(gs, gq, gc, H, W, b, target, pi, mean, ctx.class_chunk, needs)
     H_W_b = (g if need else None for g, need in zip(each, needs, strict=True))
     return *H_W_b, None, None, None, None

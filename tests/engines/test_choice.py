@@ -59,6 +59,13 @@ def test_bfloat16_outputs_are_half_as_large():
     assert choose(*sizes, torch.bfloat16, "cpu").engine == "dense"
 
 
+def test_targets_and_bias_count():
+    sizes = 256, 2000, 64, torch.float32, "cpu"
+    assert choose(*sizes).engine == "gram"
+    assert choose(*sizes, K=10_000).engine == "dense"
+    assert choose(*sizes, bias=True).reason != choose(*sizes).reason
+
+
 def test_triton_is_for_a_gpu_that_has_it_and_few_rows():
     sizes = 128, 2_810_000, 768, torch.bfloat16
     assert choose(*sizes, "cuda", triton=True).engine == "triton"

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from _cases import CASES
 from _engines import ENGINES, SPHERICAL, layer
 from softsphere import FactoredSphericalLoss, LinearSphericalOptions, checks
-from softsphere.engines import factored, linear, moments
+from softsphere.engines import factored, linear, moments, products
 from softsphere.functional import linear_spherical_loss, spherical_loss
 
 TIGHT = {"rtol": 1e-10, "atol": 1e-11}
@@ -373,19 +373,31 @@ def test_autocast_is_that_of_the_linear_layer(engine, dtype):
         torch.testing.assert_close(x, y, rtol=0, atol=2 * torch.finfo(dtype).eps * scale)
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_autocast_leaves_float64_alone(engine):
+    H, W, b = layer(5, 123, 4)
+    target, call = torch.randint(123, (5,)), {"linear_bias": b, "options": ENGINES[engine]}
+    want = linear_spherical_loss(H, W, target, "taylor_softmax", **call)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = linear_spherical_loss(H, W, target, "taylor_softmax", **call)
+    assert got.dtype == torch.float64 and torch.equal(got, want)
+
+
 @pytest.mark.parametrize("engine", [name for name in ENGINES if name != "dense"])
-@pytest.mark.parametrize("case", ["plain", "prior", "repeated"])
+@pytest.mark.parametrize("case", ["plain", "prior", "repeated", "sparse"])
 @pytest.mark.parametrize("name", ["taylor_softmax", "z_loss", "squared_error"])
 def test_bfloat16_is_no_worse_than_on_logits(name, case, engine):
     torch.manual_seed(0)
     H, W, b = layer(63, 507, 32, torch.bfloat16)
     target = torch.randint(2 if case == "repeated" else 507, (63,))
-    prior = torch.rand(507) + 0.2 if case == "prior" else None
+    prior, values = torch.rand(507) + 0.2 if case == "prior" else None, None
+    if case == "sparse":
+        target, values = torch.randint(507, (63, 3)), torch.rand(63, 3)
 
     def run(which, inputs):
         loss = linear_spherical_loss(
             *inputs[:2], target, name, linear_bias=inputs[2], prior=prior, reduction="none",
-            options=ENGINES[which],
+            target_values=values, options=ENGINES[which],
         )  # fmt: skip
         return [loss, *torch.autograd.grad(loss.mean(), inputs)]
 
@@ -412,12 +424,21 @@ def test_low_precision_factors_multiplied_as_they_are(monkeypatch, bias, dtype):
 
     want, used = run(), []
 
-    def product(x, y, out_dtype):
+    def product(x, y, out_dtype, out=None):
         used.append(x.dtype)
-        return x.to(out_dtype) @ y.to(out_dtype)
+        return torch.mm(x.to(out_dtype), y.to(out_dtype), out=out)
 
     monkeypatch.setattr(moments, "multiplies", lambda x, dtype: x.dtype != dtype)
     monkeypatch.setattr(moments, "product", product)
     for x, y in zip(run(), want, strict=True):
         assert (x.double() - y.double()).norm() <= torch.finfo(dtype).eps * y.double().norm()
     assert used.count(dtype) == 12  # six chunks, both ways
+
+
+@pytest.mark.parametrize("size", [1e-12, 1e12])
+def test_rounding_to_float16_neither_vanishes_nor_overflows(size):
+    A = size * torch.rand(4, 4)
+    low, scale = products.rounded(A, torch.float16)
+    torch.testing.assert_close(low.float() * scale, A, rtol=1e-3, atol=1e-6 * size)
+    low, scale = products.rounded(torch.zeros(2, 2), torch.float16)
+    assert not (low.float() * scale).any()

@@ -21,7 +21,7 @@ from softsphere.stats import Stats
 __all__ = ["backward", "chunk_size", "forward", "statistics"]
 
 # Numbers of W in a chunk: enough for products at full speed, few enough for what is copied of it.
-CHUNK, CHUNK_ON_GPU = 1 << 22, 1 << 25
+CHUNK, CHUNK_ON_GPU = 1 << 23, 1 << 25
 
 
 def chunk_size(W: Tensor, given: int | None) -> int:

@@ -95,7 +95,8 @@ def upper_product(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
         return product(x.mT, y, dtype)
     out = x.new_zeros(d, d, dtype=dtype)
     for part in chunks(d, BLOCK):
-        out[part, part.start :] = product(x[:, part].mT, y[:, part.start :], dtype)
+        upper = out[part, part.start :]
+        product(x[:, part].mT, y[:, part.start :], dtype, out=upper)
     return out
 
 

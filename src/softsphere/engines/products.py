@@ -18,9 +18,11 @@ def multiplies(x: Tensor, dtype: torch.dtype) -> bool:
     return low and x.is_cuda and HAS_OUT_DTYPE
 
 
-def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+def product(a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """a b in dtype, of factors in dtype or of such that `multiplies` has allowed."""
-    return a @ b if a.dtype == dtype else torch.mm(a, b, out_dtype=dtype)
+    if a.dtype == dtype:
+        return torch.mm(a, b, out=out)
+    return torch.mm(a, b, out_dtype=dtype, out=out)
 
 
 def rounded(A: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@
     python benchmarks/linear.py grid        # all engines over m, D and d, and what auto chooses
     python benchmarks/linear.py accumulate  # eight micro-batches with one Gram matrix
     python benchmarks/linear.py gpu         # language-model heads on a GPU, against its peers
-    python benchmarks/linear.py figure      # draws the grid that the table holds
+    python benchmarks/linear.py page        # docs/engines.md and its picture, from the table
 
 Forward and backward, by hidden and weight; only ratios of one run mean anything on a CPU. A part
 replaces its rows in benchmarks/linear.csv (with machine and versions).
@@ -35,6 +35,7 @@ from softsphere.functional import linear_spherical_loss
 
 TABLE = Path(__file__).with_name("linear.csv")
 FIGURE = Path(__file__).with_name("linear.png")
+PAGE = Path(__file__).parents[1] / "docs" / "engines.md"
 LOSS = "taylor_softmax"
 ENGINES = ("dense", "chunked", "gram")
 
@@ -257,7 +258,7 @@ def gpu() -> None:
         for name in ("gram", "triton", *peers.GPU_LAYERS):
             try:
                 rows += on_gpu(f"{work}: {name}", name, setting, rate)
-            except (torch.cuda.OutOfMemoryError, ImportError) as error:
+            except (RuntimeError, ImportError) as error:  # out of memory, or not installed
                 rows.append(setting.row(f"{work}: {name}", "failed", type(error).__name__))
             torch.cuda.empty_cache()
             record(TABLE, "gpu", rows)
@@ -296,7 +297,9 @@ def on_gpu(label: str, name: str, setting: Setting, rate: float) -> list[dict[st
     extra = extra_bytes(both, "cuda") - kept
     times = [seconds(both, "cuda") for _ in range(38)][8:]
     stepped = [seconds(whole, "cuda") for _ in range(18)][8:]
+    both()
     rows = [
+        setting.row(label, "error of the gradient by hidden", error(name, hidden, weight, target)),
         setting.row(label, "milliseconds", 1e3 * statistics.median(times)),
         setting.row(label, "milliseconds with AdamW", 1e3 * statistics.median(stepped)),
         setting.row(label, "extra MiB", extra / 2**20),
@@ -307,7 +310,33 @@ def on_gpu(label: str, name: str, setting: Setting, rate: float) -> list[dict[st
     return rows
 
 
-def figure() -> None:
+def error(name: str, hidden: Tensor, weight: Tensor, target: Tensor) -> float:
+    """Of the first 64 rows, relative to float64."""
+    layer = plain if name in LAYERS and name not in peers.LAYERS else peers.softmax
+    rows = hidden.detach()[:64].double().requires_grad_()
+    layer(rows, weight.detach().double(), target[:64]).backward()
+    assert rows.grad is not None and hidden.grad is not None
+    exact = rows.grad * len(rows) / len(hidden)
+    return float((hidden.grad[:64] - exact).norm() / exact.norm())
+
+
+def read(part: str) -> dict[tuple[str, ...], str]:
+    """Values of the table by (m, D, d, layer, measure)."""
+    rows = [row for row in csv.DictReader(TABLE.open()) if row["part"] == part]
+    key = ("m", "D", "d", "layer", "measure")
+    return {tuple(row[x] for x in key): row["value"] for row in rows}
+
+
+def page() -> None:
+    """The page "which engine", and its picture."""
+    grid = read("grid")
+    m, D, d = (sorted({int(key[i]) for key in grid}) for i in range(3))
+    figure(grid, m, D, d)
+    PAGE.write_text(markdown(grid, m, D, d))
+    print(PAGE, FIGURE)
+
+
+def figure(grid: dict[tuple[str, ...], str], m: list[int], D: list[int], d: list[int]) -> None:
     """A map for each D: m across, d up; colour and word for the best engine, number for auto."""
     import matplotlib as mpl
 
@@ -315,40 +344,94 @@ def figure() -> None:
     import matplotlib.pyplot as plt
     from matplotlib.colors import ListedColormap
 
-    rows = [row for row in csv.DictReader(TABLE.open()) if row["part"] == "grid"]
-    m, D, d = (sorted({int(row[x]) for row in rows}) for x in ("m", "D", "d"))
-    found = {(row["m"], row["D"], row["d"], row["layer"], row["measure"]): row for row in rows}
-    picture = plt.figure(figsize=(10, 5.4), layout="constrained")
+    picture = plt.figure(figsize=(11, 6.2), layout="constrained")
+    shades = ListedColormap(["#9ecae1", "#fdd0a2", "#a1d99b"])
     for axes, classes in zip(picture.subplots(2, 2).flat, D, strict=True):
-        cells = [[str(classes), str(width)] for width in d]
         colours = [[math.nan] * len(m) for _ in d]
-        for i, (_, width) in enumerate(cells):
-            for j, batch in enumerate(m):
-                at = (str(batch), str(classes), width)
-                if (*at, "best", "is") not in found:
+        for i, width in enumerate(d):
+            for j, rows in enumerate(m):
+                at = (str(rows), str(classes), str(width))
+                if (*at, "best", "is") not in grid:
                     continue
-                best = found[(*at, "best", "is")]["value"]
-                ratio = float(found[(*at, "auto", "times the best engine")]["value"])
+                best = grid[(*at, "best", "is")]
+                ratio = float(grid[(*at, "auto", "times the best engine")])
                 colours[i][j] = ENGINES.index(best)
-                taken = float(found[(*at, best, "seconds")]["value"])
-                text = f"{best}\n{shown(taken)}\nauto {ratio:.2f}×"
-                axes.text(j, i, text, ha="center", va="center", fontsize=6.5)
-        shades = ListedColormap(["#9ecae1", "#fdd0a2", "#a1d99b"])
+                text = f"{best}\n{shown(float(grid[(*at, best, 'seconds')]))}\nauto {ratio:.2f}"
+                axes.text(j, i, text, ha="center", va="center", fontsize=7.5)
         axes.imshow(colours, cmap=shades, vmin=0, vmax=2, aspect="auto", origin="lower")
-        axes.set_xticks(range(len(m)), m)
+        axes.set_xticks(range(len(m)), [f"{x:,}" for x in m])
         axes.set_yticks(range(len(d)), d)
-        axes.set(title=f"D = {classes:,}", xlabel="rows m", ylabel="width d")
-        axes.title.set_fontsize(10)
-    picture.suptitle("The fastest engine, its time forwards and backwards, and auto beside it")
+        axes.set(xlabel="rows m", ylabel="width d")
+        axes.set_title(f"{classes:,} classes", fontsize=10)
+    title = "The fastest engine, its time forwards and backwards, and how many times that auto took"
+    picture.suptitle(title, fontsize=11)
     picture.savefig(FIGURE, dpi=150, metadata={"Software": None})
-    print(FIGURE)
+
+
+def markdown(grid: dict[tuple[str, ...], str], m: list[int], D: list[int], d: list[int]) -> str:
+    """The page's text: what to take, the measured grid, and how auto did."""
+    machine = next(row for row in csv.DictReader(TABLE.open()) if row["part"] == "grid")
+    lines = [
+        "# Which engine for my m, D and d",
+        "",
+        "`LinearSphericalLoss` asks `softsphere.engines.choose(m, num_classes, in_features, dtype, "
+        "device)`, which",
+        "counts FLOPs and memory and says why. Name an engine with "
+        "`LinearSphericalOptions(engine=…)`.",
+        "",
+        "| engine | FLOPs forwards and backwards | memory beyond gradients | take it where |",
+        "| --- | --- | --- | --- |",
+        "| dense | 6 m D d | 2 m D | D is small, or m well below ⅔ d and the outputs fit |",
+        "| chunked | 8 m D d | a tile | m is below ⅔ d and the outputs do not fit |",
+        "| triton | 8 m D d | a block of 2²⁵ outputs | the same, on a GPU |",
+        "| gram | 4 D d² + 4 m d² | some MiB and d² | m is above ⅔ d and D is large |",
+        "",
+        "The factored layer (`FactoredSphericalLoss`) has no D in its step at all, for SGD.",
+        "",
+        f"Measured with log-Taylor softmax in float32 on {machine['machine']}, "
+        f"{machine['threads']} threads, torch {machine['torch']}",
+        "(`python benchmarks/linear.py grid`, `benchmarks/linear.csv`). An engine was not timed "
+        f"where it has more than {HOPELESS} times",
+        "the FLOPs of another, or where the outputs would not have fitted in memory.",
+        "",
+        "![The fastest engine over m, D and d](../benchmarks/linear.png)",
+        "",
+    ]
+    header = [
+        "m",
+        "d",
+        *(f"{name}, ms" for name in ENGINES),
+        "logits, ms",
+        "auto is",
+        "auto / best",
+    ]
+    for classes in D:
+        lines += [f"## {classes:,} classes", "", row(header), row(["---"] * len(header))]
+        for rows in m:
+            for width in d:
+                at = (str(rows), str(classes), str(width))
+                if (*at, "auto", "is") not in grid:
+                    continue
+                times = [
+                    f"{1e3 * float(value):.3g}" if value else "–"
+                    for value in (grid.get((*at, x, "seconds")) for x in (*ENGINES, "logits"))
+                ]
+                ratio = float(grid[(*at, "auto", "times the best engine")])
+                auto = [grid[(*at, "auto", "is")], f"{ratio:.2f}"]
+                lines.append(row([str(rows), str(width), *times, *auto]))
+        lines.append("")
+    return "\n".join(lines)
+
+
+def row(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
 
 
 def shown(taken: float) -> str:
     return f"{taken:.2g} s" if taken >= 1 else f"{1e3 * taken:.2g} ms"
 
 
-PARTS = {f.__name__: f for f in (bars, grid, accumulate, gpu, figure)}
+PARTS = {f.__name__: f for f in (bars, grid, accumulate, gpu, page)}
 
 if __name__ == "__main__":
     match sys.argv[1:]:

@@ -72,3 +72,6 @@ GPU_LAYERS: dict[str, Callable[[], Layer]] = {
     "cut cross-entropy": lambda: cut(False),
     "cut cross-entropy, exact": lambda: cut(True),
 }
+if hasattr(F, "linear_cross_entropy"):
+    GPU_LAYERS |= {f"core, chunk {n}": (lambda n=n: core(n)) for n in (1024, 4096)}
+    GPU_LAYERS["core, automatic"] = lambda: core(None)

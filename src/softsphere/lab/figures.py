@@ -125,6 +125,7 @@ def side_by_side(lines: list[dict[str, Any]], title: str, path: Path) -> None:
     curves.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
     curves.legend(frameon=False)
     bars.set_yticks(range(len(engines)), engines)
+    bars.invert_yaxis()
     bars.set(xlabel="milliseconds a whole step")
     bars.margins(x=0.2)
     for axes in (curves, bars):

@@ -248,7 +248,7 @@ WORKLOADS = {
 
 
 def gpu() -> None:
-    """bfloat16 forward and backward, median of 30 after 8, with AdamW's step, and memory."""
+    """bfloat16 forwards and backwards, median of 30 after 8; of 10 after 8 with AdamW's step."""
     if not torch.cuda.is_available():
         raise SystemExit("the gpu part needs a CUDA device")
     rows: list[dict[str, Any]] = []

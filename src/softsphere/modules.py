@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from softsphere import checks, functional, losses
+from softsphere import checks, losses
+from softsphere.functional.conventions import REDUCTIONS
+from softsphere.functional.logits import log_prob_checked, loss_on_logits, taylor
 
 __all__ = [
     "SoftMarginSoftmaxLoss",
@@ -25,7 +28,24 @@ class TopK(NamedTuple):
     indices: Tensor
 
 
-class SphericalLoss(nn.Module):
+class WithPrior(nn.Module):
+    """A module whose buffer `prior`, normalised to Σ π = D, is float32 or wider at all times."""
+
+    prior: Tensor | None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WithPrior:
+        before = self.prior
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if before is not None and self.prior is not None:
+            if self.prior.dtype in (torch.float16, torch.bfloat16):
+                self.prior = before.to(self.prior.device)
+            elif self.prior.dtype == torch.float64 != before.dtype and not self.prior.is_meta:
+                # what float32 had rounded would stay so
+                self.prior = checks.prior(self.prior)
+        return self
+
+
+class SphericalLoss(WithPrior):
     """Any loss of the package as a criterion, with the arguments of `nn.CrossEntropyLoss`.
 
     Args:
@@ -58,7 +78,7 @@ class SphericalLoss(nn.Module):
         label_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
-        checks.one_of("reduction", reduction, functional.REDUCTIONS)
+        checks.one_of("reduction", reduction, REDUCTIONS)
         checks.index("ignore_index", ignore_index)
         checks.label_smoothing(label_smoothing)
         self.loss = losses.get(loss)
@@ -72,7 +92,7 @@ class SphericalLoss(nn.Module):
         self, logits: Tensor, target: Tensor, target_values: Tensor | None = None
     ) -> Tensor:
         """The loss of logits against target."""
-        return functional.loss_on_logits(
+        return loss_on_logits(
             logits,
             target,
             self.active_loss(),
@@ -94,7 +114,7 @@ class SphericalLoss(nn.Module):
         Raises: TypeError for a loss that is not a distribution.
         """
         dim = checks.logits_shape(logits)
-        return functional.log_prob_checked(logits, self.loss, dim, self.prior)
+        return log_prob_checked(logits, self.loss, dim, self.prior)
 
     def scores(self, logits: Tensor) -> Tensor:
         """What ranks the classes: log-probabilities, or the outputs of a loss without them."""
@@ -134,7 +154,7 @@ class TaylorSoftmaxLoss(SphericalLoss):
         label_smoothing: float = 0.0,
     ) -> None:
         super().__init__(
-            functional.taylor(order),
+            taylor(order),
             weight=weight,
             prior=prior,
             reduction=reduction,

@@ -59,6 +59,12 @@ def from_sparse(
 
 def add_up(t: Tensor, y: Tensor, real: Tensor) -> Tensor:
     """y (..., K) with the values of equal targets t summed at their first place, 0 at the rest."""
-    same = (t.unsqueeze(-1) == t.unsqueeze(-2)) & real.unsqueeze(-1) & real.unsqueeze(-2)
-    first = ~same.tril(-1).any(-1)
-    return torch.where(first, (same * y.unsqueeze(-2)).sum(-1), 0.0)
+    K = t.shape[-1]
+    apart = -1 - torch.arange(K, device=t.device)  # padding is equal to nothing
+    key, order = torch.where(real, t, apart).sort(stable=True, dim=-1)
+    first = torch.ones_like(key, dtype=torch.bool)
+    first[..., 1:] = key[..., 1:] != key[..., :-1]
+    place = first.cumsum(-1) - 1
+    total = torch.zeros_like(y).scatter_add(-1, place, y.gather(-1, order))
+    summed = torch.where(first, total.gather(-1, place), 0.0)
+    return torch.zeros_like(y).scatter(-1, order, summed)

@@ -39,14 +39,23 @@ class Accumulation:
         self.dtype = accumulator(W, W, options.accumulate_dtype)
         self.size = chunk_size(W, options.class_chunk)
         self.pi = None if pi is None else pi.to(self.dtype)
-        self.versions = self.current_versions()
+        self.given_pi = pi
+        self.versions, self.sample = self.current_versions(), self.current_sample()
         self.moments: Moments | None = None
         self.small: tuple[Tensor, Tensor] | None = None
         self.entries: list[tuple[Tensor, Tensor, Tensor]] = []
         self.open = True
 
     def current_versions(self) -> list[int]:
-        return [x._version for x in (self.W, self.b) if x is not None]
+        return [x._version for x in (self.W, self.b, self.given_pi) if x is not None]
+
+    def current_sample(self) -> Tensor:
+        """Some rows of W, since fused optimizers do not tell its version that they change it."""
+        return self.W.detach()[:: max(1, len(self.W) // 16)].clone()
+
+    def is_of(self, W: Tensor, b: Tensor | None, pi: Tensor | None) -> bool:
+        """Whether these are what this was begun with."""
+        return W is self.W and b is self.b and pi is self.given_pi
 
     def check(self) -> None:
         """Raises: RuntimeError where this is over, or the weight or bias has been changed."""
@@ -57,10 +66,11 @@ class Accumulation:
             )
         if self.current_versions() != self.versions:
             raise RuntimeError(
-                "the weight or bias has been changed inside accumulate(), so its Gram matrix is "
-                "that of another one; step the optimizer after the context, not inside"
+                "the weight, bias or prior has been changed inside accumulate(), so its Gram "
+                "matrix is that of another one; step the optimizer after the context, not inside"
             )
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def statistics(self, H: Tensor, target: Tensor) -> Stats:
         """Statistics of H (m, d) for targets (m, K), in O(m d²) but for the first time."""
         self.check()
@@ -90,8 +100,14 @@ class Accumulation:
         self.check()
         if self.small is None or self.moments is None:
             return
+        if not torch.equal(self.sample, self.current_sample()):
+            raise RuntimeError(
+                "the weight has been changed inside accumulate(), so what was computed since is of "
+                "another one, and nothing is added; step the optimizer after the context"
+            )
         W, b, fresh = self.W, self.b, self.W.grad is None
-        dW, db = W.grad, None
+        # an embedding that is tied to it may have left a sparse one
+        dW, db = W.grad.to_dense() if W.grad is not None and W.grad.is_sparse else W.grad, None
         if fresh and W.requires_grad:
             dW = torch.empty(W.shape, dtype=W.dtype, device=W.device)
         if b is not None and b.requires_grad:

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from importlib.util import find_spec
 
 import torch
 
-__all__ = ["Choice", "choose"]
+from softsphere import checks
 
-# Outputs up to this many bytes, their gradient among them, may be made: a small part of any
-# machine's memory.
-LOGITS_LIMIT = 512 << 20
+__all__ = ["TRITON", "Choice", "cheapest", "choose"]
+
+# What outputs may take, their gradient and what is made of them in float32 on the way among it: a
+# small part of any machine's memory.
+LOGITS_LIMIT = 1 << 30
 # What one output costs besides its products, in FLOPs: it is written, summed, and turned into a
 # gradient, each time through memory.
 FLOPS_PER_OUTPUT = 200
 # FLOPs of a step that are done in the time of the gram engine's own overhead.
 GRAM_OVERHEAD = 5e7
-# How long the products of an engine take beside plain ones of the same FLOPs.
-SLOWNESS = {"dense": 1.0, "chunked": 1.0, "gram": 1.0, "triton": 1.0}
 
-TRITON = all(find_spec(name) for name in ("triton", "softsphere.engines.triton"))
+TRITON = find_spec("triton") is not None
 
 
 @dataclass(frozen=True)
@@ -59,23 +60,48 @@ def choose(
     >>> choose(8, 1000, 512, torch.float32, "cpu").engine
     'dense'
     """
-    D, n = num_classes, in_features + bias
-    on_gpu = torch.device(device).type == "cuda"
+    checks.sizes(m=m, num_classes=num_classes, in_features=in_features, K=K)
+    checks.floating_dtype(dtype)
+    use_triton = TRITON if triton is None else triton
+    sizes = m, num_classes, in_features, dtype, torch.device(device).type, K, bias, use_triton
+    engine, cost, memory = cheapest(*sizes), costs(*sizes), logits_bytes(m, num_classes, dtype)
+    fits = "" if memory <= LOGITS_LIMIT else f", more than the {LOGITS_LIMIT >> 20} that dense may"
+    listed = ", ".join(f"{name} {flops:.2g}" for name, flops in cost.items())
+    return Choice(
+        engine,
+        f"{engine} is the cheapest that fits; FLOPs, or as long: {listed}; the outputs and what is "
+        f"made of them would take {memory / 2**20:.3g} MiB{fits}",
+    )
+
+
+def costs(
+    m: int, D: int, d: int, dtype: torch.dtype, device: str, K: int, bias: bool, triton: bool
+) -> dict[str, float]:
+    """FLOPs of a step by each engine, or as long as so many would take."""
+    n = d + bias
     passes, rows = FLOPS_PER_OUTPUT * m * D, 6 * m * K * n
-    costs = {
+    found = {
         "dense": 6 * m * D * n + passes,
         "gram": 4 * (D + m) * n * n + rows + GRAM_OVERHEAD,
         "chunked": 8 * m * D * n + passes + rows,
     }
-    if on_gpu and (TRITON if triton is None else triton):
-        costs["triton"] = 8 * m * D * n + rows
-    costs = {name: cost * SLOWNESS[name] for name, cost in costs.items()}
-    memory = 2 * m * D * dtype.itemsize
-    able = [name for name in costs if name != "dense" or memory <= LOGITS_LIMIT]
-    engine = min(able, key=costs.__getitem__)
-    listed = ", ".join(f"{name} {cost:.2g}" for name, cost in costs.items())
-    return Choice(
-        engine,
-        f"FLOPs, or as long: {listed}; the outputs and their gradient would take "
-        f"{memory / 2**20:.3g} MiB of at most {LOGITS_LIMIT / 2**20:.3g}",
-    )
+    if device == "cuda" and triton:
+        found["triton"] = 8 * m * D * n + rows
+    return found
+
+
+def logits_bytes(m: int, D: int, dtype: torch.dtype) -> int:
+    """Outputs and their gradient, and two tensors of float32 or wider that the passes make."""
+    return m * D * (2 * dtype.itemsize + 2 * max(dtype.itemsize, 4))
+
+
+def cheapest(
+    m: int, D: int, d: int, dtype: torch.dtype, device: str, K: int, bias: bool, triton: bool
+) -> str:
+    """The engine alone, in words that a compiler can trace with sizes that are not known yet."""
+    best, least = "chunked", math.inf
+    for name, cost in costs(m, D, d, dtype, device, K, bias, triton).items():
+        able = name != "dense" or logits_bytes(m, D, dtype) <= LOGITS_LIMIT
+        if able and cost < least:
+            best, least = name, cost
+    return best

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from softsphere.engines import choice, chunked, dense, gram
 from softsphere.engines.options import LinearSphericalOptions
@@ -50,13 +51,20 @@ def statistics(
 ) -> Stats:
     """Statistics of H (m, d), W (D, d), b (D) for targets (m, K) by the engine of the options."""
     name = options.engine
+    eager = not torch.compiler.is_compiling()
+    forward_mode = eager and forward_ad._current_level >= 0
     if name == "auto":
         (m, K), (D, d) = target.shape, W.shape
         # the kernels sum in what the inputs are summed in, and nothing wider
-        sums = choice.TRITON and options.accumulate_dtype == torch.float32 and H.dtype == W.dtype
-        name = choice.choose(
-            m, D, d, H.dtype, H.device, K=K, bias=b is not None, triton=sums
-        ).engine
+        triton = choice.TRITON and options.accumulate_dtype == torch.float32 and H.dtype == W.dtype
+        name = choice.cheapest(m, D, d, H.dtype, H.device.type, K, b is not None, triton)
+        if forward_mode or (eager and torch._C._are_functorch_transforms_active()):
+            # transforms that the operators of the others have no rule for
+            name = "dense"
+    elif forward_mode and name != "dense":
+        raise RuntimeError(
+            f"engine={name!r} has no forward-mode derivative; use engine='dense' (or 'auto')"
+        )
     engine = ENGINES.get(name) or kernels(H.device)
     return engine(H, W, b, target, pi, centred=centred, options=options)
 

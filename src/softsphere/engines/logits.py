@@ -125,4 +125,5 @@ def average(d: Tensor, pi: Tensor | None) -> Tensor:
 def above_rounding(q: Tensor, mean: Tensor, num_classes: int) -> Tensor:
     """q, or 0 where centring equal outputs has left nothing but rounding."""
     least = torch.finfo(q.dtype).eps * mean.squeeze(-1).abs() / 8
-    return torch.where(q > num_classes * least * least, q, 0.0)
+    # so that what is not a number stays that
+    return torch.where(q <= num_classes * least * least, 0.0, q)

@@ -13,7 +13,7 @@ __all__ = ["ENGINES", "LinearSphericalOptions", "options_or_default"]
 ENGINES = ("auto", "dense", "chunked", "gram", "triton")
 
 # Who works in chunks of the weight's rows, and who in tiles of rows and classes.
-BY_CLASSES = ("auto", "chunked", "gram")
+BY_CLASSES = ("auto", "chunked", "gram", "triton")
 BY_ROWS = ("auto", "chunked")
 
 
@@ -23,8 +23,10 @@ class LinearSphericalOptions:
 
     engine: "auto" asks `softsphere.engines.choose`; a name is never replaced by another engine
     row_chunk, class_chunk: rows of the input and of the weight in one piece of work (None: by
-        size); of the chunked engine, class_chunk also of gram
-    accumulate_dtype: of sums and of what they are sums of, at least: float32 or float64
+        size); of the chunked engine, class_chunk also of gram and triton. With "auto", for when
+        one of those is chosen
+    accumulate_dtype: of sums over classes, at least: float32 or float64. Of what they are sums of,
+        too, but for the outputs of the dense engine, which have the dtype of the input
     deterministic: no atomic additions on a GPU, which differ from run to run in the last digit
 
     >>> LinearSphericalOptions(engine="gram", accumulate_dtype=torch.float64).engine

@@ -129,6 +129,7 @@ def loss_on_linear(
     H = input.reshape(m, W.shape[1])
     if statistics is None:
         H, W, b = autocast(H), autocast(W), None if b is None else autocast(b)
+    if statistics is None or not mixed_precision(H):
         checks.same_dtype(H, W, b)
     target = target.reshape(m, *target.shape[len(leading) :])
     values = None if target_values is None else target_values.reshape(target.shape)

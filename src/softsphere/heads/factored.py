@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softsphere import checks, functional, losses
+from softsphere import checks, losses
 from softsphere.engines import factored
+from softsphere.functional.conventions import REDUCTIONS, reduce
 from softsphere.heads.prediction import OutputLayer
 from softsphere.losses import Spherical
 from softsphere.matrix import FactoredMatrix, Health, StructuredGradient
@@ -74,7 +75,7 @@ class FactoredSphericalLoss(OutputLayer):
         super().__init__()
         checks.at_least_one("in_features", in_features)
         checks.at_least_one("num_classes", num_classes)
-        checks.one_of("reduction", reduction, functional.REDUCTIONS)
+        checks.one_of("reduction", reduction, REDUCTIONS)
         self.loss = spherical(losses.get(loss))
         self.in_features, self.num_classes = in_features, num_classes
         self.has_bias = bias
@@ -140,9 +141,7 @@ class FactoredSphericalLoss(OutputLayer):
             )
             rows = self.loss.value(Stats(x.s, x.q, x.c, x.mass, y=entries.y, pi=x.pi))
             rows = torch.where(entries.ignored, 0.0, rows)
-            return functional.reduce(
-                rows.view(leading), (~entries.ignored).to(dtype), self.reduction
-            )
+            return reduce(rows.view(leading), (~entries.ignored).to(dtype), self.reduction)
 
     def rows_of(self, hidden: Tensor) -> Tensor:
         """hidden as (m, w) in the weight's dtype, with the bias's column of ones."""

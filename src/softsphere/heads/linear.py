@@ -10,20 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softsphere import checks, functional, losses
+from softsphere import checks, losses
 from softsphere.engines import LinearSphericalOptions, chunked, gram, options_or_default, stream
 from softsphere.engines.accumulation import Accumulation
 from softsphere.engines.weight import chunks
 from softsphere.functional.conventions import check_options
-from softsphere.functional.linear import without_logits
+from softsphere.functional.linear import loss_on_linear, without_logits
 from softsphere.heads.prediction import OutputLayer
+from softsphere.modules import WithPrior
 
 __all__ = ["LinearSphericalLoss"]
 
 BUFFERS = ("class_weight", "prior")
 
 
-class LinearSphericalLoss(OutputLayer):
+class LinearSphericalLoss(OutputLayer, WithPrior):
     r"""Linear output layer and loss in one, without the logits, for any optimizer.
 
     loss = head(hidden, target) is ℓ(W h + b, t), W and b being the parameters `weight` and `bias`,
@@ -85,7 +86,8 @@ class LinearSphericalLoss(OutputLayer):
         self.reduction, self.ignore_index = reduction, ignore_index
         self.label_smoothing = label_smoothing
         self.options = options_or_default(options)
-        pi = None if prior is None else checks.prior(prior)
+        wide = torch.float64 if dtype == torch.float64 else None
+        pi = None if prior is None else checks.prior(prior, wide)
         for name, value in (("weight", weight), ("prior", pi)):
             if value is not None:
                 checks.class_vector(name, value, num_classes)
@@ -158,7 +160,12 @@ class LinearSphericalLoss(OutputLayer):
     ) -> Tensor:
         """The loss of hidden (…, d) against target; see `functional.linear_spherical_loss`."""
         kept = self.accumulation
-        return functional.loss_on_linear(
+        if kept is not None and not kept.is_of(self.weight, self.bias, self.prior):
+            raise RuntimeError(
+                "the weight, bias or prior of the layer is another one than when accumulate() "
+                "began; leave the context before they are replaced"
+            )
+        return loss_on_linear(
             hidden,
             self.weight,
             target,
@@ -179,13 +186,14 @@ class LinearSphericalLoss(OutputLayer):
         """Gradient accumulation at the price of one batch: gram's work in D once for all of them.
 
         Inside, the Gram matrix of the weight is computed once, and a backward leaves its small
-        share; at the end the gradients that all of them come to are added to `weight.grad` and
-        `bias.grad`. Step the optimizer after it. If an exception leaves it, nothing is added.
-        Hooks on the gradients of weight and bias (data-parallel wrappers) see nothing of it.
-        Under autocast the weight is taken as it is, not rounded.
+        share and keeps its rows of hidden; at the end the gradients that all of them come to are
+        added to `weight.grad` and `bias.grad`. What is pending until then zero_grad does not
+        forget and autograd.grad does not give. Step the optimizer after it. If an exception leaves
+        it, nothing is added. Under autocast the weight is taken as it is, not rounded.
 
-        Raises: RuntimeError where it is nested, where the weight is changed inside, or backward
-        called after it; ValueError or TypeError for what the gram engine cannot do.
+        Raises: RuntimeError where it is nested, where the weight is changed inside, where weight or
+        bias has hooks on its gradient (data-parallel wrappers), which would see nothing of it, or
+        backward is called after it; ValueError or TypeError for what the gram engine cannot do.
 
         >>> head = LinearSphericalLoss(8, 1000)
         >>> with head.accumulate():
@@ -200,6 +208,11 @@ class LinearSphericalLoss(OutputLayer):
             raise RuntimeError(
                 "accumulate() adds to weight.grad, but the weight is computed from something else "
                 "(a parametrization); remove that, or accumulate without this context"
+            )
+        if any(hooked(x) for x in (self.weight, self.bias)):
+            raise RuntimeError(
+                "accumulate() adds to weight.grad and bias.grad itself, past the hooks that are on "
+                "them (data-parallel wrappers set such); remove those, or do without the context"
             )
         if self.options.engine not in ("auto", "gram"):
             raise ValueError(
@@ -271,10 +284,18 @@ class LinearSphericalLoss(OutputLayer):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        # what a factored layer needs to go on
+        unexpected_keys[:] = [
+            key for key in unexpected_keys if not key.startswith(prefix + "factors.")
+        ]
         # that of an nn.Linear has neither, and leaves them as they are
         for name in BUFFERS:
             if prefix + name in missing_keys:
                 missing_keys.remove(prefix + name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy is not in the middle of anything
+        return {**self.__dict__, "accumulation": None}
 
     def extra_repr(self) -> str:
         given = [name for name in BUFFERS if getattr(self, name) is not None]
@@ -284,3 +305,8 @@ class LinearSphericalLoss(OutputLayer):
             f"ignore_index={self.ignore_index}, label_smoothing={self.label_smoothing}, "
             f"engine={self.options.engine!r}" + "".join(f", {name}=…" for name in given)
         )
+
+
+def hooked(x: Tensor | None) -> bool:
+    """Whether something waits for the gradient of x."""
+    return x is not None and bool(x._backward_hooks or x._post_accumulate_grad_hooks)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,21 @@ from softsphere.engines import stream
 from softsphere.modules import TopK
 
 __all__ = ["OutputLayer"]
+
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def exactly(method: Method) -> Method:
+    """A prediction without a gradient, and with the same digits inside autocast as outside."""
+
+    @functools.wraps(method)
+    def run(self: OutputLayer, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        checks.hidden(hidden, self.in_features)
+        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+            return method(self, hidden, *args, **kwargs)
+
+    return cast(Method, run)
 
 
 class OutputLayer(nn.Module, ABC):
@@ -50,13 +67,12 @@ class OutputLayer(nn.Module, ABC):
         """What prediction streams over."""
         return stream.Classes(self.weight_chunks, self.num_classes, self.base_measure, self.loss)
 
-    @torch.no_grad()
+    @exactly
     def log_prob(self, hidden: Tensor, classes: Tensor | None = None) -> Tensor:
         """log f_k: (…, D), or (…, n) of the given classes (n) alone.
 
         Raises: TypeError for a loss that is not a distribution.
         """
-        checks.hidden(hidden, self.in_features)
         H = self.rows_of(hidden)
         self.loss.log_numerator(H[:0])  # says so, where there is none
         log_norm = self.log_normaliser(H).unsqueeze(1)
@@ -70,11 +86,10 @@ class OutputLayer(nn.Module, ABC):
                 result[:, part] = scores - log_norm
         return result.view(*hidden.shape[:-1], -1)
 
-    @torch.no_grad()
+    @exactly
     def topk(self, hidden: Tensor, k: int) -> TopK:
         """The k best classes of each row, best first; values are log-probabilities, or the outputs
         where the loss is not a distribution. W is read once, in chunks."""
-        checks.hidden(hidden, self.in_features)
         if not 1 <= k <= self.num_classes:
             raise ValueError(f"k must be from 1 to num_classes = {self.num_classes}, got {k}")
         H = self.rows_of(hidden)
@@ -87,10 +102,9 @@ class OutputLayer(nn.Module, ABC):
         """The best class of each row."""
         return self.topk(hidden, 1).indices.squeeze(-1)
 
-    @torch.no_grad()
+    @exactly
     def rank(self, hidden: Tensor, target: Tensor) -> Tensor:
         """1 + the number of classes that are better than the target: (…)."""
-        checks.hidden(hidden, self.in_features)
         checks.rows_target(hidden.shape[:-1], target)
         checks.classes(target, self.num_classes, "target")
         H, t, pi = self.rows_of(hidden), target.reshape(-1), self.base_measure

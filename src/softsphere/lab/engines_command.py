@@ -11,6 +11,7 @@ import typer
 from softsphere.lab import engines as lab_engines
 from softsphere.lab import text
 from softsphere.lab.options import (
+    at_least,
     at_least_one,
     known_dtype,
     positive,
@@ -56,7 +57,7 @@ def engines(
         batch_size=at_least_one("--batch-size", batch_size),
         epochs=at_least_one("--epochs", epochs),
         lr=positive("--lr", lr) or lr,
-        seed=seed,
+        seed=at_least("--seed", seed, 0),
         device=usable(device),
         dtype=known_dtype(dtype),
     )

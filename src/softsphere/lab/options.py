@@ -28,9 +28,7 @@ MOST = 2**31 - 1
 
 
 def at_least_one(option: str, value: int, most: int = MOST) -> int:
-    if not 1 <= value <= most:
-        raise LabError(f"{option} must be at least 1 and at most {most}, got {value}")
-    return value
+    return at_least(option, value, 1, most)
 
 
 def positive(option: str, value: float | None) -> float | None:
@@ -54,6 +52,18 @@ def usable(device: str) -> str:
         reason = str(error).partition("\n")[0]
         raise LabError(f"--device {device} cannot be used: {reason}") from error
     return device
+
+
+def at_least(option: str, value: int, least: int, most: int = MOST) -> int:
+    if not least <= value <= most:
+        raise LabError(f"{option} must be at least {least} and at most {most}, got {value}")
+    return value
+
+
+def share(option: str, value: float) -> float:
+    if not 0 <= value < 1:
+        raise LabError(f"{option} must be at least 0 and less than 1, got {value}")
+    return value
 
 
 def spherical(name: str) -> str:

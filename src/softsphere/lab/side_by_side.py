@@ -81,6 +81,8 @@ def work(
                 print(f"{engine}: epoch {epoch} of {epochs}", flush=True)
 
         lines = train(engine, show)
+    if not all(math.isfinite(line["valid_loss"]) for line in lines if "epoch" in line):
+        raise LabError(f"{engine} has diverged; lower --lr")
     record.add(RUNS, [{"engine": engine, **line} for line in lines])
 
 

@@ -11,9 +11,11 @@ import typer
 from softsphere.lab import text
 from softsphere.lab import twins as lab_twins
 from softsphere.lab.options import (
+    at_least,
     at_least_one,
     known_dtype,
     positive,
+    share,
     spherical,
     text_folder,
     usable,
@@ -48,21 +50,19 @@ def twins(
     resume: Annotated[bool, typer.Option("--resume", help="Do what is missing in --out.")] = False,
 ) -> None:
     """Train one n-gram model with the factored layer and with a dense one under the same SGD."""
-    for option, value in (("--n", n - 1), ("--embedding", embedding), ("--width", width)):
-        at_least_one(option, value)
     plan = lab_twins.Plan(
         dataset=dataset,
         loss=spherical(loss),
         prior=prior,
-        n=n,
-        embedding=embedding,
-        width=width,
+        n=at_least("--n", n, 2),
+        embedding=at_least_one("--embedding", embedding),
+        width=at_least_one("--width", width),
         batch_size=at_least_one("--batch-size", batch_size),
         epochs=at_least_one("--epochs", epochs),
         lr=positive("--lr", lr) or lr,
-        momentum=momentum,
+        momentum=share("--momentum", momentum),
         trunk_lr=positive("--trunk-lr", trunk_lr) or trunk_lr,
-        seed=seed,
+        seed=at_least("--seed", seed, 0),
         device=usable(device),
         dtype=known_dtype(dtype),
     )

@@ -52,8 +52,8 @@ class ZLoss(Spherical):
         mu = (x.s / x.mass).unsqueeze(-1)
         variance = (x.q / x.mass).unsqueeze(-1) - mu * mu
         # Below this the subtraction above has left nothing but rounding.
-        spread = variance > 4 * torch.finfo(x.q.dtype).eps * mu * mu
-        rsigma = torch.where(spread, torch.where(spread, variance, 1.0).rsqrt(), 0.0)
+        equal = variance <= 4 * torch.finfo(x.q.dtype).eps * mu * mu
+        rsigma = torch.where(equal, 0.0, torch.where(equal, 1.0, variance).rsqrt())
         return (x.c - mu) * rsigma, mu, rsigma
 
     def each(self, x: Stats) -> Tensor:

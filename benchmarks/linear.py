@@ -43,7 +43,7 @@ ENGINES = ("dense", "chunked", "gram")
 BARS = {(2048, 100_000, 512): 4, (1024, 262_144, 256): 10, (1024, 1_000_000, 64): 10}
 BARS |= {(4096, 262_144, 256): 30}
 # Seconds after which a single step is no longer waited for.
-PATIENCE = 150
+PATIENCE = 45
 # An engine is not timed where it has so many times the FLOPs of another.
 HOPELESS = 6
 
@@ -124,7 +124,7 @@ def one(job: str) -> None:
     setting = Setting(m, D, d)
     run, leaves = both_ways(LAYERS[name](), setting)
     first = seconds(run)
-    times = [seconds(run) for _ in range(max(1, min(15, int(12 / first))))]
+    times = [seconds(run) for _ in range(max(1, min(15, int(8 / first))))]
     for leaf in leaves:
         leaf.grad = None
     kept = sum(leaf.numel() * leaf.element_size() for leaf in leaves)

@@ -264,26 +264,185 @@ def test_another_optimizer_may_hold_the_rest_of_the_model():
     model = nn.ModuleDict({"trunk": nn.Linear(d, d), "head": layer(dtype=torch.float32)})
     adam = torch.optim.AdamW(model.parameters())
     sgd = FactoredSGD([model["head"]], lr=0.5)
+    before = model["head"].dense()
     for _ in range(3):
         adam.zero_grad()
         hidden = model["trunk"](torch.randn(3, d))
         model["head"](hidden, torch.randint(D, (3,))).backward()
         adam.step()
         sgd.step()
-    assert model["head"].anchor == 0
+    assert not torch.equal(model["head"].dense(), before)
 
 
-def test_a_grad_scaler_changes_nothing():
+@pytest.mark.parametrize("recipe", ["step", "unscale and clip", "unscale, clip all"])
+def test_a_grad_scaler_changes_nothing(recipe):
     plain, scaled = layer(dtype=torch.float32), layer(dtype=torch.float32)
+    trunks = [nn.Linear(d, d) for _ in range(2)]
+    trunks[1].load_state_dict(trunks[0].state_dict())
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    one, two = FactoredSGD([plain], lr=0.5), FactoredSGD([scaled], lr=0.5)
-    hidden, target = torch.randn(3, d), torch.randint(D, (3,))
-    plain(hidden, target).backward()
-    one.step()
-    scaler.scale(scaled(hidden, target)).backward()
-    scaler.step(two)
+    rows, target = torch.randn(3, d), torch.randint(D, (3,))
+    norms = []
+    for head, trunk, used in ((plain, trunks[0], False), (scaled, trunks[1], True)):
+        above = FactoredSGD([head], lr=0.5)
+        below = torch.optim.SGD(trunk.parameters(), lr=0.1)
+        loss = head(trunk(rows), target)
+        (scaler.scale(loss) if used else loss).backward()
+        if recipe != "step":
+            for optimizer in (above, below):
+                if used:
+                    scaler.unscale_(optimizer)
+            if recipe == "unscale and clip":
+                norms.append(clip_grad_norm_([*trunk.parameters(), head], 0.05))
+            else:
+                # torch's own clips what it sees, and the layer by as much
+                every = [*trunk.parameters(), *head.parameters()]
+                norms.append(nn.utils.clip_grad_norm_(every, 0.05))
+        for optimizer in (above, below):
+            if used:
+                scaler.step(optimizer)
+            else:
+                optimizer.step()
     scaler.update()
     torch.testing.assert_close(plain.dense(), scaled.dense())
+    assert not norms or norms[0] == pytest.approx(float(norms[1]), rel=1e-5)
+
+
+def test_a_grad_scaler_leaves_out_a_step_that_overflows():
+    head = layer(dtype=torch.float32)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    optimizer = FactoredSGD([head], lr=0.5)
+    before = head.dense()
+    rows = torch.full((3, d), torch.inf)
+    scaler.scale(head(rows, torch.randint(D, (3,)))).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert torch.equal(head.dense(), before)
+    assert scaler.get_scale() == 512
+
+
+def test_clipping_counts_no_gradient_that_was_zeroed():
+    head, trunk = layer(), nn.Linear(d, d).double()
+    model = nn.ModuleDict({"trunk": trunk, "head": head})
+    rows, target = torch.randn(3, d).double(), torch.randint(D, (3,))
+    head(trunk(rows), target).backward()
+    model.zero_grad()
+    trunk(rows).sum().backward()
+    alone = torch.cat([p.grad.flatten() for p in trunk.parameters()]).norm()
+    assert clip_grad_norm_([*trunk.parameters(), head], 1e9) == pytest.approx(float(alone))
+
+
+@pytest.mark.parametrize("momentum", [0.5, 0.7])
+def test_less_momentum_than_before_is_mended_in_time(momentum):
+    """The second block shrinks by the new momentum a step, long before the old period is over."""
+    torch.manual_seed(0)
+    width, classes, m = 16, 400, 8
+    head = FactoredSphericalLoss(width, classes, bias=False)
+    optimizer = FactoredSGD([head], lr=0.01, momentum=0.99)
+    dense = nn.Parameter(head.dense().double())
+    sgd = torch.optim.SGD([dense], lr=0.01, momentum=0.99)
+    criterion = SphericalLoss("taylor_softmax")
+    for step in range(264):
+        if step == 200:
+            for group in (optimizer.param_groups[0], sgd.param_groups[0]):
+                group.update(lr=0.1, momentum=momentum)
+        rows, target = torch.randn(m, width), torch.randint(classes, (m,))
+        for each in (optimizer, sgd):
+            each.zero_grad()
+        head(rows, target).backward()
+        criterion(rows.double() @ dense.T, target).backward()
+        for each in (optimizer, sgd):
+            each.step()
+    assert (head.dense() - dense).norm() < 1e-5 * dense.norm()
+
+
+@pytest.mark.parametrize("renewed", [0, 3])
+@pytest.mark.parametrize("way", ["autocast", "medium"])
+def test_reduced_precision_around_the_layer_does_not_round_it(way, renewed):
+    """What is read, saved and stepped is the same; autocast would round V when it is rewritten."""
+    heads = [layer(dtype=torch.float32) for _ in range(2)]
+    optimizers = [FactoredSGD([head], lr=0.5) for head in heads]
+    for head, optimizer in zip(heads, optimizers, strict=True):
+        for seed in range(renewed):
+            go_on(head, optimizer, 2, 4, seed)
+            head.matrix.renew_()
+    rows, target = torch.randn(4, d), torch.randint(D, (4,))
+    results = []
+    for head, optimizer, inside in zip(heads, optimizers, (False, True), strict=True):
+        optimizer.zero_grad()
+        if inside and way == "medium":
+            torch.set_float32_matmul_precision("medium")
+        try:
+            with torch.autocast("cpu", torch.bfloat16, enabled=inside and way == "autocast"):
+                head.state_dict()
+                kept = head.weight
+                head(rows, target).backward()
+                optimizer.step()
+                head.matrix.renew_()
+                results.append((kept, head.topk(rows, 3).values, head.dense()))
+        finally:
+            torch.set_float32_matmul_precision("highest")
+    torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-6, atol=1e-7)
+    if way == "autocast":
+        for one, two in zip(*results, strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-7)
+
+
+def test_a_renewal_that_fails_changes_nothing(monkeypatch):
+    head = layer()
+    train(head, 5)
+    head.matrix.renew_()
+    train(head, 5, seed=2)
+    before = head.dense()
+
+    def full(self):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(type(head.matrix.generations), "counts", full)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        head.matrix.renew_()
+    head.matrix.changed()
+    torch.testing.assert_close(head.dense(), before)
+
+
+def test_prediction_in_inference_mode_does_not_bind_training():
+    head = layer(dtype=torch.float32)
+    rows, target = torch.randn(4, d), torch.randint(D, (4,))
+    with torch.inference_mode():
+        head.topk(rows, 2)
+        head(rows, target)
+    optimizer = train(head, 2)
+    head.matrix.renew_()
+    with torch.inference_mode():
+        head.topk(rows, 2)
+    go_on(head, optimizer, 2, 4, 3)
+
+
+@pytest.mark.parametrize("copy", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_layer_and_optimizer_are_copied_together(copy):
+    head = layer()
+    optimizer = train(head, 3, momentum=0.9)
+    other, again = copy((head, optimizer))
+    go_on(head, optimizer, 3, 4, 5)
+    go_on(other, again, 3, 4, 5)
+    assert torch.equal(other.dense(), head.dense())
+
+
+def test_a_weight_changed_in_a_checkpoint_has_its_own_gram_matrix():
+    head = layer()
+    train(head, 3)
+    state = {name: tensor.clone() for name, tensor in head.state_dict().items()}
+    state["weight"] *= 2
+    head.load_state_dict(state)
+    assert head.health().gram_drift < 1e-12
+
+
+def test_a_float32_checkpoint_leaves_nothing_rounded_in_a_float64_layer():
+    prior = torch.rand(D) + 0.1
+    narrow, wide = layer(dtype=torch.float32, prior=prior), layer(prior=prior)
+    train(narrow, 5)
+    wide.load_state_dict(narrow.state_dict())
+    assert wide.health().gram_drift < 1e-12
+    assert float(wide.matrix.pi.sum()) == pytest.approx(D, rel=1e-14)
 
 
 def test_a_new_optimizer_begins_without_the_old_ones_momentum():
@@ -526,6 +685,7 @@ def test_wrong_arguments_are_named(case):
         ("prior", -torch.ones(D), "prior must be positive"),
         ("weight", torch.zeros(D, d + 1), "size mismatch"),
         ("factors.U", None, "factors.U"),
+        ("factors.U", torch.zeros(3, 3), "must have shape"),
         ("bias", None, "bias"),
     ],
 )

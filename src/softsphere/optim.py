@@ -10,6 +10,7 @@ from torch import Tensor
 
 from softsphere import checks
 from softsphere.heads import FactoredSphericalLoss
+from softsphere.matrix import StructuredGradient
 from softsphere.matrix.update import Blocks
 
 __all__ = ["FactoredSGD", "clip_grad_norm_"]
@@ -33,9 +34,6 @@ class FactoredSGD(torch.optim.Optimizer):
     >>> FactoredSGD([head], lr=1.0, momentum=0.9).param_groups[0]["momentum"]
     0.9
     """
-
-    # torch.amp.GradScaler leaves the division by its scale to an optimizer that says this.
-    _step_supports_amp_scaling = True
 
     def __init__(
         self,
@@ -77,6 +75,9 @@ class FactoredSGD(torch.optim.Optimizer):
             self.heads[head.anchor] = head
             head.has_optimizer = True
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "heads": self.heads}
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forgets the gradients, anchors' included."""
         super().zero_grad(set_to_none=True)
@@ -90,23 +91,22 @@ class FactoredSGD(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        found_inf = getattr(self, "found_inf", None)
-        if found_inf is not None and bool(found_inf):
-            return loss
         for group in self.param_groups:
             for anchor in group["params"]:
-                if anchor.grad is not None and self.heads[anchor].gradient is not None:
-                    self.step_head(self.heads[anchor], group, self.state[anchor])
+                head = self.heads[anchor]
+                gradient = head.current_gradient()
+                if gradient is not None:
+                    self.step_head(head, gradient, group, self.state[anchor])
         return loss
 
     def step_head(
-        self, head: FactoredSphericalLoss, group: dict[str, Any], state: dict[str, Any]
+        self,
+        head: FactoredSphericalLoss,
+        gradient: StructuredGradient,
+        group: dict[str, Any],
+        state: dict[str, Any],
     ) -> None:
         """W ← W − lr·g, or with B ← momentum·B + (1 − dampening)·g what SGD makes of B."""
-        gradient = head.current_gradient()
-        scale = getattr(self, "grad_scale", None)
-        if scale is not None:
-            gradient = gradient * (1 / scale).to(gradient.H)
         lr, mu, decay = float(group["lr"]), group["momentum"], group["weight_decay"]
         if not mu:
             head.matrix.narrow_()
@@ -144,8 +144,8 @@ def clip_grad_norm_(
     heads = [item for item in items if isinstance(item, FactoredSphericalLoss)]
     grads = [p.grad for p in items if isinstance(p, Tensor) and p.grad is not None]
     norms = [torch.linalg.vector_norm(grad).double() for grad in grads]
-    with_gradient = [head for head in heads if head.gradient is not None]
-    norms += [head.matrix.norm(head.gradient) for head in with_gradient]  # type: ignore[arg-type]
+    each = [(head, head.current_gradient()) for head in heads]
+    norms += [head.matrix.norm(gradient) for head, gradient in each if gradient is not None]
     if not norms:
         return torch.zeros(())
     total: Tensor = torch.linalg.vector_norm(
@@ -156,8 +156,7 @@ def clip_grad_norm_(
     scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
     for grad in grads:
         grad.mul_(scale.to(grad))
-    for head in with_gradient:
-        gradient = head.gradient
-        assert gradient is not None
-        head.gradient = gradient * scale.to(gradient.H)
+    for head, gradient in each:
+        if gradient is not None:
+            head.gradient = head.at_hand() * scale.to(gradient.H)
     return total.to(grads[0].dtype if grads else torch.get_default_dtype())

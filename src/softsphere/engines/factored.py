@@ -10,7 +10,10 @@ from torch import Tensor
 from softsphere.matrix import FactoredMatrix, StructuredGradient
 from softsphere.stats import Stats
 
-__all__ = ["Recorder", "statistics"]
+__all__ = ["TOKEN", "Recorder", "statistics"]
+
+# Too small to count in a norm over all parameters; a power of two, so that sums of it are exact.
+TOKEN = 2.0**-100
 
 
 class Recorder(Protocol):
@@ -38,7 +41,11 @@ def statistics(
 
 
 class Delivery(torch.autograd.Function):
-    """Hands the gradient by W over, if it is asked for: `autograd.grad` by hidden alone is not."""
+    """Hands the gradient by W over, if it is asked for: `autograd.grad` by hidden alone is not.
+
+    The anchor gets TOKEN as its gradient, or nan where that by W is not finite, so that what scales
+    and checks gradients by parameters can do so: see FactoredSphericalLoss.current_gradient.
+    """
 
     @staticmethod
     def forward(
@@ -51,7 +58,7 @@ class Delivery(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, zero: Tensor) -> tuple[Tensor, None, None]:
         ctx.recorder.record(ctx.found[0])
-        return zero, None, None
+        return zero + TOKEN, None, None
 
 
 class FactoredStatistics(torch.autograd.Function):
@@ -108,4 +115,5 @@ class FactoredStatistics(torch.autograd.Function):
         cols = None if K == 1 else torch.arange(m, device=H.device).repeat_interleave(K)
         by_one = gs - 2 * gq * s / matrix.mass if ctx.centred else gs
         ctx.found[:] = [StructuredGradient(H, twice * H, by_one, rows, cols, x, back, at_rows)]
-        return back, gs.new_zeros(()), None, None, None, None
+        # zero, or nan
+        return back, 0 * (gs.sum() + back.sum()), None, None, None, None

@@ -37,7 +37,7 @@ class Classes:
 
     def stream(self, H: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """(slice of classes, scores there (m, ·)), about 32 MiB at a time."""
-        size = max(1, min(self.num_classes, (8 << 20) // max(len(H), 1)))
+        size = max(1, min(self.num_classes, (8 << 20) // max(*H.shape, 1)))
         for part, rows in self.chunks(size):
             yield part, self.scores(H @ rows.mT, None if self.pi is None else self.pi[part])
 

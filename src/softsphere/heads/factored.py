@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -43,7 +43,8 @@ class FactoredSphericalLoss(OutputLayer):
         device, dtype: of the weight; float32 or float64.
 
     Shapes: hidden (…, d); target (…) class indices, or (…, K) with target_values (…, K).
-    A step costs ≈ 7 m d² + 5 m² d multiply-adds for m < d rows, whatever D is. Good learning rates
+    A step costs ≈ 7 m d² + 5 m² d multiply-adds for m < d rows, whatever D is; 2 m d² more once U has
+    begun anew (`health().renewed`), and about four times that with momentum. Good learning rates
     grow with D: begin at 0.001·D to 0.1·D with the mean reduction.
 
     Source: Vincent, de Brébisson & Bouthillier 2015, arXiv:1412.7091; 2016, arXiv:1606.08061.
@@ -88,9 +89,10 @@ class FactoredSphericalLoss(OutputLayer):
             pi = pi.to(weight.device)
         bound = 1 / math.sqrt(in_features)
         self.matrix = FactoredMatrix(weight.uniform_(-bound, bound), pi)
-        # Stands for the weight where PyTorch wants a parameter; its gradient is always zero.
-        self.anchor = nn.Parameter(torch.zeros((), device=device))
+        # Stands for the weight where PyTorch wants a parameter; see `current_gradient`.
+        self.anchor = nn.Parameter(weight.new_zeros(()))
         self.gradient: StructuredGradient | None = None
+        self.tokens = 0  # how often a backward has added to it
         self.backward = -1  # the last backward that has been recorded
         self.edition = -1  # that of W, when the gradient was begun
         self.has_optimizer = False
@@ -156,17 +158,13 @@ class FactoredSphericalLoss(OutputLayer):
         backward = torch._C._current_graph_task_id()
         zeroed = self.anchor.grad is None and backward != self.backward
         if self.gradient is None or zeroed:
-            self.gradient, self.edition = gradient, self.matrix.edition
+            self.gradient, self.edition, self.tokens = gradient, self.matrix.edition, 1
         else:
-            self.gradient = self.current_gradient() + gradient
+            self.gradient, self.tokens = self.at_hand() + gradient, self.tokens + 1
         self.backward = backward
 
-    def current_gradient(self) -> StructuredGradient:
-        """The gradient, if it was taken at the W that there is now.
-
-        Raises: RuntimeError where W was stepped since: what multiplies W is another one now, so
-        it can be neither added to nor stepped again.
-        """
+    def at_hand(self) -> StructuredGradient:
+        """The gradient as it was recorded, if that was at the W that there is now."""
         assert self.gradient is not None
         if self.edition != self.matrix.edition:
             raise RuntimeError(
@@ -174,6 +172,22 @@ class FactoredSphericalLoss(OutputLayer):
                 "step; call optimizer.zero_grad() after each step"
             )
         return self.gradient
+
+    def current_gradient(self) -> StructuredGradient | None:
+        """The gradient that there is to be stepped, or None.
+
+        A backward leaves TOKEN in the anchor's gradient. Whoever has multiplied that since, as
+        torch.amp.GradScaler or a clipping of all parameters does, has multiplied this, too.
+
+        Raises: RuntimeError where W was stepped since it was taken: what multiplies W is another
+        one now, so it can be neither added to nor stepped again.
+        """
+        if self.anchor.grad is None or self.gradient is None:
+            return None
+        scale = self.anchor.grad / (self.tokens * factored.TOKEN)
+        if scale.device.type == "cpu" and float(scale) == 1:
+            return self.at_hand()
+        return self.at_hand() * scale.to(self.gradient.H)
 
     @property
     def base_measure(self) -> Tensor | None:
@@ -268,6 +282,7 @@ class FactoredSphericalLoss(OutputLayer):
             missing_keys += [
                 prefix + EXTRA + name for name in self.matrix.SMALL if name not in extra
             ]
+            error_msgs += [f"{prefix}{EXTRA}{why}" for why in self.matrix.misfits(extra)]
         if "prior" in own:
             try:
                 pi = checks.prior(own["prior"], self.matrix.V.dtype)
@@ -284,12 +299,19 @@ class FactoredSphericalLoss(OutputLayer):
                 matrix.V[:, self.in_features].copy_(own["bias"])
             if "prior" in own:
                 # one that comes with its factors is what they were made with, to the last bit
-                matrix.pi = own["prior"].to(matrix.V) if extra else pi.to(matrix.V)
+                same = extra and own["prior"].dtype == matrix.V.dtype
+                matrix.pi = (own["prior"] if same else pi).to(matrix.V)
             if extra:
                 matrix.load_extra_state(extra)
             else:
                 matrix.reset_()
         self.gradient = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FactoredSphericalLoss:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        # half precision has no room for what the anchor's gradient says
+        self.anchor.data = self.anchor.data.to(self.matrix.V.dtype)
+        return self
 
     def extra_repr(self) -> str:
         return (

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from softsphere.matrix import mending
+from softsphere.matrix import mending, precision
 from softsphere.matrix.generations import Generations
+from softsphere.matrix.precision import float32_is_exact, product, usable_now
 from softsphere.matrix.structured import StructuredGradient
 from softsphere.matrix.update import Blocks, SingularStepError, gram_times, plan
 
@@ -27,7 +28,7 @@ class Health:
     inverse_drift: ‖U U⁻¹ − I‖ / √w, U's rows scaled to norm 1
     gram_drift: largest relative error of xᵀ Q x against ‖W x‖² over random x; nan if not asked for
     shift: ‖1 ωᵀ‖ / ‖W‖
-    generations: how many there are rows of V of
+    generations: in how many of them V has rows
     renewed, refactorised, reinverted, regrammed: how often a generation was begun, V written anew,
         U⁻¹ and Q computed anew
     seconds: spent on all of that
@@ -129,12 +130,13 @@ class FactoredMatrix(nn.Module):
         self.watch.restart()
         self.canonical_at = self.version
 
+    @precision.full
     def regram_(self) -> None:
         """Q and w̄ from the rows of W."""
         gram, colsum = torch.zeros_like(self.U), torch.zeros_like(self.omega)
         for part, rows in self.chunks():
             weighted = rows if self.pi is None else rows * self.pi[part].unsqueeze(1)
-            gram += weighted.mT @ rows
+            gram += product(weighted.mT, rows)
             colsum += weighted.sum(0, dtype=torch.float64)
         self.gram, self.colsum = (gram + gram.mT) / 2, colsum
         self.changed()
@@ -153,9 +155,11 @@ class FactoredMatrix(nn.Module):
 
     def shadow(self, name: str, make: Callable[[], Tensor]) -> Tensor:
         """What `make` gives in the dtype of V, in a buffer of that name, made once a step."""
-        if name not in self.fresh:
+        old = self.shadows.get(name)
+        if old is not None and not usable_now(old):
+            old = None
+        if name not in self.fresh or old is None:
             array = make()
-            old = self.shadows.get(name)
             if array.dtype == self.V.dtype:
                 self.shadows[name] = array
             elif old is None or old.shape != array.shape or old.dtype != self.V.dtype:
@@ -177,9 +181,17 @@ class FactoredMatrix(nn.Module):
 
     def rows(self, index: Tensor, columns: slice = slice(None)) -> Tensor:
         """W[index]: (n, w)."""
-        omega, U = self.small("omega")[columns], self.small("U")[:, columns]
-        return torch.addmm(omega, self.coordinates(index), U)
+        return self.outputs(self.coordinates(index), columns)
 
+    @precision.full
+    def outputs(self, coordinates: Tensor, columns: slice = slice(None)) -> Tensor:
+        """W's rows from their current coordinates (n, w)."""
+        omega, U = self.small("omega")[columns], self.small("U")[:, columns]
+        if float32_is_exact() or U.dtype == torch.float64:
+            return torch.addmm(omega, coordinates, U)
+        return product(coordinates, self.U[:, columns]) + omega
+
+    @precision.full
     def coordinates(self, index: Tensor | slice) -> Tensor:
         """V[index] in the current coordinates: what U and ω make W[index] of."""
         return self.generations.carried(self.V[index], self.generations.made[index])
@@ -189,10 +201,9 @@ class FactoredMatrix(nn.Module):
     ) -> Iterator[tuple[slice, Tensor]]:
         """(slice of rows, W there) over all rows, in pieces of `size` (default: some MiB)."""
         size = size or self.chunk_size()
-        omega, U = self.small("omega")[columns], self.small("U")[:, columns]
         for start in range(0, self.num_rows, size):
             part = slice(start, min(start + size, self.num_rows))
-            yield part, torch.addmm(omega, self.coordinates(part), U)
+            yield part, self.outputs(self.coordinates(part), columns)
 
     def times(self, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """(slice of rows, W x there) for x (w, p) in V's dtype. O(D w p) for each generation."""
@@ -224,6 +235,7 @@ class FactoredMatrix(nn.Module):
         """
         self.transform_(gradient, Blocks(((1 - decay,),), (alpha,)))
 
+    @precision.full
     def transform_(self, gradient: StructuredGradient, blocks: Blocks) -> None:
         """[W₁ … W_k] ← [W₁ … W_k] (base ⊗ I) + G (spread ⊗ I), G the gradient by W₁.
 
@@ -243,11 +255,13 @@ class FactoredMatrix(nn.Module):
             self.changed()
         self.watch.after_step(self, blocks, update.share)
 
+    @precision.full
     def norm(self, gradient: StructuredGradient) -> Tensor:
         """√tr(Gᵀ Π G), the Frobenius norm of the gradient by diag(√π) W, in O(r² d)."""
         JJH = gram_times(self, gradient)
         return (JJH * gradient.H).sum(dtype=torch.float64).clamp_min(0).sqrt()
 
+    @precision.full
     def gradient_gram(self, gradient: StructuredGradient) -> Tensor:
         """Gᵀ Π G: (d, d)."""
         return gradient.H.mT @ gram_times(self, gradient)
@@ -260,6 +274,7 @@ class FactoredMatrix(nn.Module):
             dense[part] = rows @ gradient.A.to(rows.dtype) + gradient.b.to(rows.dtype)
         return dense.index_add_(0, gradient.rows, gradient.X.to(dense.dtype))
 
+    @precision.full
     def widen_(self, blocks: Blocks) -> None:
         """Puts blocks of zeros beside W, in the basis that `blocks` only scales. O(D w)."""
         if self.blocks == len(blocks.base):
@@ -278,6 +293,7 @@ class FactoredMatrix(nn.Module):
             self.omega, self.colsum = pad(self.omega, (0, extra)), pad(self.colsum, (0, extra))
             self.changed()
 
+    @precision.full
     def narrow_(self) -> None:
         """Leaves the first block alone, without what stands beside it. O(D d²) if there was any."""
         if self.blocks == 1:
@@ -292,6 +308,7 @@ class FactoredMatrix(nn.Module):
             self.omega, self.colsum = self.omega[:d].clone(), self.colsum[:d].clone()
             self.changed()
 
+    @precision.full
     def canonical_(self) -> None:
         """Writes V as W, so that it can be saved as it is. O(D w²).
 
@@ -301,6 +318,7 @@ class FactoredMatrix(nn.Module):
             return
         self.refactorise_()
         self.watch.restart()
+        self.watch.mend_gram(self)
         self.canonical_at = self.version
 
     def extra_state(self) -> dict[str, Tensor]:
@@ -313,6 +331,20 @@ class FactoredMatrix(nn.Module):
     def state(self) -> dict[str, Tensor]:
         """Every array of the factors."""
         return {"V": self.V, **{name: getattr(self, name) for name in self.SMALL}}
+
+    def misfits(self, state: dict[str, Tensor]) -> list[str]:
+        """What in an extra state has another shape than it must have here."""
+        w = self.width
+        if "beside" in state:
+            w += state["beside"].shape[1]
+        wanted = dict.fromkeys(("U", "U_inv", "gram"), (w, w))
+        wanted |= dict.fromkeys(("omega", "colsum"), (w,))  # type: ignore[misc]
+        wanted |= {"beside": (self.num_rows, w - self.width)}
+        return [
+            f"{name} must have shape {shape}, got {tuple(state[name].shape)}"
+            for name, shape in wanted.items()
+            if name in state and tuple(state[name].shape) != shape
+        ]
 
     def load_extra_state(self, state: dict[str, Tensor]) -> None:
         """Takes what `extra_state` gave, the first block of V being written already."""
@@ -327,12 +359,16 @@ class FactoredMatrix(nn.Module):
             setattr(self, name, state[name].to(self.gram).clone())
         self.watch.restart()
         self.changed()
+        # a weight that has been changed since, or was narrower, has another Q
+        self.watch.mend_gram(self)
         self.canonical_at = self.version
 
+    @precision.full
     def refactorise_(self) -> None:
         """V ← W, U ← I, ω ← 0, in row chunks and in place; W is what it was. O(D w²)."""
         mending.rebase(self, torch.eye(self.V.shape[1], dtype=torch.float64, device=self.V.device))
 
+    @precision.full
     def renew_(self) -> None:
         """Begins a new generation; W is what it was. O(w³), nothing in D but a glance at it."""
         mending.renew(self, self.watch.basis(self))
@@ -341,6 +377,7 @@ class FactoredMatrix(nn.Module):
         """See `Health.condition`."""
         return mending.condition(self)
 
+    @precision.full
     def health(self, probes: int = 4) -> Health:
         """Measures the factors; `probes` > 0 also reads W once, O(D w probes), for gram_drift."""
         done = self.watch.done
@@ -354,6 +391,7 @@ class FactoredMatrix(nn.Module):
             **done,
         )
 
+    @precision.full
     def mend_(self) -> None:
         """Checks now and does what is needed."""
         start = time.perf_counter()

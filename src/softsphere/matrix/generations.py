@@ -13,6 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from softsphere.matrix.precision import product, usable_now
+
 __all__ = ["Generations"]
 
 # So many at most; before there are more, the rows of the one with the fewest are carried over.
@@ -43,7 +45,7 @@ class Generations(nn.Module):
         """maps in the dtype of V."""
         if self.maps.dtype == dtype:
             return self.maps
-        if self.rounded is None or self.rounded.dtype != dtype:
+        if self.rounded is None or self.rounded.dtype != dtype or not usable_now(self.rounded):
             self.rounded = self.maps.to(dtype)
         return self.rounded
 
@@ -54,26 +56,30 @@ class Generations(nn.Module):
         maps = self.maps_in(rows.dtype)
         if rows.device.type != "cpu":
             # to ask which generations there are would be to wait for the device
-            each = (torch.where((made == g).unsqueeze(1), rows, 0) @ M for g, M in enumerate(maps))
+            each = (
+                product(torch.where((made == g).unsqueeze(1), rows, 0), M)
+                for g, M in enumerate(maps)
+            )
             return sum(each, torch.zeros_like(rows))
         out = rows.clone()
         for g in made.unique().tolist():
             if g != self.now:
                 index = (made == g).nonzero().squeeze(1)
-                out[index] = rows[index] @ maps[g]
+                out[index] = product(rows[index], maps[g])
         return out
 
     def begin(self, step: Tensor) -> None:
         """A new generation, `step` = U P⁻¹ from the coordinates of the last one to its own."""
-        self.maps = self.maps @ step
-        eye = torch.eye(step.shape[0], dtype=step.dtype, device=step.device)
         counts = self.counts()
-        self.now = counts.index(0) if 0 in counts else len(counts)
-        if self.now == len(counts):
-            self.maps = torch.cat([self.maps, eye.unsqueeze(0)])
+        maps = self.maps @ step
+        eye = torch.eye(step.shape[0], dtype=step.dtype, device=step.device)
+        now = counts.index(0) if 0 in counts else len(counts)
+        if now == len(counts):
+            maps = torch.cat([maps, eye.unsqueeze(0)])
         else:
-            self.maps[self.now] = eye
-        self.rounded = None
+            maps[now] = eye
+        # nothing can fail from here on
+        self.maps, self.now, self.rounded = maps, now, None
 
     def counts(self) -> list[int]:
         """How many rows each generation has."""
@@ -91,7 +97,7 @@ class Generations(nn.Module):
         least = counts.index(min(counts))
         M = self.maps_in(V.dtype)[least]
         for index in (self.made == least).nonzero().squeeze(1).split(size):
-            V[index] = V[index] @ M
+            V[index] = product(V[index], M)
             self.made[index] = self.now
 
     def forget(self) -> None:

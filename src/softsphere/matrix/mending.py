@@ -10,8 +10,9 @@ So when κ has grown, a new generation begins (see generations.py): U ← P, ort
 that are written from then on are written in its coordinates. P are the directions that U = L P has
 by Gram and Schmidt: taken again and again they turn to those that steps shrink least, next to least
 and so on. These are then rows of U, shrink by many powers of ten before anything is lost, and the
-next generation is far off. Nothing of this costs anything in D. Only where 1 ωᵀ has outgrown W is
-V written anew.
+next generation is far off. All that this costs in D is a glance at which generation each row is of,
+and the rows of the smallest generation, no more than steps have written. Only where 1 ωᵀ has
+outgrown W is all of V written anew.
 
 With a second block, an optimizer's momentum B, what momentum only scales, e ⊗ · in [W B], shrinks
 by μ a step beside the rest: U ← ((P, 0), (e₁P, e₂P)), so that it is rows of U as well.
@@ -31,6 +32,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from softsphere.matrix.precision import product
 from softsphere.matrix.structured import StructuredGradient
 from softsphere.matrix.update import HARSH, Blocks, SingularStepError, Update
 
@@ -80,6 +82,8 @@ def uninterrupted() -> Iterator[None]:
         signal.signal(signal.SIGINT, old)
         if held and callable(old):
             old(*held[-1])
+        elif held and old == signal.SIG_DFL:
+            signal.raise_signal(signal.SIGINT)
 
 
 class Gauge:
@@ -114,7 +118,7 @@ class Watch:
         self.blocks = Blocks(((1.0,),), (1.0,))
         self.done = dict.fromkeys(MEANS, 0)
         self.seconds = 0.0
-        self.refused: Tensor | None = None
+        self.refused: Tensor | None
         self.restart()
 
     def frame(self, W: FactoredMatrix) -> Tensor:
@@ -131,6 +135,7 @@ class Watch:
     def restart(self) -> None:
         """Measures again after the next step, whatever was seen before."""
         self.period, self.steps, self.since_gram = 1, 0, 0
+        self.checks, self.refused = 0, None
         self.gauges = Gauge(CONDITION**2 - 1), Gauge(1.0), Gauge(SHIFT), Gauge(2.0**RANGE)
 
     def prepare(self, W: FactoredMatrix, gradient: StructuredGradient, blocks: Blocks) -> None:
@@ -150,6 +155,8 @@ class Watch:
         """Counts a step, and measures when it is time or the step was harsh."""
         self.blocks = blocks
         self.steps += 1
+        # less momentum than before is forgotten faster than was planned for
+        self.period = min(self.period, blocks.horizon(2 * CONDITION))
         if share < HARSH or self.steps >= self.period:
             start = time.perf_counter()
             self.check(W)
@@ -164,6 +171,7 @@ class Watch:
                 "those after it; lower lr, or look for an overflow in the layers below"
             )
         steps = max(self.steps, 1)
+        self.checks += 1
         self.check_gram(W, steps)
         before = measures(W)
         left = [gauge.steps_left(x, steps) for gauge, x in zip(self.gauges, before, strict=True)]
@@ -181,6 +189,10 @@ class Watch:
         if self.since_gram < max(LONGEST, W.num_rows // len(W.U)):
             return
         self.since_gram = 0
+        self.mend_gram(W)
+
+    def mend_gram(self, W: FactoredMatrix) -> None:
+        """Q anew if it has drifted."""
         if gram_drift(W, 1) > tolerance(W):
             W.regram_()
             self.done["regrammed"] += 1
@@ -249,7 +261,7 @@ def shift_share(W: FactoredMatrix) -> float:
 def inverse_drift(W: FactoredMatrix) -> float:
     """‖U U⁻¹ − I‖ / √w with the rows of U scaled to norm 1, by two random vectors."""
     lengths = W.U.norm(dim=1, keepdim=True)
-    generator = torch.Generator().manual_seed(W.version)
+    generator = torch.Generator().manual_seed(W.watch.checks)
     z = torch.randn(len(W.U), 2, generator=generator, dtype=torch.float64).to(W.U.device)
     back = W.U @ (W.U_inv @ (z * lengths)) / lengths
     return float((back - z).norm() / z.norm())
@@ -295,19 +307,19 @@ def renew(W: FactoredMatrix, U: Tensor) -> None:
         W.generations.begin(step)
         W.U.copy_(U)
         W.U_inv.copy_(U_inv)
-        W.generations.bound(W.V, W.chunk_size())
         W.changed()
+        W.generations.bound(W.V, W.chunk_size())
 
 
 def rebase(W: FactoredMatrix, U: Tensor) -> None:
     """Writes all of V for that U and ω = 0; in place, in row chunks. O(D w²)."""
     U_inv = inverse(U)
-    step, shift = (W.U @ U_inv).to(W.V.dtype), (W.omega @ U_inv).to(W.V.dtype)
+    step, shift = W.U @ U_inv, (W.omega @ U_inv).to(W.V.dtype)
     with uninterrupted():
         size = W.chunk_size()
         parts = zip(W.V.split(size), W.generations.made.split(size), strict=True)
         for rows, made in parts:
-            rows.copy_(torch.addmm(shift, W.generations.carried(rows, made), step))
+            rows.copy_(product(W.generations.carried(rows, made), step).add_(shift))
         W.generations.forget()
         W.U.copy_(U)
         W.U_inv.copy_(U_inv)

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from softsphere.matrix.precision import float32_is_exact
 from softsphere.matrix.structured import StructuredGradient
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ class Update:
     share: float = 1.0
 
     def commit(self, W: FactoredMatrix) -> None:
-        """Writes it all, in place: nothing is allocated, so nothing can fail half way."""
+        """Writes it all, in place: nothing large is allocated."""
         if self.carried is not None:
             W.V.index_copy_(0, self.rows, self.carried)
             W.generations.made.index_fill_(0, self.rows, W.generations.now)
@@ -209,13 +210,20 @@ class Rest:
     pi: Tensor | None
 
     @classmethod
-    def of(cls, W: FactoredMatrix, gradient: StructuredGradient, width: int) -> Rest:
-        """Fᵀ Π W and Fᵀ Π 1; `width` columns of W."""
+    def of(
+        cls,
+        W: FactoredMatrix,
+        gradient: StructuredGradient,
+        width: int,
+        coordinates: Tensor | None = None,
+    ) -> Rest:
+        """Fᵀ Π W and Fᵀ Π 1; `width` columns of W, whose rows may have their coordinates known."""
         g, dtype = gradient, gradient.H.dtype
         if g.at_rows is not None and width == g.at_rows.shape[1]:
             at_rows = g.at_rows
         else:
-            at_rows = W.rows(g.rows, slice(0, width)).to(dtype)
+            at = W.coordinates(g.rows) if coordinates is None else coordinates
+            at_rows = W.outputs(at, slice(0, width)).to(dtype)
         pi = None if W.pi is None else W.pi[g.rows].to(dtype)
         of_W = to_columns(g, at_rows if pi is None else at_rows * pi.unsqueeze(1))
         of_W = torch.addr(of_W, g.s, W.small("colsum", dtype)[:width])
@@ -248,14 +256,15 @@ def plan(W: FactoredMatrix, gradient: StructuredGradient, blocks: Blocks) -> Upd
     """The update, or on a CPU the reason why there is none.
 
     A harsh step is a small difference of large numbers, so it is computed again in float64; on a
-    GPU, where asking costs a synchronisation, every step is. There an update that cannot be taken
+    GPU, where asking costs a synchronisation, and where float32 products are rounded, every step
+    is. There an update that cannot be taken
     leaves everything as it was and is remembered in W.watch for the next check.
     """
     g = gradient
     if not blocks.invertible():
         why = "weight decay takes all of W away; lower lr or weight_decay"
         return Update(g.rows, g.H, {}, {}, blocks, refused=why)
-    if W.V.device.type == "cpu":
+    if W.V.device.type == "cpu" and float32_is_exact():
         update = compute(W, g.to(W.V.dtype), blocks)
         if update.share >= HARSH:
             return update
@@ -267,7 +276,8 @@ def compute(W: FactoredMatrix, gradient: StructuredGradient, blocks: Blocks) -> 
     g, d, w, dtype = gradient, W.width, W.V.shape[1], gradient.H.dtype
     Q, U, U_inv = (W.small(name, dtype) for name in ("gram", "U", "U_inv"))
     R = spread_out(g.H, blocks.spread)
-    rest = Rest.of(W, g, w)
+    carried = None if W.generations.alone else W.coordinates(g.rows)
+    rest = Rest.of(W, g, w, carried)
     of_W = rest.of_weight
     thin = g.rank <= THIN * w
     L_T = g.L if thin else torch.eye(d, dtype=R.dtype, device=R.device)
@@ -307,7 +317,6 @@ def compute(W: FactoredMatrix, gradient: StructuredGradient, blocks: Blocks) -> 
     }
     scaled = under(blocks, W) if W.blocks > 1 else {}
     seen = (N, half, to_rows, to_small["omega"], to_small["colsum"])
-    carried = None if W.generations.alone else W.coordinates(g.rows)
     update = Update(g.rows, to_rows, to_small, scaled, blocks, carried)
     return guarded(W, g, update, seen, LU.diagonal())
 

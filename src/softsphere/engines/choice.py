@@ -18,6 +18,9 @@ LOGITS_LIMIT = 1 << 30
 # What one output costs besides its products, in FLOPs: it is written, summed, and turned into a
 # gradient, each time through memory.
 FLOPS_PER_OUTPUT = 200
+# The same of an input by the gram engine, whose products have few of them: target rows are read,
+# multiplied, summed and added.
+FLOPS_PER_INPUT = 800
 # FLOPs of a step that are done in the time of the gram engine's own overhead.
 GRAM_OVERHEAD = 5e7
 
@@ -50,7 +53,7 @@ def choose(
         dense     6 m D n + the passes over its outputs, if they fit in LOGITS_LIMIT
         chunked   8 m D n + those passes
         triton    8 m D n, on a GPU where triton is (`triton`; None: as installed)
-        gram      4 D n² + 4 m n² + its overhead
+        gram      4 D n² + 4 m n² + the passes over its inputs + its overhead
 
     and 6 m K n more for the rows of the targets in all but dense. What is not spherical, and class
     probabilities and label smoothing, can do with dense alone, and are not asked about here.
@@ -82,7 +85,7 @@ def costs(
     passes, rows = FLOPS_PER_OUTPUT * m * D, 6 * m * K * n
     found = {
         "dense": 6 * m * D * n + passes,
-        "gram": 4 * (D + m) * n * n + rows + GRAM_OVERHEAD,
+        "gram": 4 * (D + m) * n * n + rows + FLOPS_PER_INPUT * m * n + GRAM_OVERHEAD,
         "chunked": 8 * m * D * n + passes + rows,
     }
     if device == "cuda" and triton:

@@ -43,9 +43,9 @@ class FactoredSphericalLoss(OutputLayer):
         device, dtype: of the weight; float32 or float64.
 
     Shapes: hidden (…, d); target (…) class indices, or (…, K) with target_values (…, K).
-    A step costs ≈ 7 m d² + 5 m² d multiply-adds for m < d rows, whatever D is; 2 m d² more once U has
-    begun anew (`health().renewed`), and about four times that with momentum. Good learning rates
-    grow with D: begin at 0.001·D to 0.1·D with the mean reduction.
+    A step costs ≈ 7 m d² + 5 m² d multiply-adds for m < d rows, whatever D is; 2 m d² more once U
+    has begun anew (`health().renewed`), and about four times that with momentum. Good learning
+    rates grow with D: begin at 0.001·D to 0.1·D with the mean reduction.
 
     Source: Vincent, de Brébisson & Bouthillier 2015, arXiv:1412.7091; 2016, arXiv:1606.08061.
 

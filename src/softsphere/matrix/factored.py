@@ -337,9 +337,9 @@ class FactoredMatrix(nn.Module):
         w = self.width
         if "beside" in state:
             w += state["beside"].shape[1]
-        wanted = dict.fromkeys(("U", "U_inv", "gram"), (w, w))
-        wanted |= dict.fromkeys(("omega", "colsum"), (w,))  # type: ignore[misc]
-        wanted |= {"beside": (self.num_rows, w - self.width)}
+        wanted: dict[str, tuple[int, ...]] = {"beside": (self.num_rows, w - self.width)}
+        wanted |= dict.fromkeys(("U", "U_inv", "gram"), (w, w))
+        wanted |= dict.fromkeys(("omega", "colsum"), (w,))
         return [
             f"{name} must have shape {shape}, got {tuple(state[name].shape)}"
             for name, shape in wanted.items()

@@ -173,12 +173,17 @@ def contestants(setting: Setting) -> list[str]:
 
 
 def grid() -> None:
-    rows = []
+    """Goes on where the table ends."""
+    names = ("layer", "m", "D", "d", "measure", "value")
+    old = list(csv.DictReader(TABLE.open())) if TABLE.exists() else []
+    rows = [{name: row[name] for name in names} for row in old if row["part"] == "grid"]
+    done = {(row["m"], row["D"], row["d"]) for row in rows}
     for D in (100, 10_000, 100_000, 1_000_000):
         for d in (64, 256, 768):
             for m in (1, 16, 64, 256, 1024, 4096):
-                rows += at(Setting(m, D, d))
-                record(TABLE, "grid", rows)
+                if (str(m), str(D), str(d)) not in done:
+                    rows += at(Setting(m, D, d))
+                    record(TABLE, "grid", rows)
 
 
 def at(setting: Setting) -> list[dict[str, Any]]:
@@ -196,7 +201,7 @@ def at(setting: Setting) -> list[dict[str, Any]]:
 
     layers = {name: LAYERS[name]() for name in names}
     longest = max(run(name) for name in names)
-    turns = max(2, min(60, int(4 / longest / len(names))))
+    turns = max(9, min(60, int(4 / longest / len(names))))
     order = random.Random(0)
     for _ in range(turns):
         # what one leaves in the caches is not always the same one's
@@ -258,6 +263,7 @@ def gpu() -> None:
     for work, (m, D, d) in WORKLOADS.items():
         setting = Setting(m, D, d)
         rate = products_per_second(setting)
+        rows += symmetric_products(work, setting)
         for name in ("gram", "triton", *peers.GPU_LAYERS):
             try:
                 rows += on_gpu(f"{work}: {name}", name, setting, rate)
@@ -272,6 +278,23 @@ def products_per_second(setting: Setting) -> float:
     weight = torch.randn(setting.D, setting.d, device="cuda", dtype=torch.bfloat16)
     times = [seconds(lambda: weight.mT @ weight, "cuda") for _ in range(20)]
     return 2 * setting.D * setting.d**2 / statistics.median(times[5:])
+
+
+def symmetric_products(work: str, setting: Setting) -> list[dict[str, Any]]:
+    """Q as gram forms it, in blocks of PyTorch's products, and by the Triton kernel."""
+    from softsphere.engines import moments, triton
+
+    weight = torch.randn(setting.D, setting.d, device="cuda", dtype=torch.bfloat16)
+    ways = {
+        "in blocks": lambda: moments.upper_product(weight, weight, torch.float32),
+        "by Triton": lambda: triton.symmetric_gram(weight),
+    }
+    rows = []
+    for name, way in ways.items():
+        times = [seconds(way, "cuda") for _ in range(20)][5:]
+        label = f"{work}: Q {name}"
+        rows.append(setting.row(label, "milliseconds", 1e3 * statistics.median(times)))
+    return rows
 
 
 def on_gpu(label: str, name: str, setting: Setting, rate: float) -> list[dict[str, Any]]:
@@ -395,7 +418,11 @@ def markdown(grid: dict[tuple[str, ...], str], m: list[int], D: list[int], d: li
         f"{machine['threads']} threads, torch {machine['torch']}",
         "(`python benchmarks/linear.py grid`, `benchmarks/linear.csv`). An engine was not timed "
         f"where it has more than {HOPELESS} times",
-        "the FLOPs of another, or where the outputs would not have fitted in memory.",
+        "the FLOPs of another, or where the outputs would not have fitted in memory. Dense and "
+        "logits are",
+        "the same work, and so is auto where it is dense: how far they are apart is the noise, "
+        "largest where",
+        "a gradient has 3 GB, whose pages the system hands out as it can.",
         "",
         "![The fastest engine over m, D and d](../benchmarks/linear.png)",
         "",
@@ -431,7 +458,9 @@ def row(cells: list[str]) -> str:
 
 
 def shown(taken: float) -> str:
-    return f"{taken:.2g} s" if taken >= 1 else f"{1e3 * taken:.2g} ms"
+    if taken >= 1:
+        return f"{taken:.2g} s"
+    return f"{1e3 * taken:.0f} ms" if taken >= 0.01 else f"{1e3 * taken:.2g} ms"
 
 
 PARTS = {f.__name__: f for f in (bars, grid, accumulate, gpu, page)}

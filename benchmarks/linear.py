@@ -443,7 +443,7 @@ def markdown(grid: dict[tuple[str, ...], str], m: list[int], D: list[int], d: li
                 if (*at, "auto", "is") not in grid:
                     continue
                 times = [
-                    f"{1e3 * float(value):.3g}" if value else "–"
+                    milliseconds(float(value)) if value else "–"
                     for value in (grid.get((*at, x, "seconds")) for x in (*ENGINES, "logits"))
                 ]
                 ratio = float(grid[(*at, "auto", "times the best engine")])
@@ -451,6 +451,10 @@ def markdown(grid: dict[tuple[str, ...], str], m: list[int], D: list[int], d: li
                 lines.append(row([str(rows), str(width), *times, *auto]))
         lines.append("")
     return "\n".join(lines)
+
+
+def milliseconds(taken: float) -> str:
+    return f"{1e3 * taken:,.0f}" if taken >= 0.1 else f"{1e3 * taken:.3g}"
 
 
 def row(cells: list[str]) -> str:

@@ -122,7 +122,12 @@ def side_by_side(lines: list[dict[str, Any]], title: str, path: Path) -> None:
         drawn = bars.barh(place, milliseconds, color=f"C{place}", height=0.5)
         bars.bar_label(drawn, fmt=" %.1f ms", fontsize=9)
     curves.set(xlabel="epoch", ylabel="validation loss")
-    curves.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
+    # differences in the last digits are not to fill the picture
+    low, high = curves.get_ylim()
+    room = max(0.0, 0.01 * high - (high - low)) / 2
+    curves.set_ylim(low - room, high + room)
+    curves.ticklabel_format(useOffset=False)
+    curves.set_xticks(sorted({line["epoch"] for line in lines if "epoch" in line}))
     curves.legend(frameon=False)
     bars.set_yticks(range(len(engines)), engines)
     bars.invert_yaxis()

@@ -15,7 +15,6 @@ in a process of its own, the median of its steps after warm-up.
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import statistics
@@ -27,7 +26,7 @@ from pathlib import Path
 
 import torch
 from layers import LAYERS, Setting, Step, core, factored
-from measure import Peak
+from measure import Peak, read
 from measure import record as replace_part
 
 TABLE = Path(__file__).with_name("factored.csv")
@@ -220,7 +219,7 @@ def figure() -> None:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [row for row in csv.DictReader(TABLE.open()) if row["part"] == "sweep"]
+    rows = [row for row in read(TABLE) if row["part"] == "sweep"]
     axes = plt.figure(figsize=(7, 4.6), layout="constrained").subplots()
     for name in LAYERS:
         own = [row for row in rows if row["layer"] == name]

@@ -12,7 +12,6 @@ replaces its rows in benchmarks/linear.csv (with machine and versions).
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import random
@@ -27,7 +26,7 @@ from typing import Any
 
 import peers
 import torch
-from measure import extra_bytes, record, seconds
+from measure import extra_bytes, read, record, seconds
 from torch import Tensor
 
 from softsphere import LinearSphericalLoss, LinearSphericalOptions, SphericalLoss
@@ -175,8 +174,8 @@ def contestants(setting: Setting) -> list[str]:
 def grid() -> None:
     """Goes on where the table ends."""
     names = ("layer", "m", "D", "d", "measure", "value")
-    old = list(csv.DictReader(TABLE.open())) if TABLE.exists() else []
-    rows = [{name: row[name] for name in names} for row in old if row["part"] == "grid"]
+    old = [row for row in read(TABLE) if row["part"] == "grid"]
+    rows = [{name: row[name] for name in names} for row in old]
     done = {(row["m"], row["D"], row["d"]) for row in rows}
     for D in (100, 10_000, 100_000, 1_000_000):
         for d in (64, 256, 768):
@@ -346,16 +345,16 @@ def error(name: str, hidden: Tensor, weight: Tensor, target: Tensor) -> float:
     return float((hidden.grad[:64] - exact).norm() / exact.norm())
 
 
-def read(part: str) -> dict[tuple[str, ...], str]:
+def values(part: str) -> dict[tuple[str, ...], str]:
     """Values of the table by (m, D, d, layer, measure)."""
-    rows = [row for row in csv.DictReader(TABLE.open()) if row["part"] == part]
+    rows = [row for row in read(TABLE) if row["part"] == part]
     key = ("m", "D", "d", "layer", "measure")
     return {tuple(row[x] for x in key): row["value"] for row in rows}
 
 
 def page() -> None:
     """The page "which engine", and its picture."""
-    grid = read("grid")
+    grid = values("grid")
     m, D, d = (sorted({int(key[i]) for key in grid}) for i in range(3))
     figure(grid, m, D, d)
     PAGE.write_text(markdown(grid, m, D, d))
@@ -396,7 +395,7 @@ def figure(grid: dict[tuple[str, ...], str], m: list[int], D: list[int], d: list
 
 def markdown(grid: dict[tuple[str, ...], str], m: list[int], D: list[int], d: list[int]) -> str:
     """The page's text: what to take, the measured grid, and how auto did."""
-    machine = next(row for row in csv.DictReader(TABLE.open()) if row["part"] == "grid")
+    machine = next(row for row in read(TABLE) if row["part"] == "grid")
     lines = [
         "# Which engine for my m, D and d",
         "",

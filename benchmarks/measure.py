@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-__all__ = ["Peak", "extra_bytes", "host", "record", "seconds", "wait"]
+__all__ = ["Peak", "extra_bytes", "host", "read", "record", "seconds", "wait"]
 
 
 def wait(device: torch.device | str) -> None:
@@ -87,9 +87,14 @@ def host() -> dict[str, Any]:
     }
 
 
+def read(table: Path) -> list[dict[str, str]]:
+    """The rows of a table, if there is one."""
+    return list(csv.DictReader(table.read_text().splitlines())) if table.exists() else []
+
+
 def record(table: Path, part: str, rows: list[dict[str, Any]]) -> None:
     """Replaces a part's rows in a table, which is written at once."""
-    old = list(csv.DictReader(table.open())) if table.exists() else []
+    old = read(table)
     new = [{"part": part, **row, **host()} for row in rows]
     kept = [row for row in old if row["part"] != part] + new
     text = io.StringIO()

@@ -54,12 +54,12 @@ class Setting:
     D: int
     d: int
 
-    def tensors(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden rows, weight and targets."""
         torch.manual_seed(0)
-        hidden = torch.randn(self.m, self.d, dtype=dtype).requires_grad_()
+        hidden = torch.randn(self.m, self.d).requires_grad_()
         bound = 1 / math.sqrt(self.d)
-        weight = torch.empty(self.D, self.d, dtype=dtype).uniform_(-bound, bound).requires_grad_()
+        weight = torch.empty(self.D, self.d).uniform_(-bound, bound).requires_grad_()
         return hidden, weight, torch.randint(self.D, (self.m,))
 
     def row(self, layer: str, measure: str, value: float | str) -> dict[str, Any]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,15 +12,16 @@ import torch
 from torch import Tensor
 
 from softsphere.lab.errors import LabError
+from softsphere.lab.sources import VARIABLE, chosen, digest, instead, local, public, reading
 
-__all__ = ["DATASETS", "Images", "Split", "load"]
+__all__ = ["DATASETS", "VARIABLE", "Images", "Split", "load"]
 
 VALIDATION_SHARE = 0.1
 # A tenth of fewer images would hold none.
 FEWEST_IMAGES = 10
 # One of the 255 steps between black and white.
 GREY_STEP = 1 / 255
-VARIABLE = "SOFTSPHERE_DATA"
+PARTS = ("train", "test")
 
 
 @dataclass(frozen=True)
@@ -103,46 +102,18 @@ def digits() -> tuple[Split, Split, int]:
     return Split(images[train], labels[train]), Split(images[test], labels[test]), 10
 
 
-def parquet_files(folder: Path, name: str) -> dict[str, list[str]] | None:
-    """The files of each part: anywhere in folder/name, or right in the folder itself."""
-    for pattern in (f"{name}/**/{{}}*.parquet", "{}*.parquet"):
-        files = {
-            part: sorted(map(str, folder.glob(pattern.format(part)))) for part in ("train", "test")
-        }
-        if all(files.values()):
-            return files
-    return None
-
-
 def from_hub(name: str, data_dir: Path | None) -> tuple[Split, Split, int]:
     """The public copy of a set, or the same schema from a local folder."""
     import datasets
 
     hub = HUBS[name]
-    if data_dir is not None and not data_dir.is_dir():
-        raise LabError(f"--data-dir {data_dir}: there is no such folder")
-    files = None if data_dir is None else parquet_files(data_dir, name)
-    if data_dir is not None and files is None:
-        raise LabError(
-            f"--data-dir {data_dir} has no {name}/train*.parquet and {name}/test*.parquet; leave "
-            f"it (and the environment variable {VARIABLE}) out to load {hub.name} from the hub"
-        )
-    try:
-        if files is None:
+    if data_dir is None:
+        with public(hub.name, name, PARTS):
             parts = datasets.load_dataset(hub.name)
-        else:
-            datasets.disable_progress_bars()
-            parts = datasets.load_dataset("parquet", data_files=files)
-    except Exception as error:  # the client raises dozens of kinds
-        cause = f"({type(error).__name__}: {' '.join(str(error).split())[:200]})"
-        if files is not None:
-            raise LabError(f"--data-dir {data_dir}: cannot read {name} {cause}") from error
-        raise LabError(
-            f"cannot load {hub.name} from the hub {cause}; give a local copy with --data-dir "
-            f"FOLDER that holds {name}/train.parquet and {name}/test.parquet"
-        ) from error
-    source = hub.name if files is None else f"--data-dir {data_dir}: {name}"
-    train, test = (split(parts[part], hub, f"{source}/{part}") for part in ("train", "test"))
+    else:
+        parts = local(data_dir, name, PARTS, instead(hub.name))
+    source = hub.name if data_dir is None else f"--data-dir {data_dir}: {name}"
+    train, test = (split(parts[part], hub, f"{source}/{part}") for part in PARTS)
     if train.x.shape[1:] != test.x.shape[1:]:
         sizes = [tuple(part.x.shape[1:]) for part in (train, test)]
         raise LabError(f"{source}: images must be of one size, got {sizes[0]} and {sizes[1]}")
@@ -161,12 +132,9 @@ def split(part: Any, hub: Hub, source: str) -> Split:
             f"{source} must have columns {hub.image} and {hub.label}, got {', '.join(columns)}"
         )
     labels = checked_labels(part[label][:], hub, source, label)
-    try:
+    with reading(f"{source}: cannot read the images in column {image}"):
         part = part.select_columns([image]).cast_column(image, datasets.Image())
         pictures = part[image][:]
-    except Exception as error:  # the decoders raise dozens of kinds
-        cause = f"({type(error).__name__}: {' '.join(str(error).split())[:200]})"
-        raise LabError(f"{source}: cannot read the images in column {image} {cause}") from error
     return Split(pixels(pictures, source), labels)
 
 
@@ -220,9 +188,7 @@ def load(name: str, data_dir: Path | None = None) -> Images:
         raise LabError(f"--dataset must be one of {', '.join(DATASETS)}, got {name!r}")
     if name == "digits" and data_dir is not None:
         raise LabError("digits come with scikit-learn; leave --data-dir out")
-    if data_dir is None and os.environ.get(VARIABLE):
-        data_dir = Path(os.environ[VARIABLE])
-    train, test, num_classes = DATASETS[name](data_dir)
+    train, test, num_classes = DATASETS[name](chosen(data_dir))
     sha256 = digest(train.x, train.y, test.x, test.y)
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
     held = round(len(train) * VALIDATION_SHARE)
@@ -235,11 +201,3 @@ def load(name: str, data_dir: Path | None = None) -> Images:
         return Split((part.x - mean) / std, part.y)
 
     return Images(standardised(train), standardised(valid), standardised(test), num_classes, sha256)
-
-
-def digest(*tensors: Tensor) -> str:
-    """The first twelve digits of the SHA-256 of the tensors' values."""
-    sha = hashlib.sha256()
-    for tensor in tensors:
-        sha.update(tensor.contiguous().numpy().data)
-    return sha.hexdigest()[:12]

@@ -16,7 +16,6 @@ from softsphere.lab.options import (
     known_dtype,
     positive,
     spherical,
-    text_folder,
     usable,
 )
 from softsphere.lab.side_by_side import perform
@@ -27,9 +26,11 @@ __all__ = ["engines"]
 def engines(
     data_dir: Annotated[
         Path | None,
-        typer.Option(help="Folder with NAME/train.parquet …; default $SOFTSPHERE_DATA."),
+        typer.Option(help="Folder with NAME/train.parquet …; default $SOFTSPHERE_DATA or hub."),
     ] = None,
-    dataset: Annotated[str, typer.Option(help="A text in that folder, a sentence a row.")] = "ptb",
+    dataset: Annotated[
+        str, typer.Option(help="ptb, wikipedia, generated, or a folder of sentences in --data-dir.")
+    ] = "ptb",
     loss: Annotated[str, typer.Option(help="A spherical loss.")] = "taylor_softmax",
     prior: Annotated[bool, typer.Option(help="Word frequencies as the base measure.")] = True,
     length: Annotated[int, typer.Option(help="Words of a window of text.")] = 32,
@@ -61,7 +62,7 @@ def engines(
         device=usable(device),
         dtype=known_dtype(dtype),
     )
-    words = text.load(dataset, text_folder(data_dir))
+    words = text.load(dataset, data_dir)
     perform(
         "engines",
         asdict(plan),

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softsphere.lab.text import END, Text, ngrams, windows
+from softsphere.lab.text import Text, ngrams, windows
 
 __all__ = ["LSTM", "Examples", "OnStep", "fit", "mean_loss", "mlp", "ngram_parts", "window_parts"]
 
@@ -22,18 +22,16 @@ PARTS = ("train", "valid", "test")
 
 def ngram_parts(text: Text, n: int, device: str) -> Examples:
     """n-grams: contexts (N, n − 1) and the next word of each (N)."""
-    end = text.words.index(END)
     return {
-        name: tuple(x.to(device) for x in ngrams(getattr(text, name), n, end))  # type: ignore[misc]
+        name: tuple(x.to(device) for x in ngrams(getattr(text, name), n, text.end))  # type: ignore[misc]
         for name in PARTS
     }
 
 
 def window_parts(text: Text, length: int, device: str) -> Examples:
     """Windows of text (N, length) and the next word at each of their places (N, length)."""
-    end = text.words.index(END)
     return {
-        name: tuple(x.to(device) for x in windows(getattr(text, name), length, end))  # type: ignore[misc]
+        name: tuple(x.to(device) for x in windows(getattr(text, name), length, text.end))  # type: ignore[misc]
         for name in PARTS
     }
 

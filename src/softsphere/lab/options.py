@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
 import typer
 
 from softsphere import losses
-from softsphere.lab import data
 from softsphere.lab.errors import LabError
 from softsphere.losses import Spherical
 
@@ -19,7 +17,6 @@ __all__ = [
     "known_dtype",
     "positive",
     "spherical",
-    "text_folder",
     "usable",
 ]
 
@@ -79,15 +76,3 @@ def known_dtype(name: str) -> str:
     if name not in ("float32", "float64"):
         raise LabError(f"--dtype must be float32 or float64, got {name!r}")
     return name
-
-
-def text_folder(given: Path | None) -> Path:
-    """The folder of --data-dir, or that of the environment."""
-    default = os.environ.get(data.VARIABLE)
-    folder = given or (Path(default) if default else None)
-    if folder is None:
-        raise LabError(
-            "--data-dir must name a folder with ptb/train.parquet, ptb/validation.parquet and "
-            f"ptb/test.parquet (a column sentence); or set {data.VARIABLE}"
-        )
-    return folder

@@ -1,27 +1,34 @@
-"""Texts of words as numbers: sentences from a public set or a folder, and n-grams of them."""
+"""Texts of words as numbers: a vocabulary, commonest words first, and n-grams of a text."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from softsphere.lab.corpora import Corpus, read
 from softsphere.lab.errors import LabError
+from softsphere.lab.sources import digest
 
-__all__ = ["Text", "load", "ngrams", "windows"]
+__all__ = ["END", "UNKNOWN", "Text", "load", "ngrams", "windows"]
 
 END = "</s>"
+UNKNOWN = "<unk>"
 
 
 @dataclass(frozen=True)
 class Text:
     """Word numbers of the three parts (tokens), commonest first, and how often each occurs.
 
-    words: the vocabulary; counts: (D) in the training part.
+    words: the vocabulary, with the unknown word; counts: (D) in the training part, of the unknown
+    word 1 at least, so that a prior made of them is positive.
     """
 
     words: list[str]
@@ -30,51 +37,101 @@ class Text:
     valid: Tensor
     test: Tensor
 
+    @property
+    def end(self) -> int:
+        """The number of the end of a sentence; of the unknown word where a cut took it."""
+        return self.words.index(END if END in self.words else UNKNOWN)
 
-def sentences(name: str, folder: Path) -> dict[str, list[str]]:
-    """The sentences of train, validation and test of folder/name."""
-    import datasets
+    def cut(self, D: int) -> Text:
+        """The text in D classes: the D − 1 commonest words, all others the unknown one.
 
-    files = {}
-    for part in ("train", "validation", "test"):
-        found = sorted(map(str, folder.glob(f"{name}/**/{part}*.parquet")))
-        if not found:
-            raise LabError(f"--data-dir {folder} has no {name}/{part}*.parquet")
-        files[part] = found
-    try:
-        datasets.disable_progress_bars()
-        parts = datasets.load_dataset("parquet", data_files=files)
-    except Exception as error:  # the client raises dozens of kinds
-        cause = " ".join(str(error).split())[:200]
-        raise LabError(f"--data-dir {folder}: cannot read {name} ({cause})") from error
-    if "sentence" not in parts["train"].column_names:
-        came = ", ".join(parts["train"].column_names)
-        raise LabError(f"--data-dir {folder}: {name} must have a column sentence, got {came}")
-    return {part: list(parts[part]["sentence"]) for part in files}
-
-
-def load(name: str, folder: Path) -> Text:
-    """The text of that name; a word that the training part lacks is <unk>."""
-    parts = sentences(name, folder)
-    counts = Counter(word for sentence in parts["train"] for word in sentence.split())
-    counts[END] = len(parts["train"])
-    counts.setdefault("<unk>", 1)
-    words = [word for word, _ in counts.most_common()]
-    number = {word: i for i, word in enumerate(words)}
-    unknown = number["<unk>"]
-
-    def tokens(lines: Iterable[str]) -> Tensor:
-        return torch.tensor(
-            [number.get(word, unknown) for line in lines for word in [*line.split(), END]]
+        The end of a sentence is a word; of words that are as common the lower numbers stay, and
+        the unknown word comes after them.
+        Raises: LabError where D is not from 2 to the words that there are.
+        """
+        if not 2 <= D <= len(self.words):
+            raise LabError(f"a text of {len(self.words)} words can be cut to 2 or more, got {D}")
+        unknown = self.words.index(UNKNOWN)
+        kept = [i for i in range(len(self.words)) if i != unknown][: D - 1]
+        number = torch.full((len(self.words),), D - 1)
+        number[kept] = torch.arange(D - 1)
+        counts = self.counts.new_zeros(D).index_add_(0, number, self.counts)
+        words = [*(self.words[i] for i in kept), UNKNOWN]
+        # only the unknown word is out of its place
+        counts, order = counts.sort(descending=True, stable=True)
+        number = order.argsort()[number]
+        return Text(
+            [words[i] for i in order.tolist()],
+            counts,
+            number[self.train],
+            number[self.valid],
+            number[self.test],
         )
 
-    return Text(
-        words,
-        torch.tensor([float(counts[word]) for word in words]),
-        tokens(parts["train"]),
-        tokens(parts["validation"]),
-        tokens(parts["test"]),
+    def first(self, tokens: int) -> Text:
+        """The text with so many words to train on, its vocabulary and counts as they were.
+
+        Raises: LabError where tokens is not from 1 to the words that there are.
+        """
+        if not 1 <= tokens <= len(self.train):
+            raise LabError(
+                f"a text of {len(self.train)} words can be trained on the first 1 or more of them, "
+                f"got {tokens}"
+            )
+        return replace(self, train=self.train[:tokens])
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells this text from other texts of the same name, as JSON."""
+        return {
+            "train": len(self.train),
+            "valid": len(self.valid),
+            "test": len(self.test),
+            "words": len(self.words),
+            "sha256": digest("\n".join(self.words).encode(), self.train, self.valid, self.test),
+        }
+
+
+def load(name: str, folder: Path | None = None) -> Text:
+    """The text of that name; a word that the training part lacks, or has too seldom, is <unk>.
+
+    folder: with NAME/train.parquet, NAME/validation.parquet and NAME/test.parquet in the schema of
+    the public copy, or with a column sentence; by default the environment variable
+    SOFTSPHERE_DATA, and without it the public hub.
+    Raises: LabError for an unknown set, and for one that cannot be had, saying what would do.
+    """
+    corpus = read(name, folder)
+    text = counted(corpus)
+    often = text.counts >= corpus.fewest
+    often[text.words.index(UNKNOWN)] = True
+    seen = int(often.sum())
+    if seen < 2:
+        raise LabError(f"--dataset {name}: no word to train on occurs {corpus.fewest} times")
+    text = text.cut(seen)
+    return replace(text, counts=text.counts.clamp_min(1))
+
+
+def counted(corpus: Corpus) -> Text:
+    """The text with every word of its training part in the vocabulary."""
+    number: defaultdict[str, int] = defaultdict(count().__next__)
+
+    def words(part: str) -> Iterator[str]:
+        for line in corpus.parts[part]:
+            yield from corpus.split(line)
+            yield END
+
+    def tokens(numbers: Iterator[int]) -> Tensor:
+        return torch.from_numpy(np.fromiter(numbers, dtype=np.int64))
+
+    train = tokens(number[word] for word in words("train"))
+    unknown = number[UNKNOWN]
+    valid, test = (
+        tokens(number.get(word, unknown) for word in words(part)) for part in ("validation", "test")
     )
+    counts, order = train.bincount(minlength=len(number)).sort(descending=True, stable=True)
+    rank = order.argsort()
+    met = list(number)
+    ordered = [met[i] for i in order.tolist()]
+    return Text(ordered, counts.float(), rank[train], rank[valid], rank[test])
 
 
 def ngrams(tokens: Tensor, n: int, end: int) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,6 @@ from softsphere.lab.options import (
     positive,
     share,
     spherical,
-    text_folder,
     usable,
 )
 from softsphere.lab.side_by_side import perform
@@ -28,9 +27,11 @@ __all__ = ["twins"]
 def twins(
     data_dir: Annotated[
         Path | None,
-        typer.Option(help="Folder with NAME/train.parquet …; default $SOFTSPHERE_DATA."),
+        typer.Option(help="Folder with NAME/train.parquet …; default $SOFTSPHERE_DATA or hub."),
     ] = None,
-    dataset: Annotated[str, typer.Option(help="A text in that folder, a sentence a row.")] = "ptb",
+    dataset: Annotated[
+        str, typer.Option(help="ptb, wikipedia, generated, or a folder of sentences in --data-dir.")
+    ] = "ptb",
     loss: Annotated[str, typer.Option(help="A spherical loss.")] = "taylor_softmax",
     prior: Annotated[bool, typer.Option(help="Word frequencies as the base measure.")] = True,
     n: Annotated[int, typer.Option("--n", help="Words of an n-gram.")] = 5,
@@ -66,7 +67,7 @@ def twins(
         device=usable(device),
         dtype=known_dtype(dtype),
     )
-    words = text.load(dataset, text_folder(data_dir))
+    words = text.load(dataset, data_dir)
     perform(
         "twins",
         asdict(plan),

@@ -15,57 +15,25 @@ in a process of its own, the median of its steps after warm-up.
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
-from layers import LAYERS, Setting, Step, core, factored
 from measure import Peak, read
 from measure import record as replace_part
+
+from softsphere.lab.layers import CORE, FACTORED, LAYERS, Setting, factored, obstacle
+from softsphere.lab.reproduce import scaling
+from softsphere.lab.timing import measure
 
 TABLE = Path(__file__).with_name("factored.csv")
 FIGURE = Path(__file__).with_name("factored.png")
 PAPERS = (Setting(793_471, 512, 200), Setting(800_000, 300, 128))
 CHUNKS = (25, 50, 100, 200)
-
-
-def timed(step: Step, setting: Setting, least: int = 5, seconds: float = 12.0) -> list[float]:
-    """Times of steps after warm-up: for so many seconds, but at least so many."""
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(3):
-        step(*setting.batch(generator))
-    times: list[float] = []
-    end = time.perf_counter() + seconds
-    while len(times) < least or (time.perf_counter() < end and len(times) < 500):
-        batch = setting.batch(generator)
-        start = time.perf_counter()
-        step(*batch)
-        times.append(time.perf_counter() - start)
-    return times
-
-
-def measure(name: str, setting: Setting, chunk: int | None = None) -> float:
-    """Median seconds of a step of a layer, in a process of its own."""
-    job = json.dumps([name, setting.D, setting.d, setting.m, chunk])
-    result = subprocess.run(
-        [sys.executable, __file__, "one", job], capture_output=True, text=True, check=False
-    )
-    if result.returncode:
-        raise SystemExit(f"{name} at {setting} failed:\n{result.stderr[-2000:]}")
-    return float(result.stdout.split()[-1])
-
-
-def one(job: str) -> None:
-    name, D, d, m, chunk = json.loads(job)
-    setting = Setting(D, d, m)
-    step = core(setting, chunk) if chunk else LAYERS[name](setting)
-    print(statistics.median(timed(step, setting)))
 
 
 def record(part: str, rows: list[tuple[str, Setting, str, float]]) -> None:
@@ -79,20 +47,30 @@ def record(part: str, rows: list[tuple[str, Setting, str, float]]) -> None:
     replace_part(TABLE, part, [dict(zip(names, row, strict=True)) for row in values])
 
 
+def lacks(name: str, setting: Setting) -> bool:
+    """Whether a layer is left out, which is said."""
+    reason = obstacle(name, setting)
+    if reason is not None:
+        print(f"{name}, D = {setting.D:,}: left out, {reason}")
+    return reason is not None
+
+
 def papers() -> None:
     rows = []
     for setting in PAPERS:
-        ours = measure("factored Taylor (ours)", setting)
-        rows.append(("factored Taylor (ours)", setting, "seconds", ours))
+        ours = measure(FACTORED, setting)
+        rows.append((FACTORED, setting, "seconds", ours))
         for name in LAYERS:
-            if name in ("factored Taylor (ours)", "softmax, core fused"):
+            if name in (FACTORED, CORE) or lacks(name, setting):
                 continue
             seconds = measure(name, setting)
             rows.append((name, setting, "seconds", seconds))
             rows.append((name, setting, "times ours", seconds / ours))
-        best, chunk = min((measure("core", setting, c), c) for c in CHUNKS)
-        rows.append((f"softmax, core fused, chunk {chunk}", setting, "seconds", best))
-        rows.append((f"softmax, core fused, chunk {chunk}", setting, "times ours", best / ours))
+        if lacks(CORE, setting):
+            continue
+        best, chunk = min((measure(CORE, setting, c), c) for c in CHUNKS)
+        rows.append((f"{CORE}, chunk {chunk}", setting, "seconds", best))
+        rows.append((f"{CORE}, chunk {chunk}", setting, "times ours", best / ours))
     record("papers", rows)
 
 
@@ -101,16 +79,14 @@ def sweep() -> None:
     for D in (10_000, 100_000, 1_000_000, 10_000_000):
         setting = Setting(D, 128, 128)
         for name in LAYERS:
-            # the m × D logits and their gradient, and the dense gradient, would not fit
-            if D > 1_000_000 and name in ("softmax", "softmax, core fused"):
-                continue
-            rows.append((name, setting, "seconds", measure(name, setting)))
+            if not lacks(name, setting):
+                rows.append((name, setting, "seconds", measure(name, setting)))
     record("sweep", rows)
 
 
 def flat() -> None:
     few, many = Setting(10_000, 128, 128), Setting(10_000_000, 128, 128)
-    name = "factored Taylor (ours)"
+    name = FACTORED
     pairs = [(measure(name, few), measure(name, many)) for _ in range(3)]
     ratio = statistics.median(b / a for a, b in pairs)
     rows = [
@@ -145,7 +121,7 @@ def products() -> None:
             if turn >= 10:
                 ours.append(middle - start)
                 alone.append(time.perf_counter() - middle)
-        name = "factored Taylor (ours)"
+        name = FACTORED
         rows.append((name, setting, "milliseconds", 1e3 * statistics.median(ours)))
         rows.append(("its products alone", setting, "milliseconds", 1e3 * statistics.median(alone)))
         ratio = statistics.median(a / b for a, b in zip(ours, alone, strict=True))
@@ -167,7 +143,7 @@ def wear() -> None:
             step(hidden.detach().mul_(scale).requires_grad_(), target)
         thousands.append((time.perf_counter() - start) / 1000)
         print(f"{1e3 * thousands[-1]:.2f} ms a step", flush=True)
-    health = step.head.health(1)  # type: ignore[attr-defined]
+    health = step.head.health(1)
     name = "factored squared error"
     record(
         "wear",
@@ -188,14 +164,14 @@ def memory() -> None:
     """Peak memory beyond that of an import, in sizes of W."""
     setting = Setting(2_000_000, 256, 128)
     size = 4 * setting.D * setting.d
-    name = "factored Taylor (ours)"
+    name = FACTORED
     peak = Peak()
     step = factored(setting)
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):
         step(*setting.batch(generator))
     rows = [(name, setting, "peak over W, steps", peak.over(size))]
-    head = step.head  # type: ignore[attr-defined]
+    head = step.head
     for _ in range(20):
         head.matrix.renew_()
         step(*setting.batch(generator))
@@ -214,39 +190,20 @@ def memory() -> None:
 
 
 def figure() -> None:
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
     rows = [row for row in read(TABLE) if row["part"] == "sweep"]
-    axes = plt.figure(figsize=(7, 4.6), layout="constrained").subplots()
-    for name in LAYERS:
-        own = [row for row in rows if row["layer"] == name]
-        x, y = [int(row["D"]) for row in own], [1e3 * float(row["value"]) for row in own]
-        ours = name.endswith("(ours)")
-        axes.plot(x, y, marker="o", linewidth=2.6 if ours else 1.4, zorder=3 if ours else 2)
-        if x:
-            axes.annotate(
-                name, (x[-1], y[-1]), xytext=(8, 7 if name == "softmax" else -3),
-                textcoords="offset points", va="center", fontsize=9,
-            )  # fmt: skip
-    axes.set(xscale="log", yscale="log", xlabel="classes D", ylabel="milliseconds a training step")
-    axes.set_xlim(7e3, 2e8)
-    axes.set_xticks([10**k for k in range(4, 8)])
-    axes.set_title("One step of an output layer, d = 128, m = 128, float32, 2 cores", fontsize=11)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.figure.savefig(FIGURE, dpi=140, metadata={"Software": None})
+    sizes = ("D", "d", "m")
+    lines = [
+        {"layer": row["layer"], "seconds": float(row["value"])} | {x: int(row[x]) for x in sizes}
+        for row in rows
+    ]
+    scaling.figure(lines, FIGURE)
     print(FIGURE)
 
 
 PARTS = {f.__name__: f for f in (papers, sweep, flat, products, wear, memory, figure)}
 
 if __name__ == "__main__":
-    if len(sys.argv) == 3 and sys.argv[1] == "one":
-        one(sys.argv[2])
-    elif len(sys.argv) == 2 and sys.argv[1] in PARTS:
+    if len(sys.argv) == 2 and sys.argv[1] in PARTS:
         PARTS[sys.argv[1]]()
     else:
         raise SystemExit(f"usage: python benchmarks/factored.py {'|'.join(PARTS)}")

@@ -1,0 +1,216 @@
+"""Output layers that ours are compared with, in cost and in quality; classes commonest first."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from softsphere import checks
+
+__all__ = ["AdaptiveSoftmax", "Baseline", "HierarchicalSoftmax"]
+
+# What log-probabilities of some rows and their intermediate results may have together.
+MOST_BYTES = 64 << 20
+CUTOFFS = (2_000, 20_000, 200_000, 2_000_000)
+
+
+class Baseline(nn.Module, ABC):
+    """A distribution over D classes with the face of our heads: the loss of hidden and target."""
+
+    def __init__(self, in_features: int, num_classes: int) -> None:
+        super().__init__()
+        checks.at_least_one("in_features", in_features)
+        checks.at_least_one("num_classes", num_classes)
+        if num_classes < 2:
+            raise ValueError(f"num_classes must be at least 2, got {num_classes}")
+        self.in_features, self.num_classes = in_features, num_classes
+
+    @abstractmethod
+    def mean_loss(self, H: Tensor, target: Tensor) -> Tensor:
+        """The mean of −log p_t over rows H (m, d) with their targets (m)."""
+
+    @abstractmethod
+    def every_log_prob(self, H: Tensor) -> Tensor:
+        """log p_k of rows H (m, d): (m, D)."""
+
+    def forward(self, hidden: Tensor, target: Tensor) -> Tensor:
+        """The mean negative log-likelihood of targets (…) after hidden (…, d)."""
+        self.check(hidden, target)
+        return self.mean_loss(hidden.reshape(-1, self.in_features), target.reshape(-1))
+
+    @torch.no_grad()
+    def log_prob(self, hidden: Tensor, classes: Tensor | None = None) -> Tensor:
+        """log p_k: (…, D), or (…, n) of the given classes (n) alone."""
+        checks.hidden(hidden, self.in_features)
+        if classes is None:
+            result = self.every_log_prob(hidden.reshape(-1, self.in_features))
+        else:
+            checks.classes(classes, self.num_classes)
+            portions = hidden.reshape(-1, self.in_features).split(self.rows_at_once(hidden))
+            result = torch.cat([self.every_log_prob(H)[:, classes] for H in portions])
+        return result.view(*hidden.shape[:-1], result.shape[1])
+
+    @torch.no_grad()
+    def rank(self, hidden: Tensor, target: Tensor) -> Tensor:
+        """1 + the number of classes that are better than the target: (…)."""
+        self.check(hidden, target)
+        size = self.rows_at_once(hidden)
+        portions = hidden.reshape(-1, self.in_features).split(size)
+        above = []
+        for H, t in zip(portions, target.reshape(-1).split(size), strict=True):
+            log_p = self.every_log_prob(H)
+            above.append((log_p > log_p.gather(1, t.unsqueeze(1))).sum(1))
+        return torch.cat(above).view(target.shape) + 1
+
+    def check(self, hidden: Tensor, target: Tensor) -> None:
+        checks.hidden(hidden, self.in_features)
+        checks.rows_target(hidden.shape[:-1], target)
+        checks.classes(target, self.num_classes, "target")
+
+    def rows_at_once(self, hidden: Tensor) -> int:
+        """As many as leave three tensors of their scores within MOST_BYTES; one if none do."""
+        return max(1, MOST_BYTES // (3 * hidden.element_size() * self.num_classes))
+
+
+class HierarchicalSoftmax(Baseline):
+    r"""Two-level softmax: p_t = p(cluster of t | h) p(t | its cluster, h), each a softmax.
+
+    There are C = ⌈√D⌉ clusters of at most C classes. Class t is leaf ⌊t / C⌋ of cluster t mod C, so
+    that each cluster has one of the C commonest classes and its share of the rarer ones: clusters
+    are alike in mass, and all their rows are trained about equally often.
+
+    Args:
+        in_features: d.
+        num_classes: D, at least 2. Leaves beyond D have probability exactly zero.
+        bias: whether both levels have one.
+        sparse: whether the leaves' gradients are sparse, for `SGD` and `SparseAdam` alone; a step
+            then touches the targets' clusters and nothing else of W.
+
+    Shapes: hidden (…, d); target (…) class indices.
+    A step gathers m √D rows of width d. Dense gradients cost O(D d) besides.
+
+    Source: Goodman 2001, arXiv:cs/0108006.
+
+    >>> head = HierarchicalSoftmax(8, 1000)
+    >>> hidden = torch.randn(4, 8)
+    >>> float(head.log_prob(hidden).exp().sum(1).sub(1).abs().max()) < 1e-5
+    True
+    """
+
+    def __init__(
+        self, in_features: int, num_classes: int, *, bias: bool = True, sparse: bool = False
+    ) -> None:
+        super().__init__(in_features, num_classes)
+        self.sparse = sparse
+        self.clusters = math.isqrt(num_classes - 1) + 1
+        self.leaves = -(-num_classes // self.clusters)
+        self.top = nn.Linear(in_features, self.clusters, bias)
+        # a row a cluster, as a sparse gradient wants it
+        self.weight = nn.Parameter(torch.empty(self.clusters, self.leaves * in_features))
+        self.bias = nn.Parameter(torch.empty(self.clusters, self.leaves)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The initial values of `nn.Linear` at both levels."""
+        self.top.reset_parameters()
+        bound = 1 / math.sqrt(self.in_features)
+        for values in (self.weight, self.bias):
+            if values is not None:
+                nn.init.uniform_(values, -bound, bound)
+
+    def absent(self, cluster: Tensor) -> Tensor:
+        """Which leaves of the clusters (n) are no classes: (n, leaves)."""
+        leaf = torch.arange(self.leaves, device=cluster.device)
+        return leaf * self.clusters + cluster.unsqueeze(1) >= self.num_classes
+
+    def mean_loss(self, H: Tensor, target: Tensor) -> Tensor:
+        cluster, leaf = target % self.clusters, target // self.clusters
+        rows = F.embedding(cluster, self.weight, sparse=self.sparse)
+        rows = rows.view(-1, self.leaves, self.in_features)
+        o = torch.bmm(rows, H.unsqueeze(2)).squeeze(2)
+        if self.bias is not None:
+            o = o + F.embedding(cluster, self.bias, sparse=self.sparse)
+        o = o.masked_fill(self.absent(cluster), -torch.inf)
+        return F.cross_entropy(self.top(H), cluster) + F.cross_entropy(o, leaf)
+
+    def every_log_prob(self, H: Tensor) -> Tensor:
+        W = self.weight.view(-1, self.in_features)
+        o = F.linear(H, W, None if self.bias is None else self.bias.view(-1))
+        o = o.view(-1, self.clusters, self.leaves)
+        o.masked_fill_(self.absent(torch.arange(self.clusters, device=H.device)), -torch.inf)
+        o = o.log_softmax(2)
+        o += self.top(H).log_softmax(1).unsqueeze(2)
+        return o.mT.flatten(1)[:, : self.num_classes]
+
+
+class AdaptiveSoftmax(Baseline):
+    r"""`nn.AdaptiveLogSoftmaxWithLoss` for any leading shape and with ranks.
+
+    The commonest classes and the clusters of the others share one softmax; the i-th cluster has a
+    softmax of its own over ⌊d / 4ⁱ⌋ projected numbers.
+
+    Args:
+        in_features: d.
+        num_classes: D, at least 2.
+        cutoffs: the first class of each cluster; see `default_cutoffs`.
+        bias: whether the first softmax has one; those of the clusters have none.
+
+    Shapes: hidden (…, d); target (…) class indices.
+
+    Source: Grave et al. 2017, arXiv:1609.04309.
+
+    >>> AdaptiveSoftmax(8, 30_000)(torch.zeros(2, 3, 8), torch.zeros(2, 3, dtype=torch.long)).shape
+    torch.Size([])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        cutoffs: Sequence[int] | None = None,
+        bias: bool = True,
+    ) -> None:
+        super().__init__(in_features, num_classes)
+        self.layer = nn.AdaptiveLogSoftmaxWithLoss(
+            in_features,
+            num_classes,
+            default_cutoffs(in_features, num_classes) if cutoffs is None else list(cutoffs),
+            div_value=shrinkage(in_features),
+            head_bias=bias,
+        )
+
+    def reset_parameters(self) -> None:
+        self.layer.reset_parameters()
+
+    def mean_loss(self, H: Tensor, target: Tensor) -> Tensor:
+        loss: Tensor = self.layer(H, target).loss
+        return loss
+
+    def every_log_prob(self, H: Tensor) -> Tensor:
+        return self.layer.log_prob(H)
+
+
+def shrinkage(in_features: int) -> float:
+    """How many times narrower each cluster is than the one before; 4 where d allows it."""
+    return float(min(4, in_features))
+
+
+def default_cutoffs(in_features: int, num_classes: int) -> list[int]:
+    """2,000 and ten times as many each time, below D.
+
+    No cluster is so far out that nothing is left of its width, as it could not tell its classes
+    apart. Few classes are all in the first softmax: the one cluster that there must be has the last
+    of them alone, with probability one in it.
+
+    >>> default_cutoffs(128, 100_000), default_cutoffs(8, 100_000), default_cutoffs(128, 1000)
+    ([2000, 20000], [2000], [999])
+    """
+    factor = shrinkage(in_features)
+    wide_enough = [c for i, c in enumerate(CUTOFFS, 1) if in_features // factor**i >= 1]
+    return [c for c in wide_enough if c < num_classes] or [num_classes - 1]

@@ -218,7 +218,7 @@ WRONG = {
     "hyper-parameter": (["--losses", "z_loss:c=1"], "takes a, b"),
     "value": (["--losses", "spherical_softmax:eps=-1"], "eps"),
     "number": (["--losses", "spherical_softmax:eps=x"], "must be a number"),
-    "model": (["--model", "resnet"], "mlp, cnn"),
+    "model": (["--model", "vgg"], "mlp, cnn, lenet, resnet"),
     "seeds": (["--seeds", "0"], "at least 1"),
     "far too many seeds": (["--seeds", "10001"], "at most 10000"),
     "far too many epochs": (["--epochs", "100001"], "at most 100000"),

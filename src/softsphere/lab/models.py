@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from softsphere.lab.errors import LabError
 
@@ -54,7 +55,70 @@ def cnn(shape: tuple[int, ...], num_classes: int, width: int = 32) -> nn.Module:
     )
 
 
-MODELS: dict[str, Callable[[tuple[int, ...], int], nn.Module]] = {"mlp": mlp, "cnn": cnn}
+def lenet(shape: tuple[int, ...], num_classes: int, width: int = 16) -> nn.Module:
+    """Two 5 × 5 convolutions, each with pooling, and one hidden layer with dropout."""
+    channels, height, across = shape
+    return nn.Sequential(
+        nn.Conv2d(channels, width, 5, padding=2),
+        nn.MaxPool2d(2),
+        nn.ReLU(),
+        nn.Conv2d(width, 2 * width, 5, padding=2),
+        nn.MaxPool2d(2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(2 * width * (height // 4) * (across // 4), 8 * width),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+        nn.Linear(8 * width, num_classes),
+    )
+
+
+class Residual(nn.Module):
+    """x + f(x), f a 3 × 3 convolution with batch normalisation and ReLU."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.f = nn.Sequential(
+            nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + cast(Tensor, self.f(x))
+
+
+def resnet(shape: tuple[int, ...], num_classes: int, width: int = 64) -> nn.Module:
+    """A 4 × 4 convolution that halves the image, two blocks that halve it again, and its maximum.
+
+    Each block is a 3 × 3 convolution, which doubles the channels, and a residual one.
+    """
+
+    def block(inputs: int, outputs: int) -> list[nn.Module]:
+        return [
+            nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
+            nn.MaxPool2d(2),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(),
+            Residual(outputs),
+        ]
+
+    return nn.Sequential(
+        nn.Conv2d(shape[0], width, 4, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        *block(width, 2 * width),
+        *block(2 * width, 4 * width),
+        nn.AdaptiveMaxPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4 * width, num_classes),
+    )
+
+
+MODELS: dict[str, Callable[[tuple[int, ...], int], nn.Module]] = {
+    "mlp": mlp,
+    "cnn": cnn,
+    "lenet": lenet,
+    "resnet": resnet,
+}
 
 
 def known(name: str) -> str:

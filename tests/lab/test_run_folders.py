@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 
-from softsphere.lab import compare
+from softsphere.lab import study
+from softsphere.lab.classification import Classification
 from softsphere.lab.errors import LabError
 from softsphere.lab.records import Record
 
@@ -32,18 +35,18 @@ def text(lines: list) -> str:
     "cut", ['{"loss": "soft', '{"loss": "softmax", "x": "\u00e4'[:-1] + "\udcc3"]
 )
 def test_a_line_that_was_cut_off_is_not_there_and_the_next_takes_its_place(tmp_path, cut):
-    path = tmp_path / compare.RUNS
+    path = tmp_path / study.RUNS
     path.write_bytes((text(GOOD) + cut).encode(errors="surrogateescape"))
     record = Record(tmp_path)
-    assert compare.final_runs(record) == GOOD
-    record.add(compare.RUNS, GOOD[:1])
+    assert study.final_runs(Classification, record) == GOOD
+    record.add(study.RUNS, GOOD[:1])
     assert path.read_text() == text([*GOOD, GOOD[0]])
 
 
 def test_a_last_line_that_only_lacks_its_end_is_there(tmp_path):
-    path = tmp_path / compare.RUNS
+    path = tmp_path / study.RUNS
     path.write_text(text(GOOD).rstrip("\n"))
-    Record(tmp_path).add(compare.RUNS, GOOD[:1])
+    Record(tmp_path).add(study.RUNS, GOOD[:1])
     assert path.read_text() == text([*GOOD, GOOD[0]])
 
 
@@ -67,10 +70,10 @@ SPOILED = {
 @pytest.mark.parametrize("case", SPOILED)
 def test_a_spoiled_file_is_named_with_its_line(tmp_path, case):
     content, words = SPOILED[case]
-    (tmp_path / compare.RUNS).write_bytes(content)
+    (tmp_path / study.RUNS).write_bytes(content)
     with pytest.raises(LabError, match=words) as caught:
-        compare.final_runs(Record(tmp_path))
-    assert str(tmp_path / compare.RUNS) in str(caught.value)
+        study.final_runs(Classification, Record(tmp_path))
+    assert str(tmp_path / study.RUNS) in str(caught.value)
 
 
 @pytest.mark.parametrize("content", [b"{", b"[]", b"\xff", b'{"losses": 1}', b'{"losses": [[]]}'])
@@ -81,6 +84,34 @@ def test_a_spoiled_configuration_is_named_and_is_nobodys_match(tmp_path, content
     with pytest.raises(LabError, match=r"config\.json"):
         Record.reopen(tmp_path, config, ("losses",))
     assert (tmp_path / "config.json").read_bytes() == content
+
+
+def test_one_process_at_a_time_works_in_a_folder(tmp_path):
+    record = Record.create(tmp_path / "a run", {"losses": []})
+    script = (
+        "import sys; from pathlib import Path; from softsphere.lab.records import Record\n"
+        "with Record(Path(sys.argv[1])).alone(): print('alone')"
+    )
+
+    def another() -> subprocess.CompletedProcess:
+        command = [sys.executable, "-c", script, str(record.folder)]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    with record.alone():
+        assert "another softsphere works in" in another().stderr
+    assert another().stdout == "alone\n"
+
+
+def test_what_a_kill_left_of_a_file_is_in_nobodys_way(tmp_path):
+    folder = tmp_path / "r"
+    folder.mkdir()
+    (folder / ".config.json.x7d").write_text("{")
+    record = Record.create(folder, {"losses": []})
+    with record.alone():
+        assert {path.name for path in folder.iterdir()} == {"config.json", "environment.jsonl"}
+    (folder / "a file").write_text("")
+    with pytest.raises(LabError, match="not empty"):
+        Record.create(folder, {"losses": []})
 
 
 def test_other_data_of_the_same_name_is_another_configuration(tmp_path):

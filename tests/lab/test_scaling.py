@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import pytest
 from matplotlib.text import Text
 
@@ -10,7 +15,7 @@ from softsphere.lab.errors import LabError
 from softsphere.lab.layers import FACTORED, LAYERS, Setting
 from softsphere.lab.records import Record
 from softsphere.lab.reproduce import scaling
-from softsphere.lab.reproduce.scaling import METRICS, PLANS, Plan, finding, markdown
+from softsphere.lab.reproduce.scaling import METRICS, PLANS, Plan, finding, left_out, markdown
 
 PLAN = Plan((Setting(10, 4, 4), Setting(20, 4, 4)), (FACTORED, "softmax"), 0.1)
 
@@ -156,3 +161,41 @@ def test_names_beside_the_lines_do_not_cover_each_other(tmp_path, monkeypatch):
     for i, box in enumerate(boxes):
         assert box.x1 <= width and box.y1 <= height and box.y0 >= 0
         assert not any(box.overlaps(other) for other in boxes[:i])
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_process_that_times_ends_with_the_one_that_asked_for_it():
+    script = (
+        "from softsphere.lab import timing; from softsphere.lab.layers import FACTORED, Setting\n"
+        "timing.measure(FACTORED, Setting(1000, 1024, 1024), seconds=600.0)"
+    )
+    asker = subprocess.Popen([sys.executable, "-c", script])
+    children = Path(f"/proc/{asker.pid}/task/{asker.pid}/children")
+    end = time.monotonic() + 60
+    while not children.read_text() and time.monotonic() < end:
+        time.sleep(0.05)
+    child = int(children.read_text())
+    asker.kill()
+    asker.wait()
+    # by itself it would take a minute
+    end = time.monotonic() + 25
+    while Path(f"/proc/{child}").exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{child}").exists()
+
+
+def test_what_a_machine_could_not_time_is_told_from_the_record_alone(tmp_path, monkeypatch):
+    plan = PLANS["smoke"]
+    config = {"experiment": "scaling", "budget": "smoke", **plan.config()}
+    record = Record.create(tmp_path / "r", config)
+    few = plan.layers[0]
+    monkeypatch.setattr(scaling, "obstacle", lambda name, _: None if name == few else "no memory")
+    monkeypatch.setattr(timing, "measure", lambda *_, **__: 0.001)
+    scaling.measure(plan, record, lambda _: None)
+    scaling.measure(plan, record, lambda _: None)
+    assert len(record.lines("left_out.jsonl")) == len(left_out(record)) == 4
+    # another machine has other obstacles
+    monkeypatch.setattr(scaling, "obstacle", lambda *_: None)
+    assert scaling.EXPERIMENT.finished(record) == ""
+    (record.folder / METRICS).unlink()
+    assert scaling.EXPERIMENT.finished(record).startswith(f"not measured: {few} at D = 1,000")

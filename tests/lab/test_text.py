@@ -213,17 +213,29 @@ def test_cuts_that_cannot_be_are_refused(D):
         small().cut(D)
 
 
-def test_the_first_words_to_train_on_leave_all_else_as_it_was():
+def test_the_first_words_to_train_on_are_counted_and_leave_all_else_as_it_was():
     words = small()
     first = words.first(3)
     assert said(first, "train") == ["c", "b", "b"]
     assert first.words == words.words
-    for name in ("counts", "valid", "test"):
+    # words that are not there count one, so that they are possible
+    counted = Counter(said(first, "train"))
+    assert first.counts.tolist() == [max(1, counted[word]) for word in words.words]
+    assert first.counts.dtype == words.counts.dtype
+    for name in ("valid", "test"):
         assert torch.equal(getattr(first, name), getattr(words, name))
     assert len(words.first(10).train) == len(words.train) == 10
     for tokens in (0, -3, 11):
         with pytest.raises(LabError, match=f"of 10 words .*, got {tokens}$"):
             words.first(tokens)
+
+
+def test_held_out_words_can_be_fewer_and_the_rest_is_as_it_was():
+    whole = text.load("generated")
+    some = whole.held(100)
+    assert torch.equal(some.valid, whole.valid[:100]) and torch.equal(some.test, whole.test[:100])
+    assert torch.equal(some.train, whole.train) and some.words == whole.words
+    assert len(whole.held(10**9).test) == len(whole.test)
 
 
 def test_the_fingerprint_is_of_the_words_and_of_every_part():

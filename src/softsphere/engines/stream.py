@@ -55,10 +55,13 @@ def topk(classes: Classes, H: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def rank(classes: Classes, H: Tensor, target: Tensor, own: Tensor) -> Tensor:
-    """1 + the number of other classes whose score is above own (m), the target's (m): (m)."""
+    """1 + the number of other classes whose score is not below or at own (m), the target's: (m).
+
+    What is not a number is so behind all that is.
+    """
     above = torch.zeros(len(H), dtype=torch.long, device=H.device)
     for part, scores in classes.stream(H):
-        better = scores > own.unsqueeze(1)
+        better = ~(scores <= own.unsqueeze(1))
         # not the target itself, whose score here may differ from `own` in the last digit
         row = ((target >= part.start) & (target < part.stop)).nonzero().squeeze(1)
         better[row, target[row] - part.start] = False

@@ -64,7 +64,10 @@ class Baseline(nn.Module, ABC):
         above = []
         for H, t in zip(portions, target.reshape(-1).split(size), strict=True):
             log_p = self.every_log_prob(H)
-            above.append((log_p > log_p.gather(1, t.unsqueeze(1))).sum(1))
+            own = t.unsqueeze(1)
+            # so that what is not a number is behind all that is
+            better = ~(log_p <= log_p.gather(1, own))
+            above.append(better.scatter(1, own, False).sum(1))
         return torch.cat(above).view(target.shape) + 1
 
     def check(self, hidden: Tensor, target: Tensor) -> None:

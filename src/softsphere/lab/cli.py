@@ -9,6 +9,8 @@ import typer
 from softsphere.lab.compare_command import compare
 from softsphere.lab.engines_command import engines
 from softsphere.lab.errors import LabError
+from softsphere.lab.report_command import report
+from softsphere.lab.reproduce_command import reproduce
 from softsphere.lab.twins_command import twins
 
 __all__ = ["main"]
@@ -17,6 +19,8 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 app.command()(compare)
 app.command()(engines)
 app.command()(twins)
+app.command()(reproduce)
+app.command()(report)
 
 
 @app.callback()

@@ -10,22 +10,24 @@ import typer
 from rich.console import Console
 
 from softsphere.lab import data, figures, models, summary
-from softsphere.lab.compare import (
-    Plan,
-    Task,
-    final_runs,
-    finished,
-    remaining,
-    run,
-    total,
-    trial_runs,
-)
+from softsphere.lab.classification import RATES, Classification
 from softsphere.lab.errors import LabError
-from softsphere.lab.options import at_least_one, folder, positive, usable
-from softsphere.lab.progress import bars, tell_stopped, terminal
+from softsphere.lab.options import (
+    DataDir,
+    Device,
+    Resume,
+    at_least_one,
+    folder,
+    positive,
+    usable,
+)
+from softsphere.lab.progress import tell_stopped, terminal
 from softsphere.lab.records import Record, write
+from softsphere.lab.search import Axis
 from softsphere.lab.spec import LossSpec, distinct
-from softsphere.lab.training import Epoch, Final, Schedule
+from softsphere.lab.study import final_runs, trial_runs
+from softsphere.lab.training import Schedule
+from softsphere.lab.work import work
 
 __all__ = ["compare"]
 
@@ -55,27 +57,19 @@ def compare(
             help="Choose the rate on validation data, and, in more trials, a loss's own numbers.",
         ),
     ] = False,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
-    data_dir: Annotated[
-        Path | None,
-        typer.Option(
-            parser=folder,
-            metavar="FOLDER",
-            help="Folder with NAME/train.parquet; default $SOFTSPHERE_DATA, or the hub.",
-        ),
-    ] = None,
+    device: Device = "cpu",
+    data_dir: DataDir = None,
     out: Annotated[
         Path | None,
         typer.Option(
             parser=folder, metavar="FOLDER", help="Run folder; default runs/TIME-compare-DATASET."
         ),
     ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Do only what is missing in --out, or the last run.")
-    ] = False,
+    resume: Resume = False,
 ) -> None:
     """Train one network with each loss and each seed, and say which is better."""
-    plan = Plan(
+    given = positive("--lr", lr)
+    study = Classification(
         dataset=dataset,
         losses=specs(losses, tune),
         seeds=tuple(range(at_least_one("--seeds", seeds, MOST_SEEDS))),
@@ -85,15 +79,17 @@ def compare(
             batch_size=at_least_one("--batch-size", batch_size),
             device=usable(device),
         ),
-        lr=positive("--lr", lr),
+        rates=RATES if tune and given is None else Axis.fixed(given or RATES.start),
         tune=tune,
+        data_dir=data_dir,
     )
-    images = data.load(dataset, data_dir).to(device)
+    images = study.load()
     models.suited(model, images.shape, images.num_classes)
-    plan, record = opened(plan, images, out, resume)
+    study, record = opened(study, images, out, resume)
     console = terminal()
     try:
-        work(plan, images, record, console)
+        with record.alone():
+            work(study, images, record, console, dataset)
     except KeyboardInterrupt:
         report(record, console)
         tell_stopped(console, record.folder)
@@ -106,59 +102,31 @@ def specs(text: str, tune: bool) -> tuple[LossSpec, ...]:
     return distinct(map(LossSpec.parse, text.split(",")), tune)
 
 
-def opened(plan: Plan, images: data.Images, out: Path | None, resume: bool) -> tuple[Plan, Record]:
-    """A new run folder, or the one that is gone on with, and the plan in its words."""
-    fingerprint = {"data": images.fingerprint()}
-    config = plan.config() | fingerprint
+def opened(
+    study: Classification, images: data.Images, out: Path | None, resume: bool
+) -> tuple[Classification, Record]:
+    """A new run folder, or the one that is gone on with, and the study in its words."""
+    fingerprint = {"data": study.fingerprint(images)}
+    config = study.config() | fingerprint
     if not resume:
-        name = f"{time.strftime('%Y%m%d-%H%M%S')}-compare-{plan.dataset}"
-        return plan, Record.create(out or RUNS_FOLDER / name, config)
+        name = f"{time.strftime('%Y%m%d-%H%M%S')}-compare-{study.dataset}"
+        return study, Record.create(out or RUNS_FOLDER / name, config)
     if out is None:
-        folders = sorted(RUNS_FOLDER.glob(f"*-compare-{plan.dataset}"), reverse=True)
-        out = next((f for f in folders if Record(f).matches(config, Plan.GROWS)), None)
+        folders = sorted(RUNS_FOLDER.glob(f"*-compare-{study.dataset}"), reverse=True)
+        out = next((f for f in folders if Record(f).matches(config, study.grows)), None)
         if out is None:
             raise LabError(
-                f"--resume: no folder {RUNS_FOLDER}/*-compare-{plan.dataset} was made with these "
+                f"--resume: no folder {RUNS_FOLDER}/*-compare-{study.dataset} was made with these "
                 "options; leave --resume out to begin one, or name it with --out"
             )
-    plan = plan.spelled_as(Record(out))
-    return plan, Record.reopen(out, plan.config() | fingerprint, Plan.GROWS)
-
-
-def work(plan: Plan, images: data.Images, record: Record, console: Console) -> None:
-    """Everything that the record lacks, with a bar on a terminal and a line a run elsewhere."""
-    done, runs = len(finished(plan, record)), total(plan)
-    progress = bars(console)
-    with progress:
-        bar = progress.add_task(plan.dataset, total=runs, completed=done)
-        for number, task in enumerate(remaining(plan, record), done + 1):
-
-            def show(epoch: Epoch, task: Task = task) -> None:
-                progress.update(bar, description=f"{named(task)}  epoch {epoch.epoch}")
-
-            final = run(task, images, plan, record, show)
-            progress.advance(bar)
-            if not console.is_terminal:
-                print(f"[{number}/{runs}] {named(task)}  {told(final)}", flush=True)
-
-
-def named(task: Task) -> str:
-    """A task in a few words."""
-    return f"{task.setting} lr {task.lr:g} {'trial' if task.trial else f'seed {task.seed}'}"
-
-
-def told(final: Final) -> str:
-    """What a run ended with."""
-    test = "" if final.test_error is None else f", test {100 * final.test_error:.2f} %"
-    return f"valid {100 * final.valid_error:.2f} %{test}" + (
-        " (diverged)" if final.diverged else ""
-    )
+    study = study.spelled_as(Record(out))
+    return study, Record.reopen(out, study.config() | fingerprint, study.grows)
 
 
 def report(record: Record, console: Console) -> None:
     """Table, picture and one sentence, of what is finished."""
-    lines = final_runs(record)
-    rows = summary.summarise(lines, trial_runs(record))
+    lines = final_runs(Classification, record)
+    rows = summary.summarise(lines, trial_runs(Classification, record))
     if not rows:
         console.print("No run is finished yet.")
         return

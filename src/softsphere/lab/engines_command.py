@@ -11,6 +11,8 @@ import typer
 from softsphere.lab import engines as lab_engines
 from softsphere.lab import text
 from softsphere.lab.options import (
+    DataDir,
+    Device,
     at_least,
     at_least_one,
     known_dtype,
@@ -24,10 +26,7 @@ __all__ = ["engines"]
 
 
 def engines(
-    data_dir: Annotated[
-        Path | None,
-        typer.Option(help="Folder with NAME/train.parquet …; default $SOFTSPHERE_DATA or hub."),
-    ] = None,
+    data_dir: DataDir = None,
     dataset: Annotated[
         str, typer.Option(help="ptb, wikipedia, generated, or a folder of sentences in --data-dir.")
     ] = "ptb",
@@ -40,7 +39,7 @@ def engines(
     epochs: Annotated[int, typer.Option(help="Passes over the text.")] = 2,
     lr: Annotated[float, typer.Option(help="AdamW's rate for all layers.")] = 0.003,
     seed: Annotated[int, typer.Option(help="Of initial weights and order.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
+    device: Device = "cpu",
     dtype: Annotated[str, typer.Option(help="float32 or float64, for all of it.")] = "float32",
     out: Annotated[
         Path | None, typer.Option(help="Run folder; default runs/TIME-engines-DATASET.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,18 @@ def distinguishable(count: int) -> list[Any]:
     return list(mpl.colormaps["turbo"](np.linspace(0, 1, count)))
 
 
-def comparison(lines: list[dict[str, Any]], rows: list[Row], title: str, path: Path) -> None:
-    """Learning curves (mean and range over seeds) beside the final errors of every seed."""
+def comparison(
+    lines: list[dict[str, Any]],
+    rows: list[Row],
+    title: str,
+    path: Path,
+    named: Callable[[Row], str] = lambda row: row.setting,
+    reported: Mapping[str, float] | None = None,
+) -> None:
+    """Learning curves (mean and range over seeds) beside the final errors of every seed.
+
+    named: what a loss is called. reported: errors in per cent to stand beside those of some losses.
+    """
     import matplotlib.pyplot as plt
 
     epochs = [line for line in lines if "epoch" in line]
@@ -50,7 +61,7 @@ def comparison(lines: list[dict[str, Any]], rows: list[Row], title: str, path: P
         x = sorted(by_epoch)
         errors = [list(by_epoch[e].values()) for e in x]
         mean = [np.mean(each) for each in errors]
-        curves.plot(x, mean, color=colours[row.loss], label=row.loss, linewidth=1.8)
+        curves.plot(x, mean, color=colours[row.loss], label=named(row), linewidth=1.8)
         curves.fill_between(
             x,
             [min(each) for each in errors],
@@ -85,7 +96,22 @@ def comparison(lines: list[dict[str, Any]], rows: list[Row], title: str, path: P
             markersize=6,
             capsize=4,
         )
-    points.set_yticks(range(len(rows)), [row.setting for row in reversed(rows)])
+    others = {
+        place: reported[row.loss]
+        for place, row in enumerate(reversed(rows))
+        if reported and row.loss in reported
+    }
+    if others:
+        points.scatter(
+            list(others.values()),
+            list(others),
+            s=60,
+            marker="x",
+            color="black",
+            label="paper",
+        )
+        points.legend(frameon=False, fontsize=9)
+    points.set_yticks(range(len(rows)), [named(row) for row in reversed(rows)])
     points.set(xlabel="test error, %  (seeds; mean and 95 % interval)")
     points.grid(axis="x", alpha=0.25)
     for axes in (curves, points):

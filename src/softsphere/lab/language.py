@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,13 +13,27 @@ from torch import Tensor, nn
 
 from softsphere.lab.text import Text, ngrams, windows
 
-__all__ = ["LSTM", "Examples", "OnStep", "fit", "mean_loss", "mlp", "ngram_parts", "window_parts"]
+__all__ = [
+    "LSTM",
+    "MOST_NLL",
+    "Examples",
+    "OnStep",
+    "fit",
+    "mean_loss",
+    "mlp",
+    "ngram_parts",
+    "pass_over",
+    "perplexity",
+    "window_parts",
+]
 
 # Contexts and the words that follow, of each part of a text.
 Examples = dict[str, tuple[Tensor, Tensor]]
 # Told the epoch, the step and the steps of an epoch.
 OnStep = Callable[[int, int, int], None]
 PARTS = ("train", "valid", "test")
+# Of which exp is still a number.
+MOST_NLL = 700.0
 
 
 def ngram_parts(text: Text, n: int, device: str) -> Examples:
@@ -36,16 +52,39 @@ def window_parts(text: Text, length: int, device: str) -> Examples:
     }
 
 
-def mlp(vocabulary: int, context: int, embedding: int, width: int) -> nn.Module:
-    """Embeddings of the context side by side, and two ReLU layers: (…, context) → (…, width)."""
-    return nn.Sequential(
-        nn.Embedding(vocabulary, embedding),
-        nn.Flatten(),
-        nn.Linear(context * embedding, 2 * width),
-        nn.ReLU(),
-        nn.Linear(2 * width, width),
-        nn.ReLU(),
-    )
+class Exp(nn.Module):
+    """The exponential of each number."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.exp()
+
+
+# What follows each linear layer, given its width.
+ACTIVATIONS: dict[str, Callable[[int], list[nn.Module]]] = {
+    "relu": lambda _: [nn.ReLU()],
+    "exp": lambda _: [Exp()],
+    "batchnorm": lambda width: [nn.BatchNorm1d(width), nn.ReLU()],
+}
+
+
+def mlp(
+    vocabulary: int,
+    context: int,
+    embedding: int,
+    widths: Sequence[int],
+    activation: str = "relu",
+    dropout: float = 0.0,
+) -> nn.Module:
+    """Embeddings of the context side by side, and layers of those widths: (N, context) → (N, last).
+
+    dropout: before each layer, none where it is zero.
+    """
+    layers: list[nn.Module] = [nn.Embedding(vocabulary, embedding), nn.Flatten()]
+    for inputs, outputs in itertools.pairwise((context * embedding, *widths)):
+        if dropout:
+            layers.append(nn.Dropout(dropout))
+        layers += [nn.Linear(inputs, outputs), *ACTIVATIONS[activation](outputs)]
+    return nn.Sequential(*layers)
 
 
 class LSTM(nn.Module):
@@ -80,6 +119,41 @@ def mean_loss(model: nn.Module, head: nn.Module, x: Tensor, y: Tensor) -> float:
     return total / y.numel()
 
 
+def pass_over(
+    model: nn.Module,
+    head: nn.Module,
+    optimizers: Sequence[torch.optim.Optimizer],
+    x: Tensor,
+    y: Tensor,
+    batch_size: int,
+    order: torch.Generator,
+    *,
+    after_step: Callable[[int, int], None],
+) -> tuple[float, float]:
+    """Trains once on every row, in a random order. Returns the mean loss and the seconds it took.
+
+    after_step: told the step and how many there are; its time does not count.
+    """
+    model.train()
+    head.train()
+    batches = torch.split(torch.randperm(len(y), generator=order), batch_size)
+    seconds = 0.0
+    total = torch.zeros((), dtype=torch.float64, device=x.device)
+    for step, index in enumerate(batches, 1):
+        start = clock(x.device)
+        index = index.to(x.device)
+        loss = head(model(x[index]), y[index])
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        total += loss.detach() * len(index)
+        seconds += clock(x.device) - start
+        after_step(step, len(batches))
+    return float(total) / len(y), seconds
+
+
 def fit(
     model: nn.Module,
     head: nn.Module,
@@ -92,33 +166,34 @@ def fit(
     on_step: OnStep,
 ) -> tuple[list[dict[str, Any]], float]:
     """Trains, and gives a line for each epoch and the loss on the test part."""
-    x, y = examples["train"]
     order = torch.Generator().manual_seed(seed)
     lines = []
     for epoch in range(1, epochs + 1):
-        model.train()
-        head.train()
-        batches = torch.split(torch.randperm(len(y), generator=order), batch_size)
-        seconds = 0.0
-        total = torch.zeros((), dtype=torch.float64, device=x.device)
-        for step, index in enumerate(batches, 1):
-            start = clock(x.device)
-            index = index.to(x.device)
-            loss = head(model(x[index]), y[index])
-            for optimizer in optimizers:
-                optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            for optimizer in optimizers:
-                optimizer.step()
-            total += loss.detach() * len(index)
-            seconds += clock(x.device) - start
-            on_step(epoch, step, len(batches))
+        steps = 0
+
+        def after_step(step: int, of: int, epoch: int = epoch) -> None:
+            nonlocal steps
+            steps = of
+            on_step(epoch, step, of)
+
+        loss, seconds = pass_over(
+            model, head, optimizers, *examples["train"], batch_size, order, after_step=after_step
+        )
         lines.append(
             {
                 "epoch": epoch,
-                "train_loss": float(total) / len(y),
+                "train_loss": loss,
                 "valid_loss": mean_loss(model, head, *examples["valid"]),
-                "step_seconds": seconds / len(batches),
+                "step_seconds": seconds / steps,
             }
         )
     return lines, mean_loss(model, head, *examples["test"])
+
+
+def perplexity(nll: float) -> float:
+    """exp of a mean negative log-likelihood; infinite where that is no number of Python.
+
+    >>> perplexity(0.0), perplexity(1e4)
+    (1.0, inf)
+    """
+    return math.exp(nll) if nll < MOST_NLL else math.inf

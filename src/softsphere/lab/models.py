@@ -15,7 +15,7 @@ from softsphere.lab.errors import LabError
 __all__ = ["MODELS", "build", "known", "suited"]
 
 
-def mlp(shape: tuple[int, ...], num_classes: int, width: int = 256) -> nn.Module:
+def mlp(shape: tuple[int, ...], num_classes: int, width: int = 256) -> nn.Sequential:
     """Two hidden ReLU layers with dropout."""
     return nn.Sequential(
         nn.Flatten(),
@@ -29,7 +29,7 @@ def mlp(shape: tuple[int, ...], num_classes: int, width: int = 256) -> nn.Module
     )
 
 
-def cnn(shape: tuple[int, ...], num_classes: int, width: int = 32) -> nn.Module:
+def cnn(shape: tuple[int, ...], num_classes: int, width: int = 32) -> nn.Sequential:
     """Two blocks of two 3 × 3 convolutions with batch normalisation, and one hidden layer."""
 
     def block(inputs: int, outputs: int) -> list[nn.Module]:
@@ -55,7 +55,7 @@ def cnn(shape: tuple[int, ...], num_classes: int, width: int = 32) -> nn.Module:
     )
 
 
-def lenet(shape: tuple[int, ...], num_classes: int, width: int = 16) -> nn.Module:
+def lenet(shape: tuple[int, ...], num_classes: int, width: int = 16) -> nn.Sequential:
     """Two 5 × 5 convolutions, each with pooling, and one hidden layer with dropout."""
     channels, height, across = shape
     return nn.Sequential(
@@ -86,7 +86,7 @@ class Residual(nn.Module):
         return x + cast(Tensor, self.f(x))
 
 
-def resnet(shape: tuple[int, ...], num_classes: int, width: int = 64) -> nn.Module:
+def resnet(shape: tuple[int, ...], num_classes: int, width: int = 64) -> nn.Sequential:
     """A 4 × 4 convolution that halves the image, two blocks that halve it again, and its maximum.
 
     Each block is a 3 × 3 convolution, which doubles the channels, and a residual one.
@@ -113,7 +113,7 @@ def resnet(shape: tuple[int, ...], num_classes: int, width: int = 64) -> nn.Modu
     )
 
 
-MODELS: dict[str, Callable[[tuple[int, ...], int], nn.Module]] = {
+MODELS: dict[str, Callable[[tuple[int, ...], int], nn.Sequential]] = {
     "mlp": mlp,
     "cnn": cnn,
     "lenet": lenet,
@@ -128,7 +128,7 @@ def known(name: str) -> str:
     return name
 
 
-def build(name: str, shape: tuple[int, ...], num_classes: int) -> nn.Module:
+def build(name: str, shape: tuple[int, ...], num_classes: int) -> nn.Sequential:
     """The network of that name for images of that shape (channels, height, width)."""
     return MODELS[name](shape, num_classes)
 

@@ -1,8 +1,9 @@
-"""Checks of the command line's options, each an error of one line that names the option."""
+"""The command line's options: those of several commands, and checks that name the option."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import typer
@@ -12,6 +13,9 @@ from softsphere.lab.errors import LabError
 from softsphere.losses import Spherical
 
 __all__ = [
+    "DataDir",
+    "Device",
+    "Resume",
     "at_least_one",
     "folder",
     "known_dtype",
@@ -39,6 +43,20 @@ def folder(text: str) -> Path:
     if not text:
         raise typer.BadParameter("must not be empty")
     return Path(text)
+
+
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
+DataDir = Annotated[
+    Path | None,
+    typer.Option(
+        parser=folder,
+        metavar="FOLDER",
+        help="Folder with NAME/train.parquet; default $SOFTSPHERE_DATA, or the hub.",
+    ),
+]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Do only what is missing in --out, or the last run.")
+]
 
 
 def usable(device: str) -> str:

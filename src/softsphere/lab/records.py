@@ -10,7 +10,8 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 
 from softsphere.lab.errors import LabError
 
-__all__ = ["Record", "environment", "write", "write_bytes"]
+__all__ = ["Line", "Record", "environment", "write", "write_bytes"]
 
 Line = dict[str, Any]
 
@@ -92,6 +93,33 @@ def without_cut(text: bytes) -> bytes:
     return text + b"\n"
 
 
+def is_leftover(path: Path) -> bool:
+    """Whether it is a file that was being written."""
+    return path.name.startswith(".") and path.is_file()
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """The lock of a folder. Raises: LabError where another process has it."""
+    try:
+        import fcntl
+    except ImportError:  # a system without such locks
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(handle)
+        raise LabError(
+            f"another softsphere works in {folder}; wait for it, or take another --out"
+        ) from error
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
 class Record:
     """config.json, environment.jsonl (a line a start), and *.jsonl files of finished work."""
 
@@ -101,7 +129,8 @@ class Record:
     @classmethod
     def create(cls, folder: Path, config: Line) -> Record:
         """A new record. Raises LabError where the folder holds something already."""
-        if folder.exists() and any(folder.iterdir()):
+        # what a kill leaves of a file that was being written is nothing to keep
+        if folder.exists() and any(not is_leftover(path) for path in folder.iterdir()):
             raise LabError(
                 f"--out {folder} is not empty; pass --resume to do only what is missing there"
             )
@@ -136,6 +165,18 @@ class Record:
         write(folder / "config.json", json.dumps({**config, **union}, indent=2) + "\n")
         record.add("environment.jsonl", [environment()])
         return record
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """While it lasts, no other process works in the folder; what a kill left there goes.
+
+        Raises: LabError where another one does.
+        """
+        with locked(self.folder):
+            for path in self.folder.iterdir():
+                if is_leftover(path):
+                    path.unlink()
+            yield
 
     def matches(self, config: Line, grows: tuple[str, ...]) -> bool:
         """Whether it was made with this configuration but for the lists that may grow."""

@@ -41,8 +41,9 @@ def perform(
     record = Record.reopen(where, config, ()) if resume else Record.create(where, config)
     console = terminal()
     try:
-        for engine in remaining(record, engines):
-            work(engine, config["epochs"], train, record, console)
+        with record.alone():
+            for engine in remaining(record, engines):
+                work(engine, config["epochs"], train, record, console)
     except KeyboardInterrupt:
         tell_stopped(console, record.folder)
         raise typer.Exit(130) from None

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 
 from softsphere import losses
 from softsphere.lab.errors import LabError
+from softsphere.lab.search import Axis, Space
 
-__all__ = ["LossSpec", "distinct"]
+__all__ = ["AXES", "LossSpec", "distinct", "searched"]
 
-# What tuning tries for the hyper-parameters that are a loss's own.
-GRID: dict[str, dict[str, tuple[float, ...]]] = {
-    "spherical_softmax": {"eps": (0.01, 0.1, 1.0)},
-    "z_loss": {"a": (0.3, 1.0), "b": (2.0, 8.0)},
-    "soft_margin_softmax": {"margin": (0.3, 1.0, 3.0)},
+# Along which tuning searches for the hyper-parameters that are a loss's own.
+AXES: dict[str, dict[str, Axis]] = {
+    "spherical_softmax": {"eps": Axis((1e-4, 1e-3, 0.01, 0.1, 1.0, 10.0, 100.0), 0.1)},
+    "z_loss": {
+        "a": Axis((0.01, 0.03, 0.1, 0.3, 1.0, 3.0), 0.3),
+        "b": Axis((0.5, 2.0, 8.0, 32.0, 128.0), 8.0),
+    },
+    "soft_margin_softmax": {"margin": Axis((0.03, 0.1, 0.3, 1.0, 3.0, 10.0), 1.0)},
 }
 
 
@@ -58,19 +62,24 @@ class LossSpec:
         """The loss itself."""
         return losses.REGISTRY[self.name](**dict(self.given))
 
-    def candidates(self, tune: bool) -> list[LossSpec]:
-        """This spec alone; with tune, every setting of what was not given but can be tuned."""
-        grid = GRID.get(self.name, {}) if tune else {}
-        free = {key: values for key, values in grid.items() if key not in dict(self.given)}
-        return [
-            LossSpec(self.name, tuple(sorted((*self.given, *zip(free, values, strict=True)))))
-            for values in itertools.product(*free.values())
-        ]
+    def axes(self, tune: bool) -> dict[str, Axis]:
+        """What can be tuned and was not given; nothing without tune."""
+        axes = AXES.get(self.name, {}) if tune else {}
+        return {key: axis for key, axis in axes.items() if key not in dict(self.given)}
+
+    def at(self, values: Mapping[str, float]) -> LossSpec:
+        """This spec with values for what was not given.
+
+        >>> str(LossSpec.parse("z_loss:b=2").at({"a": 1.0}))
+        'z_loss:a=1:b=2'
+        """
+        return LossSpec(self.name, tuple(sorted({**dict(self.given), **values}.items())))
 
     def same(self, other: LossSpec, tune: bool) -> bool:
         """Whether both choose from the same losses, however they are spelled."""
-        mine, others = ({each.loss() for each in spec.candidates(tune)} for spec in (self, other))
-        return mine == others
+        free, others = self.axes(tune), other.axes(tune)
+        start = {key: axis.start for key, axis in free.items()}
+        return free == others and self.at(start).loss() == other.at(start).loss()
 
     def __str__(self) -> str:
         """What `parse` reads back as the same numbers.
@@ -80,6 +89,12 @@ class LossSpec:
         """
         given = (f"{key}={repr(value).removesuffix('.0')}" for key, value in self.given)
         return ":".join([self.name, *given])
+
+
+def searched(tune: bool, **others: Axis) -> dict[str, Any]:
+    """All axes that a search may go along, as JSON: a loss's own, where it is tuned, and others."""
+    own = {f"{name}:{key}": axis for name, axes in AXES.items() for key, axis in axes.items()}
+    return Space({**(own if tune else {}), **others}).config()
 
 
 def number(name: str, text: str, kind: type[int] | type[float]) -> float:

@@ -69,7 +69,9 @@ class Text:
         )
 
     def first(self, tokens: int) -> Text:
-        """The text with so many words to train on, its vocabulary and counts as they were.
+        """The text with so many words to train on, counted anew; its vocabulary as it was.
+
+        A word that is not among them counts 1, so that frequencies stay positive.
 
         Raises: LabError where tokens is not from 1 to the words that there are.
         """
@@ -78,7 +80,13 @@ class Text:
                 f"a text of {len(self.train)} words can be trained on the first 1 or more of them, "
                 f"got {tokens}"
             )
-        return replace(self, train=self.train[:tokens])
+        train = self.train[:tokens]
+        counts = torch.bincount(train, minlength=len(self.words)).clamp_min(1)
+        return replace(self, train=train, counts=counts.to(self.counts.dtype))
+
+    def held(self, tokens: int) -> Text:
+        """The text with so many words at most to validate on, and to test on."""
+        return replace(self, valid=self.valid[:tokens], test=self.test[:tokens])
 
     def fingerprint(self) -> dict[str, Any]:
         """What tells this text from other texts of the same name, as JSON."""

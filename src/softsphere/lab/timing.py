@@ -7,9 +7,12 @@ What one layer leaves in the allocator and the caches is then nothing to the nex
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from dataclasses import asdict
 
@@ -55,15 +58,30 @@ def measure(
         "threads": torch.get_num_threads(),
     }
     command = [sys.executable, "-m", "softsphere.lab.timing", json.dumps(job)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if result.returncode:
-        said = result.stderr.strip()[-2000:] or f"exit status {result.returncode}"
-        raise LabError(f"{name} at {setting} failed:\n{said}")
-    return float(result.stdout.split()[-1])
+    with (
+        tempfile.TemporaryFile("w+") as out,
+        tempfile.TemporaryFile("w+") as wrong,
+        # whose end, which comes with that of this process, is the end of the other one too
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=out, stderr=wrong) as process,
+    ):
+        status = process.wait()
+        out.seek(0)
+        wrong.seek(0)
+        if status:
+            said = wrong.read().strip()[-2000:] or f"exit status {status}"
+            raise LabError(f"{name} at {setting} failed:\n{said}")
+        return float(out.read().split()[-1])
+
+
+def leave_with_parent() -> None:
+    """Waits for the end of standard input, and leaves at once."""
+    sys.stdin.read()
+    os._exit(1)
 
 
 def main(job: str) -> None:
     """What the process does."""
+    threading.Thread(target=leave_with_parent, daemon=True).start()
     asked = json.loads(job)
     torch.set_num_threads(asked["threads"])
     torch.manual_seed(0)

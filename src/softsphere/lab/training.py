@@ -6,13 +6,17 @@ import copy
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from softsphere.lab.augment import flip_and_crop
+from softsphere.lab.checkpoint import Checkpoint, finish
 from softsphere.lab.data import Images, Split
 from softsphere.lab.models import build
+from softsphere.lab.rates import cosine
 from softsphere.losses import Loss
 from softsphere.modules import SphericalLoss
 
@@ -21,12 +25,20 @@ __all__ = ["Epoch", "Final", "Schedule", "train"]
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how: Adam, its rate falling to zero along a cosine."""
+    """How long and how: AdamW, its rate rising for a share of the steps, then a falling cosine.
+
+    weight_decay: of matrices and filters, not of vectors. augment: each training image is shifted
+    and mirrored at random. bfloat16: products and convolutions of all layers but the last.
+    """
 
     model: str
     epochs: int
     batch_size: int
     device: str
+    warm_up: float = 0.0
+    weight_decay: float = 0.0
+    augment: bool = False
+    bfloat16: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,6 +65,24 @@ class Final:
     diverged: bool
 
 
+class Network(nn.Module):
+    """A network as a schedule has it; its last layer is float32 whatever the others compute in."""
+
+    def __init__(self, schedule: Schedule, shape: tuple[int, ...], num_classes: int) -> None:
+        super().__init__()
+        self.layers = build(schedule.model, shape, num_classes)
+        self.device_type = torch.device(schedule.device).type
+        self.autocast = schedule.bfloat16
+        # convolutions are fastest with the channels innermost
+        self.to(schedule.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(self.device_type, torch.bfloat16, enabled=self.autocast):
+            hidden: Tensor = self.layers[:-1](x.contiguous(memory_format=torch.channels_last))
+        outputs: Tensor = self.layers[-1](hidden.float())
+        return outputs
+
+
 def evaluate(model: nn.Module, criterion: SphericalLoss, part: Split) -> tuple[float, float | None]:
     """Error and, for a distribution, mean negative log-likelihood."""
     model.eval()
@@ -67,6 +97,103 @@ def evaluate(model: nn.Module, criterion: SphericalLoss, part: Split) -> tuple[f
     return wrong / len(part), nll / len(part) if criterion.loss.normalised else None
 
 
+def adamw(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
+    """Vectors are biases and scales, which decay only harms."""
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=lr)
+
+
+class Run:
+    """A network under training, and all that it takes to go on with it elsewhere."""
+
+    def __init__(self, data: Images, loss: Loss, lr: float, seed: int, schedule: Schedule) -> None:
+        torch.manual_seed(seed)
+        self.data, self.schedule = data, schedule
+        self.model = Network(schedule, data.shape, data.num_classes)
+        self.criterion = SphericalLoss(loss)
+        self.optimizer = adamw(self.model, lr, schedule.weight_decay)
+        steps = schedule.epochs * math.ceil(len(data.train) / schedule.batch_size)
+        self.rate = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: cosine(step, steps, schedule.warm_up)
+        )
+        self.order = torch.Generator().manual_seed(seed)
+        self.history: list[Epoch] = []
+        self.best, self.kept = math.inf, self.weights()
+        self.diverged = False
+
+    def weights(self) -> dict[str, Tensor]:
+        """As they are now."""
+        return copy.deepcopy(self.model.state_dict())
+
+    def state(self) -> dict[str, Any]:
+        """What `go_on` takes."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "rate": self.rate.state_dict(),
+            "order": self.order.get_state(),
+            "history": [asdict(epoch) for epoch in self.history],
+            "best": self.best,
+            "kept": self.kept,
+        }
+
+    def go_on(self, state: dict[str, Any]) -> None:
+        """From a state."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.rate.load_state_dict(state["rate"])
+        self.order.set_state(state["order"])
+        self.history = [Epoch(**epoch) for epoch in state["history"]]
+        self.best = state["best"]
+        self.kept = state["kept"]
+
+    def epoch(self) -> None:
+        """One pass over the training part, and a look at the validation part."""
+        train, start, total = self.data.train, time.perf_counter(), 0.0
+        self.model.train()
+        shuffled = torch.randperm(len(train), generator=self.order)
+        for index in torch.split(shuffled, self.schedule.batch_size):
+            batch = train.take(index.to(self.schedule.device))
+            x = flip_and_crop(batch.x, self.order) if self.schedule.augment else batch.x
+            value = self.criterion(self.model(x), batch.y)
+            self.optimizer.zero_grad(set_to_none=True)
+            value.backward()
+            self.optimizer.step()
+            self.rate.step()
+            total += float(value.detach()) * len(index)
+        seconds = time.perf_counter() - start
+        error, nll = evaluate(self.model, self.criterion, self.data.valid)
+        epoch = Epoch(len(self.history) + 1, total / len(train), error, nll, seconds)
+        if not math.isfinite(epoch.train_loss):
+            self.diverged = True
+            return
+        self.history.append(epoch)
+        if error < self.best:
+            self.best, self.kept = error, self.weights()
+
+    def final(self, read_test: bool) -> Final:
+        """The end, with the weights of the best epoch."""
+        self.model.load_state_dict(self.kept)
+        test_error, test_nll = (
+            evaluate(self.model, self.criterion, self.data.test) if read_test else (None, None)
+        )
+        errors = [epoch.valid_error for epoch in self.history] or [1.0]
+        return Final(
+            best_epoch=errors.index(min(errors)) + 1 if self.history else 0,
+            valid_error=min(errors),
+            mean_valid_error=sum(errors) / len(errors),
+            test_error=test_error,
+            test_nll=test_nll,
+            seconds=sum(epoch.seconds for epoch in self.history),
+            diverged=self.diverged,
+        )
+
+
 def train(
     data: Images,
     loss: Loss,
@@ -75,53 +202,14 @@ def train(
     schedule: Schedule,
     *,
     read_test: bool,
-    on_epoch: Callable[[Epoch], None] = lambda _: None,
+    kept: Checkpoint | None = None,
+    on_epoch: Callable[[int, int], None] = lambda *_: None,
 ) -> tuple[list[Epoch], Final]:
     """Trains one network; the epoch with the lowest validation error is the one that counts.
 
     A loss that stops being finite ends the run as diverged, with what was best before.
+    kept: where the state after each epoch goes, and comes from.
     """
-    torch.manual_seed(seed)
-    model = build(schedule.model, data.shape, data.num_classes).to(schedule.device)
-    criterion = SphericalLoss(loss)
-    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
-    batches = math.ceil(len(data.train) / schedule.batch_size)
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, schedule.epochs * batches)
-    order = torch.Generator().manual_seed(seed)
-    history: list[Epoch] = []
-    best, kept, diverged = math.inf, copy.deepcopy(model.state_dict()), False
-    for number in range(1, schedule.epochs + 1):
-        start, total = time.perf_counter(), 0.0
-        model.train()
-        shuffled = torch.randperm(len(data.train), generator=order)
-        for index in torch.split(shuffled, schedule.batch_size):
-            batch = data.train.take(index.to(schedule.device))
-            value = criterion(model(batch.x), batch.y)
-            optimizer.zero_grad(set_to_none=True)
-            value.backward()
-            optimizer.step()
-            cosine.step()
-            total += float(value.detach()) * len(index)
-        seconds = time.perf_counter() - start
-        error, nll = evaluate(model, criterion, data.valid)
-        epoch = Epoch(number, total / len(data.train), error, nll, seconds)
-        if not math.isfinite(epoch.train_loss):
-            diverged = True
-            break
-        history.append(epoch)
-        on_epoch(epoch)
-        if error < best:
-            best, kept = error, copy.deepcopy(model.state_dict())
-    model.load_state_dict(kept)
-    test_error, test_nll = evaluate(model, criterion, data.test) if read_test else (None, None)
-    errors = [epoch.valid_error for epoch in history] or [1.0]
-    final = Final(
-        best_epoch=errors.index(min(errors)) + 1 if history else 0,
-        valid_error=min(errors),
-        mean_valid_error=sum(errors) / len(errors),
-        test_error=test_error,
-        test_nll=test_nll,
-        seconds=sum(epoch.seconds for epoch in history),
-        diverged=diverged,
-    )
-    return history, final
+    run = Run(data, loss, lr, seed, schedule)
+    finish(run, schedule.epochs, kept or Checkpoint(), on_epoch)
+    return run.history, run.final(read_test)

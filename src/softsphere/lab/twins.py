@@ -63,7 +63,9 @@ def run(plan: Plan, engine: str, text: Text, on_step: language.OnStep) -> list[d
     torch.manual_seed(plan.seed)
     D, device, dtype = len(text.words), plan.device, getattr(torch, plan.dtype)
     # drawn in float32 whatever the dtype, so that runs in both begin with the same weights
-    model = language.mlp(D, plan.n - 1, plan.embedding, plan.width).to(device, dtype)
+    model = language.mlp(D, plan.n - 1, plan.embedding, (2 * plan.width, plan.width)).to(
+        device, dtype
+    )
     first = nn.Linear(plan.width, D)
     factored = FactoredSphericalLoss(
         plan.width,

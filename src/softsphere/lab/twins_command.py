@@ -11,6 +11,8 @@ import typer
 from softsphere.lab import text
 from softsphere.lab import twins as lab_twins
 from softsphere.lab.options import (
+    DataDir,
+    Device,
     at_least,
     at_least_one,
     known_dtype,
@@ -25,10 +27,7 @@ __all__ = ["twins"]
 
 
 def twins(
-    data_dir: Annotated[
-        Path | None,
-        typer.Option(help="Folder with NAME/train.parquet …; default $SOFTSPHERE_DATA or hub."),
-    ] = None,
+    data_dir: DataDir = None,
     dataset: Annotated[
         str, typer.Option(help="ptb, wikipedia, generated, or a folder of sentences in --data-dir.")
     ] = "ptb",
@@ -43,7 +42,7 @@ def twins(
     momentum: Annotated[float, typer.Option(help="Momentum of the output layer.")] = 0.0,
     trunk_lr: Annotated[float, typer.Option(help="SGD's rate for the layers below.")] = 0.05,
     seed: Annotated[int, typer.Option(help="Of initial weights and order.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
+    device: Device = "cpu",
     dtype: Annotated[str, typer.Option(help="float32 or float64, for all of it.")] = "float32",
     out: Annotated[
         Path | None, typer.Option(help="Run folder; default runs/TIME-twins-DATASET.")

@@ -1,1 +1,1 @@
-"""Experiments of the papers and of this library, each as a plan, a record and its report."""
+"""The paper's experiments, run again, and the questions that it leaves open."""

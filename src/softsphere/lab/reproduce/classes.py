@@ -1,0 +1,167 @@
+"""Why and where does the order turn? One text and network, and the words told apart cut to D."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+
+from softsphere.lab.language_modelling import LanguageModelling
+from softsphere.lab.language_training import Setup
+from softsphere.lab.outputs import Output
+from softsphere.lab.reproduce import pictures
+from softsphere.lab.reproduce.experiment import Ran, Section, StudyExperiment
+from softsphere.lab.reproduce.language import PERPLEXITY, REFERENCE, setup
+from softsphere.lab.reproduce.paper import label
+from softsphere.lab.reproduce.tables import (
+    below,
+    count,
+    p_values,
+    ratio,
+    settings,
+    shown,
+    times,
+    told,
+)
+from softsphere.lab.search import Axis
+from softsphere.lab.tables import markdown
+
+__all__ = ["EXPERIMENT"]
+
+CLASSES = (10, 100, 1_000, 3_000, 10_000, 30_000, 60_000)
+
+
+def outputs(classes: tuple[int, ...]) -> tuple[Output, ...]:
+    """Softmax and the spherical losses, without and with the base measure, at each D."""
+    kinds = (
+        Output(REFERENCE),
+        *(Output(loss, prior=prior) for prior in (False, True)
+          for loss in ("taylor_softmax", "spherical_softmax")),
+    )  # fmt: skip
+    return tuple(replace(kind, classes=D) for D in classes for kind in kinds)
+
+
+def kind_of(name: str) -> str:
+    """The output layer without its number of classes.
+
+    >>> kind_of("taylor_softmax prior classes=10")
+    'taylor_softmax prior'
+    """
+    return str(replace(Output.parse(name), classes=None))
+
+
+def tell(ran: Ran) -> Section:
+    """Perplexities and their ratio to softmax's by D."""
+    reference = {name: softmax_of(name) for name in ran.ends}
+    p = p_values(ran.ends, PERPLEXITY, reference)
+    header = ("D", "output layer", "its numbers", "rate", "trials", "seeds", PERPLEXITY.title)
+    rows = []
+    for name, runs in ran.ends.items():
+        chosen = settings(runs)
+        rows.append(
+            (f"{Output.parse(name).classes:,}", label(kind_of(name)), *chosen, ran.tried(name),
+             count(runs),
+             told(runs, PERPLEXITY), times(ran.ends, name, reference[name], PERPLEXITY),
+             shown(p.get(name)))
+        )  # fmt: skip
+    table = markdown((*header, "times softmax", "p"), rows)
+    found_out = finding(ran, p)
+    return Section(
+        text=f"{setup(ran)}\n{table}\n{found_out}\n",
+        table=table,
+        finding=found_out,
+        pictures={"ratios": partial(picture, ran)},
+    )
+
+
+def softmax_of(name: str) -> str:
+    """Softmax with as many classes."""
+    return str(Output(REFERENCE, classes=Output.parse(name).classes))
+
+
+def curves(ran: Ran) -> dict[str, dict[int, tuple[float, float, float]]]:
+    """Of each kind of layer, by D: perplexity in times softmax's, and its interval."""
+    found: dict[str, dict[int, tuple[float, float, float]]] = {}
+    for name in ran.ends:
+        D, kind = Output.parse(name).classes, kind_of(name)
+        compared = ratio(ran.ends, name, softmax_of(name), PERPLEXITY)
+        if kind != REFERENCE and D is not None and compared is not None:
+            found.setdefault(kind, {})[D] = compared
+    return found
+
+
+def finding(ran: Ran, p: Mapping[str, float]) -> str:
+    """How far each kind is from softmax with the fewest and most classes, and what was shown."""
+    parts = []
+    for kind, by_classes in curves(ran).items():
+        fewest, most = min(by_classes), max(by_classes)
+        names = {D: str(replace(Output.parse(kind), classes=D)) for D in sorted(by_classes)}
+        better = [f"{D:,}" for D in names if below(p.get(names[D]), by_classes[D][0])]
+        tested = any(name in p for name in names.values())
+        said = (
+            f"shown to be below it at {', '.join(better)}" if better else "nowhere shown below it"
+        )
+        parts.append(
+            f"{label(kind)} has {by_classes[fewest][0]:.3f} times softmax's perplexity at "
+            f"{fewest:,} classes and {by_classes[most][0]:.3f} times at {most:,}, "
+            f"{said if tested else 'not tested'}"
+        )
+    sentence = "; ".join(parts)
+    return f"{sentence[0].upper()}{sentence[1:]}." if parts else "Nothing can be compared yet."
+
+
+def picture(ran: Ran, path: pictures.Path) -> None:
+    """The ratio against D."""
+    drawn: list[pictures.Line] = []
+    for kind, by_classes in curves(ran).items():
+        x = sorted(by_classes)
+        y = [by_classes[D][0] for D in x]
+        drawn.append((label(kind), x, y, [by_classes[D][1:] for D in x]))
+    pictures.lines(
+        drawn,
+        "classes D (the commonest words; all others are one)",
+        "test perplexity, in times softmax's",
+        f"{ran.config['dataset']}: where does the order turn?",
+        path,
+    )
+
+
+FULL = LanguageModelling(
+    dataset="wikipedia",
+    outputs=outputs(CLASSES),
+    seeds=(0, 1, 2),
+    setup=Setup(
+        embedding=32, hidden=128, width=64, batch_size=1024, epochs=2, train=2_000_000, held=50_000
+    ),
+    trial_epochs=1,
+)
+
+EXPERIMENT = StudyExperiment(
+    name="classes",
+    title="The number of classes",
+    claim=(
+        "With few classes the spherical losses are as good as softmax, with many they are worse; "
+        "where the order turns, and why, the paper leaves open (arXiv:1511.05042)."
+    ),
+    differences=(
+        "None of the paper's: it compares different data sets. Here the text, the network and what "
+        "it reads are the same, and only the number of words that are told apart changes."
+    ),
+    studies={
+        "smoke": replace(
+            FULL,
+            dataset="generated",
+            outputs=outputs((10, 100)),
+            seeds=(0,),
+            setup=Setup(embedding=8, hidden=16, width=16, batch_size=64, epochs=1),
+            rates=Axis.fixed(3e-3),
+        ),
+        "small": replace(
+            FULL,
+            setup=replace(FULL.setup, train=1_000_000, held=20_000, epochs=1),
+            trial_words=300_000,
+        ),
+        "full": FULL,
+    },
+    tell=tell,
+)

@@ -1,0 +1,97 @@
+"""docs/results.md and its pictures, from the records alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from softsphere.lab.records import Record, write
+from softsphere.lab.reproduce.experiment import BUDGETS, Experiment, Section
+from softsphere.lab.reproduce.paper import SOURCE
+from softsphere.lab.reproduce.registry import EXPERIMENTS
+
+__all__ = ["PICTURES", "RECORDS", "chosen", "markdown", "rebuild", "sections"]
+
+RECORDS = Path("records")
+# Beside the page.
+PICTURES = "results"
+HEAD = f"""\
+# Results
+
+The experiments of {SOURCE}, run again with this library, and the
+questions that it leaves open. Every table and picture is made by `softsphere report` from the run
+folders in `records/`, which hold every epoch of every final run, the search, the command and the
+environment.
+
+Each loss has the same network, data order and budget, and a learning rate (and ε, a, b, margin or
+layer's rate) that the same search chose on validation data with a seed of its own: from the same
+point it goes to the best neighbour along any axis until there is no better one, so that a loss with
+more numbers of its own has more trials. The test set is read once per final run. Numbers are means
+over the seeds ± half of a 95 % interval (Student's t); p is that of a paired test against softmax,
+corrected after Holm for all losses of a table. Runs that diverged are counted, and are in no mean
+and no test. The paper's numbers are as summaries of it give them; it reports no spread. Seconds are
+of training alone, on a machine that did other work besides: to be compared roughly, within a table.
+"""
+
+
+def chosen(records: Path, experiment: Experiment) -> Record | None:
+    """Of the records with a final run the one with the largest budget, then the last by name.
+
+    Smoke does not count.
+    """
+    found: list[tuple[int, str]] = []
+    for folder in records.glob("*/"):
+        config = Record(folder).config() or {}
+        ours = config.get("experiment") == experiment.name and config.get("budget") in BUDGETS[1:]
+        if ours and experiment.section(Record(folder)):
+            found.append((BUDGETS.index(config["budget"]), folder.name))
+    return Record(records / max(found)[1]) if found else None
+
+
+def sections(records: Path) -> Iterator[tuple[Experiment, Record, Section]]:
+    """What there is to tell, in the order of the registry."""
+    for experiment in EXPERIMENTS.values():
+        record = chosen(records, experiment)
+        section = record and experiment.section(record)
+        if record and section:
+            yield experiment, record, section
+
+
+def markdown(records: Path) -> str:
+    """The page."""
+    parts = [HEAD]
+    for experiment, record, section in sections(records):
+        environment = record.lines("environment.jsonl")[0]
+        unfinished = experiment.finished(record)
+        pictures = "".join(
+            f"\n![{experiment.title}: {name}]({PICTURES}/{experiment.name}-{name}.png)\n"
+            for name in section.pictures
+        )
+        parts.append(
+            f"\n## {experiment.title}\n\n"
+            f"*Claim.* {experiment.claim}\n\n"
+            f"`{environment['command']}` (torch {environment['packages']['torch']}, "
+            f"{environment['cuda'] or environment['machine'] + ' CPU'}; "
+            f"record `{record.folder.name}`)"
+            + (f"; **{unfinished}**" if unfinished else "")
+            + f"\n\n{section.text}{pictures}\n*Differences from the paper.* "
+            f"{experiment.differences}\n"
+        )
+    return "".join(parts)
+
+
+def rebuild(records: Path, docs: Path) -> list[Path]:
+    """Writes the page and draws its pictures. Returns what was written."""
+    folder = docs / PICTURES
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for experiment, _, section in sections(records):
+        for name, draw in section.pictures.items():
+            path = folder / f"{experiment.name}-{name}.png"
+            draw(path)
+            written.append(path)
+    for old in set(folder.glob("*.png")) - set(written):
+        old.unlink()
+    page = docs / "results.md"
+    write(page, markdown(records))
+    return [page, *written]

@@ -1,16 +1,15 @@
 """What does a training step of the factored layer cost, beside other output layers?
 
     python benchmarks/factored.py papers    # the papers' settings against softmax, core and others
-    python benchmarks/factored.py sweep     # step time against D from 10⁴ to 10⁷, for all layers
     python benchmarks/factored.py flat      # D = 10⁷ against D = 10⁴, m = d = 128
     python benchmarks/factored.py products  # against the matrix products that it cannot do without
     python benchmarks/factored.py wear      # squared error over 10,000 steps
     python benchmarks/factored.py memory    # peak memory of steps, mending, saving and loading
-    python benchmarks/factored.py figure    # draws the sweep that the table holds
 
 Everything is counted: forward, backward, update, mending; only ratios of one run mean anything.
 A part replaces its rows in benchmarks/factored.csv (with machine and versions). Each layer is timed
-in a process of its own, the median of its steps after warm-up.
+in a process of its own, the median of its steps after warm-up. Step times of all layers against D
+are an experiment: `softsphere reproduce scaling`.
 """
 
 from __future__ import annotations
@@ -23,15 +22,13 @@ import time
 from pathlib import Path
 
 import torch
-from measure import Peak, read
+from measure import Peak
 from measure import record as replace_part
 
 from softsphere.lab.layers import CORE, FACTORED, LAYERS, Setting, factored, obstacle
-from softsphere.lab.reproduce import scaling
 from softsphere.lab.timing import measure
 
 TABLE = Path(__file__).with_name("factored.csv")
-FIGURE = Path(__file__).with_name("factored.png")
 PAPERS = (Setting(793_471, 512, 200), Setting(800_000, 300, 128))
 CHUNKS = (25, 50, 100, 200)
 
@@ -72,16 +69,6 @@ def papers() -> None:
         rows.append((f"{CORE}, chunk {chunk}", setting, "seconds", best))
         rows.append((f"{CORE}, chunk {chunk}", setting, "times ours", best / ours))
     record("papers", rows)
-
-
-def sweep() -> None:
-    rows = []
-    for D in (10_000, 100_000, 1_000_000, 10_000_000):
-        setting = Setting(D, 128, 128)
-        for name in LAYERS:
-            if not lacks(name, setting):
-                rows.append((name, setting, "seconds", measure(name, setting)))
-    record("sweep", rows)
 
 
 def flat() -> None:
@@ -189,18 +176,7 @@ def memory() -> None:
     record("memory", rows)
 
 
-def figure() -> None:
-    rows = [row for row in read(TABLE) if row["part"] == "sweep"]
-    sizes = ("D", "d", "m")
-    lines = [
-        {"layer": row["layer"], "seconds": float(row["value"])} | {x: int(row[x]) for x in sizes}
-        for row in rows
-    ]
-    scaling.figure(lines, FIGURE)
-    print(FIGURE)
-
-
-PARTS = {f.__name__: f for f in (papers, sweep, flat, products, wear, memory, figure)}
+PARTS = {f.__name__: f for f in (papers, flat, products, wear, memory)}
 
 if __name__ == "__main__":
     if len(sys.argv) == 2 and sys.argv[1] in PARTS:

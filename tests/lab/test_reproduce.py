@@ -250,7 +250,9 @@ def test_classes_say_where_the_order_turns():
     )
     alone = classes.tell(ran([line for line in ends if line["seed"] == 0])).finding
     assert alone.endswith("1.221 times at 100, not tested.")
-    alike = [end(f"{loss} classes=10", seed, 3.0 + (seed + (loss != "softmax")) % 3 * 0.01)
+    # lower on average, by less than chance
+    alike = [end(f"{loss} classes=10", seed, 3.0 + (seed + (loss != "softmax")) % 3 * 0.01
+                 - 0.001 * (loss != "softmax"))
              for loss in ("softmax", "taylor_softmax") for seed in range(3)]  # fmt: skip
     assert classes.tell(ran(alike)).finding.endswith("nowhere shown below it.")
 

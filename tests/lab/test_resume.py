@@ -202,7 +202,8 @@ def test_killed_again_and_again_nothing_is_lost_and_nothing_goes_on_alone(jobs, 
             time.sleep(0.02)
         begun = workers(process.pid)
         process.kill()
-        process.communicate()
+        # whose pipes are open as long as a process of its own is there
+        process.communicate(timeout=60)
         end = time.monotonic() + 20
         while any(map(alive, begun)) and time.monotonic() < end:
             time.sleep(0.05)

@@ -166,6 +166,8 @@ def start(folder: Path, *more: str) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # sums of several threads differ in the last digit from those of one
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )

@@ -186,6 +186,14 @@ def alive(pid: int) -> bool:
         return False
 
 
+def all_end(processes: list[int]) -> bool:
+    """Whether all end soon: one that has closed its pipes is seen for some moments yet."""
+    end = time.monotonic() + 20
+    while any(map(alive, processes)) and time.monotonic() < end:
+        time.sleep(0.05)
+    return not any(map(alive, processes))
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("jobs", ["1", "2"])
 def test_killed_again_and_again_nothing_is_lost_and_nothing_goes_on_alone(jobs, tmp_path):
@@ -206,10 +214,7 @@ def test_killed_again_and_again_nothing_is_lost_and_nothing_goes_on_alone(jobs, 
         process.kill()
         # whose pipes are open as long as a process of its own is there
         process.communicate(timeout=60)
-        end = time.monotonic() + 20
-        while any(map(alive, begun)) and time.monotonic() < end:
-            time.sleep(0.05)
-        assert not any(map(alive, begun))
+        assert all_end(begun)
         now = [line for name in (study.TRIALS, study.RUNS) if (folder / name).exists()
                for line in (folder / name).read_text().splitlines()]  # fmt: skip
         assert set(kept) <= set(now)
@@ -241,4 +246,4 @@ def test_ctrl_c_ends_every_process_and_says_how_to_go_on(tmp_path):
     said, wrong = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "--resume --out" in said and "Traceback" not in wrong + said
-    assert not any(map(alive, begun))
+    assert all_end(begun)

@@ -34,6 +34,11 @@ BASELINES: dict[str, Callable[[int, int], nn.Module]] = {
 }
 
 
+# What a loss's weights begin with, in those of nn.Linear. The outputs that squared error asks for
+# are some 1/D: from the usual ones its first steps shrink the hidden layer until no ReLU is left.
+SMALLER = {"squared_error": 0.01}
+
+
 @dataclass(frozen=True)
 class Output:
     """One thing that is compared: a loss, with its layer and what differs in the network below.
@@ -127,12 +132,15 @@ def layer(
     """The layer, and the optimizer that is its own; None where AdamW steps it with the rest.
 
     output: of which nothing is left to search for. counts: (D) of the classes. Every layer but the
-    baselines begins with the weights of the same nn.Linear.
+    baselines begins with the weights of the same nn.Linear, squared error with smaller ones.
     """
     D = len(counts)
     if output.spec is None:
         return BASELINES[output.loss](width, D).to(device), None
     linear = nn.Linear(width, D)
+    with torch.no_grad():
+        for parameter in linear.parameters():
+            parameter.mul_(SMALLER.get(output.spec.name, 1.0))
     prior = counts if output.prior else None
     loss = output.spec.loss()
     if output.rate is not None:

@@ -18,9 +18,14 @@ def linear(width: int) -> nn.Linear:
 
 @pytest.mark.parametrize(
     "name",
-    ("softmax", "taylor_softmax prior", "spherical_softmax factored rate=0.1", "squared_error",
-     "squared_error factored rate=0.1"),
-)  # fmt: skip
+    [
+        "softmax",
+        "taylor_softmax prior",
+        "spherical_softmax factored rate=0.1",
+        "squared_error",
+        "squared_error factored rate=0.1",
+    ],
+)
 def test_layers_begin_with_the_same_weights_and_squared_error_with_smaller_ones(name):
     output, begun = Output.parse(name), linear(8)
     torch.manual_seed(0)

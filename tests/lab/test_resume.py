@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from softsphere.lab import study, work
+from softsphere.lab import checkpoint, study, work
 from softsphere.lab.checkpoint import Checkpoint
 from softsphere.lab.classification import Classification
 from softsphere.lab.errors import LabError
@@ -106,6 +106,36 @@ def test_a_run_that_is_stopped_after_an_epoch_ends_as_one_that_was_not(case, tmp
     part = asked.train(task, data, Checkpoint(file), lambda epoch, _: stops.append(epoch))
     assert stops == [1, 2, 3]
     assert untimed(part) == untimed(whole)
+
+
+class Stopping(Checkpoint):
+    """Is stopped when it has saved so many times."""
+
+    saves = 0
+
+    def save(self, state):
+        super().save(state)
+        self.saves -= 1
+        if not self.saves:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("case", RUNS)
+def test_a_run_that_is_stopped_within_an_epoch_ends_as_one_that_was_not(
+    case, tmp_path, monkeypatch
+):
+    asked, name = RUNS[case]
+    task, data = Task(name, name, 3e-3, 0, trial=False), asked.load()
+    monkeypatch.setattr(checkpoint, "STEPS", 1)
+    whole = asked.train(task, data, Checkpoint(), lambda *_: None)
+    kept = Stopping(tmp_path / "kept" / "run.pt")
+    for steps in (1, 3, 2):
+        kept.saves = steps
+        with pytest.raises(KeyboardInterrupt):
+            asked.train(task, data, kept, lambda *_: None)
+        assert kept.load()["under way"]["done"]
+    torch.manual_seed(12345)
+    assert untimed(asked.train(task, data, kept, lambda *_: None)) == untimed(whole)
 
 
 def test_a_spoiled_state_is_named_and_what_would_do(tmp_path):

@@ -14,9 +14,14 @@ from softsphere.lab.records import write_bytes
 
 __all__ = ["Checkpoint", "finish"]
 
+# So many may have to be done again, and take long enough that writing a large state is no matter.
+# By the clock the state would be kept at other steps each time, and to be kept changes the last
+# digits of a factored layer.
+STEPS = 500
+
 
 class Checkpoint:
-    """What a run was at the end of its last whole epoch.
+    """What a run was at the end of its last whole epoch, or not long ago.
 
     path: of the file, None where nothing is to be kept.
     """
@@ -70,15 +75,23 @@ class Run(Protocol):
     def diverged(self) -> bool: ...
     def state(self) -> dict[str, Any]: ...
     def go_on(self, state: dict[str, Any]) -> None: ...
-    def epoch(self) -> None: ...
+    def epoch(self, after_step: Callable[[int], None]) -> None: ...
 
 
 def finish(run: Run, epochs: int, kept: Checkpoint, on_epoch: Callable[[int, int], None]) -> None:
-    """Trains to the last epoch, or until it diverges, from what is kept of it."""
+    """Trains to the last epoch, or until it diverges, from what is kept of it.
+
+    The state is kept after each epoch, and in a long one after every STEPS.
+    """
     if state := kept.load():
         run.go_on(state)
+
+    def after_step(step: int) -> None:
+        if step % STEPS == 0:
+            kept.save(run.state())
+
     while len(run.history) < epochs and not run.diverged:
-        run.epoch()
+        run.epoch(after_step)
         if not run.diverged:
             kept.save(run.state())
             on_epoch(len(run.history), epochs)

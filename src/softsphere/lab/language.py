@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from softsphere.lab.passes import Pass
 from softsphere.lab.text import Text, ngrams, windows
 
 __all__ = [
@@ -100,13 +100,6 @@ class LSTM(nn.Module):
         return hidden
 
 
-def clock(device: torch.device) -> float:
-    """Seconds, once a GPU has done what it was asked for."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
 def mean_loss(model: nn.Module, head: nn.Module, x: Tensor, y: Tensor) -> float:
     """Over all words of y."""
     model.eval()
@@ -120,38 +113,24 @@ def mean_loss(model: nn.Module, head: nn.Module, x: Tensor, y: Tensor) -> float:
 
 
 def pass_over(
+    under_way: Pass,
     model: nn.Module,
     head: nn.Module,
     optimizers: Sequence[torch.optim.Optimizer],
     x: Tensor,
     y: Tensor,
     batch_size: int,
-    order: torch.Generator,
-    *,
-    after_step: Callable[[int, int], None],
-) -> tuple[float, float]:
-    """Trains once on every row, in a random order. Returns the mean loss and the seconds it took.
-
-    after_step: told the step and how many there are; its time does not count.
-    """
+    after_step: Callable[[int], None],
+) -> None:
+    """Trains on the rows that a pass has left."""
     model.train()
     head.train()
-    batches = torch.split(torch.randperm(len(y), generator=order), batch_size)
-    seconds = 0.0
-    total = torch.zeros((), dtype=torch.float64, device=x.device)
-    for step, index in enumerate(batches, 1):
-        start = clock(x.device)
-        index = index.to(x.device)
-        loss = head(model(x[index]), y[index])
-        for optimizer in optimizers:
-            optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        for optimizer in optimizers:
-            optimizer.step()
-        total += loss.detach() * len(index)
-        seconds += clock(x.device) - start
-        after_step(step, len(batches))
-    return float(total) / len(y), seconds
+
+    def loss_of(index: Tensor) -> Tensor:
+        loss: Tensor = head(model(x[index]), y[index])
+        return loss
+
+    under_way.train(batch_size, loss_of, optimizers, after_step)
 
 
 def fit(
@@ -168,23 +147,21 @@ def fit(
     """Trains, and gives a line for each epoch and the loss on the test part."""
     order = torch.Generator().manual_seed(seed)
     lines = []
+    x, y = examples["train"]
+    steps = math.ceil(len(y) / batch_size)
     for epoch in range(1, epochs + 1):
-        steps = 0
+        under_way = Pass.begin(len(y), order, x.device)
 
-        def after_step(step: int, of: int, epoch: int = epoch) -> None:
-            nonlocal steps
-            steps = of
-            on_step(epoch, step, of)
+        def after_step(step: int, epoch: int = epoch) -> None:
+            on_step(epoch, step, steps)
 
-        loss, seconds = pass_over(
-            model, head, optimizers, *examples["train"], batch_size, order, after_step=after_step
-        )
+        pass_over(under_way, model, head, optimizers, x, y, batch_size, after_step)
         lines.append(
             {
                 "epoch": epoch,
-                "train_loss": loss,
+                "train_loss": under_way.loss,
                 "valid_loss": mean_loss(model, head, *examples["valid"]),
-                "step_seconds": seconds / steps,
+                "step_seconds": under_way.seconds / steps,
             }
         )
     return lines, mean_loss(model, head, *examples["test"])

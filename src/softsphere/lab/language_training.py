@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -12,6 +13,7 @@ from torch import nn
 
 from softsphere.lab import language
 from softsphere.lab.outputs import Output, Ranks, layer
+from softsphere.lab.passes import Pass
 from softsphere.lab.rates import cosine
 from softsphere.lab.similarity import Pair, spearman
 from softsphere.lab.text import Text
@@ -118,6 +120,7 @@ class Run:
             for each in self.optimizers
         ]
         self.order = torch.Generator().manual_seed(seed)
+        self.under_way: Pass | None = None
         self.history: list[Epoch] = []
         self.best, self.best_epoch, self.kept = math.inf, 0, self.weights()
         self.diverged = False
@@ -134,6 +137,7 @@ class Run:
             "optimizers": [each.state_dict() for each in self.optimizers],
             "rates": [each.state_dict() for each in self.rates],
             "order": self.order.get_state(),
+            "under way": self.under_way and self.under_way.state(),
             "history": [asdict(epoch) for epoch in self.history],
             "best": self.best,
             "best_epoch": self.best_epoch,
@@ -148,6 +152,8 @@ class Run:
         for rate, its in zip(self.rates, state["rates"], strict=True):
             rate.load_state_dict(its)
         self.order.set_state(state["order"])
+        if state["under way"]:
+            self.under_way = Pass.again(state["under way"], self.examples["train"][1].device)
         self.history = [Epoch(**epoch) for epoch in state["history"]]
         self.best, self.best_epoch = state["best"], state["best_epoch"]
         self.kept = state["kept"]
@@ -157,21 +163,25 @@ class Run:
         self.model.load_state_dict(weights["model"])
         self.head.load_state_dict(weights["head"])
 
-    def epoch(self) -> None:
-        """One pass over the training part, and a look at the validation part."""
+    def epoch(self, after_step: Callable[[int], None]) -> None:
+        """What is left of a pass over the training part, and a look at the validation part."""
+        x, y = self.examples["train"]
+        self.under_way = self.under_way or Pass.begin(len(y), self.order, x.device)
+
+        def stepped(step: int) -> None:
+            for rate in self.rates:
+                rate.step()
+            after_step(step)
+
         try:
-            loss, seconds = language.pass_over(
-                self.model,
-                self.head,
-                self.optimizers,
-                *self.examples["train"],
-                self.rows,
-                self.order,
-                after_step=self.after_step,
+            language.pass_over(
+                self.under_way, self.model, self.head, self.optimizers, x, y, self.rows, stepped
             )
         except SingularStepError:
             self.diverged = True
             return
+        loss, seconds = self.under_way.loss, self.under_way.seconds
+        self.under_way = None
         if not math.isfinite(loss):
             self.diverged = True
             return
@@ -186,10 +196,6 @@ class Run:
         if badness is not None and badness < self.best:
             self.best, self.best_epoch = badness, len(self.history)
             self.kept = self.weights()
-
-    def after_step(self, *_: int) -> None:
-        for rate in self.rates:
-            rate.step()
 
     def nll(self, part: str) -> float | None:
         """Mean negative log-likelihood of a word, None for what is not a distribution."""

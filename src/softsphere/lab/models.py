@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import cast
 
 import torch
@@ -118,6 +119,7 @@ MODELS: dict[str, Callable[[tuple[int, ...], int], nn.Sequential]] = {
     "cnn": cnn,
     "lenet": lenet,
     "resnet": resnet,
+    "narrow_resnet": partial(resnet, width=32),
 }
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from softsphere.lab.augment import flip_and_crop
 from softsphere.lab.checkpoint import Checkpoint, finish
 from softsphere.lab.data import Images, Split
 from softsphere.lab.models import build
+from softsphere.lab.passes import Pass
 from softsphere.lab.rates import cosine
 from softsphere.losses import Loss
 from softsphere.modules import SphericalLoss
@@ -122,6 +122,7 @@ class Run:
             self.optimizer, lambda step: cosine(step, steps, schedule.warm_up)
         )
         self.order = torch.Generator().manual_seed(seed)
+        self.under_way: Pass | None = None
         self.history: list[Epoch] = []
         self.best, self.kept = math.inf, self.weights()
         self.diverged = False
@@ -137,6 +138,7 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "rate": self.rate.state_dict(),
             "order": self.order.get_state(),
+            "under way": self.under_way and self.under_way.state(),
             "history": [asdict(epoch) for epoch in self.history],
             "best": self.best,
             "kept": self.kept,
@@ -148,27 +150,33 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         self.rate.load_state_dict(state["rate"])
         self.order.set_state(state["order"])
+        if state["under way"]:
+            self.under_way = Pass.again(state["under way"], self.data.train.x.device)
         self.history = [Epoch(**epoch) for epoch in state["history"]]
         self.best = state["best"]
         self.kept = state["kept"]
 
-    def epoch(self) -> None:
-        """One pass over the training part, and a look at the validation part."""
-        train, start, total = self.data.train, time.perf_counter(), 0.0
+    def epoch(self, after_step: Callable[[int], None]) -> None:
+        """What is left of a pass over the training part, and a look at the validation part."""
+        train = self.data.train
+        self.under_way = self.under_way or Pass.begin(len(train), self.order, train.x.device)
         self.model.train()
-        shuffled = torch.randperm(len(train), generator=self.order)
-        for index in torch.split(shuffled, self.schedule.batch_size):
-            batch = train.take(index.to(self.schedule.device))
+
+        def loss_of(index: Tensor) -> Tensor:
+            batch = train.take(index)
             x = flip_and_crop(batch.x, self.order) if self.schedule.augment else batch.x
-            value = self.criterion(self.model(x), batch.y)
-            self.optimizer.zero_grad(set_to_none=True)
-            value.backward()
-            self.optimizer.step()
+            loss: Tensor = self.criterion(self.model(x), batch.y)
+            return loss
+
+        def stepped(step: int) -> None:
             self.rate.step()
-            total += float(value.detach()) * len(index)
-        seconds = time.perf_counter() - start
+            after_step(step)
+
+        self.under_way.train(self.schedule.batch_size, loss_of, [self.optimizer], stepped)
+        loss, seconds = self.under_way.loss, self.under_way.seconds
+        self.under_way = None
         error, nll = evaluate(self.model, self.criterion, self.data.valid)
-        epoch = Epoch(len(self.history) + 1, total / len(train), error, nll, seconds)
+        epoch = Epoch(len(self.history) + 1, loss, error, nll, seconds)
         if not math.isfinite(epoch.train_loss):
             self.diverged = True
             return
@@ -208,7 +216,7 @@ def train(
     """Trains one network; the epoch with the lowest validation error is the one that counts.
 
     A loss that stops being finite ends the run as diverged, with what was best before.
-    kept: where the state after each epoch goes, and comes from.
+    kept: where the state of a run under way goes, and comes from.
     """
     run = Run(data, loss, lr, seed, schedule)
     finish(run, schedule.epochs, kept or Checkpoint(), on_epoch)

@@ -40,7 +40,12 @@ def studies(dataset: str) -> dict[str, Classification]:
         tune=True,
         trial_epochs=3,
     )
-    small = replace(full, seeds=(0, 1, 2), schedule=replace(full.schedule, epochs=6))
+    small = replace(
+        full,
+        seeds=(0, 1, 2),
+        schedule=replace(full.schedule, model="narrow_resnet", epochs=8),
+        trial_epochs=2,
+    )
     smoke = replace(
         full,
         dataset="digits",
@@ -50,7 +55,7 @@ def studies(dataset: str) -> dict[str, Classification]:
         rates=Axis.fixed(3e-3),
         trial_epochs=1,
     )
-    return {"smoke": smoke, "small": replace(small, trial_epochs=1), "full": full}
+    return {"smoke": smoke, "small": small, "full": full}
 
 
 EXPERIMENT = StudyExperiment(

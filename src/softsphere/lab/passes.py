@@ -1,0 +1,82 @@
+"""One pass over the rows to train on, which can be left after any step and gone on with."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Pass"]
+
+
+@dataclass
+class Pass:
+    """An epoch under way.
+
+    order: (N) the rows as they come. done: how many of them were trained on. total: the sum of
+    their losses, float64. seconds: of training alone.
+    """
+
+    order: Tensor
+    done: int
+    total: Tensor
+    seconds: float
+
+    @classmethod
+    def begin(cls, rows: int, generator: torch.Generator, device: torch.device) -> Pass:
+        """All rows, in a random order."""
+        zero = torch.zeros((), dtype=torch.float64, device=device)
+        return cls(torch.randperm(rows, generator=generator), 0, zero, 0.0)
+
+    def state(self) -> dict[str, Any]:
+        """What `again` takes."""
+        return asdict(self)
+
+    @classmethod
+    def again(cls, state: dict[str, Any], device: torch.device) -> Pass:
+        """The pass that had this state, on that device."""
+        return cls(**{**state, "total": state["total"].to(device)})
+
+    @property
+    def loss(self) -> float:
+        """The mean over all rows, once they are done."""
+        return float(self.total) / len(self.order)
+
+    def train(
+        self,
+        batch_size: int,
+        loss_of: Callable[[Tensor], Tensor],
+        optimizers: Sequence[torch.optim.Optimizer],
+        after_step: Callable[[int], None],
+    ) -> None:
+        """Steps until no row is left.
+
+        loss_of: the mean loss of rows, by their indices. after_step: told the number of the step
+        in the pass; its time does not count.
+        """
+        device, step = self.total.device, self.done // batch_size
+        while self.done < len(self.order):
+            start = clock(device)
+            index = self.order[self.done : self.done + batch_size]
+            loss = loss_of(index.to(device))
+            for optimizer in optimizers:
+                optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            for optimizer in optimizers:
+                optimizer.step()
+            self.total += loss.detach().double() * len(index)
+            self.done += len(index)
+            self.seconds += clock(device) - start
+            step += 1
+            after_step(step)
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, once a GPU has done what it was asked for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

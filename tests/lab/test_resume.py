@@ -224,6 +224,13 @@ def all_end(processes: list[int]) -> bool:
     return not any(map(alive, processes))
 
 
+def test_a_process_of_a_job_that_finds_no_data_says_so(tmp_path):
+    gone = replace(TEXT, dataset="ptb", data_dir=tmp_path / "nowhere")
+    record = Record.create(tmp_path / "r", TEXT.config())
+    with pytest.raises(LabError, match="nowhere"):
+        work.work(gone, None, record, terminal(), "text", jobs=2)
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("jobs", ["1", "2"])
 def test_killed_again_and_again_nothing_is_lost_and_nothing_goes_on_alone(jobs, tmp_path):

@@ -136,7 +136,11 @@ def begin(study: Study, lifeline: Connection, threads: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=end_with, args=(lifeline,), daemon=True).start()
     torch.set_num_threads(threads)
-    state.update(study=study, data=study.load())
+    try:
+        state.update(study=study, data=study.load())
+    except Exception as error:
+        # told by the first task: of a process that fails here a pool says only that it is broken
+        state["failure"] = error
 
 
 def end_with(lifeline: Connection) -> None:
@@ -149,5 +153,7 @@ def end_with(lifeline: Connection) -> None:
 
 def perform(task: Task, record: Record) -> tuple[list[Line], Line]:
     """A task, in a process that has begun."""
+    if "failure" in state:
+        raise state["failure"]
     study: Study = state["study"]
     return study.train(task, state["data"], checkpoint(task, record), lambda *_: None)

@@ -164,7 +164,7 @@ EXPERIMENT = StudyExperiment(
         ),
         "small": replace(
             FULL,
-            setup=replace(FULL.setup, train=300_000, epochs=2),
+            setup=replace(FULL.setup, train=200_000, epochs=2),
         ),
         "full": FULL,
     },

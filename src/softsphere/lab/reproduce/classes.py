@@ -158,8 +158,8 @@ EXPERIMENT = StudyExperiment(
         ),
         "small": replace(
             FULL,
-            setup=replace(FULL.setup, train=1_000_000, held=20_000, epochs=1),
-            trial_words=300_000,
+            setup=replace(FULL.setup, train=600_000, held=20_000, epochs=1),
+            trial_words=200_000,
         ),
         "full": FULL,
     },

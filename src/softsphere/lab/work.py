@@ -100,6 +100,8 @@ def together(study: Study, record: Record, jobs: int) -> Iterator[Done]:
                 with interrupts_held_back():
                     running[pool.submit(perform, task, record)] = task
             if not running:
+                # they leave by themselves, and clean up
+                pool.shutdown()
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 task = running.pop(future)

@@ -71,16 +71,21 @@ def tell(ran: Ran) -> Section:
             for name, runs in ran.ends.items()
         ],
     )
-    goal = goal_of(ran)
+    goals = goals_of(ran)
     cost = markdown(
         (
             "output layer",
             "computed by",
             "seconds an epoch",
-            f"seconds to validation perplexity {goal:.0f}" if goal else "seconds to a perplexity",
+            *(f"seconds to validation perplexity {goal}" for goal in goals),
         ),
         [
-            (label(name), engine(runs), per_epoch(ran, name), seconds_to(ran, name, goal))
+            (
+                label(name),
+                engine(runs),
+                per_epoch(ran, name),
+                *(seconds_to(ran, name, goal) for goal in goals),
+            )
             for name, runs in ran.ends.items()
         ],
     )
@@ -145,20 +150,23 @@ def per_epoch(ran: Ran, name: str) -> str:
     return f"{sum(own) / len(own):.1f}" if own else "–"
 
 
-def goal_of(ran: Ran) -> float | None:
-    """A validation perplexity that most layers come to: the third best, rounded up to tens.
+def goals_of(ran: Ran) -> list[int]:
+    """Validation perplexities: one that all layers come to and one that half of them do.
 
-    None where no layer has one.
+    Rounded up to tens; none where no layer has a perplexity.
     """
     nlls = [mean(runs, Metric("valid_nll", "", 1)) for runs in ran.ends.values()]
-    best = sorted(math.exp(nll) for nll in nlls if nll is not None and nll < MOST_NLL)
-    return 10 * math.ceil(best[min(2, len(best) - 1)] / 10) if best else None
+    ends = sorted(math.exp(nll) for nll in nlls if nll is not None and nll < MOST_NLL)
+    if not ends:
+        return []
+    found = (10 * math.ceil(end / 10) for end in (ends[-1], ends[(len(ends) - 1) // 2]))
+    return list(dict.fromkeys(found))
 
 
-def seconds_to(ran: Ran, name: str, goal: float | None) -> str:
+def seconds_to(ran: Ran, name: str, goal: int) -> str:
     """Seconds of training until a validation perplexity: between epochs log perplexity is a line.
 
-    The mean over the seeds; a dash if a seed does not come to it.
+    The mean over the seeds; a dash if a seed does not come to it. Of the first epoch all counts.
     """
     times = []
     for seed in ran.ends[name]:
@@ -166,7 +174,7 @@ def seconds_to(ran: Ran, name: str, goal: float | None) -> str:
         passed, before = 0.0, None
         for line in sorted(own, key=lambda line: line["epoch"]):
             nll, seconds = line["valid_nll"], line["seconds"]
-            if nll is None or goal is None:
+            if nll is None:
                 return "–"
             if nll <= math.log(goal):
                 share = 1.0 if before is None else (before - math.log(goal)) / (before - nll)

@@ -346,9 +346,20 @@ def test_a_likelihood_beyond_numbers_is_told_as_infinite(nll, tmp_path):
                                            "diverged": False})  # fmt: skip
 
 
+def test_one_perplexity_to_come_to_is_for_all_and_one_for_half():
+    ends = {"softmax": 143.0, "taylor_softmax": 201.0, "spherical_softmax": 235.0}
+    lines = [end(name, 0, math.log(value)) for name, value in ends.items()]
+    assert language.goals_of(ran(lines)) == [240, 210]
+    # without probabilities, and beyond numbers, there is nothing to come to
+    others = [end("z_loss", 0, 1.0, valid_nll=None), end("squared_error", 0, math.inf)]
+    assert language.goals_of(ran([*lines, *others])) == [240, 210]
+    assert language.goals_of(ran(lines[:1])) == [150]
+
+
 def test_ranks_alone_have_no_perplexity_to_come_to():
     found = language.tell(ran([end("z_loss", 0, 1.0, valid_nll=None, test_nll=None)]))
-    assert "nan" not in found.text and "seconds to a perplexity" in found.text
+    assert "nan" not in found.text
+    assert "seconds an epoch" in found.text and "seconds to" not in found.text
 
 
 def test_a_text_that_is_too_small_is_refused_before_a_folder_is_made(tmp_path, monkeypatch, capsys):
@@ -361,7 +372,7 @@ def test_a_text_that_is_too_small_is_refused_before_a_folder_is_made(tmp_path, m
         rows.to_parquet(tmp_path / "data" / "ptb" / f"{part}.parquet")
     assert command("reproduce", "ablation", "--data-dir", "data") == 2
     said = capsys.readouterr().err
-    assert "ptb has 200 words to train on, and this budget reads 300,000" in said
+    assert "ptb has 200 words to train on, and this budget reads 200,000" in said
     assert not (tmp_path / "records").exists()
 
 

@@ -163,7 +163,7 @@ def goals_of(ran: Ran) -> list[int]:
     return list(dict.fromkeys(found))
 
 
-def seconds_to(ran: Ran, name: str, goal: int) -> str:
+def seconds_to(ran: Ran, name: str, goal: float) -> str:
     """Seconds of training until a validation perplexity: between epochs log perplexity is a line.
 
     The mean over the seeds; a dash if a seed does not come to it. Of the first epoch all counts.

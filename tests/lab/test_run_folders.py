@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from softsphere.lab import study
+from softsphere.lab import records, study
 from softsphere.lab.classification import Classification
 from softsphere.lab.errors import LabError
 from softsphere.lab.records import Record
@@ -122,3 +122,8 @@ def test_other_data_of_the_same_name_is_another_configuration(tmp_path):
         Record.reopen(record.folder, other, ("losses",))
     # records from before the fingerprint
     assert Record.create(tmp_path / "old", {"losses": []}).matches(one, ("losses",))
+
+
+def test_the_environment_tells_how_memory_is_kept(monkeypatch):
+    monkeypatch.setenv("MALLOC_MMAP_MAX_", "0")
+    assert records.environment()["malloc"]["MALLOC_MMAP_MAX_"] == "0"

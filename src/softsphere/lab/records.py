@@ -55,6 +55,8 @@ def environment() -> Line:
         "machine": platform.machine(),
         "system": platform.system(),
         "threads": torch.get_num_threads(),
+        # how glibc keeps large tensors' memory is a good part of the time of a wide softmax
+        "malloc": {k: v for k, v in sorted(os.environ.items()) if k.startswith("MALLOC_")},
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
 

@@ -165,6 +165,7 @@ EXPERIMENT = StudyExperiment(
         "small": replace(
             FULL,
             setup=replace(FULL.setup, train=200_000, epochs=2),
+            trial_words=100_000,
         ),
         "full": FULL,
     },

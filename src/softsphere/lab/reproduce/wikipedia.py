@@ -41,7 +41,7 @@ EXPERIMENT = StudyExperiment(
             FULL,
             outputs=ptb.OUTPUTS,
             setup=replace(FULL.setup, train=1_000_000, epochs=1, held=20_000),
-            trial_words=300_000,
+            trial_words=200_000,
         ),
         "full": FULL,
     },

@@ -121,14 +121,14 @@ def test_resume_refuses_other_data(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(data, "digits", other)
     assert command("compare", *out, "--resume") == 2
-    assert "was made with data = " in capsys.readouterr().err
+    assert "was made with data.sha256 = " in capsys.readouterr().err
 
 
 def test_resume_refuses_another_configuration_and_names_what_differs(tmp_path, capsys):
     out = str(tmp_path / "run")
     command(*SMALL, "--seeds", "1", "--losses", "softmax", "--out", out)
     assert command(*SMALL, "--lr", "0.1", "--seeds", "1", "--out", out, "--resume") == 2
-    assert "rates = [0.001], not [0.1]" in capsys.readouterr().err
+    assert "search.lr.values = [0.001], not [0.1]" in capsys.readouterr().err
     assert command(*SMALL, "--seeds", "1", "--out", out) == 2
     assert "not empty" in capsys.readouterr().err
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from softsphere.lab import study
 from softsphere.lab.classification import RATES, Classification
+from softsphere.lab.errors import LabError
 from softsphere.lab.records import Record
-from softsphere.lab.search import Axis, Space, search
+from softsphere.lab.search import Axis, Space, search, widened
 from softsphere.lab.spec import LossSpec
 from softsphere.lab.training import Schedule
 
@@ -115,6 +117,51 @@ def test_more_seeds_are_added_and_no_trial_is_done_again(tmp_path):
     record = Record.create(tmp_path / "r", STUDY.config())
     fill(record, STUDY, away)
     assert fill(record, replace(STUDY, seeds=(0, 1, 2)), away) == 2
+
+
+def test_a_longer_axis_goes_on_with_the_search_and_the_new_choice_takes_the_place_of_the_old(
+    tmp_path,
+):
+    short = replace(STUDY, rates=Axis((1e-3, 3e-3, 1e-2), 1e-3))
+    record = Record.create(tmp_path / "r", short.config())
+    fill(record, short, away)
+    before = study.trial_runs(Classification, record)
+    assert {line["lr"] for line in study.final_runs(Classification, record)} == {1e-2}
+
+    long = replace(STUDY, rates=Axis((1e-3, 3e-3, 1e-2, 3e-2, 1e-1), 1e-3))
+    record = Record.reopen(tmp_path / "r", long.config(), long.grows)
+    fill(record, long, away)
+    trials = study.trial_runs(Classification, record)
+    assert trials[: len(before)] == before
+    assert {line["lr"] for line in trials[len(before) :]} == {3e-2, 1e-1}
+    finals = study.final_runs(Classification, record)
+    assert len(finals) == 4 and {line["lr"] for line in finals} == {3e-2}
+
+
+def test_a_search_goes_on_only_where_each_axis_is_the_old_one_or_longer():
+    def axes(values, start=2.0, name="x"):
+        return Space({name: Axis(values, start), "y": Axis((1.0,), 1.0)}).config()
+
+    old = axes((2.0, 3.0))
+    assert widened(old, old)
+    assert widened(old, axes((1.0, 2.0, 3.0, 4.0)))
+    assert not widened(axes((1.0, 2.0, 3.0)), old)
+    assert not widened(old, axes((2.0, 2.5, 3.0)))
+    assert not widened(old, axes((2.0, 3.0), start=3.0))
+    assert not widened(old, axes((2.0, 3.0), name="z"))
+    assert not widened(old, {"x": old["x"]})
+    # whatever a hand may have written there
+    for broken in (None, [], {"x": 1, "y": old["y"]}, {"x": {"values": 3}, "y": old["y"]}):
+        assert not widened(broken, old) and not widened(old, broken)
+
+
+def test_a_record_of_another_search_is_refused(tmp_path):
+    Record.create(tmp_path / "r", STUDY.config())
+    other = replace(STUDY, rates=Axis((1e-3, 2e-3), 1e-3))
+    with pytest.raises(
+        LabError, match=r"search\.lr\.values = \[.*0\.001, .*, not \[0\.001, 0\.002\]"
+    ):
+        Record.reopen(tmp_path / "r", other.config(), other.grows)
 
 
 def test_what_a_search_may_try_is_part_of_what_was_asked():

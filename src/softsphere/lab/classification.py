@@ -19,7 +19,7 @@ from softsphere.lab.training import Epoch, Final, Schedule, train
 
 __all__ = ["RATES", "Classification"]
 
-RATES = Axis((1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1), 1e-3)
+RATES = Axis((1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0), 1e-3)
 FIXED = Axis.fixed(RATES.start)
 
 
@@ -50,7 +50,6 @@ class Classification(Study):
             "seeds": list(self.seeds),
             **asdict(self.schedule),
             "tune": self.tune,
-            "rates": list(self.rates.values),
             "search": searched(self.tune, lr=self.rates),
             "trial_epochs": self.trial_epochs or self.schedule.epochs,
         }

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from softsphere.lab.errors import LabError
+from softsphere.lab.search import widened
 
 __all__ = ["Line", "Record", "environment", "write", "write_bytes"]
 
@@ -64,12 +65,30 @@ def environment() -> Line:
 def differing(old: Line, new: Line, grows: tuple[str, ...]) -> list[str]:
     """The keys in which two configurations differ, but for those that may grow.
 
-    Records from before the data had a fingerprint are not held to it.
+    A search may get longer axes. Records from before the data had a fingerprint are not held to
+    it, nor those that say the rates twice to the one that is not in `search`.
     """
     keys = dict.fromkeys([*old, *new])
     if "data" not in old:
         keys.pop("data", None)
+    if "rates" not in new:
+        keys.pop("rates", None)
+    if widened(old.get("search"), new.get("search")):
+        keys.pop("search", None)
     return [key for key in keys if key not in grows and old.get(key) != new.get(key)]
+
+
+def deepest(path: str, old: Any, new: Any) -> tuple[str, Any, Any]:
+    """The first difference within two values, and where it is.
+
+    >>> deepest("search", {"lr": {"start": 1}, "eps": {}}, {"lr": {"start": 2}, "eps": {}})
+    ('search.lr.start', 1, 2)
+    """
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in dict.fromkeys([*old, *new]):
+            if old.get(key) != new.get(key):
+                return deepest(f"{path}.{key}", old.get(key), new.get(key))
+    return path, old, new
 
 
 def parsed(text: bytes, path: Path, number: int) -> Line:
@@ -144,7 +163,7 @@ class Record:
 
     @classmethod
     def reopen(cls, folder: Path, config: Line, grows: tuple[str, ...]) -> Record:
-        """A record to go on with, made with this configuration but for the lists that may grow.
+        """A record to go on with, made with this configuration but for what may grow.
 
         Raises: LabError where there is no record, or one of another configuration.
         """
@@ -158,9 +177,10 @@ class Record:
             if not isinstance(items, list) or not all(isinstance(x, (str, int)) for x in items):
                 raise LabError(f"{folder / 'config.json'} has no list of {key}; take another --out")
         for key in differing(old, config, grows):
+            path, before, now = deepest(key, old.get(key), config.get(key))
             raise LabError(
-                f"--resume: {folder} was made with {key} = {old.get(key)!r}, not "
-                f"{config.get(key)!r}; give the same, or another --out"
+                f"--resume: {folder} was made with {path} = {before!r}, not {now!r}; give the "
+                "same, or another --out"
             )
         union = {key: list(dict.fromkeys([*old[key], *config[key]])) for key in grows}
         record = cls(folder)
@@ -181,7 +201,7 @@ class Record:
             yield
 
     def matches(self, config: Line, grows: tuple[str, ...]) -> bool:
-        """Whether it was made with this configuration but for the lists that may grow."""
+        """Whether it was made with this configuration but for what may grow."""
         try:
             old = self.config()
         except (LabError, OSError):

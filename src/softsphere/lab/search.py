@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Axis", "Space", "search"]
+__all__ = ["Axis", "Space", "search", "widened"]
 
 Values = dict[str, float]
 Badness = tuple[float, ...]
@@ -63,6 +63,32 @@ class Space:
             name: {"values": list(axis.values), "start": axis.start}
             for name, axis in self.axes.items()
         }
+
+
+def widened(old: Any, new: Any) -> bool:
+    """Whether a search of the new axes goes on with one of the old, as `Space.config` has them.
+
+    It does where each axis is the old one or goes on beyond its ends: all that was tried is still
+    a point of the space, with the neighbours that it had.
+
+    >>> old = Space({"x": Axis((1, 2), 1)}).config()
+    >>> widened(old, Space({"x": Axis((1, 2, 3), 1)}).config())
+    True
+    >>> widened(old, Space({"x": Axis((1, 1.5, 2), 1)}).config())
+    False
+    """
+
+    def longer(before: Any, after: Any) -> bool:
+        try:
+            had, has = list(before["values"]), list(after["values"])
+            runs = (has[i : i + len(had)] for i in range(len(has) - len(had) + 1))
+            return before["start"] == after["start"] and had in runs
+        except (TypeError, KeyError):
+            return False
+
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return False
+    return old.keys() == new.keys() and all(longer(old[name], new[name]) for name in old)
 
 
 def search(

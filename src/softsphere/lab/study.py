@@ -151,7 +151,10 @@ def trial_runs(study: type[Study], record: Record) -> list[Line]:
 
 
 def final_runs(study: type[Study], record: Record) -> list[Line]:
-    """The epochs and ends of the final runs that a record has."""
+    """The epochs and ends of the final runs that a record has, each loss's with its last choice.
+
+    A search that went on along a longer axis may have chosen anew.
+    """
 
     def tested(line: Line) -> str | None:
         wrong = flaw(study, line)
@@ -159,7 +162,12 @@ def final_runs(study: type[Study], record: Record) -> list[Line]:
             return f"has no {study.tested}"
         return wrong
 
-    return record.lines(RUNS, tested)
+    def choice(line: Line) -> tuple[Any, Any]:
+        return line["setting"], line["lr"]
+
+    lines = record.lines(RUNS, tested)
+    last = {line["loss"]: choice(line) for line in lines}
+    return [line for line in lines if choice(line) == last[line["loss"]]]
 
 
 def searched(

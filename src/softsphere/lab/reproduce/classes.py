@@ -33,12 +33,12 @@ CLASSES = (10, 100, 1_000, 3_000, 10_000, 30_000, 60_000)
 
 def outputs(classes: tuple[int, ...]) -> tuple[Output, ...]:
     """Softmax and the spherical losses, without and with the base measure, at each D."""
-    kinds = (
-        Output(REFERENCE),
-        *(Output(loss, prior=prior) for prior in (False, True)
-          for loss in ("taylor_softmax", "spherical_softmax")),
-    )  # fmt: skip
-    return tuple(replace(kind, classes=D) for D in classes for kind in kinds)
+    return tuple(
+        Output(loss, prior=prior, classes=D)
+        for D in classes
+        for prior in (False, True)
+        for loss in (REFERENCE, "taylor_softmax", "spherical_softmax")
+    )
 
 
 def kind_of(name: str) -> str:
@@ -56,7 +56,8 @@ def tell(ran: Ran) -> Section:
     p = p_values(ran.ends, PERPLEXITY, reference)
     header = ("D", "output layer", "its numbers", "rate", "trials", "seeds", PERPLEXITY.title)
     rows = []
-    for name, runs in ran.ends.items():
+    for name in sorted(ran.ends, key=lambda name: Output.parse(name).classes or 0):
+        runs = ran.ends[name]
         chosen = settings(runs)
         rows.append(
             (f"{Output.parse(name).classes:,}", label(kind_of(name)), *chosen, ran.tried(name),

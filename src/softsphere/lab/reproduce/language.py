@@ -26,7 +26,7 @@ from softsphere.lab.tables import markdown
 
 __all__ = ["PERPLEXITY", "REFERENCE", "ratios", "seconds_to", "setup", "tell"]
 
-PERPLEXITY = Metric("test_nll", "test perplexity", 1, perplexity)
+PERPLEXITY = Metric("test_nll", "test perplexity", 1, perplexity, figures=3)
 TOP1 = Metric("test_top1", "top-1 %", 2, lambda share: 100 * share)
 TOP10 = Metric("test_top10", "top-10 %", 2, lambda share: 100 * share)
 MRR = Metric("test_mrr", "MRR", 4)

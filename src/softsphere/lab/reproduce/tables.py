@@ -36,13 +36,25 @@ Ends = Mapping[str, Mapping[int, Line]]
 class Metric:
     """A column: where it is in the end of a run, and how it is shown.
 
-    of: what is shown of it. Intervals are of what is shown, tests of what the record has.
+    digits: decimals, more where a mean would else have fewer significant figures. of: what is shown
+    of it. Intervals are of what is shown, tests of what the record has.
     """
 
     key: str
     title: str
     digits: int
     of: Callable[[float], float] = lambda value: value
+    figures: int = 0
+
+    def decimals(self, value: float) -> int:
+        """
+        >>> perplexity = Metric("test_nll", "perplexity", 1, math.exp, figures=3)
+        >>> [perplexity.decimals(x) for x in (0.0, 2.5, 25.0, 2500.0, math.inf)]
+        [1, 2, 1, 1, 1]
+        """
+        if value == 0 or not math.isfinite(value):
+            return self.digits
+        return max(self.digits, self.figures - 1 - math.floor(math.log10(abs(value))))
 
 
 def values(runs: Mapping[int, Line], metric: Metric) -> dict[int, float]:
@@ -61,8 +73,9 @@ def told(runs: Mapping[int, Line], metric: Metric) -> str:
     if not known:
         return "–"
     middle, half = interval(known)
-    spread = "" if math.isnan(half) else f" ± {half:.{metric.digits}f}"
-    return f"{middle:.{metric.digits}f}{spread}"
+    digits = metric.decimals(middle)
+    spread = "" if math.isnan(half) else f" ± {half:.{digits}f}"
+    return f"{middle:.{digits}f}{spread}"
 
 
 def mean(runs: Mapping[int, Line], metric: Metric) -> float | None:

@@ -15,6 +15,7 @@ from softsphere.lab.errors import LabError
 from softsphere.lab.options import (
     DataDir,
     Device,
+    Epochs,
     Resume,
     at_least_one,
     folder,
@@ -44,7 +45,7 @@ def compare(
         str, typer.Option(help="Names, with hyper-parameters as in z_loss:a=1:b=4.")
     ] = DEFAULT_LOSSES,
     seeds: Annotated[int, typer.Option(help="How many: 0, 1, …")] = 5,
-    epochs: Annotated[int, typer.Option(help="Passes over the training part.")] = 20,
+    epochs: Epochs = 20,
     model: Annotated[str, typer.Option(help=f"One of {', '.join(models.MODELS)}.")] = "mlp",
     batch_size: Annotated[int, typer.Option(help="Examples in a step.")] = 128,
     lr: Annotated[

@@ -11,8 +11,15 @@ import typer
 from softsphere.lab import engines as lab_engines
 from softsphere.lab import text
 from softsphere.lab.options import (
+    BaseMeasure,
     DataDir,
     Device,
+    Dtype,
+    Embedding,
+    Epochs,
+    Seed,
+    SphericalLoss,
+    Text,
     at_least,
     at_least_one,
     known_dtype,
@@ -27,20 +34,18 @@ __all__ = ["engines"]
 
 def engines(
     data_dir: DataDir = None,
-    dataset: Annotated[
-        str, typer.Option(help="ptb, wikipedia, generated, or a folder of sentences in --data-dir.")
-    ] = "ptb",
-    loss: Annotated[str, typer.Option(help="A spherical loss.")] = "taylor_softmax",
-    prior: Annotated[bool, typer.Option(help="Word frequencies as the base measure.")] = True,
+    dataset: Text = "ptb",
+    loss: SphericalLoss = "taylor_softmax",
+    prior: BaseMeasure = True,
     length: Annotated[int, typer.Option(help="Words of a window of text.")] = 32,
-    embedding: Annotated[int, typer.Option(help="Width of an embedding.")] = 64,
+    embedding: Embedding = 64,
     width: Annotated[int, typer.Option(help="Width d of the LSTM and of the output layer.")] = 128,
     batch_size: Annotated[int, typer.Option(help="Windows in a step.")] = 32,
-    epochs: Annotated[int, typer.Option(help="Passes over the text.")] = 2,
+    epochs: Epochs = 2,
     lr: Annotated[float, typer.Option(help="AdamW's rate for all layers.")] = 0.003,
-    seed: Annotated[int, typer.Option(help="Of initial weights and order.")] = 0,
+    seed: Seed = 0,
     device: Device = "cpu",
-    dtype: Annotated[str, typer.Option(help="float32 or float64, for all of it.")] = "float32",
+    dtype: Dtype = "float32",
     out: Annotated[
         Path | None, typer.Option(help="Run folder; default runs/TIME-engines-DATASET.")
     ] = None,

@@ -13,13 +13,22 @@ from softsphere.lab.errors import LabError
 from softsphere.losses import Spherical
 
 __all__ = [
+    "BaseMeasure",
     "DataDir",
     "Device",
+    "Dtype",
+    "Embedding",
+    "Epochs",
     "Resume",
+    "Seed",
+    "SphericalLoss",
+    "Text",
+    "at_least",
     "at_least_one",
     "folder",
     "known_dtype",
     "positive",
+    "share",
     "spherical",
     "usable",
 ]
@@ -57,6 +66,17 @@ DataDir = Annotated[
 Resume = Annotated[
     bool, typer.Option("--resume", help="Do only what is missing in --out, or the last run.")
 ]
+Epochs = Annotated[int, typer.Option(help="Passes over the training part.")]
+
+# Of the commands that train one model on a text by several engines.
+Text = Annotated[
+    str, typer.Option(help="ptb, wikipedia, generated, or a folder of sentences in --data-dir.")
+]
+SphericalLoss = Annotated[str, typer.Option(help="A spherical loss.")]
+BaseMeasure = Annotated[bool, typer.Option(help="Word frequencies as the base measure.")]
+Embedding = Annotated[int, typer.Option(help="Width of an embedding.")]
+Seed = Annotated[int, typer.Option(help="Of initial weights and order.")]
+Dtype = Annotated[str, typer.Option(help="float32 or float64, for all of it.")]
 
 
 def usable(device: str) -> str:

@@ -11,8 +11,15 @@ import typer
 from softsphere.lab import text
 from softsphere.lab import twins as lab_twins
 from softsphere.lab.options import (
+    BaseMeasure,
     DataDir,
     Device,
+    Dtype,
+    Embedding,
+    Epochs,
+    Seed,
+    SphericalLoss,
+    Text,
     at_least,
     at_least_one,
     known_dtype,
@@ -28,22 +35,20 @@ __all__ = ["twins"]
 
 def twins(
     data_dir: DataDir = None,
-    dataset: Annotated[
-        str, typer.Option(help="ptb, wikipedia, generated, or a folder of sentences in --data-dir.")
-    ] = "ptb",
-    loss: Annotated[str, typer.Option(help="A spherical loss.")] = "taylor_softmax",
-    prior: Annotated[bool, typer.Option(help="Word frequencies as the base measure.")] = True,
+    dataset: Text = "ptb",
+    loss: SphericalLoss = "taylor_softmax",
+    prior: BaseMeasure = True,
     n: Annotated[int, typer.Option("--n", help="Words of an n-gram.")] = 5,
-    embedding: Annotated[int, typer.Option(help="Width of an embedding.")] = 64,
+    embedding: Embedding = 64,
     width: Annotated[int, typer.Option(help="Width d of what the output layer sees.")] = 128,
     batch_size: Annotated[int, typer.Option(help="N-grams in a step.")] = 256,
-    epochs: Annotated[int, typer.Option(help="Passes over the text.")] = 3,
+    epochs: Epochs = 3,
     lr: Annotated[float, typer.Option(help="Rate of the output layer, in classes D.")] = 0.01,
     momentum: Annotated[float, typer.Option(help="Momentum of the output layer.")] = 0.0,
     trunk_lr: Annotated[float, typer.Option(help="SGD's rate for the layers below.")] = 0.05,
-    seed: Annotated[int, typer.Option(help="Of initial weights and order.")] = 0,
+    seed: Seed = 0,
     device: Device = "cpu",
-    dtype: Annotated[str, typer.Option(help="float32 or float64, for all of it.")] = "float32",
+    dtype: Dtype = "float32",
     out: Annotated[
         Path | None, typer.Option(help="Run folder; default runs/TIME-twins-DATASET.")
     ] = None,

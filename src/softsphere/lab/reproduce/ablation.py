@@ -11,20 +11,14 @@ from softsphere.lab.language_training import Setup
 from softsphere.lab.outputs import Output
 from softsphere.lab.reproduce import pictures, ptb
 from softsphere.lab.reproduce.experiment import Ran, Section, StudyExperiment
-from softsphere.lab.reproduce.language import PERPLEXITY, REFERENCE, setup
+from softsphere.lab.reproduce.language import PERPLEXITY, REFERENCE, beside_softmax, setup
 from softsphere.lab.reproduce.paper import label
 from softsphere.lab.reproduce.tables import (
     below,
-    count,
     p_values,
     ratio,
-    settings,
-    shown,
-    times,
-    told,
 )
 from softsphere.lab.search import Axis
-from softsphere.lab.tables import markdown
 
 __all__ = ["EXPERIMENT"]
 
@@ -56,19 +50,8 @@ def tell(ran: Ran) -> Section:
     """Perplexities by network, and each loss in times softmax there."""
     reference = {name: softmax_of(name) for name in ran.ends}
     p = p_values(ran.ends, PERPLEXITY, reference)
-    header = ("network", "loss", "its numbers", "rate", "trials", "seeds", PERPLEXITY.title, "p")
-    rows = []
-    for name, runs in ran.ends.items():
-        activation, depth = network(name)
-        layers = f"{depth} layer{'s' if depth > 1 else ''}, {activation}"
-        loss = label(name.split()[0])
-        chosen = settings(runs)
-        rows.append(
-            (layers, loss, *chosen, ran.tried(name), count(runs), told(runs, PERPLEXITY),
-             shown(p.get(name)),
-             times(ran.ends, name, reference[name], PERPLEXITY))
-        )  # fmt: skip
-    table = markdown((*header, "times softmax"), rows)
+    columns = {"network": layers, "loss": lambda name: label(name.split()[0])}
+    table = beside_softmax(ran, reference, p, columns)
     found = finding(ran, reference, p)
     return Section(
         text=f"{setup(ran)}\n{table}\n{found}\n",
@@ -76,6 +59,16 @@ def tell(ran: Ran) -> Section:
         finding=found,
         pictures={"networks": partial(picture, ran)},
     )
+
+
+def layers(name: str) -> str:
+    """The network in a few words.
+
+    >>> layers("softmax depth=2 activation=exp")
+    '2 layers, exp'
+    """
+    activation, depth = network(name)
+    return f"{depth} layer{'s' if depth > 1 else ''}, {activation}"
 
 
 def softmax_of(name: str) -> str:

@@ -11,20 +11,14 @@ from softsphere.lab.language_training import Setup
 from softsphere.lab.outputs import Output
 from softsphere.lab.reproduce import pictures
 from softsphere.lab.reproduce.experiment import Ran, Section, StudyExperiment
-from softsphere.lab.reproduce.language import PERPLEXITY, REFERENCE, setup
+from softsphere.lab.reproduce.language import PERPLEXITY, REFERENCE, beside_softmax, setup
 from softsphere.lab.reproduce.paper import label
 from softsphere.lab.reproduce.tables import (
     below,
-    count,
     p_values,
     ratio,
-    settings,
-    shown,
-    times,
-    told,
 )
 from softsphere.lab.search import Axis
-from softsphere.lab.tables import markdown
 
 __all__ = ["EXPERIMENT"]
 
@@ -52,20 +46,14 @@ def kind_of(name: str) -> str:
 
 def tell(ran: Ran) -> Section:
     """Perplexities and their ratio to softmax's by D."""
-    reference = {name: softmax_of(name) for name in ran.ends}
+    names = sorted(ran.ends, key=lambda name: Output.parse(name).classes or 0)
+    reference = {name: softmax_of(name) for name in names}
     p = p_values(ran.ends, PERPLEXITY, reference)
-    header = ("D", "output layer", "its numbers", "rate", "trials", "seeds", PERPLEXITY.title)
-    rows = []
-    for name in sorted(ran.ends, key=lambda name: Output.parse(name).classes or 0):
-        runs = ran.ends[name]
-        chosen = settings(runs)
-        rows.append(
-            (f"{Output.parse(name).classes:,}", label(kind_of(name)), *chosen, ran.tried(name),
-             count(runs),
-             told(runs, PERPLEXITY), times(ran.ends, name, reference[name], PERPLEXITY),
-             shown(p.get(name)))
-        )  # fmt: skip
-    table = markdown((*header, "times softmax", "p"), rows)
+    columns = {
+        "D": lambda name: f"{Output.parse(name).classes:,}",
+        "output layer": lambda name: label(kind_of(name)),
+    }
+    table = beside_softmax(ran, reference, p, columns)
     found_out = finding(ran, p)
     return Section(
         text=f"{setup(ran)}\n{table}\n{found_out}\n",

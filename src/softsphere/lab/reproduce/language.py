@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 
 from softsphere.lab.language import MOST_NLL, perplexity
@@ -20,11 +20,12 @@ from softsphere.lab.reproduce.tables import (
     ratio,
     settings,
     shown,
+    times,
     told,
 )
 from softsphere.lab.tables import markdown
 
-__all__ = ["PERPLEXITY", "REFERENCE", "ratios", "seconds_to", "setup", "tell"]
+__all__ = ["PERPLEXITY", "REFERENCE", "beside_softmax", "ratios", "seconds_to", "setup", "tell"]
 
 PERPLEXITY = Metric("test_nll", "test perplexity", 1, perplexity, figures=3)
 TOP1 = Metric("test_top1", "top-1 %", 2, lambda share: 100 * share)
@@ -98,6 +99,34 @@ def tell(ran: Ran) -> Section:
     )
 
 
+def beside_softmax(
+    ran: Ran,
+    reference: Mapping[str, str],
+    p: Mapping[str, float],
+    columns: Mapping[str, Callable[[str], str]],
+) -> str:
+    """A table of perplexities, each also in times that of the softmax it is compared with.
+
+    reference: that softmax, by name. columns: what they say of a name, by title, before the others.
+    """
+    header = ("its numbers", "rate", "trials", "seeds", PERPLEXITY.title, "times softmax", "p")
+    return markdown(
+        (*columns, *header),
+        [
+            (
+                *(said(name) for said in columns.values()),
+                *settings(ran.ends[name]),
+                ran.tried(name),
+                count(ran.ends[name]),
+                told(ran.ends[name], PERPLEXITY),
+                times(ran.ends, name, other, PERPLEXITY),
+                shown(p.get(name)),
+            )
+            for name, other in reference.items()
+        ],
+    )
+
+
 def setup(ran: Ran) -> str:
     """The text, the networks and their training, in a few sentences."""
     asked, data = ran.config, ran.config["data"]
@@ -168,7 +197,7 @@ def seconds_to(ran: Ran, name: str, goal: float) -> str:
 
     The mean over the seeds; a dash if a seed does not come to it. Of the first epoch all counts.
     """
-    times = []
+    taken = []
     for seed in ran.ends[name]:
         own = [x for x in ran.epochs if x["loss"] == name and x["seed"] == seed]
         passed, before = 0.0, None
@@ -178,21 +207,21 @@ def seconds_to(ran: Ran, name: str, goal: float) -> str:
                 return "–"
             if nll <= math.log(goal):
                 share = 1.0 if before is None else (before - math.log(goal)) / (before - nll)
-                times.append(passed + share * seconds)
+                taken.append(passed + share * seconds)
                 break
             passed, before = passed + seconds, nll
         else:
             return "–"
-    return f"{sum(times) / len(times):.0f}" if times else "–"
+    return f"{sum(taken) / len(taken):.0f}" if taken else "–"
 
 
 def ratios(ran: Ran, reference: Mapping[str, str]) -> str:
     """How many times softmax's each perplexity is, in a sentence."""
     parts = []
     for name, other in reference.items():
-        times = None if name == other else ratio(ran.ends, name, other, PERPLEXITY)
-        if times is not None:
-            middle, low, high = times
+        compared = None if name == other else ratio(ran.ends, name, other, PERPLEXITY)
+        if compared is not None:
+            middle, low, high = compared
             spread = "" if math.isnan(low) else f" ({low:.3f} to {high:.3f})"
             parts.append(f"{label(name)} {middle:.3f}{spread}")
     if not parts:

@@ -243,18 +243,31 @@ def test_classes_say_where_the_order_turns():
         for seed in range(3):
             ends.append(end(f"softmax classes={D}", seed, 3.0 + 0.01 * seed))
             ends.append(end(f"taylor_softmax prior classes={D}", seed, 3.0 + gap + 0.011 * seed))
-    found = classes.tell(ran(ends)).finding
-    assert found == (
-        "Log-Taylor softmax, base measure has 0.906 times softmax's perplexity at 10 classes and "
-        "1.223 times at 100, shown to be below it at 10."
-    )
+    found = classes.tell(ran(ends)).finding.splitlines()
+    assert found[2:] == [
+        "- log-Taylor softmax, base measure: 0.906 at 10 classes and 1.223 at 100; interval below 1 "
+        "at 10; interval above 1 at 100; p < 0.05 at 10, 100."
+    ]
+    # one seed has neither an interval nor a test
     alone = classes.tell(ran([line for line in ends if line["seed"] == 0])).finding
-    assert alone.endswith("1.221 times at 100, not tested.")
+    assert alone.endswith("base measure: 0.905 at 10 classes and 1.221 at 100.")
     # lower on average, by less than chance
     alike = [end(f"{loss} classes=10", seed, 3.0 + (seed + (loss != "softmax")) % 3 * 0.01
                  - 0.001 * (loss != "softmax"))
              for loss in ("softmax", "taylor_softmax") for seed in range(3)]  # fmt: skip
-    assert classes.tell(ran(alike)).finding.endswith("nowhere shown below it.")
+    assert classes.tell(ran(alike)).finding.endswith("softmax: 0.999 at 10 classes.")
+
+
+def test_the_ratios_by_classes_are_told_by_the_interval_and_by_the_test_each():
+    """Many comparisons, of which none is sure: intervals apart from 1, and no p below 0.05."""
+    spread = (-0.02, 0.0, 0.03)
+    ends = []
+    for D in range(10, 30):
+        for seed in range(3):
+            ends.append(end(f"softmax classes={D}", seed, 3.0))
+            ends.append(end(f"taylor_softmax classes={D}", seed, 3.1 + spread[seed]))
+    found = classes.tell(ran(ends)).finding
+    assert "interval above 1 at 10, 11," in found and "p <" not in found
 
 
 def test_the_ablation_compares_on_the_same_network():

@@ -14,7 +14,7 @@ from softsphere.lab.reproduce.experiment import Ran, Section, StudyExperiment
 from softsphere.lab.reproduce.language import PERPLEXITY, REFERENCE, beside_softmax, setup
 from softsphere.lab.reproduce.paper import label
 from softsphere.lab.reproduce.tables import (
-    below,
+    LEVEL,
     p_values,
     ratio,
 )
@@ -80,23 +80,33 @@ def curves(ran: Ran) -> dict[str, dict[int, tuple[float, float, float]]]:
 
 
 def finding(ran: Ran, p: Mapping[str, float]) -> str:
-    """How far each kind is from softmax with the fewest and most classes, and what was shown."""
-    parts = []
+    """Of each kind: the ratio with the fewest and most classes, and where it is not 1."""
+    lines = []
     for kind, by_classes in curves(ran).items():
-        fewest, most = min(by_classes), max(by_classes)
-        names = {D: str(replace(Output.parse(kind), classes=D)) for D in sorted(by_classes)}
-        better = [f"{D:,}" for D in names if below(p.get(names[D]), by_classes[D][0])]
-        tested = any(name in p for name in names.values())
-        said = (
-            f"shown to be below it at {', '.join(better)}" if better else "nowhere shown below it"
-        )
-        parts.append(
-            f"{label(kind)} has {by_classes[fewest][0]:.3f} times softmax's perplexity at "
-            f"{fewest:,} classes and {by_classes[most][0]:.3f} times at {most:,}, "
-            f"{said if tested else 'not tested'}"
-        )
-    sentence = "; ".join(parts)
-    return f"{sentence[0].upper()}{sentence[1:]}." if parts else "Nothing can be compared yet."
+        classes = sorted(by_classes)
+        ends = [f"{by_classes[classes[0]][0]:.3f} at {classes[0]:,} classes"]
+        if len(classes) > 1:
+            ends.append(f"{by_classes[classes[-1]][0]:.3f} at {classes[-1]:,}")
+        said = {
+            "interval below 1 at": [D for D in classes if by_classes[D][2] < 1],
+            "interval above 1 at": [D for D in classes if by_classes[D][1] > 1],
+            f"p < {LEVEL} at": [
+                D
+                for D in classes
+                if p.get(str(replace(Output.parse(kind), classes=D)), 1.0) < LEVEL
+            ],
+        }
+        found = [f"{what} {', '.join(f'{D:,}' for D in at)}" for what, at in said.items() if at]
+        lines.append(f"- {label(kind)}: {'; '.join([' and '.join(ends), *found])}.")
+    if not lines:
+        return "Nothing can be compared yet."
+    return "\n".join(
+        [
+            "Test perplexity in times softmax's with as many classes; p is after Holm's correction for "
+            "all comparisons of the table, the 95 % intervals are each for itself:\n",
+            *lines,
+        ]
+    )
 
 
 def picture(ran: Ran, path: pictures.Path) -> None:

@@ -245,8 +245,8 @@ def test_classes_say_where_the_order_turns():
             ends.append(end(f"taylor_softmax prior classes={D}", seed, 3.0 + gap + 0.011 * seed))
     found = classes.tell(ran(ends)).finding.splitlines()
     assert found[2:] == [
-        "- log-Taylor softmax, base measure: 0.906 at 10 classes and 1.223 at 100; interval below 1 "
-        "at 10; interval above 1 at 100; p < 0.05 at 10, 100."
+        "- log-Taylor softmax, base measure: 0.906 at 10 classes and 1.223 at 100; interval below "
+        "1 at 10; interval above 1 at 100; p < 0.05 at 10, 100."
     ]
     # one seed has neither an interval nor a test
     alone = classes.tell(ran([line for line in ends if line["seed"] == 0])).finding
@@ -259,7 +259,7 @@ def test_classes_say_where_the_order_turns():
 
 
 def test_the_ratios_by_classes_are_told_by_the_interval_and_by_the_test_each():
-    """Many comparisons, of which none is sure: intervals apart from 1, and no p below 0.05."""
+    """Many comparisons, of which none is sure: intervals apart from 1, no p below 0.05."""
     spread = (-0.02, 0.0, 0.03)
     ends = []
     for D in range(10, 30):

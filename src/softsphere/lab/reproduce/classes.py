@@ -81,32 +81,32 @@ def curves(ran: Ran) -> dict[str, dict[int, tuple[float, float, float]]]:
 
 def finding(ran: Ran, p: Mapping[str, float]) -> str:
     """Of each kind: the ratio with the fewest and most classes, and where it is not 1."""
+
+    def at(what: str, classes: list[int]) -> list[str]:
+        return [f"{what} at {', '.join(f'{D:,}' for D in classes)}"] if classes else []
+
     lines = []
     for kind, by_classes in curves(ran).items():
         classes = sorted(by_classes)
-        ends = [f"{by_classes[classes[0]][0]:.3f} at {classes[0]:,} classes"]
+        names = {D: str(replace(Output.parse(kind), classes=D)) for D in classes}
+        middle = {D: f"{by_classes[D][0]:.3f}" for D in classes}
+        ends = [f"{middle[classes[0]]} at {classes[0]:,} classes"]
         if len(classes) > 1:
-            ends.append(f"{by_classes[classes[-1]][0]:.3f} at {classes[-1]:,}")
-        said = {
-            "interval below 1 at": [D for D in classes if by_classes[D][2] < 1],
-            "interval above 1 at": [D for D in classes if by_classes[D][1] > 1],
-            f"p < {LEVEL} at": [
-                D
-                for D in classes
-                if p.get(str(replace(Output.parse(kind), classes=D)), 1.0) < LEVEL
-            ],
-        }
-        found = [f"{what} {', '.join(f'{D:,}' for D in at)}" for what, at in said.items() if at]
-        lines.append(f"- {label(kind)}: {'; '.join([' and '.join(ends), *found])}.")
+            ends.append(f"{middle[classes[-1]]} at {classes[-1]:,}")
+        said = (
+            " and ".join(ends),
+            *at("interval below 1", [D for D in classes if by_classes[D][2] < 1]),
+            *at("interval above 1", [D for D in classes if by_classes[D][1] > 1]),
+            *at(f"p < {LEVEL}", [D for D in classes if p.get(names[D], 1.0) < LEVEL]),
+        )
+        lines.append(f"- {label(kind)}: {'; '.join(said)}.")
     if not lines:
         return "Nothing can be compared yet."
-    return "\n".join(
-        [
-            "Test perplexity in times softmax's with as many classes; p is after Holm's correction for "
-            "all comparisons of the table, the 95 % intervals are each for itself:\n",
-            *lines,
-        ]
+    head = (
+        "Test perplexity in times softmax's with as many classes; p is after Holm's correction for "
+        "all comparisons of the table, the 95 % intervals are each for itself:"
     )
+    return "\n".join([head, "", *lines])
 
 
 def picture(ran: Ran, path: pictures.Path) -> None:

@@ -168,6 +168,18 @@ def test_a_network_that_gives_no_numbers_is_last_everywhere_and_has_diverged():
         ranking = run.ranking("valid")
         assert ranking["top10"] == 0.0 and ranking["mrr"] < 0.02, name
         assert run.nll("valid") is None or math.isnan(run.nll("valid"))
+        run.epoch(lambda step: None)
+        assert run.diverged and not run.history, name
+
+
+def test_a_perplexity_past_all_numbers_is_a_run_that_diverged():
+    run = Run(TEXT.load().text, Output.parse("softmax"), 1e-9, 0, TEXT.setup)
+    with torch.no_grad():
+        for weight in (*run.model.parameters(), *run.head.parameters()):
+            weight.mul_(1e3)
+    assert math.isfinite(run.nll("valid"))
+    run.epoch(lambda step: None)
+    assert run.diverged and not run.history
 
 
 def test_a_finished_run_leaves_no_state(tmp_path):

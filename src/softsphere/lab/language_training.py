@@ -164,7 +164,10 @@ class Run:
         self.head.load_state_dict(weights["head"])
 
     def epoch(self, after_step: Callable[[int], None]) -> None:
-        """What is left of a pass over the training part, and a look at the validation part."""
+        """What is left of a pass over the training part, and a look at the validation part.
+
+        A loss or a perplexity that is no finite number ends the run as diverged.
+        """
         x, y = self.examples["train"]
         self.under_way = self.under_way or Pass.begin(len(y), self.order, x.device)
 
@@ -188,7 +191,7 @@ class Run:
         nll, mrr = self.nll("valid"), None
         if nll is None:
             mrr = self.ranking("valid")["mrr"]
-        elif math.isnan(nll):
+        elif not math.isfinite(language.perplexity(nll)):
             self.diverged = True
             return
         self.history.append(Epoch(len(self.history) + 1, loss, nll, mrr, seconds))

@@ -25,15 +25,20 @@ Line = tuple[str, Sequence[float], Sequence[float], Sequence[tuple[float, float]
 
 
 def curves(ran: Ran, path: Path) -> None:
-    """Validation perplexity by epoch and by seconds of training, means over the seeds."""
+    """Validation perplexity by epoch and by seconds of training, means over the seeds.
+
+    Of runs of one epoch by seconds alone.
+    """
     import matplotlib.pyplot as plt
 
     names = [name for name in ran.ends if any(by_epoch(ran, name).values())]
+    by_epochs = any(len(by_epoch(ran, name)) > 1 for name in names)
     colours = dict(zip(names, distinguishable(len(names)), strict=True))
     height = 4.2 + 0.2 * math.ceil(len(names) / 3)
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=(11, height), layout="constrained", sharey=True
+    figure, row = plt.subplots(
+        1, 1 + by_epochs, figsize=(11, height), layout="constrained", sharey=True, squeeze=False
     )
+    left, right = row[0][0], row[0][-1]
     for name in names:
         found = by_epoch(ran, name)
         epochs = sorted(epoch for epoch, runs in found.items() if runs)
@@ -45,16 +50,18 @@ def curves(ran: Ran, path: Path) -> None:
             "marker": "o",
             "markersize": 4,
         }
-        mean = drawable(mean)
-        left.plot(epochs, mean, label=label(name), **style)
-        right.plot(seconds, mean, **style)
-    left.set(xlabel="epoch", ylabel="validation perplexity")
-    logarithmic(left)
-    left.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
+        right.plot(seconds, drawable(mean), label=label(name), **style)
+        if by_epochs:
+            left.plot(epochs, drawable(mean), **style)
+    if by_epochs:
+        left.set(xlabel="epoch")
+        left.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
     right.set(xlabel="seconds of training", xscale="log")
+    left.set(ylabel="validation perplexity")
+    logarithmic(right)
     plain_numbers(left.yaxis)
     plain_numbers(right.xaxis)
-    for axes in (left, right):
+    for axes in row[0]:
         tidy(axes)
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     figure.suptitle(f"{ran.config['dataset']}: how fast each output layer learns", fontsize=12)

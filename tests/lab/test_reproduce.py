@@ -279,7 +279,21 @@ def test_the_ablation_compares_on_the_same_network():
     ]
     found = ablation.tell(ran(ends))
     assert "1.105 (log-Taylor softmax, relu, depth 1) to 1.221" in found.finding
-    assert "none was shown to be below" in found.finding
+    assert "none was shown to be below" in found.finding and "Without a run" not in found.finding
+
+
+def test_the_ablation_names_what_it_cannot_compare_and_draws_a_gap(tmp_path, recwarn):
+    ends = [
+        end(f"{loss} depth={depth} activation=exp", seed, 4.0 + 0.01 * seed,
+            diverged=depth == 3 and loss != "softmax")
+        for loss in ("softmax", "taylor_softmax")
+        for depth in (2, 3)
+        for seed in range(3)
+    ]  # fmt: skip
+    found = ablation.tell(ran(ends))
+    assert found.finding.endswith("none is done: log-Taylor softmax, exp, depth 3.")
+    found.pictures["networks"](tmp_path / "networks.png")
+    assert not [str(warning.message) for warning in recwarn if "empty" in str(warning.message)]
 
 
 def test_a_record_in_part_says_how_much_of_it_there_is(tmp_path):

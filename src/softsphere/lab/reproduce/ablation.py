@@ -88,8 +88,7 @@ def finding(ran: Ran, reference: Mapping[str, str], p: Mapping[str, float]) -> s
     least, most = min(found, key=found.__getitem__), max(found, key=found.__getitem__)
 
     def where(name: str) -> str:
-        activation, depth = network(name)
-        return f"{found[name]:.3f} ({label(name.split()[0])}, {activation}, depth {depth})"
+        return f"{found[name]:.3f} ({place(name)})"
 
     better = [name for name, value in found.items() if below(p.get(name), value)]
     closed = (
@@ -100,10 +99,24 @@ def finding(ran: Ran, reference: Mapping[str, str], p: Mapping[str, float]) -> s
     untested = sum(name not in p for name in found)
     if untested:
         closed += f" ({untested} of {len(found)} not tested, with too few seeds)"
-    return (
+    lost = [place(name) for name, other in reference.items() if name not in {other, *found}]
+    told = (
         f"Over the networks the perplexity in times softmax's is from {where(least)} to "
         f"{where(most)}; {closed}."
     )
+    if lost:
+        told += f" Without a run to compare, since all diverged or none is done: {'; '.join(lost)}."
+    return told
+
+
+def place(name: str) -> str:
+    """The loss and its network.
+
+    >>> place("taylor_softmax depth=2 activation=exp")
+    'log-Taylor softmax, exp, depth 2'
+    """
+    activation, depth = network(name)
+    return f"{label(name.split()[0])}, {activation}, depth {depth}"
 
 
 def picture(ran: Ran, path: pictures.Path) -> None:

@@ -78,9 +78,10 @@ def by_epoch(ran: Ran, name: str) -> dict[int, list[tuple[float, float]]]:
 
 
 def over(name: str, runs: Mapping[int, Mapping[int, Any]], metric: Metric) -> Line:
-    """Means of a metric and their intervals over x, of ends by x and seed."""
+    """Means of a metric and their intervals over x, of ends by x and seed; nan where all diverged."""
     x = sorted(runs)
-    known = [interval(list(values(runs[each], metric).values())) for each in x]
+    by_x = [list(values(runs[each], metric).values()) for each in x]
+    known = [interval(some) if some else (math.nan, math.nan) for some in by_x]
     y = [mean for mean, _ in known]
     return name, x, y, [(mean - half, mean + half) for mean, half in known]
 

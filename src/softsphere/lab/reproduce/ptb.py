@@ -15,6 +15,7 @@ __all__ = ["DIFFERENCES", "EXPERIMENT", "FEW", "OUTPUTS"]
 
 OUTPUTS = (
     Output("softmax"),
+    Output("softmax", prior=True),
     Output("taylor_softmax"),
     Output("spherical_softmax"),
     Output("z_loss"),

@@ -78,7 +78,10 @@ def by_epoch(ran: Ran, name: str) -> dict[int, list[tuple[float, float]]]:
 
 
 def over(name: str, runs: Mapping[int, Mapping[int, Any]], metric: Metric) -> Line:
-    """Means of a metric and their intervals over x, of ends by x and seed; nan where all diverged."""
+    """Means of a metric and their intervals over x, of ends by x and seed.
+
+    nan where all diverged.
+    """
     x = sorted(runs)
     by_x = [list(values(runs[each], metric).values()) for each in x]
     known = [interval(some) if some else (math.nan, math.nan) for some in by_x]

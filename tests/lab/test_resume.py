@@ -16,12 +16,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from softsphere.lab import checkpoint, study, work
+from softsphere.lab import run, study, work
 from softsphere.lab.checkpoint import Checkpoint
 from softsphere.lab.classification import Classification
 from softsphere.lab.errors import LabError
 from softsphere.lab.language_modelling import LanguageModelling
-from softsphere.lab.language_training import Run, Setup
+from softsphere.lab.language_training import LanguageRun, Setup
 from softsphere.lab.outputs import Output
 from softsphere.lab.progress import terminal
 from softsphere.lab.records import Record
@@ -126,7 +126,7 @@ def test_a_run_that_is_stopped_within_an_epoch_ends_as_one_that_was_not(
 ):
     asked, name = RUNS[case]
     task, data = Task(name, name, 3e-3, 0, trial=False), asked.load()
-    monkeypatch.setattr(checkpoint, "STEPS", 1)
+    monkeypatch.setattr(run, "STEPS", 1)
     whole = asked.train(task, data, Checkpoint(), lambda *_: None)
     kept = Stopping(tmp_path / "kept" / "run.pt")
     for steps in (1, 3, 2):
@@ -162,24 +162,24 @@ def test_a_network_that_gives_no_numbers_is_last_everywhere_and_has_diverged():
     data = TEXT.load()
     for name in ("softmax", "z_loss", "taylor_softmax factored rate=0.1", "adaptive_softmax",
                  "hierarchical_softmax"):  # fmt: skip
-        run = Run(data.text, Output.parse(name), 3e-3, 0, TEXT.setup)
+        one = LanguageRun(data.text, Output.parse(name), 3e-3, 0, TEXT.setup)
         with torch.no_grad():
-            list(run.model.parameters())[-1].fill_(math.nan)
-        ranking = run.ranking("valid")
+            list(one.model.parameters())[-1].fill_(math.nan)
+        ranking = one.ranking("valid")
         assert ranking["top10"] == 0.0 and ranking["mrr"] < 0.02, name
-        assert run.nll("valid") is None or math.isnan(run.nll("valid"))
-        run.epoch(lambda step: None)
-        assert run.diverged and not run.history, name
+        assert one.nll("valid") is None or math.isnan(one.nll("valid"))
+        one.epoch(lambda step: None)
+        assert one.diverged and not one.history, name
 
 
 def test_a_perplexity_past_all_numbers_is_a_run_that_diverged():
-    run = Run(TEXT.load().text, Output.parse("softmax"), 1e-9, 0, TEXT.setup)
+    one = LanguageRun(TEXT.load().text, Output.parse("softmax"), 1e-9, 0, TEXT.setup)
     with torch.no_grad():
-        for weight in (*run.model.parameters(), *run.head.parameters()):
+        for weight in (*one.model.parameters(), *one.head.parameters()):
             weight.mul_(1e3)
-    assert math.isfinite(run.nll("valid"))
-    run.epoch(lambda step: None)
-    assert run.diverged and not run.history
+    assert math.isfinite(one.nll("valid"))
+    one.epoch(lambda step: None)
+    assert one.diverged and not one.history
 
 
 def test_a_finished_run_leaves_no_state(tmp_path):

@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from softsphere.lab.errors import LabError
 from softsphere.lab.records import write_bytes
 
-__all__ = ["Checkpoint", "finish"]
-
-# So many may have to be done again, and take long enough that writing a large state is no matter.
-# By the clock the state would be kept at other steps each time, and to be kept changes the last
-# digits of a factored layer.
-STEPS = 500
+__all__ = ["Checkpoint"]
 
 
 class Checkpoint:
-    """What a run was at the end of its last whole epoch, or not long ago.
+    """What a run was at the end of its last epoch, or some steps ago.
 
     path: of the file, None where nothing is to be kept.
     """
@@ -64,34 +58,3 @@ class Checkpoint:
         """Forgets the state."""
         if self.path is not None:
             self.path.unlink(missing_ok=True)
-
-
-class Run(Protocol):
-    """A training that goes on from a state as if it had never been stopped."""
-
-    @property
-    def history(self) -> Sequence[object]: ...
-    @property
-    def diverged(self) -> bool: ...
-    def state(self) -> dict[str, Any]: ...
-    def go_on(self, state: dict[str, Any]) -> None: ...
-    def epoch(self, after_step: Callable[[int], None]) -> None: ...
-
-
-def finish(run: Run, epochs: int, kept: Checkpoint, on_epoch: Callable[[int, int], None]) -> None:
-    """Trains to the last epoch, or until it diverges, from what is kept of it.
-
-    The state is kept after each epoch, and in a long one after every STEPS.
-    """
-    if state := kept.load():
-        run.go_on(state)
-
-    def after_step(step: int) -> None:
-        if step % STEPS == 0:
-            kept.save(run.state())
-
-    while len(run.history) < epochs and not run.diverged:
-        run.epoch(after_step)
-        if not run.diverged:
-            kept.save(run.state())
-            on_epoch(len(run.history), epochs)

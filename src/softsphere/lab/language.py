@@ -22,7 +22,6 @@ __all__ = [
     "mean_loss",
     "mlp",
     "ngram_parts",
-    "pass_over",
     "perplexity",
     "window_parts",
 ]
@@ -112,27 +111,6 @@ def mean_loss(model: nn.Module, head: nn.Module, x: Tensor, y: Tensor) -> float:
     return total / y.numel()
 
 
-def pass_over(
-    under_way: Pass,
-    model: nn.Module,
-    head: nn.Module,
-    optimizers: Sequence[torch.optim.Optimizer],
-    x: Tensor,
-    y: Tensor,
-    batch_size: int,
-    after_step: Callable[[int], None],
-) -> None:
-    """Trains on the rows that a pass has left."""
-    model.train()
-    head.train()
-
-    def loss_of(index: Tensor) -> Tensor:
-        loss: Tensor = head(model(x[index]), y[index])
-        return loss
-
-    under_way.train(batch_size, loss_of, optimizers, after_step)
-
-
 def fit(
     model: nn.Module,
     head: nn.Module,
@@ -149,13 +127,20 @@ def fit(
     lines = []
     x, y = examples["train"]
     steps = math.ceil(len(y) / batch_size)
+
+    def loss_of(index: Tensor) -> Tensor:
+        loss: Tensor = head(model(x[index]), y[index])
+        return loss
+
     for epoch in range(1, epochs + 1):
         under_way = Pass.begin(len(y), order, x.device)
+        model.train()
+        head.train()
 
         def after_step(step: int, epoch: int = epoch) -> None:
             on_step(epoch, step, steps)
 
-        pass_over(under_way, model, head, optimizers, x, y, batch_size, after_step)
+        under_way.train(batch_size, loss_of, optimizers, after_step)
         lines.append(
             {
                 "epoch": epoch,

@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from softsphere.lab import text
-from softsphere.lab.checkpoint import Checkpoint, finish
+from softsphere.lab.checkpoint import Checkpoint
 from softsphere.lab.errors import LabError
 from softsphere.lab.language import perplexity
-from softsphere.lab.language_training import Data, Epoch, Final, Run, Setup
+from softsphere.lab.language_training import Data, Epoch, Final, LanguageRun, Setup
 from softsphere.lab.outputs import Output
 from softsphere.lab.records import Line
 from softsphere.lab.search import Axis, Space
@@ -110,7 +110,7 @@ class LanguageModelling(Study):
             setup = replace(setup, epochs=self.trial_epochs)
             if self.trial_words is not None:
                 words = words.first(self.trial_words)
-        run = Run(words, Output.parse(task.setting), task.lr, task.seed, setup)
-        finish(run, setup.epochs, kept, on_epoch)
+        run = LanguageRun(words, Output.parse(task.setting), task.lr, task.seed, setup)
+        run.train(setup.epochs, kept, on_epoch)
         final = run.final(data, read_test=not task.trial)
         return [asdict(epoch) for epoch in run.history], asdict(final)

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from softsphere.lab import language
 from softsphere.lab.outputs import Output, Ranks, layer
-from softsphere.lab.passes import Pass
 from softsphere.lab.rates import cosine
+from softsphere.lab.run import Run
 from softsphere.lab.similarity import Pair, spearman
 from softsphere.lab.text import Text
-from softsphere.matrix import SingularStepError
 
-__all__ = ["Data", "Epoch", "Final", "Run", "Setup"]
+__all__ = ["Data", "Epoch", "Final", "LanguageRun", "Setup"]
 
 # Where a word's rank is among the ten best.
 TOP = 10
@@ -98,12 +95,14 @@ class Final:
     diverged: bool
 
 
-class Run:
-    """A model under training, and all that it takes to go on with it elsewhere."""
+class LanguageRun(Run[Epoch]):
+    """A language model and its output layer under training."""
+
+    epoch_type = Epoch
 
     def __init__(self, data: Text, output: Output, lr: float, seed: int, setup: Setup) -> None:
         torch.manual_seed(seed)
-        self.setup, self.output = setup, output
+        self.output = output
         self.examples = examples(data, output, setup)
         self.model = network(len(data.words), output, setup).to(setup.device)
         counts = data.counts if output.classes is None else data.cut(output.classes).counts
@@ -111,94 +110,32 @@ class Run:
         parameters = [*self.model.parameters(), *([] if own else self.head.parameters())]
         # decay is off, so that this is Adam; fused, since most of the numbers are of the embeddings
         shared = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0, fused=True)
-        self.optimizers = [shared, *([own] if own else [])]
-        y = self.examples["train"][1]
-        self.rows = max(1, setup.batch_size * len(y) // y.numel())
-        steps = setup.epochs * math.ceil(len(y) / self.rows)
-        self.rates = [
-            torch.optim.lr_scheduler.LambdaLR(each, lambda step: cosine(step, steps))
-            for each in self.optimizers
-        ]
-        self.order = torch.Generator().manual_seed(seed)
-        self.under_way: Pass | None = None
-        self.history: list[Epoch] = []
-        self.best, self.best_epoch, self.kept = math.inf, 0, self.weights()
-        self.diverged = False
+        _, y = self.examples["train"]
+        rows = max(1, setup.batch_size * len(y) // y.numel())
+        steps = setup.epochs * math.ceil(len(y) / rows)
+        super().__init__(
+            {"model": self.model, "head": self.head},
+            [shared, *([own] if own else [])],
+            lambda step: cosine(step, steps),
+            rows=len(y),
+            batch_size=rows,
+            seed=seed,
+            device=y.device,
+        )
 
-    def weights(self) -> dict[str, Any]:
-        """As they are now."""
-        state = {"model": self.model.state_dict(), "head": self.head.state_dict()}
-        return copy.deepcopy(state)
-
-    def state(self) -> dict[str, Any]:
-        """What `go_on` takes."""
-        return {
-            "now": {"model": self.model.state_dict(), "head": self.head.state_dict()},
-            "optimizers": [each.state_dict() for each in self.optimizers],
-            "rates": [each.state_dict() for each in self.rates],
-            "order": self.order.get_state(),
-            "under way": self.under_way and self.under_way.state(),
-            "history": [asdict(epoch) for epoch in self.history],
-            "best": self.best,
-            "best_epoch": self.best_epoch,
-            "kept": self.kept,
-        }
-
-    def go_on(self, state: dict[str, Any]) -> None:
-        """From a state."""
-        self.put(state["now"])
-        for optimizer, its in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(its)
-        for rate, its in zip(self.rates, state["rates"], strict=True):
-            rate.load_state_dict(its)
-        self.order.set_state(state["order"])
-        if state["under way"]:
-            self.under_way = Pass.again(state["under way"], self.examples["train"][1].device)
-        self.history = [Epoch(**epoch) for epoch in state["history"]]
-        self.best, self.best_epoch = state["best"], state["best_epoch"]
-        self.kept = state["kept"]
-
-    def put(self, weights: dict[str, Any]) -> None:
-        """Puts weights where they came from."""
-        self.model.load_state_dict(weights["model"])
-        self.head.load_state_dict(weights["head"])
-
-    def epoch(self, after_step: Callable[[int], None]) -> None:
-        """What is left of a pass over the training part, and a look at the validation part.
-
-        A loss or a perplexity that is no finite number ends the run as diverged.
-        """
+    def loss_of(self, index: Tensor) -> Tensor:
         x, y = self.examples["train"]
-        self.under_way = self.under_way or Pass.begin(len(y), self.order, x.device)
+        loss: Tensor = self.head(self.model(x[index]), y[index])
+        return loss
 
-        def stepped(step: int) -> None:
-            for rate in self.rates:
-                rate.step()
-            after_step(step)
-
-        try:
-            language.pass_over(
-                self.under_way, self.model, self.head, self.optimizers, x, y, self.rows, stepped
-            )
-        except SingularStepError:
-            self.diverged = True
-            return
-        loss, seconds = self.under_way.loss, self.under_way.seconds
-        self.under_way = None
-        if not math.isfinite(loss):
-            self.diverged = True
-            return
-        nll, mrr = self.nll("valid"), None
+    def look(self, epoch: int, train_loss: float, seconds: float) -> tuple[Epoch, float] | None:
+        nll = self.nll("valid")
         if nll is None:
             mrr = self.ranking("valid")["mrr"]
-        elif not math.isfinite(language.perplexity(nll)):
-            self.diverged = True
-            return
-        self.history.append(Epoch(len(self.history) + 1, loss, nll, mrr, seconds))
-        badness = -mrr if mrr is not None else nll
-        if badness is not None and badness < self.best:
-            self.best, self.best_epoch = badness, len(self.history)
-            self.kept = self.weights()
+            return Epoch(epoch, train_loss, None, mrr, seconds), -mrr
+        if not math.isfinite(language.perplexity(nll)):
+            return None
+        return Epoch(epoch, train_loss, nll, None, seconds), nll
 
     def nll(self, part: str) -> float | None:
         """Mean negative log-likelihood of a word, None for what is not a distribution."""

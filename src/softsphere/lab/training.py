@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from softsphere.lab.augment import flip_and_crop
-from softsphere.lab.checkpoint import Checkpoint, finish
+from softsphere.lab.checkpoint import Checkpoint
 from softsphere.lab.data import Images, Split
 from softsphere.lab.models import build
-from softsphere.lab.passes import Pass
 from softsphere.lab.rates import cosine
+from softsphere.lab.run import Run
 from softsphere.losses import Loss
 from softsphere.modules import SphericalLoss
 
@@ -108,91 +106,46 @@ def adamw(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW
     return torch.optim.AdamW(groups, lr=lr)
 
 
-class Run:
-    """A network under training, and all that it takes to go on with it elsewhere."""
+class ClassifierRun(Run[Epoch]):
+    """A network under training."""
+
+    epoch_type = Epoch
 
     def __init__(self, data: Images, loss: Loss, lr: float, seed: int, schedule: Schedule) -> None:
         torch.manual_seed(seed)
         self.data, self.schedule = data, schedule
         self.model = Network(schedule, data.shape, data.num_classes)
         self.criterion = SphericalLoss(loss)
-        self.optimizer = adamw(self.model, lr, schedule.weight_decay)
         steps = schedule.epochs * math.ceil(len(data.train) / schedule.batch_size)
-        self.rate = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: cosine(step, steps, schedule.warm_up)
+        super().__init__(
+            {"model": self.model},
+            [adamw(self.model, lr, schedule.weight_decay)],
+            lambda step: cosine(step, steps, schedule.warm_up),
+            rows=len(data.train),
+            batch_size=schedule.batch_size,
+            seed=seed,
+            device=data.train.x.device,
         )
-        self.order = torch.Generator().manual_seed(seed)
-        self.under_way: Pass | None = None
-        self.history: list[Epoch] = []
-        self.best, self.kept = math.inf, self.weights()
-        self.diverged = False
 
-    def weights(self) -> dict[str, Tensor]:
-        """As they are now."""
-        return copy.deepcopy(self.model.state_dict())
+    def loss_of(self, index: Tensor) -> Tensor:
+        batch = self.data.train.take(index)
+        x = flip_and_crop(batch.x, self.order) if self.schedule.augment else batch.x
+        loss: Tensor = self.criterion(self.model(x), batch.y)
+        return loss
 
-    def state(self) -> dict[str, Any]:
-        """What `go_on` takes."""
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "rate": self.rate.state_dict(),
-            "order": self.order.get_state(),
-            "under way": self.under_way and self.under_way.state(),
-            "history": [asdict(epoch) for epoch in self.history],
-            "best": self.best,
-            "kept": self.kept,
-        }
-
-    def go_on(self, state: dict[str, Any]) -> None:
-        """From a state."""
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.rate.load_state_dict(state["rate"])
-        self.order.set_state(state["order"])
-        if state["under way"]:
-            self.under_way = Pass.again(state["under way"], self.data.train.x.device)
-        self.history = [Epoch(**epoch) for epoch in state["history"]]
-        self.best = state["best"]
-        self.kept = state["kept"]
-
-    def epoch(self, after_step: Callable[[int], None]) -> None:
-        """What is left of a pass over the training part, and a look at the validation part."""
-        train = self.data.train
-        self.under_way = self.under_way or Pass.begin(len(train), self.order, train.x.device)
-        self.model.train()
-
-        def loss_of(index: Tensor) -> Tensor:
-            batch = train.take(index)
-            x = flip_and_crop(batch.x, self.order) if self.schedule.augment else batch.x
-            loss: Tensor = self.criterion(self.model(x), batch.y)
-            return loss
-
-        def stepped(step: int) -> None:
-            self.rate.step()
-            after_step(step)
-
-        self.under_way.train(self.schedule.batch_size, loss_of, [self.optimizer], stepped)
-        loss, seconds = self.under_way.loss, self.under_way.seconds
-        self.under_way = None
+    def look(self, epoch: int, train_loss: float, seconds: float) -> tuple[Epoch, float]:
         error, nll = evaluate(self.model, self.criterion, self.data.valid)
-        epoch = Epoch(len(self.history) + 1, loss, error, nll, seconds)
-        if not math.isfinite(epoch.train_loss):
-            self.diverged = True
-            return
-        self.history.append(epoch)
-        if error < self.best:
-            self.best, self.kept = error, self.weights()
+        return Epoch(epoch, train_loss, error, nll, seconds), error
 
     def final(self, read_test: bool) -> Final:
         """The end, with the weights of the best epoch."""
-        self.model.load_state_dict(self.kept)
+        self.put(self.kept)
         test_error, test_nll = (
             evaluate(self.model, self.criterion, self.data.test) if read_test else (None, None)
         )
         errors = [epoch.valid_error for epoch in self.history] or [1.0]
         return Final(
-            best_epoch=errors.index(min(errors)) + 1 if self.history else 0,
+            best_epoch=self.best_epoch,
             valid_error=min(errors),
             mean_valid_error=sum(errors) / len(errors),
             test_error=test_error,
@@ -218,6 +171,6 @@ def train(
     A loss that stops being finite ends the run as diverged, with what was best before.
     kept: where the state of a run under way goes, and comes from.
     """
-    run = Run(data, loss, lr, seed, schedule)
-    finish(run, schedule.epochs, kept or Checkpoint(), on_epoch)
+    run = ClassifierRun(data, loss, lr, seed, schedule)
+    run.train(schedule.epochs, kept or Checkpoint(), on_epoch)
     return run.history, run.final(read_test)

@@ -313,10 +313,14 @@ def test_a_record_in_part_says_how_much_of_it_there_is(tmp_path):
     full.add("metrics.jsonl", [end("softmax", 0, 4.5)])
     smoke = Record.create(tmp_path / "2027-01-01-ptb-smoke", {**config, "budget": "smoke"})
     smoke.add("metrics.jsonl", [end("softmax", 0, 5.5)])
-    assert report.chosen(tmp_path, experiment).folder == full.folder
+    assert [record.folder for _, record, _ in report.sections(tmp_path)] == [full.folder]
     # one without a final run has nothing to say
-    empty = Record.create(tmp_path / "2028-01-01-ptb", {**config, "budget": "full"})
-    assert report.chosen(tmp_path, experiment).folder == full.folder != empty.folder
+    Record.create(tmp_path / "2028-01-01-ptb", {**config, "budget": "full"})
+    assert [record.folder for _, record, _ in report.sections(tmp_path)] == [full.folder]
+    # of two alike the last
+    last = Record.create(tmp_path / "2029-01-01-ptb", {**config, "budget": "full"})
+    last.add("metrics.jsonl", [end("softmax", 0, 4.6)])
+    assert [record.folder for _, record, _ in report.sections(tmp_path)] == [last.folder]
 
 
 def test_report_writes_the_page_and_its_pictures(tmp_path, capsys):
@@ -335,6 +339,9 @@ def test_report_writes_the_page_and_its_pictures(tmp_path, capsys):
     assert (docs / "results.md").read_text() == report.markdown(records)
     assert (docs / "results" / "ptb-curves.png").read_bytes().startswith(b"\x89PNG")
     assert "(results/ptb-curves.png)" in (docs / "results.md").read_text()
+    assert (record.folder / "table.md").read_text() in (docs / "results.md").read_text()
+    assert (record.folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert not (records / "other" / "table.md").exists()
 
 
 def test_vision_marks_what_diverged():

@@ -1,4 +1,4 @@
-"""`softsphere report`: the page of results from the records alone."""
+"""`softsphere report`: the page of results, tables and pictures from the records alone."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def report(
         Path, typer.Option(parser=folder, metavar="FOLDER", help="Where results.md goes.")
     ] = Path("docs"),
 ) -> None:
-    """Rebuild docs/results.md and its pictures from the records."""
+    """Rebuild docs/results.md, and all tables and pictures, from the records."""
     if not records.is_dir():
         raise LabError(f"--records {records}: there is no such folder; run `softsphere reproduce`")
     console = terminal()

@@ -15,10 +15,10 @@ from rich.markdown import Markdown
 from softsphere.lab.errors import LabError
 from softsphere.lab.options import DataDir, Device, Resume, at_least_one, folder, usable
 from softsphere.lab.progress import tell_stopped, terminal
-from softsphere.lab.records import Record, write
+from softsphere.lab.records import Record
 from softsphere.lab.reproduce.experiment import BUDGETS, Experiment, Prepared
 from softsphere.lab.reproduce.registry import EXPERIMENTS
-from softsphere.lab.reproduce.report import RECORDS
+from softsphere.lab.reproduce.report import RECORDS, put
 
 __all__ = ["reproduce"]
 
@@ -88,16 +88,12 @@ def tell(experiment: Experiment, record: Record, console: Console) -> None:
     if section is None:
         console.print("No run is finished yet.")
         return
-    write(record.folder / "table.md", section.text)
-    for picture, draw in section.pictures.items():
-        draw(record.folder / f"{picture}.png")
+    _, *pictures = put(record, section)
     if console.is_terminal:
         console.print(Markdown(section.table))
     else:
         console.print(section.table, markup=False, highlight=False, soft_wrap=True)
     for line in filter(None, (experiment.finished(record), section.finding)):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-    for picture in section.pictures:
-        console.print(
-            f"Picture: {record.folder / picture}.png", markup=False, highlight=False, soft_wrap=True
-        )
+    for picture in pictures:
+        console.print(f"Picture: {picture}", markup=False, highlight=False, soft_wrap=True)

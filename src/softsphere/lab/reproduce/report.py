@@ -1,4 +1,4 @@
-"""docs/results.md and its pictures, from the records alone."""
+"""docs/results.md, tables and pictures, from the records alone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from softsphere.lab.reproduce.experiment import BUDGETS, Experiment, Section
 from softsphere.lab.reproduce.paper import SOURCE
 from softsphere.lab.reproduce.registry import EXPERIMENTS
 
-__all__ = ["PICTURES", "RECORDS", "chosen", "markdown", "rebuild", "sections"]
+__all__ = ["PICTURES", "RECORDS", "markdown", "put", "rebuild", "sections"]
 
 RECORDS = Path("records")
 # Beside the page.
@@ -34,27 +34,28 @@ of training alone, on a machine that did other work besides: to be compared roug
 """
 
 
-def chosen(records: Path, experiment: Experiment) -> Record | None:
-    """Of the records with a final run the one with the largest budget, then the last by name.
+def told(records: Path) -> Iterator[tuple[Experiment, Record, Section]]:
+    """Each record that has a final run, in order of name."""
+    for folder in sorted(records.glob("*/")):
+        record = Record(folder)
+        experiment = EXPERIMENTS.get((record.config() or {}).get("experiment", ""))
+        section = experiment and experiment.section(record)
+        if experiment and section:
+            yield experiment, record, section
+
+
+def sections(records: Path) -> list[tuple[Experiment, Record, Section]]:
+    """Of each experiment the record with the largest budget, then the last by name.
 
     Smoke does not count.
     """
-    found: list[tuple[int, str]] = []
-    for folder in records.glob("*/"):
-        config = Record(folder).config() or {}
-        ours = config.get("experiment") == experiment.name and config.get("budget") in BUDGETS[1:]
-        if ours and experiment.section(Record(folder)):
-            found.append((BUDGETS.index(config["budget"]), folder.name))
-    return Record(records / max(found)[1]) if found else None
-
-
-def sections(records: Path) -> Iterator[tuple[Experiment, Record, Section]]:
-    """What there is to tell, in the order of the registry."""
-    for experiment in EXPERIMENTS.values():
-        record = chosen(records, experiment)
-        section = record and experiment.section(record)
-        if record and section:
-            yield experiment, record, section
+    best: dict[str, tuple[int, tuple[Experiment, Record, Section]]] = {}
+    for each in told(records):
+        experiment, record, _ = each
+        budget = BUDGETS.index((record.config() or {}).get("budget", BUDGETS[0]))
+        if budget >= max(1, best.get(experiment.name, (0,))[0]):
+            best[experiment.name] = budget, each
+    return [best[name][1] for name in EXPERIMENTS if name in best]
 
 
 def markdown(records: Path) -> str:
@@ -80,18 +81,32 @@ def markdown(records: Path) -> str:
     return "".join(parts)
 
 
+def put(record: Record, section: Section) -> list[Path]:
+    """The section in the run folder: text and pictures. Returns what was written."""
+    table = record.folder / "table.md"
+    write(table, section.text)
+    written = [table]
+    for name, draw in section.pictures.items():
+        written.append(record.folder / f"{name}.png")
+        draw(written[-1])
+    return written
+
+
 def rebuild(records: Path, docs: Path) -> list[Path]:
-    """Writes the page and draws its pictures. Returns what was written."""
+    """Writes the page and every run folder's table, and draws all pictures.
+
+    Returns what was written.
+    """
     folder = docs / PICTURES
     folder.mkdir(parents=True, exist_ok=True)
-    written = []
+    drawn = []
     for experiment, _, section in sections(records):
         for name, draw in section.pictures.items():
-            path = folder / f"{experiment.name}-{name}.png"
-            draw(path)
-            written.append(path)
-    for old in set(folder.glob("*.png")) - set(written):
+            drawn.append(folder / f"{experiment.name}-{name}.png")
+            draw(drawn[-1])
+    for old in set(folder.glob("*.png")) - set(drawn):
         old.unlink()
     page = docs / "results.md"
     write(page, markdown(records))
-    return [page, *written]
+    own = [path for _, record, section in told(records) for path in put(record, section)]
+    return [page, *drawn, *own]

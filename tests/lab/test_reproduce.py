@@ -327,6 +327,13 @@ def test_report_writes_the_page_and_its_pictures(tmp_path, capsys):
     records, docs = tmp_path / "records", tmp_path / "docs"
     assert command("report", "--records", str(records), "--docs", str(docs)) == 2
     assert "no such folder" in capsys.readouterr().err
+    records.mkdir()
+    (docs / "results").mkdir(parents=True)
+    (docs / "results" / "mine.png").write_bytes(b"mine")
+    (docs / "results.md").write_text("mine")
+    assert command("report", "--records", str(records), "--docs", str(docs)) == 2
+    assert "nothing was written" in capsys.readouterr().err
+    assert (docs / "results.md").read_text() == "mine"
     study = replace(STUDIES["ptb"].studies["small"], seeds=(0,))
     config = {"experiment": "ptb", "budget": "small", **study.config(), "data": DATA}
     record = Record.create(records / "r", config)
@@ -342,6 +349,10 @@ def test_report_writes_the_page_and_its_pictures(tmp_path, capsys):
     assert (record.folder / "table.md").read_text() in (docs / "results.md").read_text()
     assert (record.folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert not (records / "other" / "table.md").exists()
+    assert (docs / "results" / "mine.png").read_bytes() == b"mine"
+    (tmp_path / "file").write_text("")
+    assert command("report", "--records", str(records), "--docs", str(tmp_path / "file")) == 2
+    assert "--docs" in capsys.readouterr().err
 
 
 def test_vision_marks_what_diverged():
@@ -439,6 +450,9 @@ def test_the_page_of_results_is_what_the_records_make():
     root = Path(__file__).parents[2]
     page = root / "docs" / "results.md"
     assert page.read_text() == report.markdown(root / "records")
-    for experiment, _, section in report.sections(root / "records"):
-        for name in section.pictures:
-            assert (root / "docs" / "results" / f"{experiment.name}-{name}.png").exists()
+    drawn = {
+        f"{experiment.name}-{name}.png"
+        for experiment, _, section in report.sections(root / "records")
+        for name in section.pictures
+    }
+    assert {path.name for path in (root / "docs" / "results").iterdir()} == drawn

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -102,16 +103,37 @@ def test_one_process_at_a_time_works_in_a_folder(tmp_path):
     assert another().stdout == "alone\n"
 
 
+def test_who_is_refused_has_changed_nothing(tmp_path):
+    record = Record.create(tmp_path / "r", {"losses": ["softmax"]})
+    before = {path.name: path.read_bytes() for path in record.folder.iterdir()}
+    with record.alone(), pytest.raises(LabError, match="another softsphere works in"):
+        Record.reopen(record.folder, {"losses": ["z_loss"]}, ("losses",))
+    assert {path.name: path.read_bytes() for path in record.folder.iterdir()} == before
+
+
 def test_what_a_kill_left_of_a_file_is_in_nobodys_way(tmp_path):
     folder = tmp_path / "r"
     folder.mkdir()
-    (folder / ".config.json.x7d").write_text("{")
+    (folder / f".config.json.x7d{records.UNFINISHED}").write_text("{")
     record = Record.create(folder, {"losses": []})
+    (folder / ".gitignore").write_text("*.png")
     with record.alone():
-        assert {path.name for path in folder.iterdir()} == {"config.json", "environment.jsonl"}
-    (folder / "a file").write_text("")
+        found = {path.name for path in folder.iterdir()}
+    assert found == {"config.json", "environment.jsonl", ".gitignore"}
+
+
+@pytest.mark.parametrize("name", ["a file", ".gitignore"])
+def test_a_folder_that_holds_anything_is_not_begun_in(tmp_path, name):
+    (tmp_path / name).write_text("")
     with pytest.raises(LabError, match="not empty"):
-        Record.create(folder, {"losses": []})
+        Record.create(tmp_path, {"losses": []})
+    assert (tmp_path / name).exists()
+
+
+def test_a_file_cannot_be_a_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LabError, match=r"--out .*file cannot be a run folder"):
+        Record.create(tmp_path / "file", {"losses": []})
 
 
 def test_other_data_of_the_same_name_is_another_configuration(tmp_path):
@@ -127,3 +149,12 @@ def test_other_data_of_the_same_name_is_another_configuration(tmp_path):
 def test_the_environment_tells_how_memory_is_kept(monkeypatch):
     monkeypatch.setenv("MALLOC_MMAP_MAX_", "0")
     assert records.environment()["malloc"]["MALLOC_MMAP_MAX_"] == "0"
+
+
+def test_the_environment_tells_the_commit_of_a_checkout(monkeypatch, tmp_path):
+    root = Path(__file__).parents[2]
+    if (root / ".git").exists():
+        assert records.environment()["commit"].removesuffix("-dirty").isalnum()
+    # a copy elsewhere, as pip makes one, is of no commit
+    monkeypatch.setattr(records, "__file__", str(tmp_path / "records.py"))
+    assert records.environment()["commit"] is None

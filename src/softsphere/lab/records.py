@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import shlex
+import subprocess
 import sys
 import tempfile
 import time
@@ -24,6 +25,9 @@ __all__ = ["Line", "Record", "environment", "write", "write_bytes"]
 
 Line = dict[str, Any]
 
+# How the name of a file ends while it is being written.
+UNFINISHED = ".unfinished"
+
 
 def write(path: Path, text: str) -> None:
     """Writes a text file in one step; see `write_bytes`."""
@@ -32,7 +36,7 @@ def write(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Writes a file in one step: after an interrupt it is the old one or the new one."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, name = tempfile.mkstemp(UNFINISHED, f".{path.name}.", path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
@@ -45,6 +49,22 @@ def write_bytes(path: Path, content: bytes) -> None:
         raise
 
 
+def commit() -> str | None:
+    """The commit of the source, with -dirty where it was changed since; None outside a checkout."""
+    source = Path(__file__).parent
+    try:
+        for command in (
+            ["ls-files", "--error-unmatch", Path(__file__).name],
+            ["describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+        ):
+            told = subprocess.run(
+                ["git", *command], cwd=source, capture_output=True, check=True, timeout=10
+            )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return told.stdout.decode().strip()
+
+
 def environment() -> Line:
     """The command, and the versions and hardware that its numbers came from."""
     packages = ("softsphere", "torch", "numpy", "scikit-learn", "datasets")
@@ -52,6 +72,7 @@ def environment() -> Line:
         "command": shlex.join(["softsphere", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
         "python": platform.python_version(),
+        "commit": commit(),
         "packages": {name: importlib.metadata.version(name) for name in packages},
         "machine": platform.machine(),
         "system": platform.system(),
@@ -116,7 +137,7 @@ def without_cut(text: bytes) -> bytes:
 
 def is_leftover(path: Path) -> bool:
     """Whether it is a file that was being written."""
-    return path.name.startswith(".") and path.is_file()
+    return path.name.startswith(".") and path.name.endswith(UNFINISHED) and path.is_file()
 
 
 @contextmanager
@@ -149,44 +170,58 @@ class Record:
 
     @classmethod
     def create(cls, folder: Path, config: Line) -> Record:
-        """A new record. Raises LabError where the folder holds something already."""
+        """A new record.
+
+        Raises: LabError where the folder holds something already, or another process works there.
+        """
         # what a kill leaves of a file that was being written is nothing to keep
-        if folder.exists() and any(not is_leftover(path) for path in folder.iterdir()):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            empty = all(is_leftover(path) for path in folder.iterdir())
+        except OSError as error:
+            raise LabError(
+                f"--out {folder} cannot be a run folder ({error.strerror}); take another"
+            ) from error
+        if not empty:
             raise LabError(
                 f"--out {folder} is not empty; pass --resume to do only what is missing there"
             )
-        folder.mkdir(parents=True, exist_ok=True)
-        record = cls(folder)
-        write(folder / "config.json", json.dumps(config, indent=2) + "\n")
-        record.add("environment.jsonl", [environment()])
-        return record
+        with locked(folder):
+            return cls(folder).begun(config)
 
     @classmethod
     def reopen(cls, folder: Path, config: Line, grows: tuple[str, ...]) -> Record:
         """A record to go on with, made with this configuration but for what may grow.
 
-        Raises: LabError where there is no record, or one of another configuration.
+        Raises: LabError where there is no record, or one of another configuration, or where another
+        process works.
         """
-        old = cls(folder).config()
-        if old is None:
+        if not (folder / "config.json").exists():
             raise LabError(
                 f"--resume: {folder} has no config.json; leave --resume out to begin there"
             )
-        for key in grows:
-            items = old.get(key)
-            if not isinstance(items, list) or not all(isinstance(x, (str, int)) for x in items):
-                raise LabError(f"{folder / 'config.json'} has no list of {key}; take another --out")
-        for key in differing(old, config, grows):
-            path, before, now = deepest(key, old.get(key), config.get(key))
-            raise LabError(
-                f"--resume: {folder} was made with {path} = {before!r}, not {now!r}; give the "
-                "same, or another --out"
-            )
-        union = {key: list(dict.fromkeys([*old[key], *config[key]])) for key in grows}
-        record = cls(folder)
-        write(folder / "config.json", json.dumps({**config, **union}, indent=2) + "\n")
-        record.add("environment.jsonl", [environment()])
-        return record
+        with locked(folder):
+            old = cls(folder).config() or {}
+            for key in grows:
+                items = old.get(key)
+                if not isinstance(items, list) or not all(isinstance(x, (str, int)) for x in items):
+                    raise LabError(
+                        f"{folder / 'config.json'} has no list of {key}; take another --out"
+                    )
+            for key in differing(old, config, grows):
+                path, before, now = deepest(key, old.get(key), config.get(key))
+                raise LabError(
+                    f"--resume: {folder} was made with {path} = {before!r}, not {now!r}; give the "
+                    "same, or another --out"
+                )
+            union = {key: list(dict.fromkeys([*old[key], *config[key]])) for key in grows}
+            return cls(folder).begun({**config, **union})
+
+    def begun(self, config: Line) -> Record:
+        """The record, with what is asked of it and where it starts written down."""
+        write(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
+        self.add("environment.jsonl", [environment()])
+        return self
 
     @contextmanager
     def alone(self) -> Iterator[None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from softsphere.lab.errors import LabError
 from softsphere.lab.records import Record, write
 from softsphere.lab.reproduce.experiment import BUDGETS, Experiment, Section
 from softsphere.lab.reproduce.paper import SOURCE
@@ -95,17 +96,24 @@ def put(record: Record, section: Section) -> list[Path]:
 def rebuild(records: Path, docs: Path) -> list[Path]:
     """Writes the page and every run folder's table, and draws all pictures.
 
-    Returns what was written.
+    Returns what was written. Raises: LabError where no record has anything to tell, or docs cannot
+    be written to.
     """
-    folder = docs / PICTURES
-    folder.mkdir(parents=True, exist_ok=True)
-    drawn = []
-    for experiment, _, section in sections(records):
+    found = sections(records)
+    if not found:
+        raise LabError(
+            f"--records {records} has no run folder with a final run, so nothing was written; run "
+            "`softsphere reproduce` at --budget small or full"
+        )
+    folder, drawn = docs / PICTURES, []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LabError(f"--docs {docs} cannot be a folder ({error.strerror})") from error
+    for experiment, _, section in found:
         for name, draw in section.pictures.items():
             drawn.append(folder / f"{experiment.name}-{name}.png")
             draw(drawn[-1])
-    for old in set(folder.glob("*.png")) - set(drawn):
-        old.unlink()
     page = docs / "results.md"
     write(page, markdown(records))
     own = [path for _, record, section in told(records) for path in put(record, section)]

@@ -122,6 +122,11 @@ WRONG = {
     "name": (["imagenet"], "NAME must be one of mnist, cifar10"),
     "budget": (["mnist", "--budget", "huge"], "--budget must be one of smoke, small, full"),
     "jobs": (["mnist", "--jobs", "0"], "--jobs must be at least 1"),
+    "jobs for what is timed": (["scaling", "--jobs", "2"], "--jobs must be 1 for scaling"),
+    "data for random rows": (
+        ["scaling", "--data-dir", "."],
+        "--data-dir has no meaning for scaling",
+    ),
     "too many jobs": (["mnist", "--jobs", "5000"], "--jobs must be at least 1 and at most"),
     "device": (["mnist", "--budget", "smoke", "--device", "tpu9"], "--device tpu9"),
     "device for timing": (["scaling", "--budget", "smoke", "--device", "meta"], "--device"),

@@ -44,12 +44,14 @@ def reproduce(
         raise LabError(f"NAME must be one of {', '.join(EXPERIMENTS)}, got {name!r}")
     if budget not in BUDGETS:
         raise LabError(f"--budget must be one of {', '.join(BUDGETS)}, got {budget!r}")
+    experiment = EXPERIMENTS[name]
+    if experiment.timed and jobs > 1:
+        raise LabError(f"--jobs must be 1 for {name}, whose steps are timed one by one, got {jobs}")
     at_least_one("--jobs", jobs, max(1, os.cpu_count() or 1))
     if budget == "smoke" and data_dir is not None:
         raise LabError("--data-dir has no meaning with --budget smoke, whose data is built in")
     # each process has its share of the cores, as the record will say
     torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
-    experiment = EXPERIMENTS[name]
     prepared = experiment.prepare(budget, usable(device), data_dir)
     record = opened(experiment.name, budget, prepared, out, resume)
     console = terminal()

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 from rich.console import Console
 
@@ -50,13 +51,14 @@ class Experiment(ABC):
     """One of the names that `softsphere reproduce` knows.
 
     claim: what is put to the test, and whose claim it is. differences: from the source, known
-    beforehand.
+    beforehand. timed: whether it measures times, so that nothing may run beside it.
     """
 
     name: str
     title: str
     claim: str
     differences: str
+    timed: ClassVar[bool] = False
 
     @abstractmethod
     def prepare(self, budget: str, device: str, data_dir: Path | None) -> Prepared:

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from softsphere.lab import figures, tables, timing
@@ -233,9 +234,10 @@ def spread(heights: Sequence[float], gap: float = 0.055) -> list[float]:
 
 
 class Scaling(Experiment):
-    """The experiment: layers are timed one by one, whatever the jobs."""
+    """The experiment: layers are timed one by one, on all threads."""
 
     name = "scaling"
+    timed = True
     title = "Seconds a step"
     claim = (
         "The exact step of a spherical loss costs nothing in the number of classes; at D = 793,471 "
@@ -252,12 +254,20 @@ class Scaling(Experiment):
             raise LabError(
                 f"--device must be cpu for scaling, got {device}; the layers are timed there"
             )
+        if data_dir is not None:
+            raise LabError("--data-dir has no meaning for scaling, whose rows are random")
         plan = PLANS[budget]
 
         def run(record: Record, console: Console, jobs: int) -> None:
             measure(plan, record, lambda said: console.print(said, markup=False, highlight=False))
 
-        config = {"experiment": self.name, "budget": budget, **plan.config()}
+        # times on other threads have no place in the same table
+        config = {
+            "experiment": self.name,
+            "budget": budget,
+            **plan.config(),
+            "threads": torch.get_num_threads(),
+        }
         return Prepared(config, (), run)
 
     def finished(self, record: Record) -> str:

@@ -121,6 +121,7 @@ def test_full_mnist_has_the_losses_and_seeds_that_are_promised():
 WRONG = {
     "name": (["imagenet"], "NAME must be one of mnist, cifar10"),
     "budget": (["mnist", "--budget", "huge"], "--budget must be one of smoke, small, full"),
+    "no name": ([], "NAME must be one of mnist, "),
     "jobs": (["mnist", "--jobs", "0"], "--jobs must be at least 1"),
     "jobs for what is timed": (["scaling", "--jobs", "2"], "--jobs must be 1 for scaling"),
     "data for random rows": (
@@ -221,7 +222,7 @@ def test_seconds_to_a_perplexity_are_between_epochs():
     epochs = [epoch(1, 6.0), epoch(2, 5.0), epoch(3, 4.0)]
     found = ran([end("softmax", 0, 4.0)], epochs)
     assert language.seconds_to(found, "softmax", math.exp(4.5)) == "25"
-    assert language.seconds_to(found, "softmax", math.exp(6.5)) == "10"
+    assert language.seconds_to(found, "softmax", math.exp(6.5)) == "≤ 10"
     assert language.seconds_to(found, "softmax", math.exp(3.9)) == "–"
     # one seed that does not come there is enough
     both = ran([end("softmax", 0, 4.0), end("softmax", 1, 4.0)], [*epochs, epoch(1, 4.9, seed=1)])
@@ -310,9 +311,10 @@ def test_a_record_in_part_says_how_much_of_it_there_is(tmp_path):
     runs = len(small.names) * len(small.seeds)
     lacking = f"0 of {runs} final runs are finished"
     # a final run counts when the search that chose it is there
-    assert experiment.finished(record) == lacking
+    told = experiment.finished(record)
+    assert told.startswith(lacking) and "missing: softmax (3), softmax, base measure (3)" in told
     page = report.markdown(tmp_path)
-    assert f"**{lacking}**" in page and "## Penn Treebank" in page
+    assert f"**{told}**" in page and "## Penn Treebank" in page
     # more is better, and smoke is nothing to report
     full = Record.create(tmp_path / "2025-01-01-ptb", {**config, "budget": "full"})
     full.add("metrics.jsonl", [end("softmax", 0, 4.5)])
@@ -449,6 +451,24 @@ def test_vision_says_which_losses_differ_and_no_more():
     assert "Not shown to differ from softmax (10.05 %): Z-loss." in found
     few = vision.tell(ran([line for line in ends if line["seed"] < 2])).finding
     assert few.startswith("No loss was tested")
+
+
+def test_better_and_worse_are_of_the_seeds_that_p_is_of():
+    def final(error):
+        return {"best_epoch": 1, "valid_error": error, "mean_valid_error": error,
+                "test_error": error, "test_nll": None, "seconds": 1.0,
+                "diverged": False}  # fmt: skip
+
+    errors = {
+        "softmax": [0.12, 0.1201, 0.1202, *[0.08] * 7],
+        "taylor_softmax": [0.11, 0.1102, 0.1101],
+    }
+    ends = [
+        {"loss": loss, "setting": loss, "lr": 0.01, "seed": seed, "final": final(error)}
+        for loss, own in errors.items()
+        for seed, error in enumerate(own)
+    ]
+    assert vision.tell(ran(ends)).finding.startswith("Better than softmax")
 
 
 def test_the_page_of_results_is_what_the_records_make():

@@ -142,8 +142,6 @@ def test_other_data_of_the_same_name_is_another_configuration(tmp_path):
     assert record.matches(one, ("losses",)) and not record.matches(other, ("losses",))
     with pytest.raises(LabError, match="was made with data"):
         Record.reopen(record.folder, other, ("losses",))
-    # records from before the fingerprint
-    assert Record.create(tmp_path / "old", {"losses": []}).matches(one, ("losses",))
 
 
 def test_the_environment_tells_how_memory_is_kept(monkeypatch):

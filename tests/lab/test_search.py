@@ -88,9 +88,9 @@ def away(task: study.Task) -> float:
 
 def test_every_loss_is_searched_alike_and_its_final_runs_have_what_was_found(tmp_path):
     record = Record.create(tmp_path / "r", STUDY.config())
-    assert study.missing(STUDY, record) == 4
+    assert study.missing(STUDY, record) == {"softmax": 2, "spherical_softmax": 2}
     fill(record, STUDY, away)
-    assert study.missing(STUDY, record) == 0
+    assert study.missing(STUDY, record) == {}
     finals = study.final_runs(Classification, record)
     assert [(line["setting"], line["lr"], line["seed"]) for line in finals] == [
         ("softmax", 0.03, 0),

@@ -126,6 +126,27 @@ def test_losses_with_other_seeds_are_told_apart_from_those_with_the_same():
     assert "(3 to 4 seeds; chance is that of the seeds: initialisation and order)" in sentence
 
 
+def test_a_run_that_diverged_is_counted_and_is_in_no_mean_and_no_test():
+    lines = [
+        *runs("softmax", {s: 0.10 + 0.001 * s for s in range(4)}),
+        *runs("z_loss", {s: 0.12 + 0.002 * s for s in range(4)}),
+        *runs("squared_error", {0: 0.9, 1: 0.9}),
+    ]
+    for line in lines:
+        line["final"]["diverged"] = line["loss"] == "squared_error"
+    lines[7]["final"] = {**lines[7]["final"], "test_error": 0.9, "diverged": True}
+    rows = {row.loss: row for row in summary.summarise(lines)}
+    assert rows["z_loss"].error == pytest.approx(12.2)
+    assert rows["z_loss"].difference == pytest.approx(2.1)
+    assert (rows["z_loss"].seeds, rows["z_loss"].pairs, rows["z_loss"].diverged) == (4, 3, 1)
+    assert math.isnan(rows["squared_error"].error) and rows["squared_error"].p is None
+    assert "| squared_error (2 diverged) | 0.001 | 0 | 2 | – |" in summary.to_markdown(
+        [*rows.values()]
+    )
+    assert "not tested: squared_error" in summary.finding([*rows.values()])
+    assert "All runs of every loss diverged" in summary.finding([rows["squared_error"]])
+
+
 def test_no_p_is_printed_as_zero():
     lines = runs("softmax", {s: 0.1 + s / 1e5 for s in range(5)})
     lines += runs("z_loss", {s: 0.2 + s / 9e4 for s in range(5)})

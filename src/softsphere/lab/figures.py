@@ -84,7 +84,8 @@ def comparison(
     curves.grid(alpha=0.25)
 
     for place, row in enumerate(reversed(rows)):
-        values = [100 * line["final"]["test_error"] for line in finals if line["loss"] == row.loss]
+        own = [line["final"] for line in finals if line["loss"] == row.loss]
+        values = [100 * final["test_error"] for final in own if not final["diverged"]]
         shift = np.linspace(-0.14, 0.14, len(values)) if len(values) > 1 else [0.0]
         points.scatter(values, place + np.asarray(shift), s=16, color=colours[row.loss], alpha=0.5)
         points.errorbar(

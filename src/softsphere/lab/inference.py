@@ -8,8 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import stats
 
-__all__ = ["FEWEST_PAIRS", "holm", "interval", "paired_p"]
+__all__ = ["FEWEST_PAIRS", "LEVEL", "holm", "interval", "paired_p"]
 
+# Below it a p is taken to show something.
+LEVEL = 0.05
 # With two pairs Student's test has one degree of freedom: a chance likeness of two differences
 # passes for certainty.
 FEWEST_PAIRS = 3
@@ -18,10 +20,12 @@ FEWEST_PAIRS = 3
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """Mean and half-width of its 95 % interval by Student's t, nan where there is none to give.
 
+    Of no values both are nan.
+
     >>> interval([1.0, 2.0, 3.0])[0]
     2.0
     """
-    mean = float(np.mean(values))
+    mean = float(np.mean(values)) if len(values) else math.nan
     if len(values) < 2 or not math.isfinite(mean):
         return mean, math.nan
     half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)

@@ -86,14 +86,9 @@ def environment() -> Line:
 def differing(old: Line, new: Line, grows: tuple[str, ...]) -> list[str]:
     """The keys in which two configurations differ, but for those that may grow.
 
-    A search may get longer axes. Records from before the data had a fingerprint are not held to
-    it, nor those that say the rates twice to the one that is not in `search`.
+    A search may get longer axes.
     """
     keys = dict.fromkeys([*old, *new])
-    if "data" not in old:
-        keys.pop("data", None)
-    if "rates" not in new:
-        keys.pop("rates", None)
     if widened(old.get("search"), new.get("search")):
         keys.pop("search", None)
     return [key for key in keys if key not in grows and old.get(key) != new.get(key)]

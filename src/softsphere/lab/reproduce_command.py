@@ -24,7 +24,9 @@ __all__ = ["reproduce"]
 
 
 def reproduce(
-    name: Annotated[str, typer.Argument(help=f"One of {', '.join(EXPERIMENTS)}.")],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help=f"One of {', '.join(EXPERIMENTS)}.")
+    ] = "",
     budget: Annotated[
         str, typer.Option(help=f"{', '.join(BUDGETS)}: under a minute, less than all, all of it.")
     ] = "small",

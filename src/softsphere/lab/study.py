@@ -227,14 +227,15 @@ def planned(study: Study, record: Record) -> tuple[list[Task], int]:
     return tasks, done
 
 
-def missing(study: Study, record: Record) -> int:
-    """How many final runs the record lacks."""
+def missing(study: Study, record: Record) -> dict[str, int]:
+    """How many final runs the record lacks, of each name of which it lacks one."""
     tried, run = ends(study, record)
-    lacking = 0
+    lacking: dict[str, int] = {}
     for name in study.names:
         _, choice = searched(study, name, tried)
         for seed in study.seeds:
-            lacking += choice is None or Task(name, *choice, seed, trial=False) not in run
+            if choice is None or Task(name, *choice, seed, trial=False) not in run:
+                lacking[name] = lacking.get(name, 0) + 1
     return lacking
 
 

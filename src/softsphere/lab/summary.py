@@ -12,13 +12,13 @@ from typing import Any
 
 from rich.table import Table
 
-from softsphere.lab.inference import FEWEST_PAIRS, holm, interval, paired_p
+from softsphere.lab.inference import FEWEST_PAIRS, LEVEL, holm, interval, paired_p
 from softsphere.lab.tables import markdown, terminal
 
-__all__ = ["Row", "finding", "summarise", "to_csv", "to_markdown", "to_table"]
+__all__ = ["REFERENCE", "Row", "finding", "summarise", "to_csv", "to_markdown", "to_table"]
 
+# What the others are compared with.
 REFERENCE = "softmax"
-LEVEL = 0.05
 # Smaller p are not written out, so that none is printed as zero.
 LEAST = 0.001
 
@@ -27,8 +27,9 @@ LEAST = 0.001
 class Row:
     """One loss over its seeds; errors in per cent, nll None where the loss has no likelihood.
 
-    trials: runs of the search before. pairs: seeds shared with softmax, which are all that
-    difference and p are of; p None where they are too few for a test.
+    trials: runs of the search before. diverged: how many runs, which are in no mean and no test;
+    error is nan where all have. pairs: seeds shared with softmax, which are all that difference and
+    p are of; p None where they are too few for a test.
     """
 
     loss: str
@@ -57,14 +58,18 @@ def summarise(lines: list[dict[str, Any]], trials: Iterable[dict[str, Any]] = ()
         if "final" in line:
             groups.setdefault(line["loss"], {})[line["seed"]] = line
     searched = Counter(trial["loss"] for trial in trials)
-    reference = groups.get(REFERENCE, {})
+    sound = {
+        name: {seed: run["final"] for seed, run in runs.items() if not run["final"]["diverged"]}
+        for name, runs in groups.items()
+    }
+    reference = sound.get(REFERENCE, {})
     pairs = {
         name: [
-            (100 * runs[seed]["final"]["test_error"], 100 * other["final"]["test_error"])
+            (100 * finals[seed]["test_error"], 100 * other["test_error"])
             for seed, other in sorted(reference.items())
-            if seed in runs
+            if seed in finals
         ]
-        for name, runs in groups.items()
+        for name, finals in sound.items()
         if name != REFERENCE
     }
     tested = [name for name, both in pairs.items() if len(both) >= FEWEST_PAIRS]
@@ -72,7 +77,7 @@ def summarise(lines: list[dict[str, Any]], trials: Iterable[dict[str, Any]] = ()
     p_of = dict(zip(tested, p_values, strict=True))
     rows = []
     for name, runs in groups.items():
-        finals_of = [run["final"] for run in runs.values()]
+        finals_of = list(sound[name].values())
         error, error_half = interval([100 * final["test_error"] for final in finals_of])
         nlls = [final["test_nll"] for final in finals_of if final["test_nll"] is not None]
         nll, nll_half = interval(nlls) if nlls else (None, None)
@@ -89,11 +94,11 @@ def summarise(lines: list[dict[str, Any]], trials: Iterable[dict[str, Any]] = ()
                 error_half=error_half,
                 nll=nll,
                 nll_half=nll_half,
-                seconds=sum(final["seconds"] for final in finals_of) / len(finals_of),
-                pairs=len(set(runs) & set(reference)),
+                seconds=sum(run["final"]["seconds"] for run in runs.values()) / len(runs),
+                pairs=len(set(sound[name]) & set(reference)),
                 difference=sum(a - b for a, b in both) / len(both) if both else None,
                 p=p_of.get(name),
-                diverged=sum(final["diverged"] for final in finals_of),
+                diverged=len(runs) - len(finals_of),
             )
         )
     return rows
@@ -125,7 +130,7 @@ def cells(row: Row, reference: Row | None) -> tuple[str, ...]:
         f"{row.lr:g}",
         str(row.trials),
         str(row.seeds),
-        with_half(row.error, row.error_half, 2),
+        "–" if math.isnan(row.error) else with_half(row.error, row.error_half, 2),
         "–" if row.nll is None else with_half(row.nll, row.nll_half, 4),
         f"{row.seconds:.1f}",
         difference(row, reference) or "–",
@@ -178,7 +183,10 @@ def to_csv(rows: list[Row]) -> str:
 def finding(rows: list[Row]) -> str:
     """One sentence that says what was found, and no more than was."""
     reference = reference_row(rows)
-    best = min(rows, key=lambda row: row.error)
+    known = [row for row in rows if not math.isnan(row.error)]
+    if not known or (reference and reference not in known):
+        return f"All runs of {REFERENCE if known else 'every loss'} diverged: nothing was tested."
+    best = min(known, key=lambda row: row.error)
     if reference is None:
         return (
             f"{best.loss} has the lowest test error, {best.error:.2f} %; softmax was not run, "

@@ -51,7 +51,7 @@ def work(
             keep(task, record, history, final)
             # how many trials a search takes is known when it is at its end
             _, done = planned(study, record)
-            runs = done + missing(study, record)
+            runs = done + sum(missing(study, record).values())
             progress.update(bar, completed=done, total=runs)
             if jobs > 1:
                 progress.update(bar, description=named(task))

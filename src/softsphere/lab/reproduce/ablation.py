@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 from softsphere.lab.language import ACTIVATIONS
 from softsphere.lab.language_training import Setup
@@ -119,7 +120,7 @@ def place(name: str) -> str:
     return f"{label(name.split()[0])}, {activation}, depth {depth}"
 
 
-def picture(ran: Ran, path: pictures.Path) -> None:
+def picture(ran: Ran, path: Path) -> None:
     """A panel an activation: perplexity by depth."""
     groups: dict[str, list[pictures.Line]] = {}
     for activation in ACTIVATIONS:

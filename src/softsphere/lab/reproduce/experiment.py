@@ -11,6 +11,7 @@ from typing import ClassVar
 from rich.console import Console
 
 from softsphere.lab.records import Line, Record
+from softsphere.lab.reproduce.paper import label
 from softsphere.lab.study import Study, final_runs, missing, trial_runs
 from softsphere.lab.work import work
 
@@ -103,7 +104,13 @@ class StudyExperiment(Experiment):
     def finished(self, record: Record) -> str:
         study = self.studies[(record.config() or {})["budget"]]
         lacking, runs = missing(study, record), len(study.seeds) * len(study.names)
-        return f"{runs - lacking} of {runs} final runs are finished" if lacking else ""
+        if not lacking:
+            return ""
+        of = ", ".join(f"{label(name)} ({count})" for name, count in lacking.items())
+        return (
+            f"{runs - sum(lacking.values())} of {runs} final runs are finished, after a search at "
+            f"its end; missing: {of}"
+        )
 
     def section(self, record: Record) -> Section | None:
         ran = Ran.of(self.studies["full"], record)

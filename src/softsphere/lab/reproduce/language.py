@@ -23,6 +23,7 @@ from softsphere.lab.reproduce.tables import (
     times,
     told,
 )
+from softsphere.lab.summary import REFERENCE
 from softsphere.lab.tables import markdown
 
 __all__ = ["PERPLEXITY", "REFERENCE", "beside_softmax", "ratios", "seconds_to", "setup", "tell"]
@@ -33,7 +34,6 @@ TOP10 = Metric("test_top10", "top-10 %", 2, lambda share: 100 * share)
 MRR = Metric("test_mrr", "MRR", 4)
 SIMLEX = Metric("simlex999", "SimLex-999", 3)
 WORDSIM = Metric("wordsim353", "WordSim-353", 3)
-REFERENCE = "softmax"
 
 
 def of_softmax(name: str) -> str:
@@ -195,9 +195,10 @@ def goals_of(ran: Ran) -> list[int]:
 def seconds_to(ran: Ran, name: str, goal: float) -> str:
     """Seconds of training until a validation perplexity: between epochs log perplexity is a line.
 
-    The mean over the seeds; a dash if a seed does not come to it. Of the first epoch all counts.
+    The mean over the seeds; a dash if a seed does not come to it, and at most where one comes to it
+    within its first epoch.
     """
-    taken = []
+    taken, most = [], False
     for seed in ran.ends[name]:
         own = [x for x in ran.epochs if x["loss"] == name and x["seed"] == seed]
         passed, before = 0.0, None
@@ -206,13 +207,14 @@ def seconds_to(ran: Ran, name: str, goal: float) -> str:
             if nll is None:
                 return "–"
             if nll <= math.log(goal):
+                most |= before is None
                 share = 1.0 if before is None else (before - math.log(goal)) / (before - nll)
                 taken.append(passed + share * seconds)
                 break
             passed, before = passed + seconds, nll
         else:
             return "–"
-    return f"{sum(taken) / len(taken):.0f}" if taken else "–"
+    return f"{'≤ ' if most else ''}{sum(taken) / len(taken):.0f}" if taken else "–"
 
 
 def ratios(ran: Ran, reference: Mapping[str, str]) -> str:

@@ -18,7 +18,7 @@ from softsphere.lab.reproduce.experiment import Ran
 from softsphere.lab.reproduce.paper import label
 from softsphere.lab.reproduce.tables import Metric, values
 
-__all__ = ["Line", "Path", "curves", "lines", "over", "panels"]
+__all__ = ["Line", "curves", "lines", "over", "panels"]
 
 # A curve: its name, x, y, and the ends of the intervals about y.
 Line = tuple[str, Sequence[float], Sequence[float], Sequence[tuple[float, float]]]
@@ -64,7 +64,8 @@ def curves(ran: Ran, path: Path) -> None:
     for axes in row[0]:
         tidy(axes)
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
-    figure.suptitle(f"{ran.config['dataset']}: how fast each output layer learns", fontsize=12)
+    told = "how fast each output layer learns" if by_epochs else "what an epoch comes to and costs"
+    figure.suptitle(f"{ran.config['dataset']}: {told}", fontsize=12)
     save(figure, path)
 
 
@@ -84,7 +85,7 @@ def over(name: str, runs: Mapping[int, Mapping[int, Any]], metric: Metric) -> Li
     """
     x = sorted(runs)
     by_x = [list(values(runs[each], metric).values()) for each in x]
-    known = [interval(some) if some else (math.nan, math.nan) for some in by_x]
+    known = [interval(some) for some in by_x]
     y = [mean for mean, _ in known]
     return name, x, y, [(mean - half, mean + half) for mean, half in known]
 

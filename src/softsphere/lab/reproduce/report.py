@@ -29,9 +29,13 @@ layer's rate) that the same search chose on validation data with a seed of its o
 point it goes to the best neighbour along any axis until there is no better one, so that a loss with
 more numbers of its own has more trials. The test set is read once per final run. Numbers are means
 over the seeds ± half of a 95 % interval (Student's t); p is that of a paired test against softmax,
-corrected after Holm for all losses of a table. Runs that diverged are counted, and are in no mean
-and no test. The paper's numbers are as summaries of it give them; it reports no spread. Seconds are
-of training alone, on a machine that did other work besides: to be compared roughly, within a table.
+corrected after Holm for all losses of a column. Images are tuned for error, text for likelihood,
+and for the mean reciprocal rank (MRR) where a loss has no likelihood; trials are all runs of a
+record's searches, also of one that went another way before. Runs that diverged are counted, and are
+in no mean and no test. Time until a perplexity that a layer comes to in its first epoch is told as
+at most (≤) that epoch's. The paper's numbers are as summaries of it give them; it reports no
+spread. Seconds are of training alone, on a machine that did other work besides: to be compared
+roughly, within a table.
 """
 
 

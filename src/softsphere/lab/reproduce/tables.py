@@ -6,16 +6,16 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from softsphere.lab.inference import FEWEST_PAIRS, holm, interval, paired_p
+from softsphere.lab.inference import FEWEST_PAIRS, LEVEL, holm, interval, paired_p
 from softsphere.lab.records import Line
 from softsphere.lab.summary import probability
 
 __all__ = [
-    "LEVEL",
     "Ends",
     "Metric",
     "below",
     "count",
+    "difference",
     "mean",
     "p_values",
     "ratio",
@@ -25,8 +25,6 @@ __all__ = [
     "told",
     "values",
 ]
-
-LEVEL = 0.05
 
 # Ends of final runs: by name, then by seed.
 Ends = Mapping[str, Mapping[int, Line]]
@@ -101,6 +99,16 @@ def p_values(ends: Ends, metric: Metric, reference: Mapping[str, str]) -> dict[s
         if len(seeds) >= FEWEST_PAIRS:
             raw[name] = paired_p([mine[s] for s in seeds], [others[s] for s in seeds])
     return dict(zip(raw, holm(list(raw.values())), strict=True))
+
+
+def difference(ends: Ends, name: str, other: str, metric: Metric) -> float:
+    """How much larger than another's a metric is, by the mean over common seeds; nan without any.
+
+    p is of the same pairs.
+    """
+    mine, others = values(ends[name], metric), values(ends[other], metric)
+    seeds = set(mine) & set(others)
+    return sum(mine[s] - others[s] for s in seeds) / len(seeds) if seeds else math.nan
 
 
 def shown(p: float | None) -> str:

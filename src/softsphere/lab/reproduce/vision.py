@@ -7,13 +7,14 @@ from functools import partial
 from pathlib import Path
 
 from softsphere.lab import figures, summary
+from softsphere.lab.inference import LEVEL
 from softsphere.lab.records import Line
 from softsphere.lab.reproduce.experiment import Ran, Section
 from softsphere.lab.reproduce.paper import REPORTED, label, reported
 from softsphere.lab.reproduce.tables import (
-    LEVEL,
     Metric,
     count,
+    difference,
     mean,
     p_values,
     settings,
@@ -21,6 +22,7 @@ from softsphere.lab.reproduce.tables import (
     told,
 )
 from softsphere.lab.spec import LossSpec
+from softsphere.lab.summary import REFERENCE
 from softsphere.lab.tables import markdown
 
 __all__ = ["FEW", "LOSSES", "tell"]
@@ -47,7 +49,6 @@ FEW = LOSSES[:2]
 ERROR = Metric("test_error", "test error %", 2, lambda share: 100 * share)
 NLL = Metric("test_nll", "test NLL", 4)
 SECONDS = Metric("seconds", "seconds", 0)
-REFERENCE = "softmax"
 
 
 def setup(ran: Ran) -> str:
@@ -120,7 +121,8 @@ def finding(ran: Ran, p: Mapping[str, float]) -> str:
     for name, chance in p.items():
         error = mean(ran.ends[name], ERROR)
         if chance < LEVEL and error is not None:
-            word = "Better" if error < softmax else "Worse"
+            apart = difference(ran.ends, name, REFERENCE, ERROR)
+            word = "Better" if apart < 0 else "Worse"
             clear[word].append(f"{label(name)} ({error:.2f} %, p {equals(chance)})")
     parts = [
         f"{word} than softmax ({softmax:.2f} %): {', '.join(names)}."

@@ -33,7 +33,8 @@ EXPERIMENT = StudyExperiment(
         "Wikipedia is a stand-in for One Billion Word: articles in lower case, paragraph by "
         "paragraph, words seen three times or more, the others one unknown word. The paper's "
         "numbers on One Billion Word are known from a summary that seems to mislabel them, and are "
-        "not set beside these. " + ptb.DIFFERENCES
+        "not set beside these. At the budget small half of the vocabulary is never in the words "
+        "trained on. " + ptb.DIFFERENCES
     ),
     studies={
         "smoke": ptb.EXPERIMENT.studies["smoke"],

@@ -10,9 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from softsphere.lab import study
+from softsphere.lab.checkpoint import Checkpoint
 from softsphere.lab.classification import RATES, Classification
 from softsphere.lab.errors import LabError
+from softsphere.lab.language_modelling import LanguageModelling
+from softsphere.lab.outputs import Output
 from softsphere.lab.records import Record
+from softsphere.lab.reproduce import ptb
 from softsphere.lab.search import Axis, Space, search, widened
 from softsphere.lab.spec import LossSpec
 from softsphere.lab.training import Schedule
@@ -73,9 +77,8 @@ def fill(record: Record, of: Classification, error) -> int:
     count = 0
     while tasks := study.planned(of, record)[0]:
         task = tasks[0]
-        name = study.TRIALS if task.trial else study.RUNS
         line = end(task.loss, task.setting, task.lr, task.seed, error(task))
-        record.add(name, [line])
+        record.add(task.file, [line])
         count += 1
     return count
 
@@ -169,3 +172,89 @@ def test_what_a_search_may_try_is_part_of_what_was_asked():
     assert asked["lr"] == {"values": list(RATES.values), "start": RATES.start}
     assert "spherical_softmax:eps" in asked
     assert set(replace(STUDY, tune=False).config()["search"]) == {"lr"}
+
+
+def test_a_second_look_moves_the_rate_by_trials_as_long_as_final_runs(tmp_path):
+    look = replace(STUDY, second_look=True)
+    record = Record.create(tmp_path / "r", look.config())
+
+    def error(task: study.Task) -> float:
+        # what is best in short trials is too large a rate for long ones
+        best = 0.003 if task.whole or not task.trial else 0.03
+        return abs(math.log(task.lr / best))
+
+    fill(record, look, error)
+    assert study.missing(look, record) == {}
+    finals = study.final_runs(Classification, record)
+    assert {(line["loss"], line["lr"]) for line in finals} == {
+        ("softmax", 0.003),
+        ("spherical_softmax", 0.003),
+    }
+    looks = [line for line in record.lines(study.LOOKS) if line["loss"] == "softmax"]
+    assert [line["lr"] for line in looks] == [0.03, 0.01, 0.1, 0.003, 0.001]
+    # ε stays what the search chose
+    assert len({line["setting"] for line in record.lines(study.LOOKS)}) == 2
+    assert all(line["seed"] == study.TUNING_SEED for line in looks)
+    # a record without one can be gone on with to have one, and not the other way
+    plain = Record.create(tmp_path / "plain", STUDY.config())
+    assert plain.matches(look.config(), look.grows)
+    assert not record.matches(STUDY.config(), look.grows)
+
+
+def test_a_second_look_trains_as_long_as_a_final_run():
+    asked = replace(ptb.EXPERIMENT.studies["smoke"], second_look=True, trial_epochs=1)
+    data = asked.load()
+
+    def epochs(**more: bool) -> int:
+        task = study.Task("softmax", "softmax", 3e-3, 0, **more)
+        history, final = asked.train(task, data, Checkpoint(), lambda *_: None)
+        assert (final["test_mrr"] is None) == task.trial
+        return len(history)
+
+    assert epochs(trial=True) == 1
+    assert epochs(trial=True, whole=True) == epochs(trial=False) == asked.setup.epochs > 1
+
+
+def test_a_second_look_goes_along_every_learning_rate(tmp_path):
+    name = "taylor_softmax factored"
+    small = ptb.EXPERIMENT.studies["small"]
+    look = replace(small, outputs=(Output.parse(name),), seeds=(0,), second_look=True)
+    record = Record.create(tmp_path / "r", look.config())
+    looked = set()
+    while tasks := study.planned(look, record)[0]:
+        for task in tasks:
+            best = 0.1 if task.whole or not task.trial else 0.01
+            layer = float(task.setting.split("rate=")[1].split()[0])
+            nll = abs(math.log(layer / best)) + abs(math.log(task.lr / 0.003))
+            looked |= {(layer, task.lr)} if task.whole else set()
+            record.add(task.file, [{**task.line(), "final": text_end(nll, read=not task.trial)}])
+    assert {layer for layer, _ in looked} == {0.001, 0.01, 0.1, 1.0}
+    assert {lr for _, lr in looked} == {0.001, 0.003, 0.01}
+    (final,) = study.final_runs(LanguageModelling, record)
+    assert "rate=0.1" in final["setting"] and final["lr"] == 0.003
+
+
+def text_end(nll: float, *, read: bool) -> dict:
+    nothing = dict.fromkeys(("test_nll", "test_top1", "test_top10", "test_mrr"))
+    similarity = {"simlex999": None, "wordsim353": None}
+    pairs = {"simlex999_pairs": 0, "wordsim353_pairs": 0}
+    ended = {"engine": "none", "best_epoch": 1, "seconds": 1.0, "diverged": False}
+    read_once = {"test_mrr": 0.1} if read else {}
+    return {
+        "valid_nll": nll,
+        "valid_mrr": 0.1,
+        **nothing,
+        **read_once,
+        **similarity,
+        **pairs,
+        **ended,
+    }
+
+
+def test_a_search_that_comes_back_to_an_earlier_choice_counts_no_run_twice(tmp_path):
+    record = Record.create(tmp_path / "r", STUDY.config())
+    rates = (0.01, 0.03, 0.01)
+    for lr in rates:
+        record.add(study.RUNS, [end("softmax", "softmax", lr, seed, lr) for seed in (0, 1)])
+    finals = study.final_runs(Classification, record)
+    assert [(line["lr"], line["seed"]) for line in finals] == [(0.01, 0), (0.01, 1)]

@@ -29,6 +29,7 @@ class Classification(Study):
 
     rates: along which the search goes. tune: whether a loss's own numbers are searched for too.
     trial_epochs: of a run of the search, whose rate falls to zero as that of the final runs does.
+    second_look: whether the rates about the best are then tried in runs as long as final ones.
     """
 
     dataset: str
@@ -38,6 +39,7 @@ class Classification(Study):
     rates: Axis = FIXED
     tune: bool = False
     trial_epochs: int | None = None
+    second_look: bool = False
     data_dir: Path | None = None
 
     Epoch, Final, tested = Epoch, Final, "test_error"
@@ -52,6 +54,7 @@ class Classification(Study):
             "tune": self.tune,
             "search": searched(self.tune, lr=self.rates),
             "trial_epochs": self.trial_epochs or self.schedule.epochs,
+            "second_look": self.second_look,
         }
 
     def spelled_as(self, record: Record) -> Classification:
@@ -96,7 +99,7 @@ class Classification(Study):
         self, task: Task, data: Images, kept: Checkpoint, on_epoch: OnEpoch
     ) -> tuple[list[Line], Line]:
         schedule = self.schedule
-        if task.trial and self.trial_epochs is not None:
+        if task.trial and not task.whole and self.trial_epochs is not None:
             schedule = replace(schedule, epochs=self.trial_epochs)
         history, final = train(
             data,

@@ -29,6 +29,7 @@ class LanguageModelling(Study):
 
     rates: of AdamW, along which the search goes; layer_rates: those of FactoredSGD, in classes D.
     trial_words: how much of the training part a run of the search reads; None: all of it.
+    second_look: whether the rates about the best are then tried in runs as long as final ones.
     """
 
     dataset: str
@@ -39,6 +40,7 @@ class LanguageModelling(Study):
     rates: Axis = RATES
     layer_rates: Axis = LAYER_RATES
     trial_words: int | None = None
+    second_look: bool = False
     data_dir: Path | None = None
 
     Epoch, Final, tested = Epoch, Final, "test_mrr"
@@ -53,6 +55,7 @@ class LanguageModelling(Study):
             "search": searched(True, lr=self.rates, rate=self.layer_rates),
             "trial_epochs": self.trial_epochs,
             "trial_words": self.trial_words,
+            "second_look": self.second_look,
         }
 
     @property
@@ -106,7 +109,7 @@ class LanguageModelling(Study):
         self, task: Task, data: Data, kept: Checkpoint, on_epoch: OnEpoch
     ) -> tuple[list[Line], Line]:
         setup, words = self.setup, data.text
-        if task.trial:
+        if task.trial and not task.whole:
             setup = replace(setup, epochs=self.trial_epochs)
             if self.trial_words is not None:
                 words = words.first(self.trial_words)

@@ -86,11 +86,13 @@ def environment() -> Line:
 def differing(old: Line, new: Line, grows: tuple[str, ...]) -> list[str]:
     """The keys in which two configurations differ, but for those that may grow.
 
-    A search may get longer axes.
+    A search may get longer axes, and a second look.
     """
     keys = dict.fromkeys([*old, *new])
     if widened(old.get("search"), new.get("search")):
         keys.pop("search", None)
+    if new.get("second_look") or not old.get("second_look"):
+        keys.pop("second_look", None)
     return [key for key in keys if key not in grows and old.get(key) != new.get(key)]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +56,19 @@ class Space:
                 if 0 <= other < len(axis.values):
                     points.append({**point, name: axis.values[other]})
         return points
+
+    def about(self, point: Values, free: Container[str]) -> Space:
+        """The same seen from a point, along the axes of these names alone.
+
+        >>> Space({"x": Axis((1, 2), 1), "y": Axis((5, 6), 5)}).about({"x": 2, "y": 6}, {"x"}).axes
+        {'x': Axis(values=(1, 2), start=2), 'y': Axis(values=(6,), start=6)}
+        """
+        return Space(
+            {
+                name: Axis(axis.values, point[name]) if name in free else Axis.fixed(point[name])
+                for name, axis in self.axes.items()
+            }
+        )
 
     def config(self) -> dict[str, Any]:
         """As JSON."""

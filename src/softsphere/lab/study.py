@@ -15,6 +15,7 @@ from softsphere.lab.records import Line, Record
 from softsphere.lab.search import Space, search
 
 __all__ = [
+    "LOOKS",
     "RUNS",
     "TRIALS",
     "TUNING_SEED",
@@ -32,7 +33,9 @@ __all__ = [
 
 # Tuning has a seed of its own, so that no final run is one that was selected.
 TUNING_SEED = 1_000_003
-TRIALS, RUNS = "tuning.jsonl", "metrics.jsonl"
+TRIALS, LOOKS, RUNS = "tuning.jsonl", "looks.jsonl", "metrics.jsonl"
+# The axes that a second look goes along: the best learning rate depends on how long one trains.
+LEARNING_RATES = ("lr", "rate")
 # The folder of the states of runs under way.
 UNFINISHED = "unfinished"
 # How the types of epochs and finals come out of JSON.
@@ -55,6 +58,7 @@ class Task:
     """One training run: a trial of the search, or a final one that reads the test set.
 
     loss: what is compared, as the study calls it; setting: the same with the numbers searched for.
+    whole: of a trial, whether it is as long as a final run.
     """
 
     loss: str
@@ -62,6 +66,12 @@ class Task:
     lr: float
     seed: int
     trial: bool
+    whole: bool = False
+
+    @property
+    def file(self) -> str:
+        """Where a record has it."""
+        return (LOOKS if self.whole else TRIALS) if self.trial else RUNS
 
     def line(self) -> Line:
         """What tells this run from the others."""
@@ -79,6 +89,9 @@ class Study(ABC):
     grows: ClassVar[tuple[str, ...]]
 
     seeds: tuple[int, ...]
+    # Whether the search, once it is at its end, goes on from there along the learning rates in
+    # trials as long as final runs.
+    second_look: bool
 
     @property
     @abstractmethod
@@ -137,7 +150,7 @@ def misfit(value: Any, kinds: dict[str, str]) -> str | None:
 
 
 def flaw(study: type[Study], line: Line) -> str | None:
-    """What a line of TRIALS or RUNS lacks: it is an epoch of a run, or its end."""
+    """What a line of one of the files lacks: it is an epoch of a run, or its end."""
     wrong = misfit(line, IDENTITY)
     if wrong is not None:
         return wrong
@@ -146,14 +159,20 @@ def flaw(study: type[Study], line: Line) -> str | None:
 
 
 def trial_runs(study: type[Study], record: Record) -> list[Line]:
-    """The ends of the trials that a record has."""
-    return [line for line in record.lines(TRIALS, lambda x: flaw(study, x)) if "final" in line]
+    """The ends of the trials that a record has, those of a second look last."""
+    return [*tried_in(TRIALS, study, record), *tried_in(LOOKS, study, record)]
+
+
+def tried_in(file: str, study: type[Study], record: Record) -> list[Line]:
+    """The ends of the trials in one of the files."""
+    return [line for line in record.lines(file, lambda x: flaw(study, x)) if "final" in line]
 
 
 def final_runs(study: type[Study], record: Record) -> list[Line]:
     """The epochs and ends of the final runs that a record has, each loss's with its last choice.
 
-    A search that went on along a longer axis may have chosen anew.
+    A search that went on along a longer axis, or had a second look, may have chosen anew, and may
+    have come back: of a run that was done twice the last counts.
     """
 
     def tested(line: Line) -> str | None:
@@ -165,9 +184,13 @@ def final_runs(study: type[Study], record: Record) -> list[Line]:
     def choice(line: Line) -> tuple[Any, Any]:
         return line["setting"], line["lr"]
 
+    def place(line: Line) -> tuple[Any, ...]:
+        return *(line[key] for key in IDENTITY), line.get("epoch")
+
     lines = record.lines(RUNS, tested)
     last = {line["loss"]: choice(line) for line in lines}
-    return [line for line in lines if choice(line) == last[line["loss"]]]
+    once = {place(line): line for line in lines}
+    return [line for line in once.values() if choice(line) == last[line["loss"]]]
 
 
 def searched(
@@ -177,32 +200,45 @@ def searched(
     space = study.space(name)
     if space.size == 1:
         return [], study.setting(name, space.start)
+    waiting, best = trials(study, name, space, tried, whole=False)
+    if best is None or not study.second_look:
+        return waiting, None if best is None else study.setting(name, best)
+    waiting, best = trials(study, name, space.about(best, LEARNING_RATES), tried, whole=True)
+    return waiting, None if best is None else study.setting(name, best)
+
+
+def trials(
+    study: Study, name: str, space: Space, tried: dict[Task, Line], *, whole: bool
+) -> tuple[list[Task], dict[str, float] | None]:
+    """The trials that a search waits for, and where it ends."""
 
     def trial(values: dict[str, float]) -> Task:
-        return Task(name, *study.setting(name, values), TUNING_SEED, trial=True)
+        return Task(name, *study.setting(name, values), TUNING_SEED, trial=True, whole=whole)
 
     def badness(values: dict[str, float]) -> tuple[float, ...] | None:
         final = tried.get(trial(values))
         return None if final is None else study.badness(final)
 
     waiting, best = search(space, badness)
-    chosen = None if best is None else study.setting(name, best)
-    return [trial(values) for values in waiting], chosen
+    return [trial(values) for values in waiting], best
 
 
 def ends(study: Study, record: Record) -> tuple[dict[Task, Line], dict[Task, Line]]:
     """The ends of the study's trials and of its final runs that the record has."""
+    kind = type(study)
 
-    def of(lines: Iterable[Line], trial: bool) -> dict[Task, Line]:
+    def of(lines: Iterable[Line], **what: bool) -> dict[Task, Line]:
         return {
-            Task(line["loss"], line["setting"], line["lr"], line["seed"], trial): line["final"]
+            Task(line["loss"], line["setting"], line["lr"], line["seed"], **what): line["final"]
             for line in lines
             if "final" in line
             and line["loss"] in study.names
-            and (trial or line["seed"] in study.seeds)
+            and (what["trial"] or line["seed"] in study.seeds)
         }
 
-    return of(trial_runs(type(study), record), True), of(final_runs(type(study), record), False)
+    short = of(tried_in(TRIALS, kind, record), trial=True)
+    whole = of(tried_in(LOOKS, kind, record), trial=True, whole=True)
+    return {**short, **whole}, of(final_runs(kind, record), trial=False)
 
 
 def planned(study: Study, record: Record) -> tuple[list[Task], int]:
@@ -248,8 +284,6 @@ def checkpoint(task: Task, record: Record) -> Checkpoint:
 def keep(task: Task, record: Record, history: list[Line], final: Line) -> None:
     """Adds a finished task to the record: all of its lines at once."""
     end = {**task.line(), "final": final}
-    if task.trial:
-        record.add(TRIALS, [end])
-    else:
-        record.add(RUNS, [*({**task.line(), **epoch} for epoch in history), end])
+    epochs = [] if task.trial else [{**task.line(), **epoch} for epoch in history]
+    record.add(task.file, [*epochs, end])
     checkpoint(task, record).remove()

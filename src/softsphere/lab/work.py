@@ -63,7 +63,8 @@ def work(
 
 def named(task: Task) -> str:
     """A task in a few words."""
-    return f"{task.setting} lr {task.lr:g} {'trial' if task.trial else f'seed {task.seed}'}"
+    what = "whole trial" if task.whole else "trial" if task.trial else f"seed {task.seed}"
+    return f"{task.setting} lr {task.lr:g} {what}"
 
 
 def alone(

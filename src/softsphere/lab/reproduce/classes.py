@@ -146,9 +146,7 @@ EXPERIMENT = StudyExperiment(
         "classes are the commonest words of the whole text, so that at the budget small many of "
         "them, more than half of 60,000, are never in the words trained on; the base measure "
         "counts each of those once. There a run of the search reads a third of the words of a "
-        "final one, and the rate that is best in it need not be best in a final run: from 3,000 "
-        "classes on softmax has a larger one than the layers with a base measure, and at 30,000 "
-        "and 60,000 it was seen to be too large, so that softmax stands worse here than it might."
+        "final one; the rates about the best are then tried in runs of all words, ε is not."
     ),
     studies={
         "smoke": replace(
@@ -163,6 +161,7 @@ EXPERIMENT = StudyExperiment(
             FULL,
             setup=replace(FULL.setup, train=600_000, held=20_000, epochs=1),
             trial_words=200_000,
+            second_look=True,
         ),
         "full": FULL,
     },

@@ -146,6 +146,12 @@ class Ran:
         return str(sum(line["loss"] == name for line in self.trials))
 
     @property
+    def looked(self) -> str:
+        """What the search did last, if it did."""
+        asked = self.config.get("second_look")
+        return ", then the rates about the best in runs as long as final ones" if asked else ""
+
+    @property
     def lines(self) -> list[Line]:
         """The ends, as the record has them."""
         return [line for runs in self.ends.values() for line in runs.values()]

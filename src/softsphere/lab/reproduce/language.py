@@ -150,7 +150,7 @@ def setup(ran: Ran) -> str:
         f"{data['test']:,} to test on. The network is {', or '.join(networks)}; its output is "
         f"{asked['width']} wide. Batches of {asked['batch_size']} words, "
         f"{counted(asked['epochs'])}; in the search {counted(asked['trial_epochs'])} of "
-        f"{'all words' if trial is None else f'the first {trial:,} words'}.\n"
+        f"{'all words' if trial is None else f'the first {trial:,} words'}{ran.looked}.\n"
     )
 
 

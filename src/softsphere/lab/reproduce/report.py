@@ -31,9 +31,11 @@ more numbers of its own has more trials. The test set is read once per final run
 over the seeds ± half of a 95 % interval (Student's t); p is that of a paired test against softmax,
 corrected after Holm for all losses of a column. Images are tuned for error, text for likelihood,
 and for the mean reciprocal rank (MRR) where a loss has no likelihood; trials are all runs of a
-record's searches, also of one that went another way before. Runs that diverged are counted, and are
-in no mean and no test. Time until a perplexity that a layer comes to in its first epoch is told as
-at most (≤) that epoch's. The paper's numbers are as summaries of it give them; it reports no
+record's searches, also of one that went another way before. Where those of a search are shorter
+than a final run, the rate that is best in them need not be best in a final run, unless the section
+says that the rates about it were then tried in runs as long. Runs that diverged are counted, and
+are in no mean and no test. Time until a perplexity that a layer comes to in its first epoch is told
+as at most (≤) that epoch's. The paper's numbers are as summaries of it give them; it reports no
 spread. Seconds are of training alone, on a machine that did other work besides: to be compared
 roughly, within a table.
 """

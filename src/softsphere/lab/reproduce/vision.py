@@ -57,7 +57,7 @@ def setup(ran: Ran) -> str:
     return (
         f"{data['train']:,} images to train and validate on, {data['test']:,} to test on. The "
         f"network `{asked['model']}`, batches of {asked['batch_size']}, {asked['epochs']} epochs; "
-        f"{asked['trial_epochs']} in the search.\n"
+        f"{asked['trial_epochs']} in the search{ran.looked}.\n"
     )
 
 

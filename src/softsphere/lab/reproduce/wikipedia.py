@@ -43,6 +43,7 @@ EXPERIMENT = StudyExperiment(
             outputs=ptb.OUTPUTS,
             setup=replace(FULL.setup, train=1_000_000, epochs=1, held=20_000),
             trial_words=200_000,
+            second_look=True,
         ),
         "full": FULL,
     },

@@ -66,8 +66,10 @@ def test_200_steps_are_those_of_the_dense_layer(name, setting):
     )
     lr = {"squared_error": 0.02, "bouchard_bound": 0.01, "bohning_bound": 0.05}.get(name, 0.1)
     lr = lr / (m if reduction == "sum" else 1) * (1 - options.get("momentum", 0))
-    twin = DenseTwin(head.weight, head.bias, head.matrix.pi, lr=lr, **options)
-    optimizer = FactoredSGD([head], lr=lr, **options)
+    twin = DenseTwin(
+        head.to_linear().weight, head.to_linear().bias, head.matrix.arrays.pi, lr=lr, **options
+    )
+    optimizer = FactoredSGD(head.parameters(), lr=lr, **options)
     for hidden, target, values in batches(steps, m, d, D, K, classes, ignored):
         one, two = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
         got = head(one, target, values)

@@ -109,13 +109,15 @@ def test_engines_agree_with_the_factored_layer(engine, prior, centred):
     pi = None if counts is None else checks.prior(counts)
     got = linear.statistics(H, W, b, target, pi, centred=centred, options=ENGINES[engine])
     rows = head.rows_of(H.detach()).requires_grad_()
-    want = factored.statistics(rows, head.anchor, target, head, centred=centred)
+    want = factored.statistics(rows, head.weight, target, centred=centred)
     for key in ("s", "q", "c", "mass", "pi"):
         torch.testing.assert_close(getattr(got, key), getattr(want, key), **TIGHT)
     (got.q.sum() + got.c.square().sum()).backward()
     (want.q.sum() + want.c.square().sum()).backward()
     torch.testing.assert_close(H.grad, rows.grad[:, :6], **TIGHT)
-    G = head.matrix.to_dense_gradient(head.gradient) * (1 if pi is None else pi.unsqueeze(1))
+    G = head.matrix.to_dense_gradient(head.weight.grad.value) * (
+        1 if pi is None else pi.unsqueeze(1)
+    )
     torch.testing.assert_close(W.grad, G[:, :6], **TIGHT)
     torch.testing.assert_close(b.grad, G[:, 6], **TIGHT)
 

@@ -1,4 +1,4 @@
-"""FactoredMatrix and StructuredGradient beside dense twins, as linear algebra."""
+"""FactoredMatrix and the factors of gradients beside dense twins, as linear algebra."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ import torch
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from softsphere.matrix import FactoredMatrix, SingularStepError, StructuredGradient
-from softsphere.matrix.update import Blocks
+from softsphere.matrix import SingularStepError
+from softsphere.matrix.blocks import Blocks
+from softsphere.matrix.factored import Block, FactoredMatrix
+from softsphere.matrix.gradient import GradientFactors
 
 D, d = 23, 4
 
 
-def gradient(m: int, n: int, seed: int, width: int = d, rows: int = D) -> StructuredGradient:
+def gradient(m: int, n: int, seed: int, width: int = d, rows: int = D) -> GradientFactors:
     """Random factors in float64; several entries in one place and in one row."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -28,15 +30,15 @@ def gradient(m: int, n: int, seed: int, width: int = d, rows: int = D) -> Struct
     t = torch.randint(rows, (n,), generator=generator) // 2
     # one entry a column has a form of its own
     cols = None if n == m else torch.randint(m, (n,), generator=generator)
-    return StructuredGradient(H, q * H, normal(m), t, cols, normal(n))
+    return GradientFactors(H, q * H, normal(m), t, cols, normal(n))
 
 
-def cast(g: StructuredGradient, dtype: torch.dtype) -> StructuredGradient:
+def cast(g: GradientFactors, dtype: torch.dtype) -> GradientFactors:
     H, L, s, x = (part.to(dtype) for part in (g.H, g.L, g.s, g.x))
-    return StructuredGradient(H, L, s, g.rows, g.cols, x)
+    return GradientFactors(H, L, s, g.rows, g.cols, x)
 
 
-def dense_gradient(W: torch.Tensor, g: StructuredGradient) -> torch.Tensor:
+def dense_gradient(W: torch.Tensor, g: GradientFactors) -> torch.Tensor:
     """G by explicit loops."""
     J = W @ g.L.T + g.s
     for t, i, x in zip(g.rows.tolist(), g.columns().tolist(), g.x.tolist(), strict=True):
@@ -50,9 +52,9 @@ def test_gradients_as_matrices(m, n, prior):
     torch.manual_seed(1)
     pi = torch.rand(D).double() + 0.2 if prior else None
     pi = None if pi is None else pi / pi.sum() * D
-    W = FactoredMatrix(torch.randn(D, d).double(), pi)
+    W = FactoredMatrix(torch.randn(D, d).double(), pi=pi)
     W.add_(gradient(2, 3, 9), alpha=-0.1)
-    dense = W.to_dense()
+    dense = W.arrays.to_dense()
     one, two, P = gradient(m, n, 0), gradient(m + 1, n + 1, 1), torch.randn(d, d).double()
     Pi = torch.ones(D, 1).double() if pi is None else pi.unsqueeze(1)
     cases = {
@@ -60,13 +62,12 @@ def test_gradients_as_matrices(m, n, prior):
         "sum": (one + two, dense_gradient(dense, one) + dense_gradient(dense, two)),
         "scaled": (one * -2.5, -2.5 * dense_gradient(dense, one)),
         "right": ((one + two) @ P, (dense_gradient(dense, one) + dense_gradient(dense, two)) @ P),
-        "none": (StructuredGradient.zero(d, one.H) + one, dense_gradient(dense, one)),
+        "none": (GradientFactors.zero(d, one.H) + one, dense_gradient(dense, one)),
     }
     for name, (got, want) in cases.items():
         torch.testing.assert_close(W.to_dense_gradient(got), want, msg=name)
         parts = (dense @ got.A + got.b).index_add_(0, got.rows, got.X)
         torch.testing.assert_close(parts, want, msg=name)
-        torch.testing.assert_close(W.gradient_gram(got), want.T @ (Pi * want), msg=name)
         torch.testing.assert_close(W.norm(got), (Pi * want * want).sum().sqrt(), msg=name)
 
 
@@ -77,26 +78,26 @@ def test_gradients_of_different_width_do_not_add_up():
 
 def test_what_is_cached_in_a_gradient_changes_nothing():
     W, g = FactoredMatrix(torch.randn(D, d).double()), gradient(2, 3, 0)
-    J = W.to_dense() @ g.L.T + g.s
+    J = W.arrays.to_dense() @ g.L.T + g.s
     full = torch.zeros(D, 2).double()
     full.index_put_((g.rows, g.cols), g.x, accumulate=True)
     J = J + full
-    known = StructuredGradient(
-        g.H, g.L, g.s, g.rows, g.cols, g.x, J.T @ W.to_dense(), W.rows(g.rows)
+    known = GradientFactors(
+        g.H, g.L, g.s, g.rows, g.cols, g.x, J.T @ W.arrays.to_dense(), W.arrays.rows(g.rows)
     )
     other = copy.deepcopy(W)
     W.add_(g, alpha=-0.2)
     other.add_(known, alpha=-0.2)
-    torch.testing.assert_close(W.gram, other.gram)
-    torch.testing.assert_close(W.to_dense(), other.to_dense())
+    torch.testing.assert_close(W.arrays.gram, other.arrays.gram)
+    torch.testing.assert_close(W.arrays.to_dense(), other.arrays.to_dense())
 
 
 def test_a_step_that_is_singular_or_not_finite_changes_nothing():
     W = FactoredMatrix(torch.randn(D, d).double())
-    before = copy.deepcopy(W.state())
+    before = copy.deepcopy(W.arrays.state())
     h = torch.tensor([[2.0, 0, 0, 0]]).double()
     none = torch.empty(0, dtype=torch.long)
-    singular = StructuredGradient(h, h, torch.zeros(1).double(), none, none, h.new_empty(0))
+    singular = GradientFactors(h, h, torch.zeros(1).double(), none, none, h.new_empty(0))
     with pytest.raises(SingularStepError, match="singular"):
         W.add_(singular, alpha=-0.25)
     with pytest.raises(SingularStepError, match="not finite"):
@@ -105,7 +106,7 @@ def test_a_step_that_is_singular_or_not_finite_changes_nothing():
         W.add_(gradient(2, 3, 0), decay=1.0)
     with pytest.raises(IndexError):
         W.add_(gradient(2, 3, 0, rows=5 * D), alpha=-0.1)
-    for name, value in W.state().items():
+    for name, value in W.arrays.state().items():
         assert torch.equal(value, before[name]), name
     W.add_(singular, alpha=-0.2)
 
@@ -114,14 +115,14 @@ def test_harsh_steps_are_mended_at_once():
     """One step takes all but 1e-3 of a direction; float32 keeps its digits."""
     torch.manual_seed(0)
     W = FactoredMatrix(torch.randn(D, d))
-    dense = W.to_dense().double()
+    dense = W.arrays.to_dense().double()
     for seed in range(30):
         g = gradient(1, 1, seed)
         h = g.H / g.H.norm()
-        g = StructuredGradient(h, h, g.s, g.rows, g.cols, g.x)
+        g = GradientFactors(h, h, g.s, g.rows, g.cols, g.x)
         dense = dense - (1 - 1e-3) * dense_gradient(dense, g)
         W.add_(cast(g, torch.float32), alpha=-(1 - 1e-3))
-    error = (W.to_dense().double() - dense).abs().max() / dense.abs().max()
+    error = (W.arrays.to_dense().double() - dense).abs().max() / dense.abs().max()
     assert error < 1e-4
     assert W.health().renewed > 0
 
@@ -131,10 +132,10 @@ def test_mending_leaves_the_matrix(means):
     W = FactoredMatrix(torch.randn(D, d).double())
     for seed in range(5):
         W.add_(gradient(3, 4, seed), alpha=-0.1, decay=0.01)
-    before, gram = W.to_dense(), W.gram.clone()
+    before, gram = W.arrays.to_dense(), W.arrays.gram.clone()
     getattr(W, means)()
-    torch.testing.assert_close(W.to_dense(), before, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(W.gram, gram)
+    torch.testing.assert_close(W.arrays.to_dense(), before, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(W.arrays.gram, gram)
 
 
 class Machine(RuleBasedStateMachine):
@@ -146,8 +147,8 @@ class Machine(RuleBasedStateMachine):
         pi = torch.rand(D).double() + 0.2 if prior else None
         self.Pi = torch.ones(D, 1).double() if pi is None else (pi / pi.sum() * D).unsqueeze(1)
         self.dense = torch.randn(D, d).double()
-        self.W = FactoredMatrix(self.dense.clone(), None if pi is None else self.Pi.squeeze(1))
-        self.rough = False
+        self.W = FactoredMatrix(self.dense.clone(), pi=None if pi is None else self.Pi.squeeze(1))
+        self.rough, self.momentum, self.lent = False, None, None
 
     @property
     def tolerance(self):
@@ -163,8 +164,8 @@ class Machine(RuleBasedStateMachine):
     def step(self, m, n, seed, decay, scale):
         g = gradient(m, n, seed) * (scale / m)
         G = dense_gradient(self.dense[:, :d], g)
-        g = cast(g, self.W.V.dtype)
-        if self.W.blocks == 1:
+        g = cast(g, self.W.arrays.V.dtype)
+        if self.W.arrays.blocks == 1:
             self.W.add_(g, alpha=-1.0, decay=decay)
             self.dense = (1 - decay) * self.dense - G
             return
@@ -172,37 +173,55 @@ class Machine(RuleBasedStateMachine):
         self.dense = torch.cat([self.dense[:, :d] - B, B], 1)
         self.W.transform_(g, Blocks(((1 - decay, decay), (-0.7, 0.7)), (-1.0, 1.0)))
 
-    @precondition(lambda self: self.W.blocks == 1)
+    @precondition(lambda self: self.W.arrays.blocks == 1)
     @rule()
     def begin_momentum(self):
-        self.W.widen_(Blocks(((1.0, 0.0), (-0.7, 0.7)), (-1.0, 1.0)))
+        self.momentum = Block(self.W)
+        self.W.widen_(self.momentum, Blocks(((1.0, 0.0), (-0.7, 0.7)), (-1.0, 1.0)))
         self.dense = torch.cat([self.dense, torch.zeros(D, d).double()], 1)
 
-    @precondition(lambda self: self.W.blocks > 1)
-    @rule()
-    def forget_momentum(self):
-        self.W.narrow_()
+    @precondition(lambda self: self.W.arrays.blocks > 1)
+    @rule(keep=st.booleans())
+    def part_with_momentum(self, keep):
+        """It goes on as a matrix of its own, which can be put beside W again, or is forgotten."""
+        B, block = self.dense[:, d:], self.momentum
+        if not keep:
+            self.momentum = block = None
+        self.W.part_()
         self.dense = self.dense[:, :d]
+        if not keep:
+            return
+        assert block.matrix is not self.W
+        values = block.matrix.arrays.to_dense()
+        near = float(self.tolerance * (1 + B.abs().max()) ** 2 * D)
+        torch.testing.assert_close(values.double(), B, rtol=0, atol=near)
+        self.W.widen_(block, Blocks(((1.0, 0.0), (-0.7, 0.7)), (-1.0, 1.0)), values)
+        self.dense = torch.cat([self.dense, B], 1)
 
-    @rule(means=st.sampled_from(["mend_", "renew_", "refactorise_", "canonical_", "regram_"]))
+    @rule(means=st.sampled_from(["mend_", "renew_", "refactorise_", "canonical_"]))
     def mend(self, means):
         getattr(self.W, means)()
 
+    @precondition(lambda self: self.W.arrays.blocks == 1)
     @rule()
     def save_and_load(self):
         self.W.canonical_()
-        state = {name: value.clone() for name, value in self.W.extra_state().items()}
-        first = self.W.V[:, :d].clone()
-        other = FactoredMatrix(torch.zeros(D, d, dtype=self.W.V.dtype), self.W.pi)
-        other.V.copy_(first)
-        other.load_extra_state(state)
-        assert torch.equal(other.to_dense(), self.W.to_dense())
-        self.W = other
+        lent = self.W.arrays.V.lend(0)
+        other = FactoredMatrix(lent.clone(), pi=self.W.arrays.pi)
+        assert torch.equal(other.arrays.to_dense(), self.W.arrays.to_dense())
+        assert torch.equal(other.arrays.gram, self.W.arrays.gram)
+        self.W, self.lent = other, (lent, lent.clone())
 
+    @rule(factor=st.sampled_from([0.5, -2.0]))
+    def rewrite(self, factor):
+        self.W.rewrite_(0, lambda part, rows: rows * factor)
+        self.dense = torch.cat([self.dense[:, :d] * factor, self.dense[:, d:]], 1)
+
+    @precondition(lambda self: self.W.arrays.blocks == 1)
     @rule(dtype=st.sampled_from([torch.float32, torch.float64]))
     def change_dtype(self, dtype):
         self.rough |= dtype == torch.float32
-        self.W.to(dtype)
+        self.W = self.W.copied(0, self.W.device, dtype)
 
     @invariant()
     def is_its_twin(self):
@@ -210,12 +229,16 @@ class Machine(RuleBasedStateMachine):
             return
         W, scale = self.W, self.dense.abs().max()
         near = {"rtol": 0, "atol": float(self.tolerance * (1 + scale) ** 2 * D)}
-        torch.testing.assert_close(W.to_dense().double(), self.dense, **near)
-        torch.testing.assert_close(W.gram, self.dense.T @ (self.Pi * self.dense), **near)
-        torch.testing.assert_close(W.colsum, (self.Pi * self.dense).sum(0), **near)
-        lengths = W.U.norm(dim=1)
-        back = W.U @ W.U_inv * lengths / lengths.unsqueeze(1)
-        torch.testing.assert_close(back, torch.eye(len(W.U)).double(), rtol=0, atol=self.tolerance)
+        torch.testing.assert_close(W.arrays.to_dense().double(), self.dense, **near)
+        torch.testing.assert_close(W.arrays.gram, self.dense.T @ (self.Pi * self.dense), **near)
+        torch.testing.assert_close(W.arrays.colsum, (self.Pi * self.dense).sum(0), **near)
+        if self.lent is not None:  # what was handed out is what it was
+            assert torch.equal(*self.lent)
+        lengths = W.arrays.U.norm(dim=1)
+        back = W.arrays.U @ W.arrays.U_inv * lengths / lengths.unsqueeze(1)
+        torch.testing.assert_close(
+            back, torch.eye(len(W.arrays.U)).double(), rtol=0, atol=self.tolerance
+        )
 
 
 TestMachine = Machine.TestCase

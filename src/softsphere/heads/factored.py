@@ -10,35 +10,42 @@ import torch
 from torch import Tensor, nn
 
 from softsphere import checks, losses
+from softsphere._torch import eager, transforms_active
 from softsphere.engines import factored
 from softsphere.functional.conventions import REDUCTIONS, reduce
 from softsphere.heads.prediction import OutputLayer
 from softsphere.losses import Spherical
-from softsphere.matrix import FactoredMatrix, Health, StructuredGradient
+from softsphere.matrix import FactoredTensor, Health, StructuredGradient
+from softsphere.matrix.arrays import Arrays
+from softsphere.matrix.factored import FactoredMatrix
 from softsphere.stats import Stats
 from softsphere.targets import from_indices, from_sparse
 
 __all__ = ["FactoredSphericalLoss"]
 
-# What a state_dict has beside weight and bias, to go on exactly.
-EXTRA = "factors."
-
 
 class FactoredSphericalLoss(OutputLayer):
     r"""Linear output layer and spherical loss in one, trained exactly in O(d²) a row.
 
-    loss = head(hidden, target) is ℓ(W h + b, t) for every spherical loss, and `loss.backward()`
-    gives hidden its gradient. The gradient by W stays in `head.gradient` as a StructuredGradient
-    until `softsphere.optim.FactoredSGD` takes its step; neither ever touches more of W than the
-    rows of the targets. No optimizer that works elementwise on W (Adam) can do that.
+    loss = head(hidden, target) is ℓ(W h + b, t) for every spherical loss. `weight` is one parameter
+    (D, d + 1): the weight W and, as its last column, the bias b, whose input is always 1; without a
+    bias it is (D, d). It is a `FactoredTensor`, and `loss.backward()` leaves a `StructuredGradient`
+    in `weight.grad`; neither a loss nor a step touches more of W than the rows of the targets.
+
+    `torch.optim.SGD` without momentum steps it, and `softsphere.optim.FactoredSGD` with and
+    without; schedulers, `clip_grad_norm_`, gradient scaling, accumulation, hooks and weight
+    averaging work on it as on any parameter. What acts on single numbers of W, as Adam does, raises
+    TypeError before anything has changed. Weight and bias share a learning rate and weight decay.
+
+    With a prior the parameter is diag(√π) [W b], since that is what SGD steps.
+    `dense()`, `to_linear()` and `state_dict()` give W and b themselves.
 
     Args:
         in_features: d.
         num_classes: D.
         loss: a name or a spherical loss.
-        bias: whether there is a b; it is one more column of W whose input is 1.
-        prior: (D) positive class frequencies or counts, the base measure π. SGD then steps
-            diag(√π) [W b].
+        bias: whether there is a b.
+        prior: (D) positive class frequencies or counts, the base measure π.
         reduction, ignore_index: as in `nn.CrossEntropyLoss`.
         device, dtype: of the weight; float32 or float64.
 
@@ -49,16 +56,15 @@ class FactoredSphericalLoss(OutputLayer):
 
     Source: Vincent, de Brébisson & Bouthillier 2015, arXiv:1412.7091; 2016, arXiv:1606.08061.
 
-    >>> import softsphere
     >>> head = FactoredSphericalLoss(8, 1000)
-    >>> optimizer = softsphere.optim.FactoredSGD([head], lr=10.0)
+    >>> optimizer = torch.optim.SGD(head.parameters(), lr=10.0)
     >>> loss = head(torch.randn(4, 8), torch.tensor([1, 5, 5, 999]))
     >>> loss.backward()
     >>> optimizer.step()
     """
 
     loss: Spherical
-    prior: Tensor | None
+    weight: nn.Parameter
 
     def __init__(
         self,
@@ -81,46 +87,69 @@ class FactoredSphericalLoss(OutputLayer):
         self.in_features, self.num_classes = in_features, num_classes
         self.has_bias = bias
         self.reduction, self.ignore_index = reduction, ignore_index
-        weight = torch.empty(num_classes, in_features + bias, device=device, dtype=dtype)
+        weight = torch.empty(num_classes, in_features, device=device, dtype=dtype)
         pi = None
         if prior is not None:
             pi = checks.prior(prior, weight.dtype)
             checks.class_vector("prior", pi, num_classes)
-            pi = pi.to(weight.device)
-        bound = 1 / math.sqrt(in_features)
-        self.matrix = FactoredMatrix(weight.uniform_(-bound, bound), pi)
-        # Stands for the weight where PyTorch wants a parameter; see `current_gradient`.
-        self.anchor = nn.Parameter(weight.new_zeros(()))
-        self.gradient: StructuredGradient | None = None
-        self.tokens = 0  # how often a backward has added to it
-        self.backward = -1  # the last backward that has been recorded
-        self.edition = -1  # that of W, when the gradient was begun
-        self.has_optimizer = False
+            pi = pi if weight.is_meta else pi.to(weight.device)
+        columns = weight.new_empty(num_classes) if bias else None
+        self.weight = nn.Parameter(FactoredTensor(weight, columns, pi))
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """The initial values of `nn.Linear`: uniform within ±1/√d."""
+        pi = self.matrix.arrays.pi
+        if pi is not None and pi.is_meta and not self.matrix.arrays.V.blocks[0].is_meta:
+            raise RuntimeError(
+                "the prior was on the meta device and has no values; make the layer with a prior "
+                "on a real device, or load it by load_state_dict"
+            )
         bound = 1 / math.sqrt(self.in_features)
-        self.matrix.narrow_()
-        self.matrix.V.uniform_(-bound, bound)
-        self.matrix.reset_()
+        with torch.no_grad():
+            for block in self.writable():
+                block.uniform_(-bound, bound)
+            self.matrix.reset_()
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @property
+    def factored_weight(self) -> FactoredTensor:
+        """The parameter, if it is one that this layer can use.
+
+        Raises: TypeError or ValueError where somebody has put another one in its place.
+        """
+        weight: Tensor = self.weight
+        if not isinstance(weight, FactoredTensor):
+            raise TypeError(
+                "the weight of a FactoredSphericalLoss must be a softsphere.matrix.FactoredTensor, "
+                f"got {type(weight).__name__}; load other values by load_state_dict, or use "
+                "LinearSphericalLoss, whose weight may be any tensor"
+            )
+        wanted = (self.num_classes, self.in_features + self.has_bias)
+        if tuple(weight.shape) != wanted:
+            raise ValueError(f"weight must have shape {wanted}, got {tuple(weight.shape)}")
+        return weight
+
+    @property
+    def matrix(self) -> FactoredMatrix:
+        """The factors of [W b]."""
+        return self.factored_weight.matrix
+
+    @eager(
+        "a factored layer keeps its weight in factors; compile the model around it, or use "
+        'LinearSphericalLoss with options=LinearSphericalOptions(engine="dense")'
+    )
     def forward(
         self, hidden: Tensor, target: Tensor, target_values: Tensor | None = None
     ) -> Tensor:
         """The loss of hidden (…, d) against target.
 
-        Raises: ValueError or TypeError that names the argument; RuntimeError where an optimizer
-        other than FactoredSGD has been given this layer.
+        Raises: ValueError or TypeError that names the argument; RuntimeError inside torch.func
+        transforms.
         """
-        stepped = self.training and torch.is_grad_enabled() and self.anchor._version > 0
-        if stepped and not self.has_optimizer:
-            raise RuntimeError(
-                "an optimizer has stepped the parameters of a FactoredSphericalLoss, but only "
-                "softsphere.optim.FactoredSGD([head], lr=…) can train its weight; for Adam use "
-                "LinearSphericalLoss or nn.Linear with SphericalLoss"
-            )
+        if transforms_active():
+            raise RuntimeError(factored.TWICE)
         checks.hidden(hidden, self.in_features)
+        weight = self.factored_weight
         leading = hidden.shape[:-1]
         device = hidden.device.type
         with torch.autocast(device, enabled=False):
@@ -138,101 +167,64 @@ class FactoredSphericalLoss(OutputLayer):
                     self.num_classes,
                     self.ignore_index,
                 )
-            x = factored.statistics(
-                H, self.anchor, entries.t, self, centred=self.loss.shift_invariant
-            )
+            x = factored.statistics(H, weight, entries.t, centred=self.loss.shift_invariant)
             rows = self.loss.value(Stats(x.s, x.q, x.c, x.mass, y=entries.y, pi=x.pi))
             rows = torch.where(entries.ignored, 0.0, rows)
             return reduce(rows.view(leading), (~entries.ignored).to(dtype), self.reduction)
 
     def rows_of(self, hidden: Tensor) -> Tensor:
         """hidden as (m, w) in the weight's dtype, with the bias's column of ones."""
-        H = hidden.reshape(-1, self.in_features).to(self.matrix.V.dtype)
+        H = hidden.reshape(-1, self.in_features).to(self.weight.dtype)
         return nn.functional.pad(H, (0, 1), value=1.0) if self.has_bias else H
-
-    def record(self, gradient: StructuredGradient) -> None:
-        """Adds a gradient, or begins anew where the anchor's has been zeroed since.
-
-        During one backward the anchor has no gradient yet, however often the layer was used.
-        """
-        backward = torch._C._current_graph_task_id()
-        zeroed = self.anchor.grad is None and backward != self.backward
-        if self.gradient is None or zeroed:
-            self.gradient, self.edition, self.tokens = gradient, self.matrix.edition, 1
-        else:
-            self.gradient, self.tokens = self.at_hand() + gradient, self.tokens + 1
-        self.backward = backward
-
-    def at_hand(self) -> StructuredGradient:
-        """The gradient as it was recorded, if that was at the W that there is now."""
-        assert self.gradient is not None
-        if self.edition != self.matrix.edition:
-            raise RuntimeError(
-                "the gradient of a FactoredSphericalLoss belongs to the weight before the last "
-                "step; call optimizer.zero_grad() after each step"
-            )
-        return self.gradient
-
-    def current_gradient(self) -> StructuredGradient | None:
-        """The gradient that there is to be stepped, or None.
-
-        A backward leaves TOKEN in the anchor's gradient. Whoever has multiplied that since, as
-        torch.amp.GradScaler or a clipping of all parameters does, has multiplied this, too.
-
-        Raises: RuntimeError where W was stepped since it was taken: what multiplies W is another
-        one now, so it can be neither added to nor stepped again.
-        """
-        if self.anchor.grad is None or self.gradient is None:
-            return None
-        scale = self.anchor.grad / (self.tokens * factored.TOKEN)
-        if scale.device.type == "cpu" and float(scale) == 1:
-            return self.at_hand()
-        return self.at_hand() * scale.to(self.gradient.H)
 
     @property
     def base_measure(self) -> Tensor | None:
-        return self.matrix.pi
+        return self.matrix.arrays.pi
+
+    @property
+    def columns(self) -> slice:
+        """Those of [W b] among all that is kept side by side."""
+        return self.matrix.arrays.block(0)
 
     def weight_rows(self, classes: Tensor) -> Tensor:
-        return self.matrix.rows(classes, slice(0, self.matrix.width))
+        return self.checked().rows(classes, self.columns)
 
     def weight_chunks(self, size: int) -> Iterator[tuple[slice, Tensor]]:
-        return self.matrix.chunks(size, slice(0, self.matrix.width))
+        return self.checked().chunks(size, self.columns)
+
+    def checked(self) -> Arrays:
+        """What is kept of [W b], after a look at whether somebody else has changed it."""
+        W = self.matrix.arrays
+        W.check()
+        return W
 
     def log_normaliser(self, H: Tensor) -> Tensor:
         """log Σ_k π_k t(o_k) of each row from Q and w̄: (m); 0 for a loss without it."""
         if not isinstance(self.loss, losses.Normalised):
             return H.new_zeros(len(H))
-        d = self.matrix.width
-        q = ((H @ self.matrix.small("gram")[:d, :d]) * H).sum(-1).clamp_min(0)
-        s = H @ self.matrix.small("colsum")[:d]
-        return self.loss.log_normaliser(s, q, self.matrix.mass)
-
-    @property
-    def weight(self) -> Tensor:
-        """W as a new tensor (D, d)."""
-        return self.dense()[:, : self.in_features]
+        W, d = self.checked(), self.columns.stop
+        q = ((H @ W.small("gram")[:d, :d]) * H).sum(-1).clamp_min(0)
+        s = H @ W.small("colsum")[:d]
+        return self.loss.log_normaliser(s, q, W.mass)
 
     @property
     def bias(self) -> Tensor | None:
-        """b as a new tensor (D), or None."""
-        if not self.has_bias:
-            return None
-        column = slice(self.in_features, self.in_features + 1)
-        return torch.cat([rows.squeeze(1) for _, rows in self.matrix.chunks(columns=column)])
+        """b (D), or None: the last column of `weight`, as it is when it is read. It cannot be
+        written by itself; with a prior it is √π b."""
+        return self.weight[:, -1] if self.has_bias else None
 
     def dense(self) -> Tensor:
         """[W b] as a new tensor."""
-        return self.matrix.to_dense(columns=slice(0, self.matrix.width))
+        return self.checked().to_dense(columns=self.columns)
 
     def to_linear(self) -> nn.Linear:
         """An `nn.Linear` with the same weight and bias."""
-        options = {"device": self.matrix.V.device, "dtype": self.matrix.V.dtype}
+        options = {"device": self.weight.device, "dtype": self.weight.dtype}
         linear: nn.Linear = nn.utils.skip_init(
             nn.Linear, self.in_features, self.num_classes, bias=self.has_bias, **options
         )
         with torch.no_grad():
-            for part, rows in self.matrix.chunks(columns=slice(0, self.matrix.width)):
+            for part, rows in self.checked().chunks(columns=self.columns):
                 linear.weight[part] = rows[:, : self.in_features]
                 if self.has_bias:
                     linear.bias[part] = rows[:, -1]
@@ -243,16 +235,19 @@ class FactoredSphericalLoss(OutputLayer):
         return self.matrix.health(probes)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        # V is written as W itself first, so that weight and bias are views of it and not copies.
+        """weight (D, d) and bias (D) of an `nn.Linear`, and the prior: ordinary tensors.
+
+        They are the memory of the layer itself until it is stepped, and then a copy of what they
+        were, if they still exist.
+        """
         matrix = self.matrix
         matrix.canonical_()
-        destination[prefix + "weight"] = matrix.V[:, : self.in_features]
+        W = matrix.arrays
+        destination[prefix + "weight"] = W.V.lend(0)
         if self.has_bias:
-            destination[prefix + "bias"] = matrix.V[:, self.in_features]
-        if matrix.pi is not None:
-            destination[prefix + "prior"] = matrix.pi
-        for name, value in matrix.extra_state().items():
-            destination[prefix + EXTRA + name] = value
+            destination[prefix + "bias"] = W.V.lend(1).squeeze(1)
+        if W.pi is not None:
+            destination[prefix + "prior"] = W.pi.clone()
 
     def _load_from_state_dict(
         self,
@@ -264,53 +259,78 @@ class FactoredSphericalLoss(OutputLayer):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        wanted = {"weight": (self.num_classes, self.in_features)}
+        wanted: dict[str, tuple[int, ...]] = {"weight": (self.num_classes, self.in_features)}
         if self.has_bias:
-            wanted["bias"] = (self.num_classes,)  # type: ignore[assignment]
+            wanted["bias"] = (self.num_classes,)
         own = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
-        extra = {k[len(EXTRA) :]: v for k, v in own.items() if k.startswith(EXTRA)}
-        known = {*wanted, "prior", *(EXTRA + name for name in extra)}
-        unexpected_keys += [prefix + key for key in own if key not in known]
-        missing_keys += [prefix + key for key in wanted if key not in own]
-        for key, shape in wanted.items():
-            if key in own and tuple(own[key].shape) != shape:
-                error_msgs.append(
-                    f"size mismatch for {prefix}{key}: copying a param with shape "
-                    f"{tuple(own[key].shape)}, the shape in current model is {shape}."
-                )
-        if extra:
-            missing_keys += [
-                prefix + EXTRA + name for name in self.matrix.SMALL if name not in extra
-            ]
-            error_msgs += [f"{prefix}{EXTRA}{why}" for why in self.matrix.misfits(extra)]
-        if "prior" in own:
+        unexpected_keys += [prefix + key for key in own if key not in {*wanted, "prior"}]
+        missing = [prefix + key for key in wanted if key not in own]
+        missing_keys += missing
+        pi = self.matrix.arrays.pi
+        wrong = [
+            f"size mismatch for {prefix}{key}: copying a param with shape "
+            f"{tuple(own[key].shape)}, the shape in current model is {shape}."
+            for key, shape in wanted.items()
+            if key in own and tuple(own[key].shape) != shape
+        ]
+        adopt = bool(local_metadata.get("assign_to_params_buffers", False))
+        dtype = own["weight"].dtype if adopt and "weight" in own else self.weight.dtype
+        if dtype not in (torch.float32, torch.float64):
+            wrong.append(f"{prefix}weight must be float32 or float64 to be assigned, got {dtype}.")
+        elif "prior" in own:
             try:
-                pi = checks.prior(own["prior"], self.matrix.V.dtype)
+                pi = checks.prior(own["prior"], dtype)
                 checks.class_vector("prior", pi, self.num_classes)
             except (TypeError, ValueError) as error:
-                error_msgs.append(f"{prefix}prior cannot be loaded: {error}")
-        if error_msgs or any(key.startswith(prefix) for key in missing_keys):
+                wrong.append(f"{prefix}prior cannot be loaded: {error}")
+        error_msgs += wrong
+        if wrong or missing:
             return
-        with torch.no_grad():
-            matrix = self.matrix
-            matrix.narrow_()
-            matrix.V[:, : self.in_features].copy_(own["weight"])
-            if self.has_bias:
-                matrix.V[:, self.in_features].copy_(own["bias"])
-            if "prior" in own:
-                # one that comes with its factors is what they were made with, to the last bit
-                same = extra and own["prior"].dtype == matrix.V.dtype
-                matrix.pi = (own["prior"] if same else pi).to(matrix.V)
-            if extra:
-                matrix.load_extra_state(extra)
-            else:
-                matrix.reset_()
-        self.gradient = None
+        columns = [own["weight"].detach(), *([own["bias"].detach()] if self.has_bias else [])]
+        if "prior" in own and own["prior"].dtype == dtype:
+            pi = own["prior"].detach().clone()  # to the last bit what was saved
+        if adopt:
+            with torch.no_grad():
+                self.adopt(columns, pi)
+        else:
+            with torch.no_grad():
+                self.assign(columns, pi)
+
+    def adopt(self, columns: list[Tensor], pi: Tensor | None) -> None:
+        """A new parameter that takes the given tensors as they are."""
+        weight, *bias = columns
+        bias = [x.to(weight.device, weight.dtype) for x in bias]
+        pi = None if pi is None else pi.to(weight.device, weight.dtype)
+        made = FactoredTensor(weight, bias[0] if bias else None, pi)
+        for j in range(len(columns)):
+            made.matrix.arrays.V.lend(j)
+        self.weight = nn.Parameter(made, self.weight.requires_grad)
+
+    def assign(self, columns: list[Tensor], pi: Tensor | None) -> None:
+        """Writes weight (D, d) and bias (D) into the parameter; momentum beside it stays."""
+        for block, values in zip(self.writable(), columns, strict=True):
+            block.copy_(values.view(block.shape))
+        W = self.matrix.arrays
+        W.pi = None if pi is None else pi.to(W.device, W.dtype)
+        self.matrix.reset_()
+
+    def writable(self) -> list[Tensor]:
+        """What V has for weight and bias, to be written whole; then `FactoredMatrix.reset_`."""
+        W = self.matrix.arrays
+        if W.blocks > 1:
+            self.matrix.canonical_()
+        W.V.own()
+        return W.V.blocks[: 1 + self.has_bias]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FactoredSphericalLoss:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        # half precision has no room for what the anchor's gradient says
-        self.anchor.data = self.anchor.data.to(self.matrix.V.dtype)
+        grad = self.weight.grad
+        # the gradient is that of the weight as it has become; it would keep the old one alive
+        if isinstance(grad, StructuredGradient) and grad.content.edition in (
+            None,
+            self.matrix.edition,
+        ):
+            grad.content.block = self.factored_weight.block
         return self
 
     def extra_repr(self) -> str:

@@ -66,7 +66,7 @@ def rate(setting: Setting, loss: str) -> float:
 
 def factored(setting: Setting, loss: str = "taylor_softmax") -> Step:
     head = FactoredSphericalLoss(setting.d, setting.D, loss, bias=False)
-    return Step(head, FactoredSGD([head], lr=rate(setting, loss)))
+    return Step(head, FactoredSGD(head.parameters(), lr=rate(setting, loss)))
 
 
 def gram(setting: Setting, loss: str = "taylor_softmax") -> Step:

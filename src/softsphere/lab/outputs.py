@@ -147,7 +147,7 @@ def layer(
         factored = FactoredSphericalLoss(width, D, loss, prior=prior)
         factored.load_state_dict(linear.state_dict(), strict=False)
         factored.to(device)
-        return factored, FactoredSGD([factored], lr=output.rate * D)
+        return factored, FactoredSGD(factored.parameters(), lr=output.rate * D)
     engine = "gram" if isinstance(loss, Spherical) else "auto"
     head = LinearSphericalLoss.from_linear(
         linear, loss, prior=prior, options=LinearSphericalOptions(engine=engine)

@@ -46,7 +46,7 @@ class DenseTwin(nn.Module):
 
     def __init__(self, head: FactoredSphericalLoss) -> None:
         super().__init__()
-        pi = head.matrix.pi
+        pi = head.matrix.arrays.pi
         self.root = None if pi is None else pi.sqrt().unsqueeze(1)
         W = head.dense()
         self.parameter = nn.Parameter(W if self.root is None else self.root * W)
@@ -80,7 +80,7 @@ def run(plan: Plan, engine: str, text: Text, on_step: language.OnStep) -> list[d
     head: FactoredSphericalLoss | DenseTwin = factored
     layer: torch.optim.Optimizer
     if engine == "factored":
-        layer = FactoredSGD([factored], lr=lr, momentum=plan.momentum)
+        layer = FactoredSGD(factored.parameters(), lr=lr, momentum=plan.momentum)
     else:
         head = DenseTwin(factored).to(device)
         if engine == "nudged":

@@ -1,6 +1,14 @@
-"""Structured matrices of a large output layer: linear algebra that knows no loss."""
+"""Structured matrices of a large output layer: linear algebra that knows no loss.
 
-from softsphere.matrix.factored import FactoredMatrix, Health, SingularStepError
-from softsphere.matrix.structured import StructuredGradient
+The way is one: `rows` and `generations` are what V is kept in, `arrays` all that is kept of a
+matrix, `step` what a step does to it, `upkeep` what keeps it fit, `factored` the matrix, `tensors`
+and `table` what PyTorch sees of it.
+"""
 
-__all__ = ["FactoredMatrix", "Health", "SingularStepError", "StructuredGradient"]
+from softsphere.matrix import table as _table
+from softsphere.matrix.factored import Health
+from softsphere.matrix.step import SingularStepError
+from softsphere.matrix.tensors import FactoredTensor, StructuredGradient
+
+__all__ = ["FactoredTensor", "Health", "SingularStepError", "StructuredGradient"]
+del _table

@@ -8,33 +8,27 @@ M_g for good, and since V_k was rounded before that, no digit of W is lost with 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from softsphere.matrix.precision import product, usable_now
+from softsphere.matrix.precision import Rounded, product
+from softsphere.matrix.rows import Rows
 
 __all__ = ["Generations"]
 
 # So many at most; before there are more, the rows of the one with the fewest are carried over.
 LIVE = 8
+MAPS = "maps"
 
 
-class Generations(nn.Module):
+class Generations:
     """made (D) uint8: the generation of each row; maps (G, w, w) float64: M; now: the last one."""
 
-    made: Tensor
-    maps: Tensor
-
-    def __init__(self, num_rows: int, width: int, device: torch.device) -> None:
-        super().__init__()
-        made = torch.zeros(num_rows, dtype=torch.uint8, device=device)
-        maps = torch.eye(width, dtype=torch.float64, device=device).unsqueeze(0)
-        self.register_buffer("made", made, persistent=False)
-        self.register_buffer("maps", maps, persistent=False)
+    def __init__(self, num_rows: int, width: int, device: torch.device, rounded: Rounded) -> None:
+        self.made = torch.zeros(num_rows, dtype=torch.uint8, device=device)
+        self.maps = torch.eye(width, dtype=torch.float64, device=device).unsqueeze(0)
         self.now = 0
-        self.rounded: Tensor | None = None
+        self.rounded = rounded
 
     @property
     def alone(self) -> bool:
@@ -43,11 +37,11 @@ class Generations(nn.Module):
 
     def maps_in(self, dtype: torch.dtype) -> Tensor:
         """maps in the dtype of V."""
-        if self.maps.dtype == dtype:
-            return self.maps
-        if self.rounded is None or self.rounded.dtype != dtype or not usable_now(self.rounded):
-            self.rounded = self.maps.to(dtype)
-        return self.rounded
+        return self.rounded.get(MAPS, dtype, lambda: self.maps)
+
+    def set(self, maps: Tensor, now: int) -> None:
+        self.maps, self.now = maps, now
+        self.rounded.forget(MAPS)
 
     def carried(self, rows: Tensor, made: Tensor) -> Tensor:
         """Rows of V (n, w) of the generations made (n), in the coordinates of the current one."""
@@ -79,45 +73,44 @@ class Generations(nn.Module):
         else:
             maps[now] = eye
         # nothing can fail from here on
-        self.maps, self.now, self.rounded = maps, now, None
+        self.set(maps, now)
 
     def counts(self) -> list[int]:
         """How many rows each generation has."""
         each = [(self.made == g).sum() for g in range(len(self.maps))]
         return [int(count) for count in torch.stack(each).tolist()]
 
-    def bound(self, V: Tensor, size: int) -> None:
-        """Carries the rows of the smallest generation over, `size` at a time, if there are many."""
+    def bound(self, V: Rows) -> None:
+        """Carries the rows of the smallest generation over, a chunk at a time, if there are many
+        generations."""
         if len(self.maps) <= LIVE:
             return
         counts = self.counts()
         if 0 in counts[: self.now] + counts[self.now + 1 :]:
             return
-        counts[self.now] = len(V) + 1
+        counts[self.now] = V.num_rows + 1
         least = counts.index(min(counts))
         M = self.maps_in(V.dtype)[least]
-        for index in (self.made == least).nonzero().squeeze(1).split(size):
+        for index in (self.made == least).nonzero().squeeze(1).split(V.chunk_size()):
             V[index] = product(V[index], M)
             self.made[index] = self.now
 
-    def forget(self) -> None:
-        """All rows are in the current coordinates."""
+    def forget(self, width: int) -> None:
+        """All rows, now of that width, are in the current coordinates."""
         self.made.zero_()
-        eye = torch.eye(self.maps.shape[1], dtype=torch.float64, device=self.maps.device)
-        self.maps, self.now, self.rounded = eye.unsqueeze(0), 0, None
+        self.set(torch.eye(width, dtype=torch.float64, device=self.made.device).unsqueeze(0), 0)
 
-    def resize(self, width: int) -> None:
-        """For V of another width: columns of zeros are added, or columns nobody uses taken off."""
+    def widen(self, width: int) -> None:
+        """For rows that have got columns of zeros beside them."""
         old = self.maps.shape[1]
-        kept = min(old, width)
         maps = torch.eye(width, dtype=torch.float64, device=self.maps.device)
         maps = maps.repeat(len(self.maps), 1, 1)
-        maps[:, :kept, :kept] = self.maps[:, :kept, :kept]
-        self.maps, self.rounded = maps, None
+        maps[:, :old, :old] = self.maps
+        self.set(maps, self.now)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Generations:
-        # a change of dtype is V's alone
-        maps = fn(self.maps)
-        self.maps = maps if maps.dtype == torch.float64 else self.maps.to(maps.device)
-        self.made, self.rounded = fn(self.made), None
-        return self
+    def copied(self, device: torch.device, rounded: Rounded) -> Generations:
+        """The same on another device, in memory of its own."""
+        other = Generations(0, 0, device, rounded)
+        other.made = self.made.to(device, copy=True)
+        other.set(self.maps.to(device, copy=True), self.now)
+        return other

@@ -1,6 +1,6 @@
 """Arithmetic on the factors, whatever precision the caller has set for the model around them.
 
-Autocast and reduced float32 products are for activations; V is a parameter, and what is written
+Autocast and reduced float32 products are for activations. V is a parameter, and what is written
 into it stays.
 """
 
@@ -13,17 +13,19 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-__all__ = ["float32_is_exact", "full", "product", "usable_now"]
+from softsphere._torch import usable_now
+
+__all__ = ["Rounded", "float32_is_exact", "full", "product"]
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def full(method: Method) -> Method:
-    """A method of who has a V, without autocast."""
+    """Runs a method of an object that has a `device` without autocast and without a gradient."""
 
     @functools.wraps(method)
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with torch.autocast(self.V.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             return method(self, *args, **kwargs)
 
     return cast(Method, run)
@@ -44,6 +46,29 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return (a.double() @ b.double()).to(a.dtype)
 
 
-def usable_now(x: Tensor) -> bool:
-    """Whether x may be changed in place and saved for a backward: not if inference mode made it."""
-    return torch.is_inference_mode_enabled() or not x.is_inference()
+class Rounded:
+    """Copies of float64 arrays in the dtype of V, made when they are asked for and kept until the
+    array has changed. A copy is to be read before the next change only: its memory is used again.
+    """
+
+    def __init__(self) -> None:
+        self.kept: dict[str, Tensor] = {}
+        self.fresh: set[str] = set()
+
+    def get(self, name: str, dtype: torch.dtype, make: Callable[[], Tensor]) -> Tensor:
+        """What `make` gives, in `dtype`."""
+        old = self.kept.get(name)
+        if old is not None and (old.dtype != dtype or not usable_now(old)):
+            old = None
+        if old is None or name not in self.fresh:
+            array = make()
+            if array.dtype != dtype and old is not None and old.shape == array.shape:
+                old.copy_(array)
+            else:
+                self.kept[name] = array.to(dtype)
+            self.fresh.add(name)
+        return self.kept[name]
+
+    def forget(self, *names: str) -> None:
+        """These arrays have changed; without a name, all that a step changes have."""
+        self.fresh.difference_update(names)

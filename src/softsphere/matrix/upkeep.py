@@ -27,17 +27,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from softsphere.matrix.arrays import Arrays
+from softsphere.matrix.blocks import Blocks
+from softsphere.matrix.gradient import GradientFactors
 from softsphere.matrix.precision import product
-from softsphere.matrix.structured import StructuredGradient
-from softsphere.matrix.update import HARSH, Blocks, SingularStepError, Update
-
-if TYPE_CHECKING:
-    from softsphere.matrix.factored import FactoredMatrix
+from softsphere.matrix.step import HARSH, SingularStepError, Update
 
 __all__ = [
     "Watch",
@@ -121,14 +119,14 @@ class Watch:
         self.refused: Tensor | None
         self.restart()
 
-    def frame(self, W: FactoredMatrix) -> Tensor:
+    def frame(self, W: Arrays) -> Tensor:
         """((1, 0), e) of the last step, or the identity where none was seen."""
         rows = self.blocks.eigenbasis()
         if len(rows) != W.blocks:
             return torch.eye(W.blocks, dtype=torch.float64, device=W.U.device)
         return torch.tensor(rows, dtype=torch.float64, device=W.U.device)
 
-    def basis(self, W: FactoredMatrix) -> Tensor:
+    def basis(self, W: Arrays) -> Tensor:
         """What U is to be when a generation begins."""
         return torch.kron(self.frame(W), directions(W))
 
@@ -138,7 +136,7 @@ class Watch:
         self.checks, self.refused = 0, None
         self.gauges = Gauge(CONDITION**2 - 1), Gauge(1.0), Gauge(SHIFT), Gauge(2.0**RANGE)
 
-    def prepare(self, W: FactoredMatrix, gradient: StructuredGradient, blocks: Blocks) -> None:
+    def prepare(self, W: Arrays, gradient: GradientFactors, blocks: Blocks) -> None:
         """Before a step that leaves next to nothing of a direction: makes that a row of U.
 
         With T = X Σ Yᵀ, U = Xᵀ becomes Σ Yᵀ, whose rows are orthogonal as they were.
@@ -151,7 +149,7 @@ class Watch:
         self.done["renewed"] += 1
         self.seconds += time.perf_counter() - start
 
-    def after_step(self, W: FactoredMatrix, blocks: Blocks, share: float) -> None:
+    def after_step(self, W: Arrays, blocks: Blocks, share: float) -> None:
         """Counts a step, and measures when it is time or the step was harsh."""
         self.blocks = blocks
         self.steps += 1
@@ -162,7 +160,7 @@ class Watch:
             self.check(W)
             self.seconds += time.perf_counter() - start
 
-    def check(self, W: FactoredMatrix) -> None:
+    def check(self, W: Arrays) -> None:
         """Measures, mends by the cheapest means that will do, and sets the next period."""
         if self.refused is not None and bool(self.refused):
             self.refused = None
@@ -173,17 +171,17 @@ class Watch:
         steps = max(self.steps, 1)
         self.checks += 1
         self.check_gram(W, steps)
-        before = measures(W)
+        before = measures(W, self.checks)
         left = [gauge.steps_left(x, steps) for gauge, x in zip(self.gauges, before, strict=True)]
         if min(left) <= 0:
             self.mend(W)
-            for gauge, x in zip(self.gauges, measures(W), strict=True):
+            for gauge, x in zip(self.gauges, measures(W, self.checks), strict=True):
                 gauge.settle(x)
             left = [(math.log(g.limit) - g.level) / g.rate for g in self.gauges]
         ahead = min(2 * self.period, LONGEST, self.blocks.horizon(2 * CONDITION), min(left) / 2)
         self.period, self.steps = max(int(ahead), 1), 0
 
-    def check_gram(self, W: FactoredMatrix, steps: int) -> None:
+    def check_gram(self, W: Arrays, steps: int) -> None:
         """Q against WᵀW so seldom that reading W costs O(w²) a step, and rebuilding Q O(w³)."""
         self.since_gram += steps
         if self.since_gram < max(LONGEST, W.num_rows // len(W.U)):
@@ -191,17 +189,17 @@ class Watch:
         self.since_gram = 0
         self.mend_gram(W)
 
-    def mend_gram(self, W: FactoredMatrix) -> None:
+    def mend_gram(self, W: Arrays) -> None:
         """Q anew if it has drifted."""
         if gram_drift(W, 1) > tolerance(W):
-            W.regram_()
+            W.forget_gram()
             self.done["regrammed"] += 1
 
-    def mend(self, W: FactoredMatrix) -> None:
+    def mend(self, W: Arrays) -> None:
         """Whatever is beyond its limit, by the cheapest means that will do."""
 
         def within(*which: int) -> bool:
-            now = measures(W)
+            now = measures(W, self.checks)
             return all(now[i] <= self.gauges[i].limit for i in which)
 
         if not within(1):
@@ -215,26 +213,26 @@ class Watch:
             self.done["refactorised"] += 1
 
 
-def tolerance(W: FactoredMatrix) -> float:
+def tolerance(W: Arrays) -> float:
     """How far U U⁻¹ may be from I and Q from WᵀW."""
-    return DRIFT * math.sqrt(torch.finfo(W.V.dtype).eps)
+    return DRIFT * math.sqrt(torch.finfo(W.dtype).eps)
 
 
-def measures(W: FactoredMatrix) -> tuple[float, float, float, float]:
+def measures(W: Arrays, seed: int) -> tuple[float, float, float, float]:
     """κ² − 1, the drift of U⁻¹ in tolerances, the share of 1 ωᵀ, and the length of U's rows."""
     reach = float(torch.log2(W.U.norm(dim=1)).abs().max())
     length = 2.0 ** min(reach, 1000.0)
-    return condition(W) ** 2 - 1, inverse_drift(W) / tolerance(W), shift_share(W), length
+    return condition(W) ** 2 - 1, inverse_drift(W, seed) / tolerance(W), shift_share(W), length
 
 
-def block_sizes(W: FactoredMatrix) -> Tensor:
+def block_sizes(W: Arrays) -> Tensor:
     """‖W_b‖ of the block of each column: errors count relative to the block that they are in."""
     squares = W.gram.diagonal().clamp_min(0).unflatten(0, (W.blocks, -1)).sum(1)
     floor = 1e-6 * squares.max().clamp_min(1e-300)
     return torch.maximum(squares, floor).sqrt().repeat_interleave(W.width)
 
 
-def condition(W: FactoredMatrix) -> float:
+def condition(W: Arrays) -> float:
     """κ, see above."""
     return kappa(W.U, W.U_inv, block_sizes(W))
 
@@ -245,7 +243,7 @@ def kappa(U: Tensor, U_inv: Tensor, size: Tensor) -> float:
     return float((out * back).square().mean().sqrt())
 
 
-def too_harsh(W: FactoredMatrix, update: Update) -> bool:
+def too_harsh(W: Arrays, update: Update) -> bool:
     """Whether a step would leave so little of a direction that κ doubled its limit at once."""
     if update.share >= HARSH or W.blocks > 1:
         return False
@@ -253,25 +251,27 @@ def too_harsh(W: FactoredMatrix, update: Update) -> bool:
     return kappa(U, U_inv, block_sizes(W)) > 2 * CONDITION
 
 
-def shift_share(W: FactoredMatrix) -> float:
+def shift_share(W: Arrays) -> float:
     """‖1 ωᵀ‖ / ‖W‖ under Π, of the first block."""
     return float((W.omega / block_sizes(W))[: W.width].norm()) * math.sqrt(W.mass)
 
 
-def inverse_drift(W: FactoredMatrix) -> float:
+def inverse_drift(W: Arrays, seed: int = 0) -> float:
     """‖U U⁻¹ − I‖ / √w with the rows of U scaled to norm 1, by two random vectors."""
     lengths = W.U.norm(dim=1, keepdim=True)
-    generator = torch.Generator().manual_seed(W.watch.checks)
-    z = torch.randn(len(W.U), 2, generator=generator, dtype=torch.float64).to(W.U.device)
+    generator = torch.Generator().manual_seed(seed)
+    z = torch.randn(len(W.U), 2, generator=generator, dtype=torch.float64).to(W.device)
     back = W.U @ (W.U_inv @ (z * lengths)) / lengths
     return float((back - z).norm() / z.norm())
 
 
-def gram_drift(W: FactoredMatrix, probes: int) -> float:
+def gram_drift(W: Arrays, probes: int) -> float:
     """The largest relative error of xᵀQx against ‖W x‖² under Π, over random x. O(D w probes)."""
     if probes < 1:
         return math.nan
-    x = torch.randn(len(W.U), probes, generator=torch.Generator().manual_seed(0)).to(W.V)
+    x = torch.randn(len(W.U), probes, generator=torch.Generator().manual_seed(0)).to(
+        W.device, W.dtype
+    )
     x = x / block_sizes(W).to(x).unsqueeze(1)
     exact = torch.zeros(probes, dtype=torch.float64, device=x.device)
     for part, outputs in W.times(x):
@@ -281,15 +281,16 @@ def gram_drift(W: FactoredMatrix, probes: int) -> float:
     return float(((kept - exact).abs() / exact.clamp_min(1e-300)).max())
 
 
-def reinvert(W: FactoredMatrix) -> None:
+def reinvert(W: Arrays) -> None:
     """U⁻¹ from U. O(w³)."""
     U_inv = inverse(W.U)
     with uninterrupted():
+        W.begin_change()
         W.U_inv.copy_(U_inv)
         W.changed()
 
 
-def directions(W: FactoredMatrix) -> Tensor:
+def directions(W: Arrays) -> Tensor:
     """The rows of U₁₁ made orthonormal one after the other: P of U₁₁ = L P."""
     first = W.U[: W.width, : W.width]
     lengths = first.norm(dim=1)
@@ -299,28 +300,28 @@ def directions(W: FactoredMatrix) -> Tensor:
     return P
 
 
-def renew(W: FactoredMatrix, U: Tensor) -> None:
+def renew(W: Arrays, U: Tensor) -> None:
     """Begins a generation with that U. O(w³), and O(w²) for each row carried over."""
     U_inv = inverse(U)
     step = W.U @ U_inv
     with uninterrupted():
+        W.begin_change()
         W.generations.begin(step)
         W.U.copy_(U)
         W.U_inv.copy_(U_inv)
         W.changed()
-        W.generations.bound(W.V, W.chunk_size())
+        W.generations.bound(W.V)
 
 
-def rebase(W: FactoredMatrix, U: Tensor) -> None:
+def rebase(W: Arrays, U: Tensor) -> None:
     """Writes all of V for that U and ω = 0; in place, in row chunks. O(D w²)."""
     U_inv = inverse(U)
-    step, shift = W.U @ U_inv, (W.omega @ U_inv).to(W.V.dtype)
+    step, shift = W.U @ U_inv, (W.omega @ U_inv).to(W.dtype)
     with uninterrupted():
-        size = W.chunk_size()
-        parts = zip(W.V.split(size), W.generations.made.split(size), strict=True)
-        for rows, made in parts:
-            rows.copy_(product(W.generations.carried(rows, made), step).add_(shift))
-        W.generations.forget()
+        W.begin_change()
+        for part in W.V.chunks():
+            W.V[part] = product(W.coordinates(part), step).add_(shift)
+        W.generations.forget(len(U))
         W.U.copy_(U)
         W.U_inv.copy_(U_inv)
         W.omega.zero_()

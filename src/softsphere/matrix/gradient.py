@@ -1,18 +1,23 @@
-"""The gradient of a spherical loss by a D × d matrix W, held in O(r d) numbers."""
+"""The gradient of a spherical loss with respect to a D × d matrix W, in O(r d) numbers."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["StructuredGradient"]
+__all__ = ["GradientFactors"]
+
+ARRAYS = ("H", "L", "s", "rows", "cols", "x", "back", "at_rows")
 
 
 @dataclass(frozen=True)
-class StructuredGradient:
-    """G = J H with J = W Lᵀ + 1 sᵀ + E, never formed: W A + 1 bᵀ + (row t_j += X_j).
+class GradientFactors:
+    """G = ρ W + J H with J = W Lᵀ + 1 sᵀ + E, never formed.
+
+    J H = W A + 1 bᵀ + (X_j added to row t_j).
 
     H: (r, d)              right factors, the rows that were multiplied by W
     L: (r, d)              left factors, A = Lᵀ H
@@ -21,6 +26,7 @@ class StructuredGradient:
                            place add up. X_j = x_j H[cols_j] goes to row rows_j. cols None: 0 … r−1
     back: (r, d) or None   Jᵀ Π W, if it is known already: the gradient of what was multiplied
     at_rows: (n, d) or None   W[rows], if it is known already
+    rho: ρ                 a multiple of W itself, as weight decay adds it
 
     W is the matrix that the gradient was taken at, so it only makes sense with that; `back` and
     `at_rows` are what saves asking it twice. Closed under sums, scaling and right multiplication.
@@ -34,9 +40,10 @@ class StructuredGradient:
     x: Tensor
     back: Tensor | None = None
     at_rows: Tensor | None = None
+    rho: float = 0.0
 
     @classmethod
-    def zero(cls, width: int, like: Tensor) -> StructuredGradient:
+    def zero(cls, width: int, like: Tensor) -> GradientFactors:
         """The gradient with no factors, in the dtype and on the device of `like`."""
         none = torch.empty(0, dtype=torch.long, device=like.device)
         H, s = like.new_empty(0, width), like.new_empty(0)
@@ -66,21 +73,20 @@ class StructuredGradient:
         """cols as a tensor."""
         return torch.arange(self.rank, device=self.H.device) if self.cols is None else self.cols
 
-    def to(self, dtype: torch.dtype) -> StructuredGradient:
-        """The same in another dtype."""
-        if self.H.dtype == dtype:
+    def to(self, dtype: torch.dtype, device: torch.device | None = None) -> GradientFactors:
+        """The same in another dtype, on another device."""
+        if self.H.dtype == dtype and device in (None, self.H.device):
             return self
-        return replace(
-            self,
-            H=self.H.to(dtype),
-            L=self.L.to(dtype),
-            s=self.s.to(dtype),
-            x=self.x.to(dtype),
-            back=None if self.back is None else self.back.to(dtype),
-            at_rows=None if self.at_rows is None else self.at_rows.to(dtype),
-        )
 
-    def __add__(self, other: StructuredGradient) -> StructuredGradient:
+        def moved(x: Tensor | None) -> Tensor | None:
+            if x is None:
+                return None
+            return x.to(device, dtype if x.is_floating_point() else x.dtype)
+
+        arrays: dict[str, Any] = {name: moved(getattr(self, name)) for name in ARRAYS}
+        return replace(self, **arrays)
+
+    def __add__(self, other: GradientFactors) -> GradientFactors:
         """The sum of two gradients taken at the same W: factors side by side."""
         if self.H.shape[1] != other.H.shape[1]:
             raise ValueError(
@@ -92,7 +98,7 @@ class StructuredGradient:
 
         each = self.cols is None and other.cols is None
         cols = None if each else torch.cat([self.columns(), other.columns() + self.rank])
-        return StructuredGradient(
+        return GradientFactors(
             torch.cat([self.H, other.H]),
             torch.cat([self.L, other.L]),
             torch.cat([self.s, other.s]),
@@ -101,13 +107,21 @@ class StructuredGradient:
             torch.cat([self.x, other.x]),
             both(self.back, other.back),
             both(self.at_rows, other.at_rows),
+            self.rho + other.rho,
         )
 
-    def __mul__(self, scale: float | Tensor) -> StructuredGradient:
-        return replace(self, H=self.H * scale)
+    def is_finite(self) -> Tensor:
+        """Whether all of it is: a boolean without dimensions."""
+        total = sum((part.sum() for part in (self.H, self.L, self.s, self.x)), self.s.new_zeros(()))
+        return total.isfinite()
+
+    def __mul__(self, scale: float | Tensor) -> GradientFactors:
+        rho = self.rho * float(scale) if self.rho else 0.0
+        return replace(self, H=self.H * scale, rho=rho)
 
     __rmul__ = __mul__
 
-    def __matmul__(self, P: Tensor) -> StructuredGradient:
-        """G P for P (d, d): a preconditioner from the right."""
+    def __matmul__(self, P: Tensor) -> GradientFactors:
+        """G P for P (d, d): a preconditioner from the right. Without a multiple of W in G."""
+        assert not self.rho
         return replace(self, H=self.H @ P)

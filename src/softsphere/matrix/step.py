@@ -17,20 +17,17 @@ and added to float64, so what is rounded is the change and not the whole.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from softsphere.matrix.arrays import Arrays
+from softsphere.matrix.blocks import Blocks
+from softsphere.matrix.gradient import GradientFactors
 from softsphere.matrix.precision import float32_is_exact
-from softsphere.matrix.structured import StructuredGradient
 
-if TYPE_CHECKING:
-    from softsphere.matrix.factored import FactoredMatrix
-
-__all__ = ["HARSH", "Blocks", "SingularStepError", "Update", "gram_times", "plan"]
+__all__ = ["HARSH", "SingularStepError", "Update", "gram_times", "plan", "times_weight"]
 
 # Above this share of w, r factors cost more than the w × w matrix that they make.
 THIN = 0.75
@@ -43,68 +40,13 @@ class SingularStepError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Blocks:
-    """κ = base ⊗ I on the k blocks of W, and how the gradient is spread over them."""
-
-    base: tuple[tuple[float, ...], ...]
-    spread: tuple[float, ...]
-
-    def times(self, x: Tensor, *, inverse: bool = False, left: bool = False) -> Tensor:
-        """x κ for x (…, w), or κ x for x (w, …); with κ⁻¹ where inverse."""
-        if len(self.base) == 1:
-            scale = self.base[0][0]
-            return x if scale == 1 else x / scale if inverse else x * scale
-        base = torch.tensor(self.base, dtype=x.dtype, device=x.device)
-        if inverse:
-            base = torch.linalg.inv_ex(base).inverse
-        if left:
-            return torch.einsum("ab,bdz->adz", base, x.unflatten(0, (len(base), -1))).flatten(0, 1)
-        return torch.einsum("...ad,ab->...bd", x.unflatten(-1, (len(base), -1)), base).flatten(-2)
-
-    def columns(self, x: Tensor) -> Tensor:
-        """κ⁻¹ [x; 0; …] for x (d, w): (w, w)."""
-        if len(self.base) == 1:
-            return x if self.base[0][0] == 1 else x / self.base[0][0]
-        (a, b), (c, d) = self.base
-        det = a * d - b * c
-        return torch.cat([x * (d / det), x * (-c / det)])
-
-    def eigenbasis(self) -> tuple[tuple[float, ...], ...]:
-        """Rows (1 0) and e with e base = λ e: what momentum only scales is written in the second.
-
-        The identity where there are no two real and distinct λ.
-        """
-        if len(self.base) == 1:
-            return ((1.0,),)
-        (a, b), (c, d) = self.base
-        under = (a - d) ** 2 / 4 + b * c
-        if under <= 1e-12:
-            return ((1.0, 0.0), (0.0, 1.0))
-        half = under**0.5 if a >= d else -(under**0.5)
-        return (1.0, 0.0), (c / ((d - a) / 2 - half), 1.0)
-
-    def horizon(self, factor: float) -> int:
-        """After how many steps κ alone has shrunk something `factor` times against the rest."""
-        if len(self.base) == 1:
-            return 1 << 30
-        shrinking = max(self.base[1][1], 1e-3)
-        return max(1, int(math.log(factor) / max(-math.log(shrinking), 1e-9)))
-
-    def invertible(self) -> bool:
-        """Whether κ has an inverse."""
-        if len(self.base) == 1:
-            return self.base[0][0] != 0
-        (a, b), (c, d) = self.base
-        return abs(a * d - b * c) > 1e-12 * max(abs(a * d), abs(b * c), 1e-300)
-
-
-@dataclass(frozen=True)
 class Update:
     """What is added: (n, w) to the rows of V, and to each small array after κ has acted on it.
 
     scaled: the small arrays after κ; empty where κ is a number and can act in place
     carried: (n, w) the rows of V in the current coordinates; None where they are in them already
     refused: why the step cannot be taken, None where it can
+    flag: on a GPU, whether this or an earlier step was left out
     share: the smallest pivot of S, about how much the step leaves of the direction that it shrinks
         most; 1 on a GPU, where it is not asked for
     """
@@ -116,14 +58,16 @@ class Update:
     blocks: Blocks
     carried: Tensor | None = None
     refused: str | None = None
+    flag: Tensor | None = None
     share: float = 1.0
 
-    def commit(self, W: FactoredMatrix) -> None:
+    def commit(self, W: Arrays) -> None:
         """Writes it all, in place: nothing large is allocated."""
+        W.begin_change()
         if self.carried is not None:
-            W.V.index_copy_(0, self.rows, self.carried)
+            W.V[self.rows] = self.carried
             W.generations.made.index_fill_(0, self.rows, W.generations.now)
-        W.V.index_add_(0, self.rows, self.to_rows.to(W.V.dtype))
+        W.V.add(self.rows, self.to_rows.to(W.dtype))
         for name, increment in self.to_small.items():
             array: Tensor = getattr(W, name)
             if name in self.scaled:
@@ -131,8 +75,10 @@ class Update:
             elif self.blocks.base[0][0] != 1:
                 array.mul_(self.blocks.base[0][0] ** POWER[name])
             array.add_(increment)
+        W.renamed()
+        W.changed()
 
-    def after(self, W: FactoredMatrix, name: str) -> Tensor:
+    def after(self, W: Arrays, name: str) -> Tensor:
         """What a small array will be."""
         if name in self.scaled:
             return self.scaled[name] + self.to_small[name]
@@ -144,7 +90,7 @@ class Update:
 POWER = {"U": 1, "U_inv": -1, "gram": 2, "omega": 1, "colsum": 1}
 
 
-def under(blocks: Blocks, W: FactoredMatrix) -> dict[str, Tensor]:
+def under(blocks: Blocks, W: Arrays) -> dict[str, Tensor]:
     """The small arrays after κ."""
     return {
         "U": blocks.times(W.U),
@@ -155,7 +101,7 @@ def under(blocks: Blocks, W: FactoredMatrix) -> dict[str, Tensor]:
     }
 
 
-def to_columns(gradient: StructuredGradient, values: Tensor) -> Tensor:
+def to_columns(gradient: GradientFactors, values: Tensor) -> Tensor:
     """Eᵀ of (n, …) values at the entries, summed over the entries of each column: (r, …)."""
     weighted = values * gradient.x.reshape(-1, *[1] * (values.dim() - 1))
     if gradient.cols is None:
@@ -164,12 +110,12 @@ def to_columns(gradient: StructuredGradient, values: Tensor) -> Tensor:
     return out.index_add_(0, gradient.cols, weighted)
 
 
-def at_entries(gradient: StructuredGradient, values: Tensor) -> Tensor:
+def at_entries(gradient: GradientFactors, values: Tensor) -> Tensor:
     """values (r, …) of the column of each entry: (n, …)."""
     return values if gradient.cols is None else values[gradient.cols]
 
 
-def entries_times(gradient: StructuredGradient, pi: Tensor | None, R: Tensor) -> Tensor:
+def entries_times(gradient: GradientFactors, pi: Tensor | None, R: Tensor) -> Tensor:
     """Eᵀ Π E R: (r, w), without a D-sized or an n × n tensor.
 
     The rows x_j R[i_j] of equal targets are summed in a table of n places, then read back.
@@ -188,7 +134,7 @@ def entries_times(gradient: StructuredGradient, pi: Tensor | None, R: Tensor) ->
     return to_columns(gradient, read)
 
 
-def entries_gram(gradient: StructuredGradient, pi: Tensor | None) -> Tensor:
+def entries_gram(gradient: GradientFactors, pi: Tensor | None) -> Tensor:
     """Eᵀ Π E: (r, r), by an n × n table of which targets are equal."""
     weighted = gradient.x if pi is None else gradient.x * pi
     equal = gradient.rows.unsqueeze(1) == gradient.rows
@@ -212,8 +158,8 @@ class Rest:
     @classmethod
     def of(
         cls,
-        W: FactoredMatrix,
-        gradient: StructuredGradient,
+        W: Arrays,
+        gradient: GradientFactors,
         width: int,
         coordinates: Tensor | None = None,
     ) -> Rest:
@@ -230,50 +176,59 @@ class Rest:
         e = to_columns(g, torch.ones_like(g.x) if pi is None else pi)
         return cls(of_W, e + W.mass * g.s, e, pi)
 
-    def gram(self, gradient: StructuredGradient) -> Tensor:
+    def gram(self, gradient: GradientFactors) -> Tensor:
         """Fᵀ Π F: (r, r)."""
         own = torch.addr(entries_gram(gradient, self.pi), self.of_one, gradient.s)
         return torch.addr(own, gradient.s, self.e)
 
-    def times(self, gradient: StructuredGradient, R: Tensor) -> Tensor:
+    def times(self, gradient: GradientFactors, R: Tensor) -> Tensor:
         """Fᵀ Π F R: (r, w)."""
         own = torch.addr(entries_times(gradient, self.pi, R), self.of_one, gradient.s @ R)
         return torch.addr(own, gradient.s, self.e @ R)
 
 
-def gram_times(W: FactoredMatrix, gradient: StructuredGradient) -> Tensor:
-    """Jᵀ Π J H: (r, d), by which Gᵀ Π G = Hᵀ (Jᵀ Π J H)."""
+def times_weight(W: Arrays, gradient: GradientFactors) -> Tensor:
+    """Jᵀ Π W: (r, d)."""
     g, d = gradient, W.width
-    rest = Rest.of(W, g, d)
-    back = rest.of_weight + g.L @ W.small("gram", g.H.dtype)[:d, :d] if g.back is None else g.back
+    if g.back is not None:
+        return g.back
+    return Rest.of(W, g, d).of_weight + g.L @ W.small("gram", g.H.dtype)[:d, :d]
+
+
+def gram_times(W: Arrays, gradient: GradientFactors) -> Tensor:
+    """Jᵀ Π J H: (r, d), by which Hᵀ Jᵀ Π J H is the Gram matrix of J H."""
+    g, d = gradient, W.width
+    rest, back = Rest.of(W, g, d), times_weight(W, g)
     own = rest.times(g, g.H)
     if g.rank > d:
         return own + back @ g.A + g.L @ (rest.of_weight.mT @ g.H)
     return own + (back @ g.L.mT + g.L @ rest.of_weight.mT) @ g.H
 
 
-def plan(W: FactoredMatrix, gradient: StructuredGradient, blocks: Blocks) -> Update:
+def plan(
+    W: Arrays, gradient: GradientFactors, blocks: Blocks, flag: Tensor | None = None
+) -> Update:
     """The update, or on a CPU the reason why there is none.
 
-    A harsh step is a small difference of large numbers, so it is computed again in float64; on a
+    A harsh step is a small difference of large numbers, so it is computed again in float64. On a
     GPU, where asking costs a synchronisation, and where float32 products are rounded, every step
-    is. There an update that cannot be taken
-    leaves everything as it was and is remembered in W.watch for the next check.
+    is. There an update that cannot be taken leaves everything as it was and sets its `flag`, as
+    does every one after it until somebody asks.
     """
-    g = gradient
+    g, blocks = gradient, blocks.with_weight(gradient.rho)
     if not blocks.invertible():
         why = "weight decay takes all of W away; lower lr or weight_decay"
         return Update(g.rows, g.H, {}, {}, blocks, refused=why)
-    if W.V.device.type == "cpu" and float32_is_exact():
-        update = compute(W, g.to(W.V.dtype), blocks)
+    if W.device.type == "cpu" and float32_is_exact():
+        update = compute(W, g.to(W.dtype), blocks, flag)
         if update.share >= HARSH:
             return update
-    return compute(W, g.to(torch.float64), blocks)
+    return compute(W, g.to(torch.float64), blocks, flag)
 
 
-def compute(W: FactoredMatrix, gradient: StructuredGradient, blocks: Blocks) -> Update:
+def compute(W: Arrays, gradient: GradientFactors, blocks: Blocks, flag: Tensor | None) -> Update:
     """The update in the dtype of the gradient."""
-    g, d, w, dtype = gradient, W.width, W.V.shape[1], gradient.H.dtype
+    g, d, w, dtype = gradient, W.width, W.V.width, gradient.H.dtype
     Q, U, U_inv = (W.small(name, dtype) for name in ("gram", "U", "U_inv"))
     R = spread_out(g.H, blocks.spread)
     carried = None if W.generations.alone else W.coordinates(g.rows)
@@ -318,7 +273,7 @@ def compute(W: FactoredMatrix, gradient: StructuredGradient, blocks: Blocks) -> 
     scaled = under(blocks, W) if W.blocks > 1 else {}
     seen = (N, half, to_rows, to_small["omega"], to_small["colsum"])
     update = Update(g.rows, to_rows, to_small, scaled, blocks, carried)
-    return guarded(W, g, update, seen, LU.diagonal())
+    return guarded(W, g, update, seen, LU.diagonal(), flag)
 
 
 def spread_out(H: Tensor, spread: tuple[float, ...]) -> Tensor:
@@ -327,11 +282,12 @@ def spread_out(H: Tensor, spread: tuple[float, ...]) -> Tensor:
 
 
 def guarded(
-    W: FactoredMatrix,
-    gradient: StructuredGradient,
+    W: Arrays,
+    gradient: GradientFactors,
     update: Update,
     seen: tuple[Tensor, ...],
     pivots: Tensor,
+    flag: Tensor | None,
 ) -> Update:
     """The update if all that is `seen` is finite and S not singular by its pivots.
 
@@ -341,21 +297,22 @@ def guarded(
     size = pivots.abs()
     share = size.min() / size.max().clamp_min(1) if len(size) else total.new_ones(())
     ok = total.isfinite() & (share > 64 * torch.finfo(pivots.dtype).eps)
-    if W.V.device.type == "cpu":
+    if W.device.type == "cpu":
         refused = None if bool(ok) else reason(gradient)
         return replace(update, refused=refused, share=float(share))
-    W.watch.refused = ~ok if W.watch.refused is None else W.watch.refused | ~ok
-    ok = ~W.watch.refused
+    flag = ~ok if flag is None else flag | ~ok
+    ok = ~flag
     scaled = update.scaled or under(update.blocks, W)
     return replace(
         update,
+        flag=flag,
         to_rows=torch.where(ok, update.to_rows, 0.0),
         to_small={name: torch.where(ok, x, 0.0) for name, x in update.to_small.items()},
         scaled={name: torch.where(ok, x, getattr(W, name)) for name, x in scaled.items()},
     )
 
 
-def reason(gradient: StructuredGradient) -> str:
+def reason(gradient: GradientFactors) -> str:
     """Why a step cannot be taken, and what to do."""
     parts = (gradient.H, gradient.L, gradient.s, gradient.x)
     if not all(bool(part.isfinite().all()) for part in parts):

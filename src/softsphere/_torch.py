@@ -1,0 +1,54 @@
+"""Every question that the package asks of private parts of PyTorch, each a named function.
+
+A part that a version of PyTorch lacks gets the answer that is safe: more copies or an earlier
+error, never a wrong number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "eager",
+    "is_shared_with_others",
+    "transforms_active",
+    "usable_now",
+]
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def usable_now(x: Tensor) -> bool:
+    """Whether x may be changed in place and saved for a backward: not if inference mode made it."""
+    return torch.is_inference_mode_enabled() or not x.is_inference()
+
+
+def is_shared_with_others(x: Tensor) -> bool:
+    """Whether another tensor refers to the memory of x. True where PyTorch cannot say."""
+    count = getattr(torch._C, "_storage_Use_Count", None)
+    if count is None:
+        return True
+    # One use is that of x itself, the other that of the storage object which is asked.
+    return bool(count(x.untyped_storage()._cdata) > 2)
+
+
+def transforms_active() -> bool:
+    """Whether the caller is inside torch.func.grad, vmap or another such transform."""
+    ask = getattr(torch._C, "_are_functorch_transforms_active", None)
+    return ask is not None and bool(ask())
+
+
+def eager(reason: str) -> Callable[[Function], Function]:
+    """Leaves a function out of compiled graphs; `reason` is told where a whole graph is wanted."""
+
+    def wrap(function: Function) -> Function:
+        try:
+            return cast(Function, torch.compiler.disable(function, reason=reason))
+        except TypeError:  # before torch 2.7 there was no reason
+            return cast(Function, torch.compiler.disable(function))
+
+    return wrap

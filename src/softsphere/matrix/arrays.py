@@ -1,0 +1,246 @@
+"""What is kept of a factored matrix, W = V U + 1 ωᵀ, and how W is read from it."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from softsphere.matrix.generations import Generations
+from softsphere.matrix.precision import Rounded, float32_is_exact, full, product
+from softsphere.matrix.rows import Rows
+
+__all__ = ["Arrays"]
+
+SMALL = ("U", "U_inv", "omega", "gram", "colsum")
+CENTRED = "centred"
+
+
+class Arrays:
+    """V, U, U⁻¹, ω, Q = Wᵀ Π W, w̄ = Wᵀ π and M = Σ π of a D × w matrix W.
+
+    V is (D, w) and large; U, U⁻¹, Q (w, w), ω and w̄ (w) are small and always float64. Π = diag(π)
+    is the base measure, the identity where none is given. W may be several blocks of `width`
+    columns side by side: the weight, and an optimizer's momentum beside it.
+
+    Q and w̄ are computed from V when they are first asked for. `edition` names the value of W: it is
+    another one after each change of W, and copies and conversions of W keep it.
+
+    Args:
+        V: the rows; they are kept, not copied.
+        pi: (D) positive with Σ π = D, or None.
+        width: of one block of W; None for all of V.
+    """
+
+    def __init__(self, V: Rows, pi: Tensor | None = None, width: int | None = None) -> None:
+        self.V, self.pi = V, pi
+        self.width = V.width if width is None else width
+        self.rounded = Rounded()
+        self.generations = Generations(V.num_rows, V.width, V.device, self.rounded)
+        self.is_written = False
+        self.reset_()
+
+    @property
+    def device(self) -> torch.device:
+        return self.V.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.V.dtype
+
+    @property
+    def num_rows(self) -> int:
+        """D."""
+        return self.V.num_rows
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks of `width` columns stand side by side."""
+        return self.V.width // self.width
+
+    @property
+    def mass(self) -> float:
+        """M = Σ π; a prior is normalised to D."""
+        return float(self.num_rows)
+
+    def reset_(self) -> None:
+        """Takes V for W: U = I, ω = 0; Q and w̄ are those of V when they are asked for."""
+        self.U = torch.eye(self.V.width, dtype=torch.float64, device=self.device)
+        self.U_inv, self.omega = self.U.clone(), torch.zeros_like(self.U[0])
+        self.generations.forget(self.V.width)
+        self.is_written = True
+        self.renamed()
+        self.forget_gram()
+
+    def forget_gram(self) -> None:
+        """Q and w̄ are to be computed anew."""
+        self.known: tuple[Tensor, Tensor] | None = None
+        self.changed()
+
+    def changed(self) -> None:
+        """The factors have changed; what was rounded from them is not theirs any more."""
+        self.rounded.forget(*SMALL, CENTRED)
+
+    def renamed(self) -> None:
+        """W has changed."""
+        self.edition = uuid.uuid4().hex
+
+    def begin_change(self) -> None:
+        """Before anything is written: what was lent stays as it is."""
+        self.check()
+        self.V.own()
+        self.is_written = False
+
+    def check(self) -> None:
+        """Notices what somebody else has changed in place.
+
+        Where V is W itself, as it is after `state_dict()`, the change is taken; Q is made anew.
+
+        Raises: RuntimeError where V is not W, so that no meaning can be given to the change.
+        """
+        if not self.V.changed_by_others():
+            return
+        if not self.is_written:
+            raise RuntimeError(
+                "the rows of a factored weight were changed in place by other means than its own "
+                "operations; change it by head.load_state_dict(…) or torch.nn.init, which write "
+                "the whole weight"
+            )
+        self.V.note()
+        self.renamed()
+        self.forget_gram()
+
+    @property
+    def gram(self) -> Tensor:
+        """Q (w, w)."""
+        return self.sums()[0]
+
+    @property
+    def colsum(self) -> Tensor:
+        """w̄ (w)."""
+        return self.sums()[1]
+
+    def sums(self) -> tuple[Tensor, Tensor]:
+        """Q and w̄, kept from one change of W to the next. O(D w²) for the first time."""
+        if self.known is None:
+            # what inference mode makes could not be changed in place afterwards
+            with torch.inference_mode(False):
+                self.known = self.computed_sums()
+        return self.known
+
+    @full
+    def computed_sums(self) -> tuple[Tensor, Tensor]:
+        """Q and w̄ from the rows of W."""
+        gram, colsum = torch.zeros_like(self.U), torch.zeros_like(self.omega)
+        for part, rows in self.chunks():
+            weighted = rows if self.pi is None else rows * self.pi[part].unsqueeze(1)
+            gram += product(weighted.mT, rows)
+            colsum += weighted.sum(0, dtype=torch.float64)
+        return (gram + gram.mT) / 2, colsum
+
+    def small(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """One of the small arrays in a dtype (that of V); to be read before the next step only."""
+        if dtype == torch.float64:
+            exact: Tensor = getattr(self, name)
+            return exact
+        return self.rounded.get(name, self.dtype, lambda: getattr(self, name))
+
+    def centred_gram(self) -> Tensor:
+        """Q − w̄w̄ᵀ/M of the first block, the gram of W less its mean row, in the dtype of V."""
+        d = self.width
+
+        def make() -> Tensor:
+            gram, sums = self.gram[:d, :d], self.colsum[:d]
+            return torch.addr(gram, sums, sums / self.mass, alpha=-1)
+
+        return self.rounded.get(CENTRED, self.dtype, make)
+
+    def block(self, j: int) -> slice:
+        """The columns of block j."""
+        return slice(j * self.width, (j + 1) * self.width)
+
+    def rows(self, index: Tensor, columns: slice = slice(None)) -> Tensor:
+        """W[index]: (n, w)."""
+        return self.outputs(self.coordinates(index), columns)
+
+    @full
+    def outputs(self, coordinates: Tensor, columns: slice = slice(None)) -> Tensor:
+        """W's rows from their current coordinates (n, w)."""
+        omega, U = self.small("omega")[columns], self.small("U")[:, columns]
+        if float32_is_exact() or U.dtype == torch.float64:
+            return torch.addmm(omega, coordinates, U)
+        return product(coordinates, self.U[:, columns]) + omega
+
+    @full
+    def coordinates(self, index: Tensor | slice) -> Tensor:
+        """V[index] in the current coordinates: what U and ω make W[index] of."""
+        return self.generations.carried(self.V[index], self.generations.made[index])
+
+    def chunks(
+        self, size: int | None = None, columns: slice = slice(None)
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """(slice of rows, W there) over all rows, in pieces of `size` (default: some MiB)."""
+        for part in self.V.chunks(size):
+            rows = self.V[part][:, columns] if self.is_written else None
+            yield part, self.outputs(self.coordinates(part), columns) if rows is None else rows
+
+    @full
+    def times(self, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """(slice of rows, W x there) for x (w, p) in V's dtype. O(D w p) for each generation."""
+        each = self.generations.maps_in(x.dtype) @ (self.small("U") @ x)
+        flat, shift = each.transpose(0, 1).flatten(1), self.small("omega") @ x
+        for part in self.V.chunks():
+            made = self.generations.made[part].long()
+            by_each = self.V.times(part, flat).view(len(made), len(each), -1)
+            yield part, shift + by_each[torch.arange(len(made), device=made.device), made]
+
+    def to_dense(self, chunk: int | None = None, columns: slice = slice(None)) -> Tensor:
+        """W, or columns of it, as a new tensor (D, w)."""
+        width = len(range(*columns.indices(self.V.width)))
+        dense = torch.empty(self.num_rows, width, dtype=self.dtype, device=self.device)
+        for part, rows in self.chunks(chunk, columns):
+            dense[part] = rows
+        return dense
+
+    @full
+    def rewrite_(self, j: int, change: Callable[[slice, Tensor], Tensor]) -> None:
+        """Block j of W becomes change(part, its rows there), a chunk of rows at a time. O(D w²).
+
+        V must be W; see `FactoredMatrix.canonical_`.
+        """
+        columns = self.block(j)
+        for part in self.V.chunks():
+            rows = self.V[part]
+            new = change(part, rows[:, columns])
+            rows = rows.clone()
+            rows[:, columns] = new
+            self.V[part] = rows
+        self.renamed()
+        self.forget_gram()
+
+    def copied(self, device: torch.device, dtype: torch.dtype) -> Arrays:
+        """A copy of a matrix of one block: factor for factor the same, but for their rounding."""
+        pi = self.pi
+        if pi is not None:
+            pi = pi.to(device if device.type != "meta" else pi.device, dtype, copy=True)
+            if dtype == torch.float64 and self.dtype == torch.float32:
+                # what was rounded to float32 in Σ π = D would stay so for ever
+                pi *= self.mass / pi.sum()
+        other = Arrays(Rows(*self.V.to(device, dtype)), pi, self.width)
+        other.generations = self.generations.copied(device, other.rounded)
+        for name in ("U", "U_inv", "omega"):
+            setattr(other, name, getattr(self, name).to(device, copy=True))
+        if self.known is not None and dtype == self.dtype and device.type != "meta":
+            other.known = (
+                self.known[0].to(device, copy=True),
+                self.known[1].to(device, copy=True),
+            )
+        other.edition, other.is_written = self.edition, self.is_written
+        return other
+
+    def state(self) -> dict[str, Tensor]:
+        """Every array, for comparison."""
+        V = torch.cat(self.V.blocks, 1)
+        return {"V": V, **{name: getattr(self, name) for name in SMALL}}

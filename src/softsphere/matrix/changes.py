@@ -1,0 +1,210 @@
+"""What changes a factored weight: steps, and the writing of all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from softsphere.matrix.blocks import Blocks
+from softsphere.matrix.copies import copied
+from softsphere.matrix.reading import root
+from softsphere.matrix.tensors import (
+    FactoredTensor,
+    Operand,
+    StructuredGradient,
+    Wrapper,
+    refusal,
+    stale,
+)
+
+aten = torch.ops.aten
+
+
+def step(x: FactoredTensor, g: StructuredGradient, alpha: float) -> Callable[[], None]:
+    """What adds alpha G to W when it is called; nothing has changed until then."""
+    if x.block.j != 0:
+        raise TypeError("a momentum buffer of FactoredSGD is stepped by FactoredSGD alone")
+    matrix, content = x.matrix, g.content
+    if content.edition is None:
+        return lambda: None
+    if content.edition != matrix.edition:
+        raise stale()
+    k = matrix.arrays.blocks
+    base = tuple(tuple(float(a == b) for b in range(k)) for a in range(k))
+    spread = (float(alpha), *(0.0,) * (k - 1))
+    return matrix.plan(content.value.to(x.dtype, x.device), Blocks(base, spread))
+
+
+def rewrite(x: FactoredTensor, change: Callable[[slice, Tensor], Tensor]) -> FactoredTensor:
+    """The rows that PyTorch sees become change(part, rows), a chunk at a time."""
+
+    def inner(part: slice, rows: Tensor) -> Tensor:
+        scale = root(x, part)
+        return change(part, rows) if scale is None else change(part, rows * scale) / scale
+
+    x.matrix.rewrite_(x.block.j, inner)
+    return x
+
+
+def overwrite(x: FactoredTensor, fill: Callable[[slice], Tensor | float]) -> FactoredTensor:
+    """The same where the old rows do not matter, which are not read."""
+    W = x.matrix.arrays
+    if W.blocks > 1:
+        return rewrite(x, lambda part, rows: torch.empty_like(rows).copy_(as_tensor(fill(part))))
+    W.V.own()
+    for part in W.V.chunks():
+        scale, new = root(x, part), as_tensor(fill(part)).to(x.device, x.dtype)
+        new = new.expand(part.stop - part.start, x.shape[1])
+        W.V[part] = new if scale is None else new / scale
+    x.matrix.reset_()
+    return x
+
+
+def as_tensor(x: Operand) -> Tensor:
+    return x if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64)
+
+
+def rows_of(x: Operand, part: slice) -> Operand:
+    """The rows of an operand, which may be a factored weight or broadcast."""
+    if isinstance(x, FactoredTensor):
+        W = x.matrix.arrays
+        W.check()
+        rows = W.outputs(W.coordinates(part), x.block.columns)
+        scale = root(x, part)
+        return rows if scale is None else rows * scale
+    if isinstance(x, Tensor) and x.dim() == 2 and x.shape[0] > 1:
+        return x[part]
+    return x
+
+
+def add_weight_(func: Any, x: Tensor, other: Operand, alpha: float = 1) -> Tensor:
+    if not isinstance(x, FactoredTensor):
+        return cast(Tensor, func(x, cast(FactoredTensor, other).to_dense(), alpha=alpha))
+    if isinstance(other, StructuredGradient):
+        step(x, other, -alpha if func.overloadpacket is aten.sub_ else alpha)()
+        return x
+    return rewrite(x, lambda part, rows: func(rows.clone(), rows_of(other, part), alpha=alpha))
+
+
+def add_weight(func: Any, x: Tensor, other: Operand, alpha: float = 1) -> Tensor:
+    if isinstance(other, StructuredGradient):
+        if func.overloadpacket is not aten.add or alpha != 1:
+            raise refusal(func, "a factored weight")
+        # a multiple of the weight that came as a gradient, of p.norm() say
+        return other + x
+    if not isinstance(x, FactoredTensor):
+        return cast(Tensor, func(x, cast(FactoredTensor, other).to_dense(), alpha=alpha))
+    result = copied(x, x.device, x.dtype)
+    return rewrite(result, lambda part, rows: func(rows, rows_of(other, part), alpha=alpha))
+
+
+def lerped(rows: Tensor, end: Operand, weight: Operand) -> Tensor:
+    ends = end if isinstance(end, Tensor) else torch.full_like(rows, end)
+    return rows.lerp(ends, weight)
+
+
+def lerp_weight_(func: Any, x: FactoredTensor, end: Operand, weight: Operand) -> FactoredTensor:
+    if not isinstance(x, FactoredTensor) or isinstance(weight, Wrapper):
+        raise refusal(func, "a factored weight")
+    return rewrite(x, lambda part, rows: lerped(rows, rows_of(end, part), weight))
+
+
+def lerp_weight(func: Any, x: FactoredTensor, end: Operand, weight: Operand) -> Tensor:
+    if not isinstance(x, FactoredTensor) or isinstance(weight, Wrapper):
+        raise refusal(func, "a factored weight")
+    return rewrite(
+        copied(x, x.device, x.dtype),
+        lambda part, rows: lerped(rows, rows_of(end, part), weight),
+    )
+
+
+def scale(func: Any, x: FactoredTensor, factor: Operand) -> FactoredTensor:
+    if isinstance(factor, Wrapper) or (isinstance(factor, Tensor) and factor.dim() > 0):
+        raise refusal(func, "a factored weight")
+    divides = func.overloadpacket in (aten.div, aten.div_)
+    number = 1 / float(factor) if divides else float(factor)
+    if number == 0:
+        return overwrite(x, lambda part: 0.0)
+    if number != 1:
+        x.matrix.scale_(x.block.j, number)
+    return x
+
+
+def scale_weight_(func: Any, x: FactoredTensor, factor: Operand) -> FactoredTensor:
+    if not isinstance(x, FactoredTensor):
+        raise refusal(func, "a factored weight")
+    return scale(func, x, factor)
+
+
+def scale_weight(func: Any, x: Tensor, factor: Operand) -> FactoredTensor:
+    if not isinstance(x, FactoredTensor):
+        if func.overloadpacket is aten.div:
+            raise refusal(func, "a factored weight")
+        x, factor = cast(FactoredTensor, factor), x
+    return scale(func, copied(x, x.device, x.dtype), factor)
+
+
+def negate_weight(func: Any, x: FactoredTensor) -> FactoredTensor:
+    return x * -1.0  # type: ignore[return-value]
+
+
+def negate_weight_(func: Any, x: FactoredTensor) -> FactoredTensor:
+    return x.mul_(-1.0)  # type: ignore[return-value]
+
+
+def zero_weight_(func: Any, x: FactoredTensor) -> FactoredTensor:
+    return overwrite(x, lambda part: 0.0)
+
+
+def fill_weight_(func: Any, x: FactoredTensor, value: Operand) -> FactoredTensor:
+    return overwrite(x, lambda part: value)
+
+
+def copy_weight_(func: Any, x: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    if not isinstance(x, FactoredTensor):
+        return cast(Tensor, func(x, cast(FactoredTensor, source).to_dense()))
+    if isinstance(source, StructuredGradient):
+        raise refusal(func, "a factored weight")
+    if isinstance(source, FactoredTensor) and source.block is x.block:
+        return x
+    source = source if isinstance(source, FactoredTensor) else source.expand(x.shape)
+    return overwrite(x, lambda part: cast(Tensor, rows_of(source, part)))
+
+
+def draw_(func: Any, x: FactoredTensor, *args: Any, **kwargs: Any) -> FactoredTensor:
+    W = x.matrix.arrays
+    if W.blocks == 1 and W.pi is None and len(W.V.blocks) == 1:
+        # as of an ordinary tensor, so that the same seed gives the same numbers
+        W.V.own()
+        func(W.V.blocks[0], *args, **kwargs)
+        x.matrix.reset_()
+        return x
+    empty = torch.empty(1, x.shape[1], dtype=x.dtype, device=x.device)
+
+    def drawn(part: slice) -> Tensor:
+        return cast(Tensor, func(empty.repeat(part.stop - part.start, 1), *args, **kwargs))
+
+    return overwrite(x, drawn)
+
+
+def elementwise_(func: Any, x: FactoredTensor, *args: Any, **kwargs: Any) -> FactoredTensor:
+    return rewrite(x, lambda part, rows: func(rows.clone(), *args, **kwargs))
+
+
+def index_put_(
+    func: Any,
+    x: FactoredTensor,
+    indices: Sequence[Tensor | None],
+    values: Tensor,
+    accumulate: bool = False,
+) -> FactoredTensor:
+    dense = func(x.to_dense(), indices, values, accumulate)
+    return overwrite(x, lambda part: dense[part])
+
+
+def eye_(func: Any, rows: int, columns: int, *, out: FactoredTensor) -> FactoredTensor:
+    dense = torch.eye(rows, columns, dtype=out.dtype, device=out.device)
+    return overwrite(out, lambda part: dense[part])

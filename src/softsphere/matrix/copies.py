@@ -1,0 +1,96 @@
+"""A factored weight or its gradient once more: the same, a copy, or an empty one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softsphere.matrix.factored import Block, FactoredMatrix
+from softsphere.matrix.gradient import GradientFactors
+from softsphere.matrix.tensors import (
+    HALF,
+    Content,
+    FactoredTensor,
+    StructuredGradient,
+    described,
+    refusal,
+)
+
+aten = torch.ops.aten
+
+
+def same_weight(func: Any, x: FactoredTensor) -> FactoredTensor:
+    return FactoredTensor.alias(x.block)
+
+
+def same_gradient(func: Any, g: StructuredGradient) -> StructuredGradient:
+    return StructuredGradient(g.content)
+
+
+def same_view(func: Any, x: FactoredTensor, shape: Sequence[int]) -> FactoredTensor:
+    if tuple(shape) not in (tuple(x.shape), (-1, x.shape[1]), (x.shape[0], -1)):
+        raise refusal(func, described(x))
+    return FactoredTensor.alias(x.block)
+
+
+def clone_weight(func: Any, x: FactoredTensor, memory_format: Any = None) -> FactoredTensor:
+    return copied(x, x.device, x.dtype)
+
+
+def clone_gradient(
+    func: Any, g: StructuredGradient, memory_format: Any = None
+) -> StructuredGradient:
+    return StructuredGradient(Content(g.value, g.content.block, g.content.edition))
+
+
+def full_precision(dtype: torch.dtype | None, x: Tensor) -> torch.dtype:
+    dtype = dtype or x.dtype
+    if dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{HALF}; got {dtype}")
+    return dtype
+
+
+def copied(x: FactoredTensor, device: torch.device, dtype: torch.dtype) -> FactoredTensor:
+    return FactoredTensor.alias(Block(x.matrix.copied(x.block.j, device, dtype)))
+
+
+def convert_weight(
+    func: Any, x: FactoredTensor, *, dtype: Any = None, device: Any = None, **_: Any
+) -> FactoredTensor:
+    return copied(x, torch.device(device or x.device), full_precision(dtype, x))
+
+
+def convert_gradient(
+    func: Any, g: StructuredGradient, *, dtype: Any = None, device: Any = None, **_: Any
+) -> StructuredGradient:
+    value = g.value.to(full_precision(dtype, g), torch.device(device or g.device))
+    return StructuredGradient(Content(value, g.content.block, g.content.edition))
+
+
+def empty_like_weight(
+    func: Any, x: FactoredTensor, *, dtype: Any = None, device: Any = None, **_: Any
+) -> FactoredTensor:
+    W, dtype, device = x.matrix.arrays, full_precision(dtype, x), torch.device(device or x.device)
+    columns = W.V.blocks if W.blocks == 1 else [torch.empty_like(x, device="meta")]
+    blocks = [torch.empty(c.shape, dtype=dtype, device=device) for c in columns]
+    pi = W.pi if W.pi is None or device.type == "meta" else W.pi.to(device, dtype)
+    return FactoredTensor.alias(Block(FactoredMatrix(*blocks, pi=pi)))
+
+
+def new_empty(
+    func: Any, x: Tensor, size: Sequence[int], *, dtype: Any = None, device: Any = None, **_: Any
+) -> Tensor:
+    return torch.empty(size, dtype=dtype or x.dtype, device=device or x.device)
+
+
+def empty_gradient(func: Any, g: StructuredGradient, *_: Any, **__: Any) -> StructuredGradient:
+    return StructuredGradient(Content(none(g.content.block), g.content.block, None))
+
+
+def none(block: Block) -> GradientFactors:
+    """The factors of no gradient."""
+    W = block.matrix.arrays
+    return GradientFactors.zero(W.width, torch.empty(0, dtype=W.dtype, device=W.device))

@@ -1,0 +1,129 @@
+"""Operations on lists of tensors, as optimizers, clipping and scaling pass them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softsphere.matrix.changes import step
+from softsphere.matrix.sums import summed
+from softsphere.matrix.tensors import (
+    OPERATIONS,
+    FactoredTensor,
+    Operand,
+    StructuredGradient,
+    Wrapper,
+    described,
+    refusal,
+)
+
+aten = torch.ops.aten
+
+
+def foreach(func: Any, packet: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """An operation on each of a list: refused as a whole, or done."""
+    xs = args[0]
+    n = len(xs)
+
+    def item(x: Any, i: int) -> Any:
+        return x[i] if isinstance(x, (list, tuple)) and len(x) == n else x
+
+    calls = [
+        ([item(x, i) for x in args], {k: item(x, i) for k, x in kwargs.items()}) for i in range(n)
+    ]
+    ours = [i for i, (each, _) in enumerate(calls) if any(isinstance(x, Wrapper) for x in each)]
+    for i in ours:
+        mine = next(x for x in calls[i][0] if isinstance(x, Wrapper))
+        if packet not in OPERATIONS[type(mine)]:
+            raise refusal(func, described(mine))
+    if packet in (aten.add_, aten.sub_):
+        return foreach_add(packet, calls, ours)
+    results: list[Any] = [None] * n
+    # ours first: if one of them is refused, nothing else has changed
+    for i in (*ours, *(i for i in range(n) if i not in ours)):
+        results[i] = packet(*calls[i][0], **calls[i][1])
+    return None if packet.__name__.endswith("_") else results
+
+
+def foreach_add(
+    packet: Any, calls: list[tuple[list[Any], dict[str, Any]]], ours: list[int]
+) -> None:
+    """Steps of several weights are all planned before the first is taken."""
+    steps: list[Callable[[], Any]] = []
+    taken: set[int] = set()
+    for i in ours:
+        (x, other, *more), named = calls[i]
+        alpha = named.get("alpha", more[0] if more else 1)
+        if isinstance(x, FactoredTensor) and isinstance(other, StructuredGradient):
+            steps.append(step(x, other, -alpha if packet is aten.sub_ else alpha))
+            taken.add(i)
+        elif isinstance(x, StructuredGradient) and isinstance(other, Wrapper):
+            summed(packet, x.content, other, alpha)  # raises where it must
+    for take in steps:
+        take()
+    for i, (each, named) in enumerate(calls):
+        if i not in taken:
+            packet(*each, **named)
+
+
+def unscale(func: Any, grads: Sequence[Tensor], found: Tensor, inverse: Tensor) -> None:
+    """GradScaler: gradients times a number, and whether any is not finite."""
+    plain = [g for g in grads if not isinstance(g, Wrapper)]
+    if plain:
+        func(plain, found, inverse)
+    for g in grads:
+        if isinstance(g, StructuredGradient):
+            found.copy_(torch.maximum(found, (~g.value.is_finite()).to(found)))
+            g.mul_(inverse.squeeze())
+
+
+def fused_sgd(
+    func: Any,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    buffers: Sequence[Tensor],
+    *,
+    weight_decay: float,
+    momentum: float,
+    lr: Operand,
+    maximize: bool,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    **named: Any,
+) -> None:
+    """torch.optim.SGD(fused=True)."""
+    options = {
+        "weight_decay": weight_decay, "momentum": momentum, "lr": lr, "maximize": maximize,
+        "grad_scale": grad_scale, "found_inf": found_inf, **named,
+    }  # fmt: skip
+    if momentum:
+        raise TypeError(
+            "torch.optim.SGD cannot keep momentum for a factored weight, whose gradient means "
+            "nothing after a step; use softsphere.optim.FactoredSGD"
+        )
+    skipped = found_inf is not None and bool(found_inf)
+    steps: list[Callable[[], Any]] = []
+    for x, g in zip(params, grads, strict=True):
+        if not isinstance(x, FactoredTensor) or skipped:
+            continue
+        if grad_scale is not None:
+            g = g / grad_scale
+        g = -g if maximize else g
+        g = g.add(x, alpha=weight_decay) if weight_decay else g
+        if isinstance(g, StructuredGradient):
+            steps.append(step(x, g, -float(lr)))
+        else:
+            steps.append(functools.partial(x.add_, g, alpha=-float(lr)))
+    for take in steps:
+        take()
+    mine = [isinstance(x, FactoredTensor) for x in params]
+    rest = [
+        [x for x, is_mine in zip(xs, mine, strict=True) if not is_mine] if xs else []
+        for xs in (params, grads, buffers)
+    ]
+    if rest[0]:
+        func(*rest, **options)

@@ -1,0 +1,207 @@
+"""What is read of a factored weight and its gradient: rows, products, norms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from softsphere.matrix.tensors import (
+    FactoredTensor,
+    Operand,
+    Part,
+    StructuredGradient,
+    Wrapper,
+    described,
+    refusal,
+    stale,
+)
+
+aten = torch.ops.aten
+
+
+def root(x: FactoredTensor | Part, part: Tensor | slice) -> Tensor | None:
+    """√π of those rows (n, 1), or None for one."""
+    pi = x.block.matrix.arrays.pi
+    return None if pi is None else pi[part].sqrt().unsqueeze(1)
+
+
+def face_rows(x: FactoredTensor | Part, index: Tensor) -> Tensor:
+    """Rows (n, w) of the tensor that PyTorch sees."""
+    W = x.block.matrix.arrays
+    W.check()
+    rows = W.rows(index.to(x.device), x.block.columns)
+    scale = root(x, index)
+    return rows if scale is None else rows * scale
+
+
+def face_chunks(x: FactoredTensor | Part) -> Any:
+    """(slice of rows, those rows) of the tensor that PyTorch sees."""
+    W = x.block.matrix.arrays
+    W.check()
+    for part, rows in W.chunks(columns=x.block.columns):
+        scale = root(x, part)
+        yield part, rows if scale is None else rows * scale
+
+
+def embedding(func: Any, x: FactoredTensor, index: Tensor, *_: Any) -> Tensor:
+    return face_rows(x, index.flatten()).view(*index.shape, x.shape[1])
+
+
+def index_select(func: Any, x: FactoredTensor, dim: int, index: Tensor) -> Tensor:
+    if dim % 2 == 0:
+        return face_rows(x, index)
+    return torch.cat([rows.index_select(1, index) for _, rows in face_chunks(x)])
+
+
+def index(func: Any, x: FactoredTensor, indices: Sequence[Tensor | None]) -> Tensor:
+    rows, *columns = indices
+    if rows is None:
+        raise refusal(func, described(x))
+    if rows.dtype == torch.bool:
+        rows = rows.nonzero().squeeze(1)
+    found = face_rows(x, rows.flatten()).view(*rows.shape, x.shape[1])
+    if not columns or columns[0] is None:
+        return found
+    return found.gather(-1, columns[0].expand(rows.shape).unsqueeze(-1)).squeeze(-1)
+
+
+def view(func: Any, x: FactoredTensor, *args: Any, **kwargs: Any) -> Tensor:
+    part = Part(x.block, [(func, args, kwargs)])
+    return whole(part) if part.shape == x.shape and part.stride() == x.stride() else part
+
+
+def whole(part: Part) -> FactoredTensor:
+    return FactoredTensor.alias(part.block)
+
+
+TURNS = (aten.t, aten.transpose, aten.permute)
+
+
+def is_transpose(part: Tensor) -> bool:
+    """Whether it is Wᵀ."""
+    return (
+        isinstance(part, Part)
+        and len(part.recipe) == 1
+        and part.recipe[0][0].overloadpacket in TURNS
+        and part.shape[0] == part.block.matrix.arrays.width
+    )
+
+
+def read(part: Part, func: Any) -> Tensor:
+    """The numbers of a part, which has fewer than D × w of them."""
+    (first, args, kwargs), *rest = part.recipe
+    W = part.block.matrix.arrays
+    dim = args[0] % 2 if args else 0
+    if first.overloadpacket in TURNS:
+        raise refusal(func, "the transpose of a factored weight")
+    chosen = first(torch.arange(W.num_rows if dim == 0 else W.width), 0, *args[1:], **kwargs)
+    chosen = chosen.reshape(-1)
+    if dim == 0:
+        found = face_rows(part, chosen)
+    else:
+        found = torch.cat([rows[:, chosen] for _, rows in face_chunks(part)])
+    if first.overloadpacket is aten.select:
+        found = found.squeeze(dim)
+    for view, its, named in rest:
+        found = view(found, *its, **named)
+    return found
+
+
+def of_part(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """An operation on a part: another view of it, a product with Wᵀ, or one on its numbers."""
+    packet = func.overloadpacket
+    first = args[0]
+    if packet in (aten.detach, aten.alias):
+        return Part(first.block, first.recipe)
+    if func.is_view:
+        if is_transpose(first) and packet in TURNS:
+            return whole(first)
+        return Part(first.block, [*first.recipe, (func, args[1:], kwargs)])
+    for argument, x in zip(func._schema.arguments, args, strict=False):
+        info = argument.alias_info
+        if isinstance(x, Part) and info is not None and info.is_write:
+            raise TypeError(
+                f"{func.namespace}.{packet.__name__} cannot write a part of a factored weight; "
+                "write all of it with torch.nn.init, copy_ or load_state_dict"
+            )
+    if packet is aten.mm and is_transpose(args[1]):
+        return times_transpose(*args)
+    if packet is aten.addmm and is_transpose(args[2]) and not kwargs:
+        return times_transpose(*args[1:]) + args[0]
+    values = [read(x, func) if isinstance(x, Part) else x for x in args]
+    named = {k: read(x, func) if isinstance(x, Part) else x for k, x in kwargs.items()}
+    return func(*values, **named)
+
+
+def times_transpose(H: Tensor, part: Part) -> Tensor:
+    """H Wᵀ: (m, D)."""
+    out = H.new_empty(len(H), part.shape[1])
+    for columns, rows in face_chunks(part):
+        out[:, columns] = H @ rows.mT
+    return out
+
+
+def product(func: Any, one: Tensor, two: Tensor) -> Tensor:
+    if isinstance(two, FactoredTensor) and not isinstance(one, Wrapper):
+        out = one.new_zeros(len(one), two.shape[1])
+        for part, rows in face_chunks(two):
+            out.addmm_(one[:, part], rows)
+        return out
+    if isinstance(one, FactoredTensor) and not isinstance(two, Wrapper):
+        return torch.cat([rows @ two for _, rows in face_chunks(one)])
+    raise refusal(func, described(one))
+
+
+def compare(func: Any, x: FactoredTensor, other: float) -> Tensor:
+    """For the initialisers of PyTorch that draw again what is out of bounds."""
+    return torch.cat([func(rows, other) for _, rows in face_chunks(x)])
+
+
+def where(func: Any, mask: Tensor, one: Operand, two: Operand) -> Tensor:
+    def dense(x: Operand) -> Operand:
+        return x.to_dense() if isinstance(x, FactoredTensor) else x
+
+    return cast(Tensor, func(mask, dense(one), dense(two)))
+
+
+def equal(func: Any, one: Tensor, two: Tensor) -> bool:
+    dense = [x.to_dense() if isinstance(x, FactoredTensor) else x for x in (one, two)]
+    return torch.equal(*dense)
+
+
+def square_norm(x: FactoredTensor | StructuredGradient) -> Tensor:
+    """tr(xᵀx)."""
+    if isinstance(x, StructuredGradient):
+        return x.content.block.matrix.dot(x.content.current(), x.value)
+    W = x.matrix.arrays
+    W.check()
+    return W.gram.diagonal()[x.block.columns].sum()
+
+
+def norm(
+    func: Any,
+    x: FactoredTensor | StructuredGradient,
+    ord: Any = 2,
+    dim: Any = None,
+    keepdim: bool = False,
+    *,
+    dtype: Any = None,
+) -> Tensor:
+    if (ord not in (2, "fro", None)) or dim not in (None, [], [0, 1]) or keepdim:
+        raise TypeError(
+            f"only the 2-norm of all of {described(x)} is known without its D × d numbers, got "
+            f"the norm of order {ord}, dim={dim}; use the 2-norm, or to_dense()"
+        )
+    return square_norm(x).clamp_min(0).sqrt().to(dtype or x.dtype)
+
+
+def inner_product(func: Any, one: Tensor, two: Tensor) -> Tensor:
+    if not (isinstance(one, StructuredGradient) and isinstance(two, StructuredGradient)):
+        raise refusal(func, "the gradient of a factored weight")
+    if len({one.content.edition, two.content.edition} - {None}) > 1:
+        raise stale()
+    matrix = one.content.block.matrix
+    return matrix.dot(one.content.current(), two.content.current()).to(one.dtype)

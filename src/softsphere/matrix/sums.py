@@ -1,0 +1,139 @@
+"""Sums and multiples of gradients of factored weights."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from softsphere.matrix.copies import none
+from softsphere.matrix.factored import Block
+from softsphere.matrix.gradient import GradientFactors
+from softsphere.matrix.tensors import (
+    Content,
+    FactoredTensor,
+    Operand,
+    StructuredGradient,
+    Wrapper,
+    refusal,
+    stale,
+)
+
+aten = torch.ops.aten
+
+
+def plus(one: Content, two: Content, alpha: float) -> tuple[GradientFactors, str | None]:
+    """The sum of two gradients of the same weight, and the edition that it belongs to."""
+    if two.edition is None:
+        return one.value, one.edition
+    scaled = two.value if alpha == 1 else two.value * alpha
+    if one.edition is None:
+        return scaled, two.edition
+    if one.edition != two.edition:
+        raise stale()
+    return one.value + scaled.to(one.value.H.dtype, one.value.H.device), one.edition
+
+
+def plus_weight(one: Content, W: FactoredTensor, alpha: float) -> tuple[GradientFactors, str]:
+    """A gradient and a multiple of the weight: what weight decay is."""
+    content = Content(multiple(W, alpha), W.block, W.matrix.edition)
+    value, edition = plus(one, content, 1)
+    assert edition is not None
+    return value, edition
+
+
+def multiple(W: FactoredTensor, alpha: float) -> GradientFactors:
+    """alpha W as a gradient."""
+    zero = none(W.block)
+    return GradientFactors(
+        zero.H, zero.L, zero.s, zero.rows, zero.cols, zero.x, zero.back, zero.at_rows, alpha
+    )
+
+
+def summed(func: Any, one: Content, two: Any, alpha: float) -> tuple[GradientFactors, str | None]:
+    if isinstance(two, StructuredGradient):
+        return plus(one, two.content, alpha)
+    if isinstance(two, FactoredTensor) and two.block.j == 0:
+        return plus_weight(one, two, alpha)
+    raise TypeError(
+        "a structured and a dense gradient of a factored weight cannot be added in place; compute "
+        "what is differentiated through its rows or outputs in the same backward call as the "
+        "layer's loss, or use LinearSphericalLoss, which may be tied to an embedding"
+    )
+
+
+def add_gradients(func: Any, one: Tensor, two: Operand, alpha: float = 1) -> Tensor:
+    sign = -alpha if func.overloadpacket is aten.sub else alpha
+    if isinstance(one, StructuredGradient) and isinstance(two, Wrapper):
+        return StructuredGradient(Content(*after(one, summed(func, one.content, two, sign))))
+    if not isinstance(two, Tensor):
+        raise refusal(func, "the gradient of a factored weight")
+    dense = [x.to_dense() if isinstance(x, StructuredGradient) else x for x in (one, two)]
+    return cast(Tensor, func(*dense, alpha=alpha))
+
+
+def after(
+    g: StructuredGradient, result: tuple[GradientFactors, str | None]
+) -> tuple[GradientFactors, Block, str | None]:
+    return result[0], g.content.block, result[1]
+
+
+def add_gradients_(func: Any, one: Tensor, two: Operand, alpha: float = 1) -> Tensor:
+    if not isinstance(one, StructuredGradient):  # a dense gradient is there already
+        return cast(Tensor, func(one, cast(StructuredGradient, two).to_dense(), alpha=alpha))
+    sign = -alpha if func.overloadpacket is aten.sub_ else alpha
+    one.content.set(*summed(func, one.content, two, sign))
+    return one
+
+
+def scaled(func: Any, g: StructuredGradient, scale: Operand) -> GradientFactors:
+    if isinstance(g, Tensor) and not isinstance(g, StructuredGradient):
+        g, scale = scale, g
+    if isinstance(scale, Wrapper) or (isinstance(scale, Tensor) and scale.dim() > 0):
+        raise refusal(func, "the gradient of a factored weight")
+    if func.overloadpacket in (aten.div, aten.div_):
+        scale = 1 / scale
+    return g.value * scale
+
+
+def scale_gradient(func: Any, g: StructuredGradient, scale: Operand) -> StructuredGradient:
+    owner = g if isinstance(g, StructuredGradient) else cast(StructuredGradient, scale)
+    return StructuredGradient(
+        Content(scaled(func, g, scale), owner.content.block, owner.content.edition)
+    )
+
+
+def scale_gradient_(func: Any, g: StructuredGradient, scale: Operand) -> StructuredGradient:
+    g.content.set(scaled(func, g, scale), g.content.edition)
+    return g
+
+
+def negate_gradient(func: Any, g: StructuredGradient) -> StructuredGradient:
+    return StructuredGradient(Content(g.value * -1.0, g.content.block, g.content.edition))
+
+
+def negate_gradient_(func: Any, g: StructuredGradient) -> StructuredGradient:
+    g.content.set(g.value * -1.0, g.content.edition)
+    return g
+
+
+def zero_gradient_(func: Any, g: StructuredGradient) -> StructuredGradient:
+    g.content.set(none(g.content.block), None)
+    return g
+
+
+def fill_gradient_(func: Any, g: StructuredGradient, value: float) -> StructuredGradient:
+    if value != 0:
+        raise refusal(func, "the gradient of a factored weight")
+    g.content.set(none(g.content.block), None)
+    return g
+
+
+def copy_gradient_(func: Any, g: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    if not isinstance(g, StructuredGradient):
+        return cast(Tensor, func(g, cast(StructuredGradient, source).to_dense()))
+    if not isinstance(source, StructuredGradient):
+        raise refusal(func, "the gradient of a factored weight")
+    g.content.set(source.value.to(g.dtype, g.device), source.content.edition)
+    return g

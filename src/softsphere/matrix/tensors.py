@@ -1,0 +1,354 @@
+"""A factored weight and its gradient as tensors that PyTorch's own tools can handle.
+
+`FactoredTensor` is the (D, w) weight, `StructuredGradient` its gradient. Neither ever holds D × w
+numbers of its own for a step: what an operation of PyTorch does with them stands in `table.py`, and
+an operation that is not there is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softsphere.matrix.factored import Block, FactoredMatrix
+from softsphere.matrix.gradient import GradientFactors
+
+__all__ = [
+    "HALF",
+    "OPERATIONS",
+    "Content",
+    "FactoredTensor",
+    "Operand",
+    "Part",
+    "StructuredGradient",
+    "Wrapper",
+    "described",
+    "refusal",
+    "stale",
+]
+
+Operand = Tensor | float
+
+# What to do for each operation of PyTorch on each kind of tensor; filled by table.py.
+OPERATIONS: dict[type, dict[Any, Callable[..., Any]]] = {}
+
+# For some operations, which of PyTorch's tools it belongs to and what to use instead.
+ADAPTIVE = (
+    "an optimizer that keeps numbers for each weight (Adam and its kind) cannot step it: use "
+    "torch.optim.SGD or softsphere.optim.FactoredSGD, or LinearSphericalLoss for such an "
+    "optimizer"
+)
+DISTRIBUTED = (
+    "a factored weight is not sharded or reduced over processes yet: leave its layer out of "
+    "DistributedDataParallel and fully_shard and train it in one process, or use "
+    "LinearSphericalLoss"
+)
+CLIPPING = "clip its gradient by norm, with torch.nn.utils.clip_grad_norm_"
+NORMS = "p.norm() and weight_decay work on it"
+STACKING = "weights of several layers cannot be stacked; call the layers one by one"
+HALF = "a factored weight is float32 or float64; for half precision around it use torch.autocast"
+INSTEAD = {
+    **dict.fromkeys(
+        ("zeros_like", "ones_like", "full_like", "new_zeros", "sign", "square", "sqrt"), ADAPTIVE
+    ),
+    **dict.fromkeys(("addcmul", "addcdiv", "addcmul_", "addcdiv_", "sign_", "sqrt_"), ADAPTIVE),
+    **dict.fromkeys(("clamp_", "clamp", "clamp_min_", "clamp_max_"), CLIPPING),
+    **dict.fromkeys(("pow", "abs", "mean", "sum"), NORMS),
+    **dict.fromkeys(("stack", "cat"), STACKING),
+    **dict.fromkeys(("split", "chunk", "split_with_sizes", "flatten_dense_tensors"), DISTRIBUTED),
+}
+READ = (
+    "read rows with weight[index] or torch.nn.functional.embedding, all of it with "
+    "weight.to_dense(), or use LinearSphericalLoss, whose weight is an ordinary parameter"
+)
+
+
+def refusal(func: Any, what: str) -> TypeError:
+    """Why an operation is not possible, and what is."""
+    name = func.overloadpacket.__name__
+    base = name.removeprefix("_foreach_")
+    instead = INSTEAD.get(base, INSTEAD.get(name, READ))
+    if func.namespace in ("c10d", "_c10d_functional"):
+        instead = DISTRIBUTED
+    elif name.startswith("_fused_"):
+        instead = ADAPTIVE
+    return TypeError(
+        f"{func.namespace}.{name} is not possible on {what}: it would need all its D × d numbers, "
+        f"which are never formed; {instead}"
+    )
+
+
+def described(x: Tensor) -> str:
+    """What an operation was asked of."""
+    if isinstance(x, StructuredGradient):
+        return "the gradient of a factored weight"
+    return "a factored weight"
+
+
+class Wrapper(torch.Tensor):
+    """What the tensors of this module share: every operation is looked up, or refused."""
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        from softsphere.matrix.table import dispatch  # the table knows these classes
+
+        return dispatch(func, args, kwargs or {})
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """Refused: see `to_dense`."""
+        raise TypeError(f"a {type(self).__name__} has no memory for NumPy to read; use to_dense()")
+
+    def share_memory_(self) -> Tensor:
+        """Refused: processes that step it at the same time would not see one another's steps."""
+        raise TypeError(
+            f"a {type(self).__name__} cannot be shared between processes; send a copy of the "
+            "layer or its state_dict()"
+        )
+
+
+class FactoredTensor(Wrapper):
+    """diag(√π) [W b] as a tensor (D, w), w = d or d + 1, kept in factors.
+
+    Steps of `torch.optim.SGD`, scaling, averaging, norms, reading of rows and products H Wᵀ are
+    exact; a step costs O(r w² + r² w) for a gradient of r rows, whatever D is. What would need all
+    D × w numbers raises TypeError. With a prior the tensor is diag(√π) [W b], which is what SGD
+    steps; `FactoredSphericalLoss.dense()` is [W b] itself.
+
+    Args:
+        weight: (D, d) float32 or float64. It is kept, not copied, and changed in place.
+        bias: (D), one more column, or None.
+        pi: (D) positive with Σ π = D, the base measure; None for one everywhere.
+
+    Raises: TypeError for a weight of another dtype or number of dimensions.
+    Source: Vincent, de Brébisson & Bouthillier 2015, arXiv:1412.7091; 2016, arXiv:1606.08061.
+
+    >>> W = FactoredTensor(torch.tensor([[3.0, 0.0], [0.0, 4.0]]))
+    >>> W, W.norm()
+    (FactoredTensor(shape=(2, 2), dtype=torch.float32), tensor(5.))
+    >>> W.mul_(2)[1]
+    Part([0., 8.])
+    """
+
+    block: Block
+
+    @staticmethod
+    def __new__(
+        cls, weight: Tensor, bias: Tensor | None = None, pi: Tensor | None = None
+    ) -> FactoredTensor:
+        columns = (weight,) if bias is None else (weight, bias.unsqueeze(1))
+        return cls.alias(Block(FactoredMatrix(*columns, pi=pi)))
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+
+    @classmethod
+    def alias(cls, block: Block) -> FactoredTensor:
+        """The tensor that those columns are."""
+        W = block.matrix.arrays
+        self = torch.Tensor._make_wrapper_subclass(
+            cls, (W.num_rows, W.width), dtype=W.dtype, device=W.device
+        )
+        self.block = block
+        return self
+
+    @property
+    def matrix(self) -> FactoredMatrix:
+        """The factors, of which this tensor is the first block of columns or the second."""
+        return self.block.matrix
+
+    def to_dense(self, dtype: torch.dtype | None = None, **_: Any) -> Tensor:
+        """The D × w numbers as an ordinary tensor."""
+        W = self.matrix.arrays
+        W.check()
+        dense = W.to_dense(columns=self.block.columns)
+        if W.pi is not None:
+            dense *= W.pi.sqrt().unsqueeze(1)
+        return dense.to(dtype or dense.dtype)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        grad = ", requires_grad=True" if self.requires_grad else ""
+        return f"FactoredTensor(shape={tuple(self.shape)}, dtype={self.dtype}{grad})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FactoredTensor:
+        if id(self) in memo:
+            copied: FactoredTensor = memo[id(self)]
+            return copied
+        if not self.is_leaf:
+            raise RuntimeError("only leaves can be copied by copy.deepcopy; detach the weight")
+        other = memo.get(id(self.block))
+        if other is None:
+            matrix = self.matrix.copied(self.block.j, self.device, self.dtype)
+            other = memo[id(self.block)] = Block(matrix)
+        result = same_kind(self, FactoredTensor.alias(other))
+        memo[id(self)] = result
+        if self.grad is not None:
+            result.grad = self.grad.__deepcopy__(memo)
+        return result
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        W = self.matrix.arrays
+        self.matrix.canonical_()
+        whole = W.V.blocks if W.blocks == 1 else [W.to_dense(columns=self.block.columns)]
+        pickled = (list(whole), W.pi, self.requires_grad, isinstance(self, torch.nn.Parameter))
+        return rebuild, pickled
+
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        raise TypeError(
+            "a factored weight cannot go into a compiled graph; its layer stays out of it by "
+            'itself, and LinearSphericalLoss with options=LinearSphericalOptions(engine="dense") '
+            "can be compiled whole"
+        )
+
+    @staticmethod
+    def __tensor_unflatten__(inner: Any, meta: Any, size: Any, stride: Any) -> FactoredTensor:
+        raise TypeError("a factored weight cannot be rebuilt from a compiled graph")
+
+
+def same_kind(like: Tensor, made: FactoredTensor) -> FactoredTensor:
+    """A new leaf that is a parameter, and requires a gradient, if `like` is and does."""
+    return kind(made, like.requires_grad, isinstance(like, torch.nn.Parameter))
+
+
+def kind(made: FactoredTensor, requires_grad: bool, is_parameter: bool) -> FactoredTensor:
+    if is_parameter:
+        return torch.nn.Parameter(made, requires_grad)  # type: ignore[return-value]
+    made.requires_grad_(requires_grad)
+    return made
+
+
+def rebuild(
+    columns: list[Tensor], pi: Tensor | None, requires_grad: bool, is_parameter: bool
+) -> FactoredTensor:
+    """What pickle makes a factored tensor of."""
+    made = FactoredTensor.alias(Block(FactoredMatrix(*columns, pi=pi)))
+    return kind(made, requires_grad, is_parameter)
+
+
+@dataclass
+class Content:
+    """What a gradient is now. Tensors that are the same gradient share it.
+
+    value: the factors. block: of which weight. edition: of the weight, when the gradient was taken;
+    None for zero, which is a gradient at every weight.
+    """
+
+    value: GradientFactors
+    block: Block
+    edition: str | None
+
+    def set(self, value: GradientFactors, edition: str | None) -> None:
+        self.value, self.edition = value, edition
+
+    def current(self) -> GradientFactors:
+        """The factors, if the weight is still what it was.
+
+        Raises: RuntimeError where it has been changed since.
+        """
+        if self.edition not in (None, self.block.matrix.edition):
+            raise stale()
+        return self.value
+
+
+def stale() -> RuntimeError:
+    """The error for a gradient of an earlier weight."""
+    return RuntimeError(
+        "the gradient of a factored weight belongs to the weight before it was changed, by a step "
+        "or by loading; call zero_grad() after each step. torch.optim.SGD keeps such gradients for "
+        "momentum: use softsphere.optim.FactoredSGD for that"
+    )
+
+
+class StructuredGradient(Wrapper):
+    """The gradient of a spherical loss with respect to a FactoredTensor: (D, w), in O(r w) numbers.
+
+    It means something only beside the weight that it was taken at. Added to another one's, or used
+    after the weight has changed, it raises RuntimeError. Sums, multiples, the 2-norm and
+    `torch.dot` with another gradient are exact and cost nothing in D.
+    """
+
+    content: Content
+
+    @staticmethod
+    def __new__(cls, content: Content) -> StructuredGradient:
+        W = content.block.matrix.arrays
+        H = content.value.H
+        self = torch.Tensor._make_wrapper_subclass(
+            cls, (W.num_rows, W.width), dtype=H.dtype, device=H.device
+        )
+        self.content = content
+        return self
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+
+    @property
+    def value(self) -> GradientFactors:
+        """The factors."""
+        return self.content.value
+
+    def to_dense(self, dtype: torch.dtype | None = None, **_: Any) -> Tensor:
+        """The D × w numbers as an ordinary tensor."""
+        value, W = self.content.current(), self.content.block.matrix
+        dense = W.to_dense_gradient(value)
+        if W.arrays.pi is not None:
+            dense *= W.arrays.pi.sqrt().unsqueeze(1)
+        return dense.to(dtype or self.dtype)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"StructuredGradient(shape={tuple(self.shape)}, factors={self.value.rank})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StructuredGradient:
+        known = memo.get(id(self.content))
+        if known is None:
+            block = memo.get(id(self.content.block), self.content.block)
+            known = Content(self.value, block, self.content.edition)
+            memo[id(self.content)] = known
+        return StructuredGradient(known)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "a StructuredGradient cannot be pickled, since it means nothing without its weight; "
+            "save the layer's state_dict() after the step, or gradient.to_dense()"
+        )
+
+    __tensor_flatten__ = FactoredTensor.__tensor_flatten__
+    __tensor_unflatten__ = FactoredTensor.__tensor_unflatten__
+
+
+class Part(Wrapper):
+    """Rows or columns of a FactoredTensor, or its transpose, computed when they are used.
+
+    Like a view of an ordinary tensor it shows the weight as it is when it is read. It cannot be
+    written.
+
+    recipe: the views that lead to it, (operation, arguments after the first, keyword arguments)
+    """
+
+    block: Block
+    recipe: list[tuple[Any, tuple[Any, ...], dict[str, Any]]]
+
+    @staticmethod
+    def __new__(cls, block: Block, recipe: list[Any]) -> Part:
+        W = block.matrix.arrays
+        shape = torch.empty(W.num_rows, W.width, dtype=W.dtype, device="meta")
+        for func, args, kwargs in recipe:
+            shape = func(shape, *args, **kwargs)
+        self = torch.Tensor._make_wrapper_subclass(
+            cls, shape.shape, strides=shape.stride(), dtype=W.dtype, device=W.device
+        )
+        self.block, self.recipe = block, recipe
+        return self
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"Part({str(self.detach().clone())[7:-1]})"

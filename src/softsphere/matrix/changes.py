@@ -14,6 +14,7 @@ from softsphere.matrix.reading import root
 from softsphere.matrix.tensors import (
     FactoredTensor,
     Operand,
+    Part,
     StructuredGradient,
     Wrapper,
     refusal,
@@ -144,7 +145,11 @@ def scale_weight(func: Any, x: Tensor, factor: Operand) -> FactoredTensor:
         if func.overloadpacket is aten.div:
             raise refusal(func, "a factored weight")
         x, factor = cast(FactoredTensor, factor), x
-    return scale(func, copied(x, x.device, x.dtype), factor)
+    result = scale(func, copied(x, x.device, x.dtype), factor)
+    source, times = x.block.of()
+    number = 1 / float(factor) if func.overloadpacket is aten.div else float(factor)
+    result.block.multiple = result.matrix.edition, source, times * number
+    return result
 
 
 def negate_weight(func: Any, x: FactoredTensor) -> FactoredTensor:
@@ -194,6 +199,13 @@ def elementwise_(func: Any, x: FactoredTensor, *args: Any, **kwargs: Any) -> Fac
     return rewrite(x, lambda part, rows: func(rows.clone(), *args, **kwargs))
 
 
+def masked_fill_(func: Any, x: FactoredTensor, mask: Tensor, value: Operand) -> FactoredTensor:
+    """With a mask for all of it, as the derivative of a norm has one."""
+    if mask.numel() != 1:
+        raise refusal(func, "a factored weight")
+    return overwrite(x, lambda part: value) if bool(mask) else x
+
+
 def index_put_(
     func: Any,
     x: FactoredTensor,
@@ -208,3 +220,15 @@ def index_put_(
 def eye_(func: Any, rows: int, columns: int, *, out: FactoredTensor) -> FactoredTensor:
     dense = torch.eye(rows, columns, dtype=out.dtype, device=out.device)
     return overwrite(out, lambda part: dense[part])
+
+
+def write_part(func: Any, part: Part, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Part:
+    """An operation in place on rows or columns of a weight; all of it is written."""
+    weight = FactoredTensor.alias(part.block)
+    dense = weight.to_dense()
+    view = dense
+    for each, its, named in part.recipe:
+        view = each(view, *its, **named)
+    func(view, *args, **kwargs)
+    overwrite(weight, lambda rows: dense[rows])
+    return part

@@ -90,6 +90,18 @@ def empty_gradient(func: Any, g: StructuredGradient, *_: Any, **__: Any) -> Stru
     return StructuredGradient(Content(none(g.content.block), g.content.block, None))
 
 
+def zero_gradient(
+    func: Any, x: FactoredTensor, *, memory_format: Any = None, **_: Any
+) -> StructuredGradient:
+    """A gradient that is zero, as torch.distributed.checkpoint gives one to a new optimizer.
+
+    Optimizers of PyTorch that keep numbers for each weight ask for a memory format as well.
+    """
+    if memory_format is not None:
+        raise refusal(func, described(x))
+    return StructuredGradient(Content(none(x.block), x.block, None))
+
+
 def none(block: Block) -> GradientFactors:
     """The factors of no gradient."""
     W = block.matrix.arrays

@@ -320,10 +320,21 @@ class FactoredMatrix:
 
 
 class Block:
-    """Which columns of which matrix a tensor is: block j. Tensors that are the same share it."""
+    """Which columns of which matrix a tensor is: block j. Tensors that are the same share it.
+
+    multiple: its edition, that of the matrix which it was made of, and what that was multiplied by
+    """
 
     def __init__(self, matrix: FactoredMatrix, j: int = 0) -> None:
         self.matrix, self.j = matrix, j
+        self.multiple: tuple[str, str, float] | None = None
+
+    def of(self) -> tuple[str, float]:
+        """The edition that this is a known multiple of: its own, or that which it was made of."""
+        edition = self.matrix.edition
+        if self.multiple is not None and self.multiple[0] == edition:
+            return self.multiple[1:]
+        return edition, 1.0
 
     @property
     def columns(self) -> slice:

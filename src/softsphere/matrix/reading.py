@@ -110,6 +110,20 @@ def read(part: Part, func: Any) -> Tensor:
     return found
 
 
+def writes(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether an operation writes its first argument, a part of a weight.
+
+    Raises: TypeError where it writes into a part that is another argument.
+    """
+    written = [
+        isinstance(x, Part) and argument.alias_info is not None and argument.alias_info.is_write
+        for argument, x in zip(func._schema.arguments, args, strict=False)
+    ]
+    if any(written[1:]):
+        raise refusal(func, "a part of a factored weight")
+    return bool(written) and written[0]
+
+
 def of_part(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """An operation on a part: another view of it, a product with Wᵀ, or one on its numbers."""
     packet = func.overloadpacket
@@ -120,13 +134,6 @@ def of_part(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if is_transpose(first) and packet in TURNS:
             return whole(first)
         return Part(first.block, [*first.recipe, (func, args[1:], kwargs)])
-    for argument, x in zip(func._schema.arguments, args, strict=False):
-        info = argument.alias_info
-        if isinstance(x, Part) and info is not None and info.is_write:
-            raise TypeError(
-                f"{func.namespace}.{packet.__name__} cannot write a part of a factored weight; "
-                "write all of it with torch.nn.init, copy_ or load_state_dict"
-            )
     if packet is aten.mm and is_transpose(args[1]):
         return times_transpose(*args)
     if packet is aten.addmm and is_transpose(args[2]) and not kwargs:

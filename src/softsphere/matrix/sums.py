@@ -37,8 +37,11 @@ def plus(one: Content, two: Content, alpha: float) -> tuple[GradientFactors, str
 
 def plus_weight(one: Content, W: FactoredTensor, alpha: float) -> tuple[GradientFactors, str]:
     """A gradient and a multiple of the weight: what weight decay is."""
-    content = Content(multiple(W, alpha), W.block, W.matrix.edition)
-    value, edition = plus(one, content, 1)
+    edition, factor = W.block.of()
+    if one.edition == W.matrix.edition:
+        edition, factor = one.edition, 1.0
+    content = Content(multiple(W, alpha * factor), W.block, edition)
+    value, edition = plus(one, content, 1)  # type: ignore[assignment]
     assert edition is not None
     return value, edition
 

@@ -17,6 +17,7 @@ import torch
 
 from softsphere.matrix import changes, copies, lists, reading, sums
 from softsphere.matrix.tensors import (
+    DISTRIBUTED,
     OPERATIONS,
     FactoredTensor,
     Part,
@@ -39,6 +40,7 @@ WEIGHT: dict[Any, Callable[..., Any]] = {
     aten.clone: copies.clone_weight,
     aten._to_copy: copies.convert_weight,
     aten.empty_like: copies.empty_like_weight,
+    aten.zeros_like: copies.zero_gradient,
     aten.new_empty: copies.new_empty,
     aten.embedding: reading.embedding,
     aten.index_select: reading.index_select,
@@ -74,6 +76,7 @@ WEIGHT: dict[Any, Callable[..., Any]] = {
     aten.normal_: changes.draw_,
     aten.erfinv_: changes.elementwise_,
     aten.clamp_: changes.elementwise_,
+    aten.masked_fill_: changes.masked_fill_,
     aten.index_put_: changes.index_put_,
     aten.eye: changes.eye_,
     aten.linalg_vector_norm: reading.norm,
@@ -122,11 +125,16 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if name.startswith("_foreach_"):
         each = getattr(aten, name.removeprefix("_foreach_"), None)
         return lists.foreach(func, each, args, kwargs)
+    if "out" in kwargs and packet is not aten.eye:
+        # this is how DistributedDataParallel scales a gradient into its bucket
+        raise refusal(func, "a factored weight or its gradient", DISTRIBUTED)
     given = [x for x in (*args, *kwargs.values()) if isinstance(x, Wrapper)]
     if not given:  # in a list
         raise refusal(func, "a factored weight or its gradient")
     first = given[0]
     if isinstance(first, Part):
+        if reading.writes(func, args):
+            return changes.write_part(func, args[0], args[1:], kwargs)
         return reading.of_part(func, args, kwargs)
     handler = OPERATIONS[type(first)].get(packet)
     if handler is None:

@@ -18,6 +18,7 @@ from softsphere.matrix.factored import Block, FactoredMatrix
 from softsphere.matrix.gradient import GradientFactors
 
 __all__ = [
+    "DISTRIBUTED",
     "HALF",
     "OPERATIONS",
     "Content",
@@ -43,23 +44,24 @@ ADAPTIVE = (
     "optimizer"
 )
 DISTRIBUTED = (
-    "a factored weight is not sharded or reduced over processes yet: leave its layer out of "
-    "DistributedDataParallel and fully_shard and train it in one process, or use "
-    "LinearSphericalLoss"
+    "It is neither sharded nor reduced over processes yet: train this layer in one process, "
+    "without DistributedDataParallel and fully_shard, or use LinearSphericalLoss"
 )
 CLIPPING = "clip its gradient by norm, with torch.nn.utils.clip_grad_norm_"
-NORMS = "p.norm() and weight_decay work on it"
+NORMS = "p.norm() ** 2, which is the sum of its squares, and weight_decay work on it"
+MASKS = "masks and pruning are for a dense weight, as LinearSphericalLoss has"
 STACKING = "weights of several layers cannot be stacked; call the layers one by one"
 HALF = "a factored weight is float32 or float64; for half precision around it use torch.autocast"
 INSTEAD = {
-    **dict.fromkeys(
-        ("zeros_like", "ones_like", "full_like", "new_zeros", "sign", "square", "sqrt"), ADAPTIVE
-    ),
+    **dict.fromkeys(("zeros_like", "full_like", "new_zeros", "sign", "square", "sqrt"), ADAPTIVE),
     **dict.fromkeys(("addcmul", "addcdiv", "addcmul_", "addcdiv_", "sign_", "sqrt_"), ADAPTIVE),
     **dict.fromkeys(("clamp_", "clamp", "clamp_min_", "clamp_max_"), CLIPPING),
     **dict.fromkeys(("pow", "abs", "mean", "sum"), NORMS),
     **dict.fromkeys(("stack", "cat"), STACKING),
-    **dict.fromkeys(("split", "chunk", "split_with_sizes", "flatten_dense_tensors"), DISTRIBUTED),
+    "ones_like": MASKS,
+    **dict.fromkeys(("split", "chunk", "split_with_sizes"), DISTRIBUTED),
+    "view": "DistributedDataParallel, parameters_to_vector and LBFGS want it in one flat array. "
+    + DISTRIBUTED,
 }
 READ = (
     "read rows with weight[index] or torch.nn.functional.embedding, all of it with "
@@ -67,18 +69,17 @@ READ = (
 )
 
 
-def refusal(func: Any, what: str) -> TypeError:
+def refusal(func: Any, what: str, instead: str | None = None) -> TypeError:
     """Why an operation is not possible, and what is."""
     name = func.overloadpacket.__name__
-    base = name.removeprefix("_foreach_")
-    instead = INSTEAD.get(base, INSTEAD.get(name, READ))
+    instead = instead or INSTEAD.get(name.removeprefix("_foreach_"), READ)
     if func.namespace in ("c10d", "_c10d_functional"):
         instead = DISTRIBUTED
     elif name.startswith("_fused_"):
         instead = ADAPTIVE
     return TypeError(
         f"{func.namespace}.{name} is not possible on {what}: it would need all its D × d numbers, "
-        f"which are never formed; {instead}"
+        f"which are never formed. {instead[0].upper()}{instead[1:]}"
     )
 
 
@@ -100,7 +101,31 @@ class Wrapper(torch.Tensor):
 
         return dispatch(func, args, kwargs or {})
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (torch.isfinite, torch.Tensor.isfinite):
+            # PyTorch would ask this of |x|, which is not known
+            return args[0].is_finite()
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    def __pow__(self, exponent: Any) -> Tensor:
+        # the operator of PyTorch turns what is refused into another error
+        return torch.pow(self, exponent)
+
+    @property
+    def data(self) -> Tensor:
+        """The same tensor for operations that autograd does not see."""
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        raise TypeError(
+            f"the data of a {type(self).__name__} cannot be replaced by another tensor; write it "
+            "with copy_ under torch.no_grad(), or with load_state_dict"
+        )
 
     def numpy(self, *, force: bool = False) -> Any:
         """Refused: see `to_dense`."""
@@ -163,6 +188,14 @@ class FactoredTensor(Wrapper):
     def matrix(self) -> FactoredMatrix:
         """The factors, of which this tensor is the first block of columns or the second."""
         return self.block.matrix
+
+    def is_finite(self) -> Tensor:
+        """Whether each number is finite: (D, w), without memory for them if all are."""
+        W = self.matrix.arrays
+        W.check()
+        if bool(W.gram.diagonal().isfinite().all()):
+            return torch.ones((), dtype=torch.bool, device=self.device).expand(self.shape)
+        return self.to_dense().isfinite()
 
     def to_dense(self, dtype: torch.dtype | None = None, **_: Any) -> Tensor:
         """The D × w numbers as an ordinary tensor."""
@@ -260,9 +293,9 @@ class Content:
 def stale() -> RuntimeError:
     """The error for a gradient of an earlier weight."""
     return RuntimeError(
-        "the gradient of a factored weight belongs to the weight before it was changed, by a step "
-        "or by loading; call zero_grad() after each step. torch.optim.SGD keeps such gradients for "
-        "momentum: use softsphere.optim.FactoredSGD for that"
+        "the gradient of a factored weight belongs to another weight, or to this one before a step "
+        "or load_state_dict changed it; call zero_grad() after each step. torch.optim.SGD keeps "
+        "such gradients for momentum: use softsphere.optim.FactoredSGD for that"
     )
 
 
@@ -293,6 +326,12 @@ class StructuredGradient(Wrapper):
     def value(self) -> GradientFactors:
         """The factors."""
         return self.content.value
+
+    def is_finite(self) -> Tensor:
+        """Whether each number is finite: (D, w), without memory for them if all are."""
+        if bool(self.value.is_finite()):
+            return torch.ones((), dtype=torch.bool, device=self.device).expand(self.shape)
+        return self.to_dense().isfinite()
 
     def to_dense(self, dtype: torch.dtype | None = None, **_: Any) -> Tensor:
         """The D × w numbers as an ordinary tensor."""
@@ -326,8 +365,8 @@ class StructuredGradient(Wrapper):
 class Part(Wrapper):
     """Rows or columns of a FactoredTensor, or its transpose, computed when they are used.
 
-    Like a view of an ordinary tensor it shows the weight as it is when it is read. It cannot be
-    written.
+    Like a view of an ordinary tensor it shows the weight as it is when it is read, and what is
+    written into it is written into the weight, all of which is then written anew, in O(D w²).
 
     recipe: the views that lead to it, (operation, arguments after the first, keyword arguments)
     """

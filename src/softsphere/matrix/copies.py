@@ -76,7 +76,9 @@ def empty_like_weight(
     W, dtype, device = x.matrix.arrays, full_precision(dtype, x), torch.device(device or x.device)
     columns = W.V.blocks if W.blocks == 1 else [torch.empty_like(x, device="meta")]
     blocks = [torch.empty(c.shape, dtype=dtype, device=device) for c in columns]
-    pi = W.pi if W.pi is None or device.type == "meta" else W.pi.to(device, dtype)
+    pi = W.pi
+    if pi is not None and not pi.is_meta and device.type != "meta":
+        pi = pi.to(device, dtype)
     return FactoredTensor.alias(Block(FactoredMatrix(*blocks, pi=pi)))
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from softsphere.matrix.changes import step
 from softsphere.matrix.sums import summed
 from softsphere.matrix.tensors import (
+    MOMENTUM,
     OPERATIONS,
     FactoredTensor,
     Operand,
@@ -101,10 +102,7 @@ def fused_sgd(
         "grad_scale": grad_scale, "found_inf": found_inf, **named,
     }  # fmt: skip
     if momentum:
-        raise TypeError(
-            "torch.optim.SGD cannot keep momentum for a factored weight, whose gradient means "
-            "nothing after a step; use softsphere.optim.FactoredSGD"
-        )
+        raise TypeError(f"a factored weight cannot be stepped so: {MOMENTUM}")
     skipped = found_inf is not None and bool(found_inf)
     steps: list[Callable[[], Any]] = []
     for x, g in zip(params, grads, strict=True):

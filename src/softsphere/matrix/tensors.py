@@ -43,6 +43,10 @@ ADAPTIVE = (
     "torch.optim.SGD or softsphere.optim.FactoredSGD, or LinearSphericalLoss for such an "
     "optimizer"
 )
+MOMENTUM = (
+    "its momentum is a gradient of an earlier weight, which means nothing beside this one; use "
+    "softsphere.optim.FactoredSGD, whose momentum is exact"
+)
 DISTRIBUTED = (
     "It is neither sharded nor reduced over processes yet: train this layer in one process, "
     "without DistributedDataParallel and fully_shard, or use LinearSphericalLoss"
@@ -222,7 +226,8 @@ class FactoredTensor(Wrapper):
             other = memo[id(self.block)] = Block(matrix)
         result = same_kind(self, FactoredTensor.alias(other))
         memo[id(self)] = result
-        if self.grad is not None:
+        # copies of parameters have no gradient in PyTorch, copies of other leaves have
+        if self.grad is not None and not isinstance(self, torch.nn.Parameter):
             result.grad = self.grad.__deepcopy__(memo)
         return result
 

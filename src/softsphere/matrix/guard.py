@@ -1,0 +1,33 @@
+"""Which of PyTorch's own optimizers cannot step a factored weight, said before any of them moves.
+
+The table refuses an operation when it is reached. An optimizer with several groups of parameters
+has moved the first by then, so it is asked before its step, by a hook that PyTorch has for that.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from softsphere.matrix.tensors import ADAPTIVE, MOMENTUM, FactoredTensor
+
+__all__ = ["refuse_step"]
+
+
+def refuse_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Raises TypeError where an optimizer of torch.optim could not step a factored weight."""
+    kind = type(optimizer)
+    if not kind.__module__.startswith("torch.optim"):
+        return  # one that nobody knows of may well do what the table allows
+    plain = kind is torch.optim.SGD
+    for group in optimizer.param_groups:
+        if plain and not group["momentum"]:
+            continue
+        if any(isinstance(p, FactoredTensor) and p.grad is not None for p in group["params"]):
+            why = MOMENTUM if plain else ADAPTIVE
+            raise TypeError(f"torch.optim.{kind.__name__} cannot step a factored weight: {why}")
+
+
+register_optimizer_step_pre_hook(refuse_step)

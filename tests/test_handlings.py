@@ -1,0 +1,37 @@
+"""A handling of an output layer gives the same numbers for every kind of layer, or a refusal."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from _handlings import HANDLINGS, Subject
+
+
+def run(name: str, kind: str) -> dict[str, torch.Tensor]:
+    handling = HANDLINGS[name]
+    return handling.run(Subject(kind, handling.bias))
+
+
+@pytest.mark.parametrize("kind", ["linear", "factored"])
+@pytest.mark.parametrize("name", [n for n, h in HANDLINGS.items() if h.refusal is None])
+def test_numbers_are_those_of_a_linear_layer_and_a_criterion(name, kind):
+    got, want = run(name, kind), run(name, "plain")
+    assert got.keys() == want.keys()
+    for key, value in want.items():
+        near = {} if value.dtype == torch.bool else {"rtol": 1e-10, "atol": 1e-10}
+        torch.testing.assert_close(got[key], value, **near, msg=lambda m, key=key: f"{key}: {m}")
+
+
+@pytest.mark.parametrize("name", [n for n, h in HANDLINGS.items() if h.refusal is not None])
+def test_what_a_factored_layer_cannot_do_is_refused_before_anything_moves(name):
+    handling = HANDLINGS[name]
+    error, words = handling.refusal
+    subject = Subject("factored", handling.bias)
+    before = subject.numbers()
+    with pytest.raises(error, match=words):
+        handling.run(subject)
+    if handling.unmoved:
+        torch.testing.assert_close(subject.numbers(), before, rtol=0, atol=0)
+        subject.model.zero_grad()
+        subject.train(1)  # and it can go on

@@ -1,0 +1,71 @@
+"""A factored layer under wrappers for many processes: refused, with what to do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from _handlings import Subject
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+
+
+@pytest.fixture(autouse=True)
+def group(tmp_path):
+    dist.init_process_group("gloo", rank=0, world_size=1, init_method=f"file://{tmp_path}/group")
+    yield
+    dist.destroy_process_group()
+
+
+def data_parallel(s: Subject) -> None:
+    DistributedDataParallel(s.model)
+
+
+def data_parallel_later(s: Subject) -> None:
+    model = DistributedDataParallel(s.model, init_sync=False)
+    model(*s.batch()).backward()
+
+
+def fully_sharded(s: Subject) -> None:
+    fsdp = pytest.importorskip("torch.distributed.fsdp")
+    if not hasattr(fsdp, "fully_shard"):
+        pytest.skip("this version of PyTorch has fully_shard elsewhere")
+    fsdp.fully_shard(s.model)
+    s.loss()
+
+
+def distributed_tensor(s: Subject) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    distribute_tensor(s.head.weight, init_device_mesh("cpu", (1,)), [Shard(0)])
+
+
+def gradient_reduced(s: Subject) -> None:
+    s.loss().backward()
+    dist.all_reduce(s.head.weight.grad)
+
+
+def weight_sent(s: Subject) -> None:
+    dist.broadcast(s.head.weight.data, 0)
+
+
+WRAPPERS = (
+    data_parallel,
+    data_parallel_later,
+    fully_sharded,
+    distributed_tensor,
+    gradient_reduced,
+    weight_sent,
+)
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS)
+def test_is_refused(wrap):
+    subject = Subject("factored")
+    before = subject.W
+    with pytest.raises(TypeError, match=r"neither sharded nor reduced.*LinearSphericalLoss"):
+        wrap(subject)
+    assert torch.equal(subject.W, before)

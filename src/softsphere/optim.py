@@ -12,7 +12,7 @@ from torch import Tensor
 from softsphere.matrix import FactoredTensor, StructuredGradient
 from softsphere.matrix.blocks import Blocks
 from softsphere.matrix.factored import Block
-from softsphere.matrix.tensors import stale
+from softsphere.matrix.refusals import stale
 
 __all__ = ["FactoredSGD"]
 

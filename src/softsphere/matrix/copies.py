@@ -10,14 +10,8 @@ from torch import Tensor
 
 from softsphere.matrix.factored import Block, FactoredMatrix
 from softsphere.matrix.gradient import GradientFactors
-from softsphere.matrix.tensors import (
-    HALF,
-    Content,
-    FactoredTensor,
-    StructuredGradient,
-    described,
-    refusal,
-)
+from softsphere.matrix.refusals import HALF, refusal
+from softsphere.matrix.tensors import Content, FactoredTensor, StructuredGradient
 
 aten = torch.ops.aten
 
@@ -32,7 +26,7 @@ def same_gradient(func: Any, g: StructuredGradient) -> StructuredGradient:
 
 def same_view(func: Any, x: FactoredTensor, shape: Sequence[int]) -> FactoredTensor:
     if tuple(shape) not in (tuple(x.shape), (-1, x.shape[1]), (x.shape[0], -1)):
-        raise refusal(func, described(x))
+        raise refusal(func, x.described)
     return FactoredTensor.alias(x.block)
 
 
@@ -100,7 +94,7 @@ def zero_gradient(
     Optimizers of PyTorch that keep numbers for each weight ask for a memory format as well.
     """
     if memory_format is not None:
-        raise refusal(func, described(x))
+        raise refusal(func, x.described)
     return StructuredGradient(Content(none(x.block), x.block, None))
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from softsphere.matrix.tensors import ADAPTIVE, MOMENTUM, FactoredTensor
+from softsphere.matrix.refusals import ADAPTIVE, MOMENTUM
+from softsphere.matrix.tensors import FactoredTensor
 
 __all__ = ["refuse_step"]
 

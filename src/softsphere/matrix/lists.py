@@ -10,17 +10,10 @@ import torch
 from torch import Tensor
 
 from softsphere.matrix.changes import step
+from softsphere.matrix.refusals import MOMENTUM, refusal
 from softsphere.matrix.sums import summed
-from softsphere.matrix.tensors import (
-    MOMENTUM,
-    OPERATIONS,
-    FactoredTensor,
-    Operand,
-    StructuredGradient,
-    Wrapper,
-    described,
-    refusal,
-)
+from softsphere.matrix.tensors import FactoredTensor, Operand, StructuredGradient
+from softsphere.matrix.wrapper import OPERATIONS, Wrapper
 
 aten = torch.ops.aten
 
@@ -40,7 +33,7 @@ def foreach(func: Any, packet: Any, args: tuple[Any, ...], kwargs: dict[str, Any
     for i in ours:
         mine = next(x for x in calls[i][0] if isinstance(x, Wrapper))
         if packet not in OPERATIONS[type(mine)]:
-            raise refusal(func, described(mine))
+            raise refusal(func, mine.described)
     if packet in (aten.add_, aten.sub_):
         return foreach_add(packet, calls, ours)
     results: list[Any] = [None] * n

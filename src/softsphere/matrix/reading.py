@@ -8,16 +8,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from softsphere.matrix.tensors import (
-    FactoredTensor,
-    Operand,
-    Part,
-    StructuredGradient,
-    Wrapper,
-    described,
-    refusal,
-    stale,
-)
+from softsphere.matrix.refusals import refusal, stale
+from softsphere.matrix.tensors import FactoredTensor, Operand, Part, StructuredGradient
+from softsphere.matrix.wrapper import Wrapper
 
 aten = torch.ops.aten
 
@@ -59,7 +52,7 @@ def index_select(func: Any, x: FactoredTensor, dim: int, index: Tensor) -> Tenso
 def index(func: Any, x: FactoredTensor, indices: Sequence[Tensor | None]) -> Tensor:
     rows, *columns = indices
     if rows is None:
-        raise refusal(func, described(x))
+        raise refusal(func, x.described)
     if rows.dtype == torch.bool:
         rows = rows.nonzero().squeeze(1)
     found = face_rows(x, rows.flatten()).view(*rows.shape, x.shape[1])
@@ -159,7 +152,7 @@ def product(func: Any, one: Tensor, two: Tensor) -> Tensor:
         return out
     if isinstance(one, FactoredTensor) and not isinstance(two, Wrapper):
         return torch.cat([rows @ two for _, rows in face_chunks(one)])
-    raise refusal(func, described(one))
+    raise refusal(func, "a factored weight")
 
 
 def compare(func: Any, x: FactoredTensor, other: float) -> Tensor:
@@ -199,7 +192,7 @@ def norm(
 ) -> Tensor:
     if (ord not in (2, "fro", None)) or dim not in (None, [], [0, 1]) or keepdim:
         raise TypeError(
-            f"only the 2-norm of all of {described(x)} is known without its D × d numbers, got "
+            f"only the 2-norm of all of {x.described} is known without its D × d numbers, got "
             f"the norm of order {ord}, dim={dim}; use the 2-norm, or to_dense()"
         )
     return square_norm(x).clamp_min(0).sqrt().to(dtype or x.dtype)

@@ -10,15 +10,9 @@ from torch import Tensor
 from softsphere.matrix.copies import none
 from softsphere.matrix.factored import Block
 from softsphere.matrix.gradient import GradientFactors
-from softsphere.matrix.tensors import (
-    Content,
-    FactoredTensor,
-    Operand,
-    StructuredGradient,
-    Wrapper,
-    refusal,
-    stale,
-)
+from softsphere.matrix.refusals import refusal, stale
+from softsphere.matrix.tensors import Content, FactoredTensor, Operand, StructuredGradient
+from softsphere.matrix.wrapper import Wrapper
 
 aten = torch.ops.aten
 

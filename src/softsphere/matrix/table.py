@@ -16,18 +16,10 @@ from typing import Any
 import torch
 
 from softsphere.matrix import changes, copies, lists, reading, sums
-from softsphere.matrix.tensors import (
-    DISTRIBUTED,
-    OPERATIONS,
-    FactoredTensor,
-    Part,
-    StructuredGradient,
-    Wrapper,
-    described,
-    refusal,
-)
+from softsphere.matrix.tensors import FactoredTensor, Part, StructuredGradient
+from softsphere.matrix.wrapper import OPERATIONS, RULES
 
-__all__ = ["dispatch"]
+__all__ = ["GRADIENT", "LISTS", "WEIGHT"]
 
 aten = torch.ops.aten
 
@@ -112,31 +104,20 @@ LISTS: dict[Any, Callable[..., Any]] = {
     aten._fused_sgd_: lists.fused_sgd,
     aten._amp_foreach_non_finite_check_and_unscale_: lists.unscale,
 }
-OPERATIONS[FactoredTensor] = WEIGHT
-OPERATIONS[StructuredGradient] = GRADIENT
 
 
-def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Does the operation, or refuses it before anything has changed."""
-    packet = func.overloadpacket
-    name = packet.__name__
-    if packet in LISTS:
-        return LISTS[packet](func, *args, **kwargs)
-    if name.startswith("_foreach_"):
-        each = getattr(aten, name.removeprefix("_foreach_"), None)
-        return lists.foreach(func, each, args, kwargs)
-    if "out" in kwargs and packet is not aten.eye:
-        # this is how DistributedDataParallel scales a gradient into its bucket
-        raise refusal(func, "a factored weight or its gradient", DISTRIBUTED)
-    given = [x for x in (*args, *kwargs.values()) if isinstance(x, Wrapper)]
-    if not given:  # in a list
-        raise refusal(func, "a factored weight or its gradient")
-    first = given[0]
-    if isinstance(first, Part):
-        if reading.writes(func, args):
-            return changes.write_part(func, args[0], args[1:], kwargs)
-        return reading.of_part(func, args, kwargs)
-    handler = OPERATIONS[type(first)].get(packet)
-    if handler is None:
-        raise refusal(func, described(first))
-    return handler(func, *args, **kwargs)
+def of_each(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """An operation on a list of tensors is that on each."""
+    name = func.overloadpacket.__name__.removeprefix("_foreach_")
+    return lists.foreach(func, getattr(aten, name, None), args, kwargs)
+
+
+def of_part(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """An operation on a part of a weight reads it, or writes it."""
+    if reading.writes(func, args):
+        return changes.write_part(func, args[0], args[1:], kwargs)
+    return reading.of_part(func, args, kwargs)
+
+
+OPERATIONS.update({FactoredTensor: WEIGHT, StructuredGradient: GRADIENT, list: LISTS})
+RULES.update({Part: of_part, list: of_each})

@@ -7,7 +7,6 @@ an operation that is not there is refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,131 +15,12 @@ from torch import Tensor
 
 from softsphere.matrix.factored import Block, FactoredMatrix
 from softsphere.matrix.gradient import GradientFactors
+from softsphere.matrix.refusals import stale
+from softsphere.matrix.wrapper import Wrapper
 
-__all__ = [
-    "DISTRIBUTED",
-    "HALF",
-    "OPERATIONS",
-    "Content",
-    "FactoredTensor",
-    "Operand",
-    "Part",
-    "StructuredGradient",
-    "Wrapper",
-    "described",
-    "refusal",
-    "stale",
-]
+__all__ = ["Content", "FactoredTensor", "Operand", "Part", "StructuredGradient"]
 
 Operand = Tensor | float
-
-# What to do for each operation of PyTorch on each kind of tensor; filled by table.py.
-OPERATIONS: dict[type, dict[Any, Callable[..., Any]]] = {}
-
-# For some operations, which of PyTorch's tools it belongs to and what to use instead.
-ADAPTIVE = (
-    "an optimizer that keeps numbers for each weight (Adam and its kind) cannot step it: use "
-    "torch.optim.SGD or softsphere.optim.FactoredSGD, or LinearSphericalLoss for such an "
-    "optimizer"
-)
-MOMENTUM = (
-    "its momentum is a gradient of an earlier weight, which means nothing beside this one; use "
-    "softsphere.optim.FactoredSGD, whose momentum is exact"
-)
-DISTRIBUTED = (
-    "It is neither sharded nor reduced over processes yet: train this layer in one process, "
-    "without DistributedDataParallel and fully_shard, or use LinearSphericalLoss"
-)
-CLIPPING = "clip its gradient by norm, with torch.nn.utils.clip_grad_norm_"
-NORMS = "p.norm() ** 2, which is the sum of its squares, and weight_decay work on it"
-MASKS = "masks and pruning are for a dense weight, as LinearSphericalLoss has"
-STACKING = "weights of several layers cannot be stacked; call the layers one by one"
-HALF = "a factored weight is float32 or float64; for half precision around it use torch.autocast"
-INSTEAD = {
-    **dict.fromkeys(("zeros_like", "full_like", "new_zeros", "sign", "square", "sqrt"), ADAPTIVE),
-    **dict.fromkeys(("addcmul", "addcdiv", "addcmul_", "addcdiv_", "sign_", "sqrt_"), ADAPTIVE),
-    **dict.fromkeys(("clamp_", "clamp", "clamp_min_", "clamp_max_"), CLIPPING),
-    **dict.fromkeys(("pow", "abs", "mean", "sum"), NORMS),
-    **dict.fromkeys(("stack", "cat"), STACKING),
-    "ones_like": MASKS,
-    **dict.fromkeys(("split", "chunk", "split_with_sizes"), DISTRIBUTED),
-    "view": "DistributedDataParallel, parameters_to_vector and LBFGS want it in one flat array. "
-    + DISTRIBUTED,
-}
-READ = (
-    "read rows with weight[index] or torch.nn.functional.embedding, all of it with "
-    "weight.to_dense(), or use LinearSphericalLoss, whose weight is an ordinary parameter"
-)
-
-
-def refusal(func: Any, what: str, instead: str | None = None) -> TypeError:
-    """Why an operation is not possible, and what is."""
-    name = func.overloadpacket.__name__
-    instead = instead or INSTEAD.get(name.removeprefix("_foreach_"), READ)
-    if func.namespace in ("c10d", "_c10d_functional"):
-        instead = DISTRIBUTED
-    elif name.startswith("_fused_"):
-        instead = ADAPTIVE
-    return TypeError(
-        f"{func.namespace}.{name} is not possible on {what}: it would need all its D × d numbers, "
-        f"which are never formed. {instead[0].upper()}{instead[1:]}"
-    )
-
-
-def described(x: Tensor) -> str:
-    """What an operation was asked of."""
-    if isinstance(x, StructuredGradient):
-        return "the gradient of a factored weight"
-    return "a factored weight"
-
-
-class Wrapper(torch.Tensor):
-    """What the tensors of this module share: every operation is looked up, or refused."""
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        from softsphere.matrix.table import dispatch  # the table knows these classes
-
-        return dispatch(func, args, kwargs or {})
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func in (torch.isfinite, torch.Tensor.isfinite):
-            # PyTorch would ask this of |x|, which is not known
-            return args[0].is_finite()
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
-
-    def __pow__(self, exponent: Any) -> Tensor:
-        # the operator of PyTorch turns what is refused into another error
-        return torch.pow(self, exponent)
-
-    @property
-    def data(self) -> Tensor:
-        """The same tensor for operations that autograd does not see."""
-        return self.detach()
-
-    @data.setter
-    def data(self, value: Tensor) -> None:
-        raise TypeError(
-            f"the data of a {type(self).__name__} cannot be replaced by another tensor; write it "
-            "with copy_ under torch.no_grad(), or with load_state_dict"
-        )
-
-    def numpy(self, *, force: bool = False) -> Any:
-        """Refused: see `to_dense`."""
-        raise TypeError(f"a {type(self).__name__} has no memory for NumPy to read; use to_dense()")
-
-    def share_memory_(self) -> Tensor:
-        """Refused: processes that step it at the same time would not see one another's steps."""
-        raise TypeError(
-            f"a {type(self).__name__} cannot be shared between processes; send a copy of the "
-            "layer or its state_dict()"
-        )
 
 
 class FactoredTensor(Wrapper):
@@ -295,15 +175,6 @@ class Content:
         return self.value
 
 
-def stale() -> RuntimeError:
-    """The error for a gradient of an earlier weight."""
-    return RuntimeError(
-        "the gradient of a factored weight belongs to another weight, or to this one before a step "
-        "or load_state_dict changed it; call zero_grad() after each step. torch.optim.SGD keeps "
-        "such gradients for momentum: use softsphere.optim.FactoredSGD for that"
-    )
-
-
 class StructuredGradient(Wrapper):
     """The gradient of a spherical loss with respect to a FactoredTensor: (D, w), in O(r w) numbers.
 
@@ -313,6 +184,7 @@ class StructuredGradient(Wrapper):
     """
 
     content: Content
+    described = "the gradient of a factored weight"
 
     @staticmethod
     def __new__(cls, content: Content) -> StructuredGradient:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -24,6 +26,8 @@ def data_parallel(s: Subject) -> None:
 
 
 def data_parallel_later(s: Subject) -> None:
+    if "init_sync" not in inspect.signature(DistributedDataParallel).parameters:
+        pytest.skip("this version of PyTorch always sends the weights at construction")
     model = DistributedDataParallel(s.model, init_sync=False)
     model(*s.batch()).backward()
 

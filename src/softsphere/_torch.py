@@ -32,8 +32,9 @@ def is_shared_with_others(x: Tensor) -> bool:
     count = getattr(torch._C, "_storage_Use_Count", None)
     if count is None:
         return True
-    # One use is that of x itself, the other that of the storage object which is asked.
-    return bool(count(x.untyped_storage()._cdata) > 2)
+    # how a tensor of its own memory is counted differs between versions
+    alone = torch.empty(1, device=x.device)
+    return bool(count(x.untyped_storage()._cdata) > count(alone.untyped_storage()._cdata))
 
 
 def transforms_active() -> bool:

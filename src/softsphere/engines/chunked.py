@@ -8,7 +8,12 @@ import torch
 from torch import Tensor
 
 from softsphere.engines.logits import above_rounding
-from softsphere.engines.operators import empty_gradients, upstream, where_needed
+from softsphere.engines.operators import (
+    differentiable_once,
+    empty_gradients,
+    upstream,
+    where_needed,
+)
 from softsphere.engines.options import LinearSphericalOptions
 from softsphere.engines.weight import (
     accumulator,
@@ -205,3 +210,4 @@ def pull(ctx: Any, gs: Any, gq: Any, gc: Any, *_: None) -> tuple[Tensor | None, 
 
 
 chunked.register_autograd(pull, setup_context=save)
+differentiable_once(chunked_backward)

@@ -13,7 +13,12 @@ from torch import Tensor
 
 from softsphere.engines import moments
 from softsphere.engines.moments import Gradients, Moments
-from softsphere.engines.operators import empty_gradients, upstream, where_needed
+from softsphere.engines.operators import (
+    differentiable_once,
+    empty_gradients,
+    upstream,
+    where_needed,
+)
 from softsphere.engines.options import LinearSphericalOptions
 from softsphere.engines.weight import accumulator, scatter
 from softsphere.stats import Stats
@@ -161,3 +166,4 @@ def pull(ctx: Any, gs: Any, gq: Any, gc: Any, *_: None) -> tuple[Tensor | None, 
 
 
 gram.register_autograd(pull, setup_context=save)
+differentiable_once(gram_backward)

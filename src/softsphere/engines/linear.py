@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from softsphere._torch import transforms_active
 from softsphere.engines import choice, chunked, dense, gram
 from softsphere.engines.options import LinearSphericalOptions
 from softsphere.stats import Stats
@@ -53,18 +54,18 @@ def statistics(
     name = options.engine
     eager = not torch.compiler.is_compiling()
     forward_mode = eager and forward_ad._current_level >= 0
+    transforms = eager and transforms_active()
     if name == "auto":
         (m, K), (D, d) = target.shape, W.shape
         # the kernels sum in what the inputs are summed in, and nothing wider
         triton = choice.TRITON and options.accumulate_dtype == torch.float32 and H.dtype == W.dtype
         name = choice.cheapest(m, D, d, H.dtype, H.device.type, K, b is not None, triton)
-        if forward_mode or (eager and torch._C._are_functorch_transforms_active()):
-            # transforms that the operators of the others have no rule for
+        if forward_mode or transforms:
+            # the operators of the others have no rule for them
             name = "dense"
-    elif forward_mode and name != "dense":
-        raise RuntimeError(
-            f"engine={name!r} has no forward-mode derivative; use engine='dense' (or 'auto')"
-        )
+    elif name != "dense" and (forward_mode or transforms):
+        what = "forward-mode derivative" if forward_mode else "rule for torch.func transforms"
+        raise RuntimeError(f"engine={name!r} has no {what}; use engine='dense' (or 'auto')")
     engine = ENGINES.get(name) or kernels(H.device)
     return engine(H, W, b, target, pi, centred=centred, options=options)
 

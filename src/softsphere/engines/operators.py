@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-__all__ = ["empty_gradients", "upstream", "where_needed"]
+__all__ = ["differentiable_once", "empty_gradients", "upstream", "where_needed"]
+
+
+def differentiable_once(backward: Any) -> None:
+    """Has a second derivative, which the operator of a backward has no formula for, say so."""
+
+    def refuse(ctx: Any, *grads: Any) -> None:
+        raise RuntimeError(
+            "this engine has first derivatives alone; for second ones use "
+            'options=LinearSphericalOptions(engine="dense")'
+        )
+
+    backward.register_autograd(refuse)
 
 
 def upstream(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from softsphere.engines.logits import above_rounding, accumulator
+from softsphere.engines.operators import differentiable_once
 from softsphere.stats import Stats
 
 try:
@@ -217,6 +218,7 @@ def pull_back(ctx: Any, gs: Tensor, gq: Tensor, gc: Tensor, _: Any) -> tuple[Ten
 
 
 triton_statistics.register_autograd(pull_back, setup_context=save)
+differentiable_once(triton_gradients)
 
 
 @torch.library.custom_op("softsphere::triton_gram", mutates_args=())

@@ -1,9 +1,10 @@
-# `make demo` compares the losses on real digits, `make test` runs every check, `make clean` forgets
-# the environment that both make.
+# `make demo` compares the losses on real digits, `make test` runs every check, `make test-oldest`
+# the tests with the least torch that will do, `make clean` forgets the environments that they make.
 PYTHON ?= python3
 BIN := .venv/bin
+OLDEST := .venv-oldest/bin
 
-.PHONY: demo test clean
+.PHONY: demo test test-oldest clean
 demo: .venv/.ready
 	$(BIN)/softsphere compare --tune
 
@@ -14,12 +15,19 @@ test: .venv/.ready
 	$(BIN)/lint-imports
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
-# The environment is made once and again only when what it is made from changes.
+# That torch's Triton takes arrays of one element for numbers, which NumPy warns of.
+test-oldest: .venv-oldest/.ready
+	OMP_NUM_THREADS=1 $(OLDEST)/pytest -n 2 -W ignore::DeprecationWarning:triton.runtime.interpreter
+
+# An environment is made once and again only when what it is made from changes.
 .venv/.ready: pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[lab]" --group dev
+.venv-oldest/.ready: pyproject.toml constraints-oldest.txt
+.venv/.ready .venv-oldest/.ready:
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(@D)/bin/python -m pip install --quiet --constraint $(filter constraints%,$^) \
+		--editable ".[lab]" --group dev
 	touch $@
 
 clean:
-	rm -rf .venv
+	rm -rf .venv .venv-oldest

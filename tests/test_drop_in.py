@@ -153,7 +153,9 @@ def test_compile_without_a_graph_break(name):
     logits, target = problem((5, 7))
     target[2] = -100
     a, b = logits.float().requires_grad_(), logits.float().requires_grad_()
-    got = torch.compile(criterion, fullgraph=True, backend="aot_eager")(a, target)
+    # the partitioner of PyTorch 2.6 does not end with this on (pytorch/pytorch#145081)
+    with torch._functorch.config.patch(ban_recompute_used_far_apart=False):
+        got = torch.compile(criterion, fullgraph=True, backend="aot_eager")(a, target)
     want = criterion(b, target)
     torch.testing.assert_close(got, want)
     got.backward()

@@ -12,6 +12,7 @@ from torch import Tensor
 from softsphere.matrix import FactoredTensor, StructuredGradient
 from softsphere.matrix.blocks import Blocks
 from softsphere.matrix.factored import Block
+from softsphere.matrix.lists import once
 from softsphere.matrix.refusals import stale
 
 __all__ = ["FactoredSGD"]
@@ -107,7 +108,9 @@ class FactoredSGD(torch.optim.Optimizer):
             raise TypeError(
                 f"params must be parameters, got a {type(given).__name__}; give it .parameters()"
             )
-        group["params"] = [given] if isinstance(given, Tensor) else list(given)
+        if isinstance(given, Tensor):
+            given = [given]
+        group["params"] = given if isinstance(given, set) else list(given)  # PyTorch refuses a set
         algorithm = group.setdefault("algorithm", "sgd")
         if algorithm not in ALGORITHMS:
             raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}, got {algorithm!r}")
@@ -130,6 +133,10 @@ class FactoredSGD(torch.optim.Optimizer):
         super().__setstate__(state)
         for group in self.param_groups:
             group.setdefault("algorithm", "sgd")
+            for name in ("nesterov", "maximize", "differentiable"):
+                group.setdefault(name, False)
+            for name in ("foreach", "fused"):
+                group.setdefault(name, None)
 
     def state_dict(self) -> dict[str, Any]:
         """As of every optimizer; the momentum of a factored weight is an ordinary (D, w) tensor,
@@ -147,12 +154,14 @@ class FactoredSGD(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             check_rate(group["lr"])
-        steps = [
-            self.planned(p, group)
+        ours = [
+            (p, group)
             for group in self.param_groups
             for p in group["params"]
             if isinstance(p, FactoredTensor) and p.grad is not None
         ]
+        once([p for p, _ in ours])
+        steps = [self.planned(p, group) for p, group in ours]
         for take in steps:
             take()
         for group in self.param_groups:
@@ -172,7 +181,10 @@ class FactoredSGD(torch.optim.Optimizer):
                 "param_groups": [{**group, "params": params}],
             }
         )
-        inner.step()
+        # less the hooks of all optimizers, which see the step of this one
+        step: Any = kind.step
+        step = step.__wrapped__ if getattr(step, "hooked", False) else step
+        step(inner)
 
     def planned(self, p: FactoredTensor, group: dict[str, Any]) -> Callable[[], None]:
         """What steps a factored weight when it is called.
@@ -193,7 +205,7 @@ class FactoredSGD(torch.optim.Optimizer):
         if content.edition not in (None, matrix.edition):
             raise stale()
         gradient = content.value.to(p.dtype, p.device)
-        state = self.state[p]
+        state = self.state[p] if mu or p in self.state else {}
         buffer = state.get(BUFFER)
         started = buffer is not None
         if not mu and not started:

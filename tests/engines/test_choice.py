@@ -64,7 +64,9 @@ def test_outputs_take_no_more_than_is_counted(name, dtype, prior):
     pi = torch.rand(D) + 0.1 if prior else None
     options = LinearSphericalOptions(engine="dense")
     target = torch.randint(D, (m,))
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+    # acc_events: PyTorch 2.11 warns in a first profile without it
+    kinds = [ProfilerActivity.CPU]
+    with profile(activities=kinds, profile_memory=True, acc_events=True) as recorded:
         linear_spherical_loss(H, W, target, name, prior=pi, options=options).backward()
     held = peak = 0
     for event in recorded.profiler.kineto_results.events():

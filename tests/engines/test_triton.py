@@ -382,6 +382,7 @@ def test_without_triton():
 
 
 def test_kernels_compile_for_a_gpu(tmp_path, monkeypatch):
+    pytest.importorskip("triton", "3.3", "the arguments of ASTSource were others")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     done = python(str(Path(__file__).with_name("_ahead_of_time.py"))).splitlines()
     assert len(done) == 3 * 4 + 5 * 5

@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
+from torch.autograd import forward_ad
+from torch.nn.parallel import DistributedDataParallel
 
 from softsphere.engines import moments
 from softsphere.engines.gram import chunk_size
 from softsphere.engines.moments import Gradients, Moments
 from softsphere.engines.options import LinearSphericalOptions
+from softsphere.engines.pending import Share, shares_of, waiting, withdraw
 from softsphere.engines.weight import accumulator, scatter
 from softsphere.stats import Stats
 
 __all__ = ["Accumulation"]
 
+# Whether something is so of W, and of b.
+Both = tuple[bool, bool]
+
+FIRST_ONLY = (
+    "inside accumulate() there are first derivatives by backward() alone; for second ones, for "
+    "forward mode and for torch.func leave the context and take "
+    "options=LinearSphericalOptions(engine='dense')"
+)
+
 
 class Accumulation:
     """The gram engine of a weight that stays as it is while gradients accumulate.
 
-    The moments are computed once. A backward adds its A (d, d), v (d) and target rows here, and
-    `finish` adds what they come to, in one pass over W, to the gradients of W and b: 4 D d² FLOPs
-    however many batches there were.
+    The moments are computed once. A backward leaves its A (d, d), v (d) and target rows in the
+    pending `.grad` of W and b, and `finish` has autograd deliver what they come to, in one pass
+    over W: 4 D d² FLOPs however many batches there were.
     """
 
     def __init__(
@@ -40,22 +51,32 @@ class Accumulation:
         self.size = chunk_size(W, options.class_chunk)
         self.pi = None if pi is None else pi.to(self.dtype)
         self.given_pi = pi
-        self.versions, self.sample = self.current_versions(), self.current_sample()
+        self.versions, self.samples = self.current_versions(), self.current_samples()
+        self.trained = self.currently_trained()
         self.moments: Moments | None = None
-        self.small: tuple[Tensor, Tensor] | None = None
-        self.entries: list[tuple[Tensor, Tensor, Tensor]] = []
         self.open = True
 
     def current_versions(self) -> list[int]:
         return [x._version for x in (self.W, self.b, self.given_pi) if x is not None]
 
-    def current_sample(self) -> Tensor:
-        """Some rows of W, since fused optimizers do not tell its version that they change it."""
-        return self.W.detach()[:: max(1, len(self.W) // 16)].clone()
+    def current_samples(self) -> list[Tensor]:
+        """Some of each, since what changes `.data` does not tell the version."""
+        given = [x.detach() for x in (self.W, self.b, self.given_pi) if x is not None]
+        return [x[:: max(1, len(x) // 16)].clone() for x in given]
 
-    def is_of(self, W: Tensor, b: Tensor | None, pi: Tensor | None) -> bool:
-        """Whether these are what this was begun with."""
-        return W is self.W and b is self.b and pi is self.given_pi
+    def currently_trained(self) -> Both:
+        return self.W.requires_grad, self.b is not None and self.b.requires_grad
+
+    def check_use(self, W: Tensor, b: Tensor | None, pi: Tensor | None) -> None:
+        """Raises: RuntimeError where these are not what this was begun with, or autograd is asked
+        for more than backward."""
+        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+            raise RuntimeError(FIRST_ONLY)
+        if not (W is self.W and b is self.b and pi is self.given_pi):
+            raise RuntimeError(
+                "the weight, bias or prior of the layer is another one than when accumulate() "
+                "began; leave the context before they are replaced"
+            )
 
     def check(self) -> None:
         """Raises: RuntimeError where this is over, or the weight or bias has been changed."""
@@ -69,114 +90,196 @@ class Accumulation:
                 "the weight, bias or prior has been changed inside accumulate(), so its Gram "
                 "matrix is that of another one; step the optimizer after the context, not inside"
             )
+        if self.currently_trained() != self.trained:
+            raise RuntimeError(
+                "requires_grad of the weight or bias has been changed inside accumulate(); freeze "
+                "and unfreeze them before or after the context"
+            )
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def statistics(self, H: Tensor, target: Tensor) -> Stats:
         """Statistics of H (m, d) for targets (m, K), in O(m d²) but for the first time."""
         self.check()
+        check_wrapper()
         if self.moments is None:
             with torch.no_grad(), torch.autocast(H.device.type, enabled=False):
                 self.moments = moments.moments(
                     self.W, self.b, self.pi, self.centred, self.size, self.dtype
                 )
-        batch = Batch(self)
-        anchor = Commit.apply(batch, self.W, self.b)  # type: ignore[no-untyped-call]
-        s, q, c = KeptStatistics.apply(H, anchor, target, batch)  # type: ignore[no-untyped-call]
+        stand = tuple(self.stand_in(x) for x in (self.W, self.b))
+        s, q, c = KeptStatistics.apply(H, *stand, target, self)  # type: ignore[no-untyped-call]
         pi = None if self.pi is None else self.pi[target]
         return Stats(s, q, c, float(len(self.W)), pi=pi)
 
-    def add(self, H: Tensor, target: Tensor, g: Gradients) -> None:
-        """What one batch gives to the gradient."""
+    def stand_in(self, x: Tensor | None) -> Tensor | None:
+        """What the graph of a batch ends in for W or b: itself, or a leaf of no other use where
+        hooks wait for its gradient. Autograd would run them for the nothing that a batch gives."""
+        if x is None or not (x.requires_grad and self.waited_for()):
+            return x
+        return torch.zeros((), dtype=x.dtype, device=x.device, requires_grad=True)
+
+    def waited_for(self) -> bool:
+        """Whether there may be hooks on the gradients. Those of data-parallel wrappers Python does
+        not see, but they come with a process group."""
+        if distributed.is_available() and distributed.is_initialized():
+            return True
+        given = [x for x in (self.W, self.b) if x is not None]
+        return any(x._backward_hooks or x._post_accumulate_grad_hooks for x in given)
+
+    def add(self, H: Tensor, target: Tensor, g: Gradients, wanted: Both) -> None:
+        """What one batch gives to the gradients that are wanted, one at least."""
         assert self.moments is not None
         with torch.autocast(H.device.type, enabled=False):
-            A, v = moments.small_gradient(H, self.moments, g, len(self.W))
-        self.small = (A, v) if self.small is None else (self.small[0] + A, self.small[1] + v)
-        # a copy, since whose the rows are may write over them after the backward
-        self.entries.append((H.clone(), target, g.c))
-
-    @torch.no_grad()
-    def finish(self) -> None:
-        """Adds what there is to the gradients of W and b."""
-        self.check()
-        if self.small is None or self.moments is None:
+            small = moments.small_gradient(H, self.moments, g, len(self.W))
+        # copies, since whose they are may write over them after the backward
+        entry = H.clone(), target.clone(), g.c.clone()
+        pair = zip((self.W, self.b), wanted, strict=True)
+        places = [waiting(x).shares for x, want in pair if want and x is not None]
+        # one that has the same to go to; there is none yet, or it was forgotten by a zero_grad
+        share = next((x for x in places[0] if self.whose(x) == wanted), None)
+        if share is not None:
+            share.add(small, entry)
             return
-        if not torch.equal(self.sample, self.current_sample()):
-            raise RuntimeError(
-                "the weight has been changed inside accumulate(), so what was computed since is of "
-                "another one, and nothing is added; step the optimizer after the context"
-            )
-        W, b, fresh = self.W, self.b, self.W.grad is None
-        # an embedding that is tied to it may have left a sparse one
-        dW, db = W.grad.to_dense() if W.grad is not None and W.grad.is_sparse else W.grad, None
-        if fresh and W.requires_grad:
-            dW = torch.empty(W.shape, dtype=W.dtype, device=W.device)
-        if b is not None and b.requires_grad:
-            db = torch.zeros_like(b) if b.grad is None else b.grad
-        out = dW if W.requires_grad else None, db
-        with torch.autocast(W.device.type, enabled=False):
-            shift = self.moments.shift
-            moments.dense_gradient(W, b, self.pi, shift, self.small, out, self.size, fresh=fresh)
-            for H, target, gc in self.entries:
-                scatter(out, H, target, gc, self.options.deterministic)
-        for x, grad in ((W, dW), (b, db)):
-            if x is not None and grad is not None:
-                x.grad = grad
+        share = Share(self, small, [entry])
+        for place in places:
+            place.append(share)
+
+    def whose(self, share: Share) -> Both:
+        """Whether W and b wait for it."""
+        return share in shares_of(self.W, self), share in shares_of(self.b, self)
+
+    def finish(self) -> None:
+        """Adds what there is to the gradients of W and b, by way of all hooks that are on them."""
+        self.check()
+        if not (shares_of(self.W, self) or shares_of(self.b, self)):
+            return
+        for was, now in zip(self.samples, self.current_samples(), strict=True):
+            if not torch.equal(was, now):
+                raise RuntimeError(
+                    "the weight, bias or prior has been changed inside accumulate(), so what was "
+                    "computed since is of another one, and nothing is added; step the optimizer "
+                    "after the context"
+                )
+        shares = withdraw(self.W, self), withdraw(self.b, self)
+        given = [x if mine else None for x, mine in zip((self.W, self.b), shares, strict=True)]
+        with torch.enable_grad():
+            end: Tensor = Delivery.apply(self, shares, *given)  # type: ignore[no-untyped-call]
+        end.backward()
+
+    def gradients(
+        self, shares: tuple[list[Share], list[Share]]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """What W's shares and b's come to, None where there are none."""
+        assert self.moments is not None
+        of_W, of_b = shares
+        dW = torch.empty_like(self.W) if of_W else None
+        db = torch.zeros_like(self.b) if self.b is not None and of_b else None
+        with torch.autocast(self.W.device.type, enabled=False):
+            for i, share in enumerate(dict.fromkeys((*of_W, *of_b))):
+                out = dW if share in of_W else None, db if share in of_b else None
+                given = self.W, self.b, self.pi, self.moments.shift, share.small
+                moments.dense_gradient(*given, out, self.size, fresh=i == 0)
+                for H, target, gc in share.entries:
+                    scatter(out, H, target, gc, self.options.deterministic)
+        return dW, db
 
     def close(self) -> None:
         """Forgets all; a graph that still refers to this can go no further."""
-        self.open, self.moments, self.small, self.entries = False, None, None, []
-
-
-@dataclass
-class Batch:
-    """Carries one use of the weight from its backward to the commitment of it."""
-
-    accumulation: Accumulation
-    pending: tuple[Tensor, Tensor, Gradients] | None = None
-
-
-class Commit(torch.autograd.Function):
-    """Stands for W and b in the graph, so that a gradient is only recorded where theirs is wanted:
-    not by torch.autograd.grad for something else."""
-
-    @staticmethod
-    def forward(ctx: Any, batch: Batch, W: Tensor, b: Tensor | None) -> Tensor:
-        ctx.batch = batch
-        return W.new_zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, _: Tensor) -> tuple[None, None, None]:
-        pending, ctx.batch.pending = ctx.batch.pending, None
-        ctx.batch.accumulation.add(*pending)
-        return None, None, None
+        for x in (self.W, self.b):
+            withdraw(x, self)
+        self.open, self.moments = False, None
 
 
 class KeptStatistics(torch.autograd.Function):
-    """s, q (m) and c (m, K) from kept moments."""
+    """s, q (m) and c (m, K) from kept moments. W and b are here, or what stands in for them, so
+    that autograd tells whether their gradients are wanted; they get none from here."""
 
     @staticmethod
     def forward(
-        ctx: Any, H: Tensor, anchor: Tensor, target: Tensor, batch: Batch
+        ctx: Any, H: Tensor, W: Tensor, b: Tensor | None, target: Tensor, a: Accumulation
     ) -> tuple[Tensor, Tensor, Tensor]:
-        a = batch.accumulation
         assert a.moments is not None
         with torch.autocast(H.device.type, enabled=False):
             s, q, c, P = moments.statistics(H, a.W, a.b, target, a.moments)
-        ctx.batch = batch
+        ctx.accumulation, ctx.stood_in = a, W is not a.W or b is not a.b
         ctx.save_for_backward(H, target, P)
         return s, q, c
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(
         ctx: Any, gs: Tensor, gq: Tensor, gc: Tensor
-    ) -> tuple[Tensor | None, Tensor, None, None]:
-        a = ctx.batch.accumulation
+    ) -> tuple[Tensor | None, None, None, None, None]:
+        a: Accumulation = ctx.accumulation
         a.check()
+        if torch.is_grad_enabled():  # create_graph=True
+            raise RuntimeError(FIRST_ONLY)
+        wanted = wanted_now(ctx)
         H, target, P = ctx.saved_tensors
         g, back = Gradients(gs, gq, gc), None
-        ctx.batch.pending = H, target, g
         if ctx.needs_input_grad[0]:
+            assert a.moments is not None
             with torch.autocast(H.device.type, enabled=False):
                 back = moments.hidden_gradient(a.W, target, P, a.moments, g).to(H.dtype)
-        return back, gs.new_zeros(()), None, None
+        if any(wanted):
+            a.add(H, target, g, wanted)
+        return back, None, None, None, None
+
+
+def wanted_now(ctx: Any) -> Both:
+    """Whether the backward that is under way is to give W and b their gradients.
+
+    Raises: RuntimeError where torch.autograd.grad is asked for them, or where one cannot tell.
+    """
+    # H comes first; without a b the third is the target, which has none
+    ends = [node for node, _ in ctx.next_functions[1:3]]
+    try:
+        W, b = (end is not None and torch._C._will_engine_execute_node(end) for end in ends)
+    except RuntimeError:
+        raise RuntimeError(
+            "torch.autograd.grad cannot give the gradients of weight and bias inside accumulate(), "
+            "since they are computed when it ends; call backward, or leave the context"
+        ) from None
+    if ctx.stood_in and [W, b] != [end is not None for end in ends]:
+        raise RuntimeError(
+            "inside accumulate(), with hooks on the gradients of weight or bias or with a process "
+            "group, a backward must be of everything; call it without inputs=, and "
+            "torch.autograd.grad outside the context"
+        )
+    return W, b
+
+
+class Delivery(torch.autograd.Function):
+    """Has autograd add the accumulated gradients to W and b, so that every hook sees them once.
+
+    They are computed in the backward and nobody else refers to them, so that autograd keeps them
+    as `.grad`, without a copy, where there was none before.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        a: Accumulation,
+        shares: tuple[list[Share], list[Share]],
+        W: Tensor | None,
+        b: Tensor | None,
+    ) -> Tensor:
+        ctx.accumulation, ctx.shares = a, shares
+        return a.W.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *ctx.accumulation.gradients(ctx.shares)
+
+
+def check_wrapper() -> None:
+    """Raises: RuntimeError inside the forward of a DistributedDataParallel that looks for the
+    parameters of a loss in its graph, where those of this layer are not."""
+    wrapper = getattr(DistributedDataParallel, "_active_ddp_module", None)
+    if wrapper is None:
+        return
+    for name in ("find_unused_parameters", "static_graph"):
+        if getattr(wrapper, name, False):
+            raise RuntimeError(
+                f"DistributedDataParallel with {name}=True takes the weight for unused inside "
+                f"accumulate(); wrap the model with {name}=False, or do without the context"
+            )

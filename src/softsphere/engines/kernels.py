@@ -14,6 +14,19 @@ import triton.language as tl
 __all__ = ["column_sum_kernel", "gradient_kernel", "gram_kernel", "statistics_kernel"]
 
 
+# Older ones multiply float64 by elements alone; they come with older versions of PyTorch.
+DOT_OF_FLOAT64 = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 5))
+
+
+@triton.jit
+def add_product(x, y, total, PRECISION: tl.constexpr, ACC: tl.constexpr):
+    """total + x y."""
+    if DOT_OF_FLOAT64 or tl.float64 != ACC:
+        return tl.dot(x, y, total, input_precision=PRECISION, out_dtype=ACC)
+    else:
+        return total + tl.sum(x.to(ACC)[:, :, None] * y.to(ACC)[None, :, :], 1)
+
+
 @triton.jit
 def output_tile(
     H,
@@ -44,7 +57,7 @@ def output_tile(
         inside = width < d - start
         w = tl.load(w_at, mask=(classes < D)[:, None] & inside[None, :], other=0.0)
         h = tl.load(h_at, mask=inside[:, None] & (rows < m)[None, :], other=0.0)
-        o = tl.dot(w, h, o, input_precision=PRECISION, out_dtype=ACC)
+        o = add_product(w, h, o, PRECISION, ACC)
         w_at += tl.cast(stride_wd, tl.int64) * BD
         h_at += tl.cast(stride_hd, tl.int64) * BD
     if b is not None:
@@ -237,6 +250,6 @@ def gram_kernel(
         if pi is not None:
             x = x.to(ACC) * tl.load(pi + classes, mask=real, other=0.0).to(ACC)[None, :]
             y = y.to(ACC)
-        Q = tl.dot(x, y, Q, input_precision=PRECISION, out_dtype=ACC)
+        Q = add_product(x, y, Q, PRECISION, ACC)
     at = partial + (tl.cast(split, tl.int64) * d + down[:, None]) * d + across[None, :]
     tl.store(at, Q, mask=(down < d)[:, None] & (across < d)[None, :])

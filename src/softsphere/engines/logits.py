@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from softsphere._torch import transforms_active
 from softsphere.stats import Stats
 
 __all__ = ["dense_statistics", "statistics"]
@@ -83,7 +84,9 @@ class RowStatistics(torch.autograd.Function):
         grad = torch.addcmul(base.unsqueeze(-1), d, 2 * gq.unsqueeze(-1))
         if pi is not None:
             grad = grad * pi
-        return grad.scatter_add_(-1, target, gc).to(o.dtype), None, None, None
+        # PyTorch 2.6 has no rule for the one in place inside vmap
+        add = grad.scatter_add if transforms_active() else grad.scatter_add_
+        return add(-1, target, gc).to(o.dtype), None, None, None
 
     @staticmethod
     def vmap(

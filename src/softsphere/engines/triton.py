@@ -143,7 +143,13 @@ def _(
     return rows, rows.clone(), rows.new_empty(target.shape), rows.new_empty(2, len(H))
 
 
-@torch.library.custom_op("softsphere::triton_gradients", mutates_args=())
+@torch.library.custom_op(
+    "softsphere::triton_gradients",
+    mutates_args=(),
+    # in words, since PyTorch 2.6 cannot read list[bool]
+    schema="(Tensor gs, Tensor gq, Tensor gc, Tensor H, Tensor W, Tensor? b, Tensor target, "
+    "Tensor? pi, Tensor mean, SymInt class_chunk, bool[] needs) -> (Tensor, Tensor, Tensor)",
+)
 def triton_gradients(
     gs: Tensor,
     gq: Tensor,

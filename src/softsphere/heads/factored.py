@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from softsphere import checks, losses
 from softsphere._torch import eager, transforms_active
-from softsphere.engines import factored
+from softsphere.engines import factored, stream
 from softsphere.functional.conventions import REDUCTIONS, reduce
 from softsphere.heads.prediction import OutputLayer
 from softsphere.losses import Spherical
@@ -22,6 +22,13 @@ from softsphere.stats import Stats
 from softsphere.targets import from_indices, from_sparse
 
 __all__ = ["FactoredSphericalLoss"]
+
+EXPORT = (
+    "a factored layer keeps its weight in factors, which neither an exported program nor a "
+    "compiled graph can hold; export head.to_linear() followed by log_prob or predict of "
+    "softsphere.SphericalLoss(head.loss, prior=…), or a LinearSphericalLoss with the same "
+    "state_dict(), and compile the model around it"
+)
 
 
 class FactoredSphericalLoss(OutputLayer):
@@ -97,6 +104,15 @@ class FactoredSphericalLoss(OutputLayer):
         self.weight = nn.Parameter(FactoredTensor(weight, columns, pi))
         self.reset_parameters()
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As of every module; a second name for the weight, which pruning wants, is refused."""
+        if isinstance(param, FactoredTensor) and name != "weight":
+            raise TypeError(
+                f"a factored weight cannot be kept as {name!r}: masks and pruning are for a dense "
+                "weight, as LinearSphericalLoss has"
+            )
+        super().register_parameter(name, param)
+
     def reset_parameters(self) -> None:
         """The initial values of `nn.Linear`: uniform within ±1/√d."""
         pi = self.matrix.arrays.pi
@@ -150,6 +166,12 @@ class FactoredSphericalLoss(OutputLayer):
             raise RuntimeError(factored.TWICE)
         checks.hidden(hidden, self.in_features)
         weight = self.factored_weight
+        if not weight.is_leaf:
+            raise TypeError(
+                "the weight of a FactoredSphericalLoss must be a parameter of its own, but it is "
+                "computed from another one (a parametrization); remove that, or use "
+                "LinearSphericalLoss"
+            )
         leading = hidden.shape[:-1]
         device = hidden.device.type
         with torch.autocast(device, enabled=False):
@@ -173,7 +195,12 @@ class FactoredSphericalLoss(OutputLayer):
             return reduce(rows.view(leading), (~entries.ignored).to(dtype), self.reduction)
 
     def rows_of(self, hidden: Tensor) -> Tensor:
-        """hidden as (m, w) in the weight's dtype, with the bias's column of ones."""
+        """hidden as (m, w) in the weight's dtype, with the bias's column of ones.
+
+        Raises: RuntimeError where a program is exported.
+        """
+        if stream.exporting():
+            raise RuntimeError(EXPORT)
         H = hidden.reshape(-1, self.in_features).to(self.weight.dtype)
         return nn.functional.pad(H, (0, 1), value=1.0) if self.has_bias else H
 
@@ -192,6 +219,18 @@ class FactoredSphericalLoss(OutputLayer):
     def weight_chunks(self, size: int) -> Iterator[tuple[slice, Tensor]]:
         return self.checked().chunks(size, self.columns)
 
+    def outputs(self, H: Tensor, classes: Tensor | None = None) -> Tensor:
+        weight = self.factored_weight
+        if not stream.transformed():
+            return stream.factored_outputs(H, weight, classes)
+        if classes is not None:
+            return stream.constant(H @ self.weight_rows(classes).mT, weight)
+        parts = [H @ rows.mT for _, rows in self.checked().chunks(columns=self.columns)]
+        return stream.constant(torch.cat(parts, 1), weight)
+
+    def is_differentiated(self, hidden: Tensor) -> bool:
+        return stream.differentiated(hidden, self.weight)
+
     def checked(self) -> Arrays:
         """What is kept of [W b], after a look at whether somebody else has changed it."""
         W = self.matrix.arrays
@@ -202,10 +241,17 @@ class FactoredSphericalLoss(OutputLayer):
         """log Σ_k π_k t(o_k) of each row from Q and w̄: (m); 0 for a loss without it."""
         if not isinstance(self.loss, losses.Normalised):
             return H.new_zeros(len(H))
-        W, d = self.checked(), self.columns.stop
-        q = ((H @ W.small("gram")[:d, :d]) * H).sum(-1).clamp_min(0)
-        s = H @ W.small("colsum")[:d]
-        return self.loss.log_normaliser(s, q, W.mass)
+        weight = self.factored_weight
+        if stream.transformed():
+            return stream.constant(stream.log_normaliser(self.classes(), H), weight)
+        none = torch.empty(len(H), 0, dtype=torch.long, device=H.device)
+        x = factored.statistics(H, weight, none, centred=False)
+        return self.loss.log_normaliser(x.s, x.q, x.mass)
+
+    log_prob = eager(EXPORT)(OutputLayer.log_prob)
+    topk = eager(EXPORT)(OutputLayer.topk)
+    predict = eager(EXPORT)(OutputLayer.predict)
+    rank = eager(EXPORT)(OutputLayer.rank)
 
     @property
     def bias(self) -> Tensor | None:

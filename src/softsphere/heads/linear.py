@@ -9,10 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from softsphere import checks, losses
 from softsphere.engines import LinearSphericalOptions, chunked, gram, options_or_default, stream
 from softsphere.engines.accumulation import Accumulation
+from softsphere.engines.logits import accumulator
+from softsphere.engines.pending import refuse_step
 from softsphere.engines.weight import chunks
 from softsphere.functional.conventions import check_options
 from softsphere.functional.linear import loss_on_linear, without_logits
@@ -160,11 +164,8 @@ class LinearSphericalLoss(OutputLayer, WithPrior):
     ) -> Tensor:
         """The loss of hidden (…, d) against target; see `functional.linear_spherical_loss`."""
         kept = self.accumulation
-        if kept is not None and not kept.is_of(self.weight, self.bias, self.prior):
-            raise RuntimeError(
-                "the weight, bias or prior of the layer is another one than when accumulate() "
-                "began; leave the context before they are replaced"
-            )
+        if kept is not None:
+            kept.check_use(self.weight, self.bias, self.prior)
         return loss_on_linear(
             hidden,
             self.weight,
@@ -186,14 +187,20 @@ class LinearSphericalLoss(OutputLayer, WithPrior):
         """Gradient accumulation at the price of one batch: gram's work in D once for all of them.
 
         Inside, the Gram matrix of the weight is computed once, and a backward leaves its small
-        share and keeps its rows of hidden; at the end the gradients that all of them come to are
-        added to `weight.grad` and `bias.grad`. What is pending until then zero_grad does not
-        forget and autograd.grad does not give. Step the optimizer after it. If an exception leaves
-        it, nothing is added. Under autocast the weight is taken as it is, not rounded.
+        share and keeps its rows of hidden; at the end autograd delivers the gradients that all of
+        them come to, in one piece and by way of all hooks. Until then `weight.grad` and `bias.grad`
+        are pending: zero_grad forgets them, and whatever else reads them raises. Step the optimizer
+        after it. If an exception leaves it, nothing is added. Under autocast the weight is taken as
+        it is, not rounded.
 
-        Raises: RuntimeError where it is nested, where the weight is changed inside, where weight or
-        bias has hooks on its gradient (data-parallel wrappers), which would see nothing of it, or
-        backward is called after it; ValueError or TypeError for what the gram engine cannot do.
+        DistributedDataParallel reduces the gradients of this layer at the end. Run forward and
+        backward of every micro-batch but the last under its no_sync().
+
+        Raises: RuntimeError where it is nested, where the weight is changed or its gradient read
+        inside, where backward is called after it, asks for second derivatives or, with hooks or a
+        process group, is for some tensors only; and under data-parallel wrappers that shard the
+        weight, look for unused parameters or have it in another layer, too. ValueError or TypeError
+        for what the gram engine cannot do.
 
         >>> head = LinearSphericalLoss(8, 1000)
         >>> with head.accumulate():
@@ -204,16 +211,9 @@ class LinearSphericalLoss(OutputLayer, WithPrior):
         """
         if self.accumulation is not None:
             raise RuntimeError("accumulate() cannot be nested; leave the one that is open first")
-        if not self.weight.is_leaf:
-            raise RuntimeError(
-                "accumulate() adds to weight.grad, but the weight is computed from something else "
-                "(a parametrization); remove that, or accumulate without this context"
-            )
-        if any(hooked(x) for x in (self.weight, self.bias)):
-            raise RuntimeError(
-                "accumulate() adds to weight.grad and bias.grad itself, past the hooks that are on "
-                "them (data-parallel wrappers set such); remove those, or do without the context"
-            )
+        check_parameter("weight", self.weight, (self.num_classes, self.in_features))
+        if self.bias is not None:
+            check_parameter("bias", self.bias, (self.num_classes,))
         if self.options.engine not in ("auto", "gram"):
             raise ValueError(
                 f"accumulate() is of the gram engine, got engine={self.options.engine!r}; "
@@ -229,10 +229,12 @@ class LinearSphericalLoss(OutputLayer, WithPrior):
             centred=self.loss.shift_invariant,
             options=self.options,
         )
+        optimizers = register_optimizer_step_pre_hook(refuse_step)
         try:
             yield
             kept.finish()
         finally:
+            optimizers.remove()
             kept.close()
             self.accumulation = None
 
@@ -242,26 +244,45 @@ class LinearSphericalLoss(OutputLayer, WithPrior):
 
     def rows_of(self, hidden: Tensor) -> Tensor:
         """hidden as (m, w) in float32 or wider, with the bias's column of ones."""
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        dtype = accumulator(self.weight.dtype)
         H = hidden.reshape(-1, self.in_features).to(dtype)
         return H if self.bias is None else nn.functional.pad(H, (0, 1), value=1.0)
 
     def weight_rows(self, classes: Tensor | slice) -> Tensor:
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        rows = self.weight.detach()[classes].to(dtype)
+        dtype = accumulator(self.weight.dtype)
+        rows = self.weight[classes].to(dtype)
         if self.bias is None:
             return rows
-        return torch.cat([rows, self.bias.detach()[classes].to(dtype).unsqueeze(-1)], -1)
+        return torch.cat([rows, self.bias[classes].to(dtype).unsqueeze(-1)], -1)
 
     def weight_chunks(self, size: int) -> Iterator[tuple[slice, Tensor]]:
         for part in chunks(self.num_classes, size):
             yield part, self.weight_rows(part)
 
+    def outputs(self, H: Tensor, classes: Tensor | None = None) -> Tensor:
+        if classes is not None:
+            return H @ self.weight_rows(classes).mT
+        W, b = self.weight.to(H.dtype), None if self.bias is None else self.bias.to(H.dtype)
+        return nn.functional.linear(H[:, : self.in_features], W, b)
+
+    def is_differentiated(self, hidden: Tensor) -> bool:
+        return stream.differentiated(hidden, self.weight, self.bias)
+
     def log_normaliser(self, H: Tensor) -> Tensor:
+        """log Σ_k π_k t(o_k) of each row: (m); 0 for a loss without it.
+
+        From (s, q) by the gram engine, or the chunked one for few rows; from all the outputs where
+        they do not do: for a comparator, by engine="dense" where it is differentiated, inside
+        torch.func transforms and in an exported program.
+        """
+        if not self.loss.normalised:
+            return H.new_zeros(H.shape[0])
+        by_engine = isinstance(self.loss, losses.Normalised) and self.options.engine != "dense"
+        recorded = self.is_differentiated(H) and not by_engine
+        if recorded or stream.exporting() or stream.transformed():
+            return self.classes().every_score(H).logsumexp(1)
         if not isinstance(self.loss, losses.Normalised):
-            if self.loss.normalised:
-                return stream.log_normaliser(self.classes(), H)
-            return H.new_zeros(len(H))
+            return stream.log_normaliser(self.classes(), H)
         H = H[:, : self.in_features]
         engine = gram if len(H) > self.in_features else chunked
         none = torch.empty(len(H), 0, dtype=torch.long, device=H.device)
@@ -284,10 +305,6 @@ class LinearSphericalLoss(OutputLayer, WithPrior):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        # what a factored layer needs to go on
-        unexpected_keys[:] = [
-            key for key in unexpected_keys if not key.startswith(prefix + "factors.")
-        ]
         # that of an nn.Linear has neither, and leaves them as they are
         for name in BUFFERS:
             if prefix + name in missing_keys:
@@ -307,6 +324,16 @@ class LinearSphericalLoss(OutputLayer, WithPrior):
         )
 
 
-def hooked(x: Tensor | None) -> bool:
-    """Whether something waits for the gradient of x."""
-    return x is not None and bool(x._backward_hooks or x._post_accumulate_grad_hooks)
+def check_parameter(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
+    """Raises: RuntimeError where accumulate() could not compute with x or add to its gradient."""
+    if not x.is_leaf:
+        raise RuntimeError(
+            f"accumulate() adds to {name}.grad, but the {name} is computed from something else "
+            "(a parametrization); remove that, or accumulate without this context"
+        )
+    if is_traceable_wrapper_subclass(x) or x.shape != shape:
+        raise RuntimeError(
+            f"accumulate() needs the whole {name} as a plain tensor of shape {shape}, got "
+            f"{type(x).__name__} of shape {tuple(x.shape)}, as sharding wrappers make it "
+            "(fully_shard); accumulate without this context"
+        )

@@ -15,6 +15,7 @@ from softsphere.matrix.arrays import Arrays
 from softsphere.matrix.blocks import Blocks
 from softsphere.matrix.gradient import GradientFactors
 from softsphere.matrix.precision import full
+from softsphere.matrix.refusals import stale
 from softsphere.matrix.rows import Rows
 from softsphere.matrix.step import SingularStepError, Update, gram_times, plan, times_weight
 
@@ -106,7 +107,15 @@ class FactoredMatrix:
         update = self.planned(gradient, blocks)
         if update.refused is not None:
             raise SingularStepError(update.refused)
-        return lambda: self.commit(update, blocks)
+        edition = W.edition
+
+        def take() -> None:
+            # a step that was planned at another W would spoil Q, w̄ and U⁻¹
+            if W.edition != edition:
+                raise stale()
+            self.commit(update, blocks)
+
+        return take
 
     @full
     def planned(self, gradient: GradientFactors, blocks: Blocks) -> Update:

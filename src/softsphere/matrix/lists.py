@@ -47,6 +47,7 @@ def foreach_add(
     packet: Any, calls: list[tuple[list[Any], dict[str, Any]]], ours: list[int]
 ) -> None:
     """Steps of several weights are all planned before the first is taken."""
+    once([calls[i][0][0] for i in ours])
     steps: list[Callable[[], Any]] = []
     taken: set[int] = set()
     for i in ours:
@@ -62,6 +63,16 @@ def foreach_add(
     for i, (each, named) in enumerate(calls):
         if i not in taken:
             packet(*each, **named)
+
+
+def once(params: Sequence[Any]) -> None:
+    """Raises ValueError where a weight is there twice: of steps that are planned at the same
+    weight only one can be taken."""
+    weights = [id(x.matrix) for x in params if isinstance(x, FactoredTensor)]
+    if len(set(weights)) < len(weights):
+        raise ValueError(
+            "an optimizer was given a factored weight twice; give it each parameter once"
+        )
 
 
 def unscale(func: Any, grads: Sequence[Tensor], found: Tensor, inverse: Tensor) -> None:
@@ -96,6 +107,7 @@ def fused_sgd(
     }  # fmt: skip
     if momentum:
         raise TypeError(f"a factored weight cannot be stepped so: {MOMENTUM}")
+    once(params)
     skipped = found_inf is not None and bool(found_inf)
     steps: list[Callable[[], Any]] = []
     for x, g in zip(params, grads, strict=True):

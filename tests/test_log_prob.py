@@ -1,0 +1,594 @@
+"""Log-probabilities of both layers: gradients, empty batches, transforms, export, the compiler."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from _cases import CASES
+from _twin import DenseTwin
+from softsphere import (
+    FactoredSphericalLoss,
+    LinearSphericalLoss,
+    LinearSphericalOptions,
+    SphericalLoss,
+)
+
+d, D = 6, 31
+SOME = torch.tensor([0, 5, 5, D - 1])
+COUNTS = torch.arange(1.0, D + 1)
+CLOSE = {"rtol": 1e-10, "atol": 1e-10}
+
+LOSSES = ("taylor_softmax", "spherical_softmax", "softmax", "taylor_4", "soft_margin")
+SPHERICAL = LOSSES[:2]
+EVERY = [(LinearSphericalLoss, x) for x in LOSSES] + [(FactoredSphericalLoss, x) for x in SPHERICAL]
+every_layer = pytest.mark.parametrize(
+    ("kind", "name"), EVERY, ids=[f"{kind.__name__}-{name}" for kind, name in EVERY]
+)
+both = pytest.mark.parametrize("kind", [LinearSphericalLoss, FactoredSphericalLoss])
+all_or_some = pytest.mark.parametrize("classes", [None, SOME], ids=["all", "some"])
+with_prior = pytest.mark.parametrize("prior", [None, COUNTS], ids=["uniform", "prior"])
+
+
+def layer(kind, name="taylor_softmax", engine="auto", dtype=torch.float64, **options):
+    """A layer, the factored one after some steps."""
+    torch.manual_seed(0)
+    if kind is LinearSphericalLoss:
+        options["options"] = LinearSphericalOptions(engine=engine)
+        return kind(d, D, CASES[name][0], dtype=dtype, **options)
+    head = kind(d, D, CASES[name][0], dtype=dtype, **options)
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
+    for _ in range(5):
+        optimizer.zero_grad()
+        head(torch.randn(4, d, dtype=dtype), torch.randint(D, (4,))).backward()
+        optimizer.step()
+    optimizer.zero_grad()
+    return head
+
+
+def rows(*shape, seed=1, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, d, generator=generator, dtype=dtype).requires_grad_()
+
+
+class OnLogits(nn.Module):
+    """The criterion on the logits of an nn.Linear with the weight of a layer."""
+
+    def __init__(self, head):
+        super().__init__()
+        self.linear = nn.Linear(d, D, bias=head.bias is not None, dtype=head.weight.dtype)
+        state = head.state_dict()
+        self.linear.load_state_dict({name: state[name] for name in self.linear.state_dict()})
+        self.criterion = SphericalLoss(head.loss, prior=head.base_measure)
+
+    def forward(self, hidden, classes=None):
+        logits = self.linear(hidden)
+        found = self.criterion.log_prob(logits.flatten(0, -2)).view(logits.shape)
+        return found if classes is None else found[..., classes]
+
+
+def parts(head, grads):
+    """Gradients with respect to hidden, W and b, by those of hidden and the parameters."""
+    if not isinstance(head, FactoredSphericalLoss):
+        return list(grads)
+    hidden, G = grads
+    assert type(G) is torch.Tensor and G.shape == head.weight.shape
+    if head.base_measure is not None:
+        G = G * head.base_measure.sqrt().unsqueeze(1)
+    return [hidden, G[:, :d], *([G[:, d]] if head.bias is not None else [])]
+
+
+class Largest(TorchDispatchMode):
+    """How many numbers each new tensor had."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        every = out if isinstance(out, (tuple, list)) else [out]
+        if not func.is_view and not func.name().endswith("_.Tensor"):
+            self.made += [x.numel() for x in every if isinstance(x, torch.Tensor)]
+        return out
+
+
+# --- gradients ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 7)], ids=["few rows", "many rows"])
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+@all_or_some
+@with_prior
+@every_layer
+def test_value_and_gradients_are_those_of_the_criterion_on_logits(
+    kind, name, prior, classes, bias, shape
+):
+    head = layer(kind, name, prior=prior, bias=bias)
+    dense, hidden = OnLogits(head), rows(*shape)
+    want, got = dense(hidden, classes), head.log_prob(hidden, classes)
+    torch.testing.assert_close(got, want, **CLOSE)
+    up = torch.randn_like(want)
+    grads = torch.autograd.grad(got, [hidden, *head.parameters()], up)
+    wanted = torch.autograd.grad(want, [hidden, *dense.parameters()], up)
+    torch.testing.assert_close(parts(head, grads), list(wanted), **CLOSE)
+    with torch.no_grad():
+        torch.testing.assert_close(head.log_prob(hidden, classes), want.detach(), **CLOSE)
+
+
+@pytest.mark.parametrize("m", [3, 14])
+@pytest.mark.parametrize("engine", ["dense", "chunked", "gram"])
+def test_gradients_at_some_classes_are_right_by_every_engine(engine, m):
+    head = layer(LinearSphericalLoss, engine=engine, prior=COUNTS)
+    dense, hidden = OnLogits(head), rows(m)
+    grads = [
+        torch.autograd.grad(f(hidden, SOME).square().sum(), [hidden, *module.parameters()])
+        for f, module in ((head.log_prob, head), (dense, dense))
+    ]
+    torch.testing.assert_close(*grads, **CLOSE)
+
+
+@all_or_some
+def test_a_prior_of_less_precision_is_that_of_the_criterion(classes):
+    linear = nn.Linear(d, D, dtype=torch.float64)
+    head, hidden = LinearSphericalLoss.from_linear(linear, prior=COUNTS), rows(4)
+    assert head.prior.dtype == torch.float32
+    grads = []
+    for log_p in (head.log_prob(hidden, classes), OnLogits(head)(hidden, classes)):
+        grads.append((log_p, *torch.autograd.grad(log_p.square().sum(), hidden)))
+    with torch.no_grad():
+        torch.testing.assert_close(head.log_prob(hidden, classes), grads[1][0], **CLOSE)
+    torch.testing.assert_close(*grads, **CLOSE)
+
+
+@all_or_some
+@both
+def test_a_frozen_weight_leaves_the_gradient_of_hidden(kind, classes):
+    head, hidden = layer(kind, prior=COUNTS), rows(4)
+    want = torch.autograd.grad(OnLogits(head)(hidden, classes).square().sum(), hidden)
+    head.requires_grad_(False)
+    got = torch.autograd.grad(head.log_prob(hidden, classes).square().sum(), hidden)
+    torch.testing.assert_close(got, want, **CLOSE)
+
+
+@both
+def test_hidden_without_a_gradient_leaves_that_of_the_weight(kind):
+    head = layer(kind)
+    head.log_prob(rows(4).detach()).square().sum().backward()
+    want = torch.autograd.grad(head.log_prob(rows(4)).square().sum(), head.weight)[0]
+    assert torch.equal(head.weight.grad, want)
+
+
+def test_the_gradient_of_hidden_alone_makes_nothing_of_the_size_of_the_weight():
+    many = 5000
+    head = FactoredSphericalLoss(d, many, prior=torch.rand(many) + 0.1)
+    hidden = rows(4, dtype=torch.float32)
+    head.log_prob(hidden, SOME)  # sums that are kept
+    with Largest() as seen:
+        torch.autograd.grad(head.log_prob(hidden, SOME).sum(), hidden)
+    assert max(seen.made) < many
+
+
+def test_log_prob_of_some_classes_makes_no_table_of_all_to_be_differentiated():
+    many, m = 5000, 64
+    head = LinearSphericalLoss(d, many)
+    with Largest() as seen:
+        head.log_prob(rows(m, dtype=torch.float32), SOME).sum().backward()
+    assert max(seen.made) < many * m
+
+
+@pytest.mark.parametrize("why", ["no_grad", "inference", "frozen"])
+@both
+def test_without_a_gradient_one_table_is_made_and_the_rest_streamed(kind, why):
+    head, hidden = layer(kind, prior=COUNTS), rows(5)
+    want = head.log_prob(hidden).detach()
+    whole = head.weight_chunks
+    head.weight_chunks = lambda size: whole(7)
+    if why == "frozen":
+        head.requires_grad_(False)
+        hidden = hidden.detach()
+    contexts = {"no_grad": torch.no_grad, "inference": torch.inference_mode}
+    with contexts.get(why, torch.enable_grad)():
+        head.log_prob(hidden)
+        with Largest() as seen:
+            got = head.log_prob(hidden)
+    assert not got.requires_grad
+    torch.testing.assert_close(got.clone(), want, **CLOSE)
+    assert sum(size >= 5 * D for size in seen.made) == 1
+
+
+@with_prior
+def test_sgd_steps_a_factored_weight_through_log_prob_as_a_dense_one(prior):
+    head = layer(FactoredSphericalLoss, prior=prior)
+    state = head.state_dict()
+    twin = DenseTwin(state["weight"].clone(), state["bias"].clone(), head.base_measure, lr=0.3)
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.3)
+    criterion = SphericalLoss(head.loss, prior=head.base_measure)
+    for seed in range(3):
+        hidden, target = rows(4, seed=seed), torch.arange(4)
+        for log_p, sgd in (
+            (head.log_prob(hidden), optimizer),
+            (criterion.log_prob(twin.outputs(hidden)), twin.sgd),
+        ):
+            sgd.zero_grad()
+            F.nll_loss(log_p, target).backward()
+            sgd.step()
+    torch.testing.assert_close(head.dense(), twin.W.detach(), **CLOSE)
+
+
+def test_dense_gradients_of_a_factored_weight_add_up():
+    head = layer(FactoredSphericalLoss)
+    for _ in range(2):
+        head.log_prob(rows(4)).square().sum().backward()
+    once = torch.autograd.grad(head.log_prob(rows(4)).square().sum(), head.weight)[0]
+    torch.testing.assert_close(head.weight.grad, 2 * once, **CLOSE)
+    head.zero_grad()
+    head(rows(4), torch.arange(4)).backward()
+    with pytest.raises(TypeError, match="gradient"):
+        head.log_prob(rows(4)).sum().backward()
+
+
+@all_or_some
+def test_a_step_before_the_backward_is_told(classes):
+    head = layer(FactoredSphericalLoss)
+    log_p = head.log_prob(rows(4), classes)
+    head(rows(4), torch.arange(4)).backward()
+    torch.optim.SGD(head.parameters(), lr=0.1).step()
+    head.zero_grad()
+    with pytest.raises(RuntimeError, match="changed since"):
+        log_p.sum().backward()
+
+
+def test_the_gradient_goes_through_a_parametrization():
+    head, hidden = layer(LinearSphericalLoss), rows(4)
+    plain = torch.autograd.grad(head.log_prob(hidden).square().sum(), head.weight)[0]
+
+    class Twice(nn.Module):
+        def forward(self, W):
+            return 2 * W
+
+        def right_inverse(self, W):
+            return W / 2
+
+    nn.utils.parametrize.register_parametrization(head, "weight", Twice())
+    head.log_prob(hidden).square().sum().backward()
+    torch.testing.assert_close(head.parametrizations.weight.original.grad, 2 * plain)
+
+
+def test_gradients_join_those_that_accumulate():
+    head, hidden, target = layer(LinearSphericalLoss, engine="gram"), rows(4), torch.arange(4)
+
+    def pieces():
+        yield head.log_prob(hidden).square().sum()
+        yield head(hidden, target)
+        yield head.log_prob(hidden, SOME).sum()
+
+    want = torch.autograd.grad(sum(pieces()), [head.weight, head.bias])
+    with head.accumulate():
+        for piece in pieces():
+            piece.backward()
+    torch.testing.assert_close([head.weight.grad, head.bias.grad], list(want), **CLOSE)
+
+
+@all_or_some
+@both
+def test_gradients_have_the_same_digits_under_autocast(kind, classes):
+    head = layer(kind, dtype=torch.float32)
+    grads = []
+    for inside in (True, False):
+        hidden = rows(20, dtype=torch.float32)
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            log_p = head.log_prob(hidden, classes)
+        assert log_p.dtype == torch.float32
+        grads.append(torch.autograd.grad(log_p.square().sum(), [hidden, *head.parameters()]))
+    assert all(torch.equal(*pair) for pair in zip(*grads, strict=True))
+
+
+@all_or_some
+def test_gradients_of_bfloat16_are_computed_in_float32(classes):
+    head = layer(LinearSphericalLoss, dtype=torch.bfloat16)
+    wide = layer(LinearSphericalLoss, dtype=torch.float32)
+    wide.load_state_dict(head.state_dict())
+    one = rows(20, dtype=torch.float32).detach().bfloat16().requires_grad_()
+    two = one.detach().float().requires_grad_()
+    got, want = (
+        torch.autograd.grad(x.log_prob(h, classes).square().sum(), [h, *x.parameters()])
+        for x, h in ((head, one), (wide, two))
+    )
+    for x, y in zip(got, want, strict=True):
+        assert x.dtype == torch.bfloat16
+        torch.testing.assert_close(x.float(), y, rtol=0, atol=2**-7 * float(y.abs().max()))
+
+
+# --- second derivatives and transforms ---------------------------------------------------------
+
+
+def second(log_prob, hidden, parameters):
+    first = torch.autograd.grad(
+        log_prob(hidden).square().sum(), [hidden, *parameters], create_graph=True
+    )
+    return torch.autograd.grad(sum(x.square().sum() for x in first), [hidden, *parameters])
+
+
+@pytest.mark.parametrize("engine", ["dense", "chunked", "gram"])
+@pytest.mark.parametrize("name", LOSSES)
+@all_or_some
+def test_second_derivatives_are_right_or_refused(name, engine, classes):
+    head = layer(LinearSphericalLoss, name, engine, prior=COUNTS)
+    dense, hidden = OnLogits(head), rows(14)
+
+    def find():
+        return second(lambda h: head.log_prob(h, classes), hidden, head.parameters())
+
+    if classes is not None and engine != "dense" and name in SPHERICAL:
+        with pytest.raises(RuntimeError, match=r'LinearSphericalOptions\(engine="dense"\)'):
+            find()
+        return
+    want = second(lambda h: dense(h, classes), hidden, dense.parameters())
+    torch.testing.assert_close(find(), want, rtol=1e-9, atol=1e-9)
+
+
+@all_or_some
+def test_second_derivatives_of_a_factored_layer_are_refused(classes):
+    head, hidden = layer(FactoredSphericalLoss), rows(4)
+    log_p = head.log_prob(hidden, classes).square().sum()
+    with pytest.raises(RuntimeError, match=r'LinearSphericalOptions\(engine="dense"\)'):
+        torch.autograd.grad(log_p, hidden, create_graph=True)
+
+
+def forward_mode(f):
+    def tangent(h):
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(f(forward_ad.make_dual(h, torch.ones_like(h)))).tangent
+
+    return tangent
+
+
+TRANSFORMS = {
+    "jacrev": torch.func.jacrev,
+    "jacfwd": torch.func.jacfwd,
+    "hessian": lambda f: torch.func.hessian(lambda h: f(h).square().sum()),
+    "vmap": torch.func.vmap,
+    "forward": forward_mode,
+}
+
+
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@all_or_some
+@every_layer
+def test_transforms_are_those_of_the_logits(kind, name, classes, transform, trained):
+    head = layer(kind, name, prior=COUNTS).requires_grad_(trained)
+    dense, hidden = OnLogits(head), rows(3).detach()
+    whole = head.weight_chunks
+    head.weight_chunks = lambda size: whole(7)
+    got, want = (
+        TRANSFORMS[transform](lambda h, f=f: f(h, classes))(hidden)
+        for f in (head.log_prob, lambda h, c: dense(h.view(-1, d), c).view(*h.shape[:-1], -1))
+    )
+    torch.testing.assert_close(got, want, **CLOSE)
+
+
+@both
+def test_predictions_can_be_mapped(kind):
+    head, hidden = layer(kind, prior=COUNTS), rows(5).detach()
+    whole = head.weight_chunks
+    head.weight_chunks = lambda size: whole(7)
+    target, vmap = torch.arange(8, 28, 4), torch.func.vmap
+    assert torch.equal(vmap(head.predict)(hidden), head.predict(hidden))
+    log_p = head.log_prob(hidden).detach()
+    above = log_p > log_p.gather(1, target.unsqueeze(1))
+    assert torch.equal(head.rank(hidden, target), 1 + above.sum(1))
+    assert torch.equal(vmap(head.rank)(hidden, target), 1 + above.sum(1))
+    values = vmap(lambda h: head.topk(h, 3).values)(hidden)
+    torch.testing.assert_close(values, head.topk(hidden, 3).values, **CLOSE)
+
+
+def test_a_mapped_factored_layer_has_the_gradient_of_hidden():
+    head, hidden = layer(FactoredSphericalLoss), rows(3)
+    got, want = (
+        torch.autograd.grad(f(hidden).square().sum(), hidden)
+        for f in (torch.func.vmap(head.log_prob), head.log_prob)
+    )
+    torch.testing.assert_close(got, want, **CLOSE)
+
+
+@all_or_some
+def test_transforms_do_not_lose_the_gradient_of_a_factored_weight(classes):
+    head = layer(FactoredSphericalLoss)
+    log_p = torch.func.vmap(lambda h: head.log_prob(h, classes))(rows(3).detach())
+    with pytest.raises(RuntimeError, match=r"torch\.func transforms"):
+        log_p.sum().backward()
+
+
+# --- empty batches and errors ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("leading", [(0,), (2, 0)])
+@every_layer
+def test_an_empty_batch_has_predictions_of_its_shape(kind, name, leading):
+    head = layer(kind, name, prior=COUNTS)
+    for context in (torch.enable_grad, torch.no_grad):
+        with context():
+            hidden = rows(*leading)
+            assert head.log_prob(hidden).shape == (*leading, D)
+            assert head.log_prob(hidden, SOME).shape == (*leading, len(SOME))
+            assert head.log_prob(hidden, SOME[:0]).shape == (*leading, 0)
+            assert head.predict(hidden).shape == leading
+            best = head.topk(hidden, 3)
+            assert best.values.shape == best.indices.shape == (*leading, 3)
+            assert head.rank(hidden, torch.zeros(leading, dtype=torch.long)).shape == leading
+
+
+@all_or_some
+@every_layer
+def test_an_empty_batch_has_a_gradient_of_zero(kind, name, classes):
+    head, hidden = layer(kind, name), rows(2, 0)
+    head.log_prob(hidden, classes).sum().backward()
+    assert hidden.grad.shape == hidden.shape
+    assert all(not x.grad.any() for x in head.parameters())
+
+
+@both
+def test_no_classes_at_all_and_a_single_row(kind):
+    head = layer(kind)
+    assert head.log_prob(rows(3), SOME[:0]).shape == (3, 0)
+    assert head.log_prob(rows()).shape == (D,)
+    assert head.predict(rows()).shape == ()
+
+
+@both
+def test_classes_are_a_list(kind):
+    for classes in (SOME.view(2, 2), SOME[0]):
+        with pytest.raises(ValueError, match=r"classes must have shape \(n,\)"):
+            layer(kind).log_prob(rows(3), classes)
+
+
+# --- export and the compiler -------------------------------------------------------------------
+
+
+class Asked(nn.Module):
+    """A trunk, a layer and what is asked of it."""
+
+    def __init__(self, head, what, *arguments):
+        super().__init__()
+        self.trunk, self.head = nn.Linear(d, d, dtype=head.weight.dtype), head
+        self.what, self.arguments = what, arguments
+
+    def forward(self, hidden):
+        return getattr(self.head, self.what)(self.trunk(hidden), *self.arguments)
+
+
+def exported(module, shape, strict):
+    sizes = {i: torch.export.Dim(f"n{i}") for i in range(len(shape))}
+    hidden = rows(*shape).detach()
+    return torch.export.export(module, (hidden,), dynamic_shapes=(sizes,), strict=strict)
+
+
+ASKED = {
+    "log_prob": ("log_prob",),
+    "some": ("log_prob", SOME),
+    "predict": ("predict",),
+    "topk": ("topk", 3),
+}
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["traced", "strict"])
+@pytest.mark.parametrize("what", ASKED)
+@pytest.mark.parametrize("name", ["taylor_softmax", "softmax"])
+def test_an_exported_layer_takes_batches_of_any_size(name, what, strict):
+    module = Asked(layer(LinearSphericalLoss, name, prior=COUNTS), *ASKED[what])
+    program = exported(module, (4,), strict)
+    nodes = [node for node in program.graph.nodes if node.op == "call_function"]
+    assert all(node.target.__module__ != "torch.ops.softsphere" for node in nodes)
+    assert not list(program.graph_module.children())  # no context that was kept
+    for m in (1, 2, 7, 300):
+        hidden = rows(m, seed=m).detach()
+        torch.testing.assert_close(program.module()(hidden), module(hidden), **CLOSE)
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["traced", "strict"])
+def test_an_exported_layer_that_was_saved_takes_any_leading_shape(strict):
+    module = Asked(layer(LinearSphericalLoss), "log_prob")
+    kept = io.BytesIO()
+    torch.export.save(exported(module, (2, 3), strict), kept)
+    program = torch.export.load(io.BytesIO(kept.getvalue()))
+    for shape in ((1, 1), (5, 2), (0, 3)):
+        hidden = rows(*shape).detach()
+        torch.testing.assert_close(program.module()(hidden), module(hidden), **CLOSE)
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["traced", "strict"])
+@pytest.mark.parametrize("what", ["log_prob", "predict"])
+def test_a_factored_layer_names_what_can_be_exported(what, strict):
+    module = Asked(layer(FactoredSphericalLoss), what)
+    with pytest.raises(Exception, match="LinearSphericalLoss"):
+        exported(module, (4,), strict)
+
+
+def test_a_factored_layer_that_the_program_does_not_hold_names_what_can_be_exported():
+    module = Asked(layer(FactoredSphericalLoss), "log_prob")
+    module.head, hidden = nn.Identity(), module.head
+    module.forward = lambda x: hidden.log_prob(x)
+    with pytest.raises(RuntimeError, match=r"head\.to_linear\(\).*LinearSphericalLoss"):
+        exported(module, (4,), False)
+
+
+class ToLinear(nn.Module):
+    def __init__(self, head):
+        super().__init__()
+        self.linear = head.to_linear()
+        self.criterion = SphericalLoss(head.loss, prior=head.base_measure)
+
+    def forward(self, hidden):
+        return self.criterion.log_prob(self.linear(hidden))
+
+
+def same_state(head):
+    other = LinearSphericalLoss(d, D, head.loss, prior=COUNTS.double(), dtype=torch.float64)
+    other.load_state_dict(head.state_dict())
+    module = nn.Module()
+    module.head, module.forward = other, other.log_prob
+    return module
+
+
+@pytest.mark.parametrize("instead", [ToLinear, same_state])
+def test_what_a_factored_layer_names_can_be_exported(instead):
+    head = layer(FactoredSphericalLoss, prior=COUNTS)
+    program = exported(instead(head), (4,), False)
+    for m in (1, 9):
+        torch.testing.assert_close(program.module()(rows(m)), head.log_prob(rows(m)), **CLOSE)
+
+
+@pytest.fixture
+def _forget():
+    """The compiler counts what it has compiled of a function, whichever layer's it was."""
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("_forget")
+@all_or_some
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        (LinearSphericalLoss, "taylor_softmax"),
+        (LinearSphericalLoss, "softmax"),
+        (FactoredSphericalLoss, "taylor_softmax"),
+    ],
+)
+def test_a_compiled_layer_has_the_same_gradients(kind, name, classes):
+    head, whole = layer(kind, name, prior=COUNTS), kind is LinearSphericalLoss
+    compiled = torch.compile(head.log_prob, backend="aot_eager", fullgraph=whole)
+    for m in (4, 14, 1):
+        results = []
+        for f in (compiled, head.log_prob):
+            hidden = rows(m)
+            log_p = f(hidden, classes)
+            grads = torch.autograd.grad(log_p.square().sum(), [hidden, *head.parameters()])
+            results.append((log_p, *grads))
+        torch.testing.assert_close(*results, **CLOSE)
+        with torch.no_grad():
+            torch.testing.assert_close(
+                compiled(hidden, classes), head.log_prob(hidden, classes), **CLOSE
+            )
+
+
+@pytest.mark.usefixtures("_forget")
+@both
+def test_compiled_predictions(kind):
+    head = layer(kind, prior=COUNTS)
+
+    def predictions(hidden, target):
+        return head.predict(hidden), head.topk(hidden, 3), head.rank(hidden, target)
+
+    whole = kind is LinearSphericalLoss
+    compiled = torch.compile(predictions, backend="aot_eager", fullgraph=whole)
+    for m in (4, 9, 1):
+        given = rows(m), torch.arange(m)
+        torch.testing.assert_close(compiled(*given), predictions(*given), **CLOSE)

@@ -154,6 +154,8 @@ class FactoredSGD(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             check_rate(group["lr"])
+            if group["algorithm"] == "sgd":
+                check_options(group)
         ours = [
             (p, group)
             for group in self.param_groups
@@ -225,17 +227,25 @@ class FactoredSGD(torch.optim.Optimizer):
             spread = [-lr * share * sign, share * sign]
             base = [[1 - lr * share * decay, share * decay], [-lr * mu, mu]]
         blocks = Blocks(frozen(base), tuple(spread))
-        if not started:
-            owner = Block(matrix, 0)
-            matrix.widen_(owner, blocks)
+        if isinstance(buffer, FactoredTensor) and buffer.matrix is matrix:
+            return matrix.plan(gradient, blocks)
+        # new, or from a state_dict, a copy or another device: to be kept beside the weight
+        values = unpacked(state)[BUFFER] if started else None
+        if values is not None and values.shape != p.shape:
+            raise ValueError(
+                f"the momentum of a factored weight must have shape {tuple(p.shape)}, got "
+                f"{tuple(values.shape)}; the optimizer's state is that of another layer"
+            )
+        owner = Block(matrix, 0)
+        matrix.widen_(owner, blocks, values)
+        step = matrix.plan(gradient, blocks)
+
+        def take() -> None:
+            # not before: a step that is refused has not begun the momentum
+            step()
             state[BUFFER] = FactoredTensor.alias(owner)
-        elif not (isinstance(buffer, FactoredTensor) and buffer.matrix is matrix):
-            # from a state_dict, a copy or another device: to be kept beside the weight again
-            values = unpacked(state)[BUFFER]
-            owner = Block(matrix, 0)
-            matrix.widen_(owner, blocks, values)
-            state[BUFFER] = FactoredTensor.alias(owner)
-        return matrix.plan(gradient, blocks)
+
+        return take
 
 
 def unpacked(state: dict[str, Any]) -> dict[str, Any]:

@@ -309,10 +309,11 @@ class FactoredSphericalLoss(OutputLayer):
         if self.has_bias:
             wanted["bias"] = (self.num_classes,)
         own = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
-        unexpected_keys += [prefix + key for key in own if key not in {*wanted, "prior"}]
+        pi = self.matrix.arrays.pi
+        known = {*wanted} if pi is None else {*wanted, "prior"}
+        unexpected_keys += [prefix + key for key in own if key not in known]
         missing = [prefix + key for key in wanted if key not in own]
         missing_keys += missing
-        pi = self.matrix.arrays.pi
         wrong = [
             f"size mismatch for {prefix}{key}: copying a param with shape "
             f"{tuple(own[key].shape)}, the shape in current model is {shape}."
@@ -323,7 +324,7 @@ class FactoredSphericalLoss(OutputLayer):
         dtype = own["weight"].dtype if adopt and "weight" in own else self.weight.dtype
         if dtype not in (torch.float32, torch.float64):
             wrong.append(f"{prefix}weight must be float32 or float64 to be assigned, got {dtype}.")
-        elif "prior" in own:
+        elif "prior" in own and pi is not None:
             try:
                 pi = checks.prior(own["prior"], dtype)
                 checks.class_vector("prior", pi, self.num_classes)
@@ -333,7 +334,7 @@ class FactoredSphericalLoss(OutputLayer):
         if wrong or missing:
             return
         columns = [own["weight"].detach(), *([own["bias"].detach()] if self.has_bias else [])]
-        if "prior" in own and own["prior"].dtype == dtype:
+        if "prior" in own and pi is not None and own["prior"].dtype == dtype:
             pi = own["prior"].detach().clone()  # to the last bit what was saved
         if adopt:
             with torch.no_grad():

@@ -263,7 +263,8 @@ class LinearSphericalLoss(OutputLayer, WithPrior):
         if classes is not None:
             return H @ self.weight_rows(classes).mT
         W, b = self.weight.to(H.dtype), None if self.bias is None else self.bias.to(H.dtype)
-        return nn.functional.linear(H[:, : self.in_features], W, b)
+        # narrowed, since the export of torch 2.6 compares the rows of a slice with its open end
+        return nn.functional.linear(H.narrow(1, 0, self.in_features), W, b)
 
     def is_differentiated(self, hidden: Tensor) -> bool:
         return stream.differentiated(hidden, self.weight, self.bias)

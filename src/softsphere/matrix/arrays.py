@@ -125,9 +125,7 @@ class Arrays:
     def sums(self) -> tuple[Tensor, Tensor]:
         """Q and w̄, kept from one change of W to the next. O(D w²) for the first time."""
         if self.known is None:
-            # what inference mode makes could not be changed in place afterwards
-            with torch.inference_mode(False):
-                self.known = self.computed_sums()
+            self.known = self.computed_sums()
         return self.known
 
     @full

@@ -66,6 +66,10 @@ class Blocks:
         first = tuple(a + rho * b for a, b in zip(self.base[0], self.spread, strict=True))
         return replace(self, base=(first, *self.base[1:]))
 
+    def finite(self) -> bool:
+        """Whether all that is multiplied by is a number."""
+        return all(map(math.isfinite, (*self.spread, *(x for row in self.base for x in row))))
+
     def invertible(self) -> bool:
         """Whether κ has an inverse."""
         if len(self.base) == 1:

@@ -17,6 +17,9 @@ from softsphere.matrix.wrapper import Wrapper
 
 aten = torch.ops.aten
 
+# Factors of W that U, U⁻¹ and Q take up without leaving the range of float64.
+SMALLEST, LARGEST = 1e-30, 1e30
+
 
 def step(x: FactoredTensor, g: StructuredGradient, alpha: float) -> Callable[[], None]:
     """What adds alpha G to W when it is called; nothing has changed until then."""
@@ -31,6 +34,15 @@ def step(x: FactoredTensor, g: StructuredGradient, alpha: float) -> Callable[[],
     base = tuple(tuple(float(a == b) for b in range(k)) for a in range(k))
     spread = (float(alpha), *(0.0,) * (k - 1))
     return matrix.plan(content.value.to(x.dtype, x.device), Blocks(base, spread))
+
+
+def fits(x: FactoredTensor, other: Any) -> None:
+    """Raises RuntimeError where a tensor cannot be broadcast to W, before a row is written."""
+    if isinstance(other, Tensor) and torch.broadcast_shapes(x.shape, other.shape) != x.shape:
+        raise RuntimeError(
+            f"a tensor of shape {tuple(other.shape)} cannot be broadcast to a factored weight of "
+            f"shape {tuple(x.shape)}"
+        )
 
 
 def rewrite(x: FactoredTensor, change: Callable[[slice, Tensor], Tensor]) -> FactoredTensor:
@@ -81,6 +93,7 @@ def add_weight_(func: Any, x: Tensor, other: Operand, alpha: float = 1) -> Tenso
     if isinstance(other, StructuredGradient):
         step(x, other, -alpha if func.overloadpacket is aten.sub_ else alpha)()
         return x
+    fits(x, other)
     return rewrite(x, lambda part, rows: func(rows.clone(), rows_of(other, part), alpha=alpha))
 
 
@@ -89,9 +102,10 @@ def add_weight(func: Any, x: Tensor, other: Operand, alpha: float = 1) -> Tensor
         if func.overloadpacket is not aten.add or alpha != 1:
             raise refusal(func, "a factored weight")
         # a multiple of the weight that came as a gradient, of p.norm() say
-        return other + x
+        return torch.add(other, x)
     if not isinstance(x, FactoredTensor):
         return cast(Tensor, func(x, cast(FactoredTensor, other).to_dense(), alpha=alpha))
+    fits(x, other)
     result = copied(x, x.device, x.dtype)
     return rewrite(result, lambda part, rows: func(rows, rows_of(other, part), alpha=alpha))
 
@@ -104,6 +118,7 @@ def lerped(rows: Tensor, end: Operand, weight: Operand) -> Tensor:
 def lerp_weight_(func: Any, x: FactoredTensor, end: Operand, weight: Operand) -> FactoredTensor:
     if not isinstance(x, FactoredTensor) or isinstance(weight, Wrapper):
         raise refusal(func, "a factored weight")
+    fits(x, end)
     return rewrite(x, lambda part, rows: lerped(rows, rows_of(end, part), weight))
 
 
@@ -123,8 +138,11 @@ def scale(func: Any, x: FactoredTensor, factor: Operand) -> FactoredTensor:
     number = 1 / float(factor) if divides else float(factor)
     if number == 0:
         return overwrite(x, lambda part: 0.0)
-    if number != 1:
-        x.matrix.scale_(x.block.j, number)
+    if number == 1:
+        return x
+    if not SMALLEST <= abs(number) <= LARGEST:  # nor what is not a number
+        return rewrite(x, lambda part, rows: rows * number)
+    x.matrix.scale_(x.block.j, number)
     return x
 
 
@@ -142,7 +160,8 @@ def scale_weight(func: Any, x: Tensor, factor: Operand) -> FactoredTensor:
     result = scale(func, copied(x, x.device, x.dtype), factor)
     source, times = x.block.of()
     number = 1 / float(factor) if func.overloadpacket is aten.div else float(factor)
-    result.block.multiple = result.matrix.edition, source, times * number
+    if source is not None:
+        result.block.multiple = result.matrix.edition, source, times * number
     return result
 
 
@@ -169,6 +188,7 @@ def copy_weight_(func: Any, x: Tensor, source: Tensor, non_blocking: bool = Fals
         raise refusal(func, "a factored weight")
     if isinstance(source, FactoredTensor) and source.block is x.block:
         return x
+    fits(x, source)
     source = source if isinstance(source, FactoredTensor) else source.expand(x.shape)
     return overwrite(x, lambda part: cast(Tensor, rows_of(source, part)))
 

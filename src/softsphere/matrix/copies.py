@@ -68,8 +68,10 @@ def empty_like_weight(
     func: Any, x: FactoredTensor, *, dtype: Any = None, device: Any = None, **_: Any
 ) -> FactoredTensor:
     W, dtype, device = x.matrix.arrays, full_precision(dtype, x), torch.device(device or x.device)
-    columns = W.V.blocks if W.blocks == 1 else [torch.empty_like(x, device="meta")]
-    blocks = [torch.empty(c.shape, dtype=dtype, device=device) for c in columns]
+    sizes = [block.shape[1] for block in W.V.blocks]
+    if W.blocks > 1:
+        sizes = sizes[:-1] if x.block.j == 0 else sizes[-1:]
+    blocks = [torch.empty(W.num_rows, size, dtype=dtype, device=device) for size in sizes]
     pi = W.pi
     if pi is not None and not pi.is_meta and device.type != "meta":
         pi = pi.to(device, dtype)

@@ -196,6 +196,7 @@ class FactoredMatrix:
             W.forget_gram()
             self.watch.restart()
 
+    @full
     def rewrite_(self, j: int, change: Callable[[slice, Tensor], Tensor]) -> None:
         """Block j of W becomes change(part, its rows there), a chunk of rows at a time. O(D w²)."""
         self.canonical_()
@@ -215,12 +216,14 @@ class FactoredMatrix:
         nothing = GradientFactors.zero(W.width, torch.empty(0, dtype=W.dtype, device=W.device))
         self.transform_(nothing, blocks)
 
+    @full
     def reset_(self) -> None:
         """Takes V for W, whatever was written into it."""
         self.arrays.V.note()
         self.arrays.reset_()
         self.watch.restart()
 
+    @full
     def copied(self, j: int, device: torch.device, dtype: torch.dtype) -> FactoredMatrix:
         """Block j in memory of its own."""
         W = self.arrays
@@ -232,7 +235,8 @@ class FactoredMatrix:
         dense = W.to_dense(columns=W.block(j)).to(device, dtype)
         pi = None if W.pi is None else W.pi.to(device, dtype)
         other = FactoredMatrix(*dense.split(sizes, 1), pi=pi)
-        other.arrays.edition = W.edition
+        if j == 0:
+            other.arrays.edition = W.edition
         return other
 
     @full
@@ -338,9 +342,14 @@ class Block:
         self.matrix, self.j = matrix, j
         self.multiple: tuple[str, str, float] | None = None
 
-    def of(self) -> tuple[str, float]:
-        """The edition that this is a known multiple of: its own, or that which it was made of."""
+    def of(self) -> tuple[str | None, float]:
+        """The edition that this is a known multiple of: its own, or that which it was made of.
+
+        None for a momentum, which is a multiple of no weight.
+        """
         edition = self.matrix.edition
+        if self.j:
+            return None, 1.0
         if self.multiple is not None and self.multiple[0] == edition:
             return self.multiple[1:]
         return edition, 1.0

@@ -17,10 +17,26 @@ from softsphere.matrix.tensors import FactoredTensor
 __all__ = ["refuse_step"]
 
 
-def refuse_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+def refuse_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
+    """Asks before the step, and again when a closure has made the gradients."""
+    refuse(optimizer)
+    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    if closure is None:
+        return None
+
+    def asked() -> Any:
+        loss = closure()
+        refuse(optimizer)
+        return loss
+
+    return (args[0], asked), {}
+
+
+def refuse(optimizer: torch.optim.Optimizer) -> None:
     """Raises TypeError where an optimizer of torch.optim could not step a factored weight."""
-    kind = type(optimizer)
-    if not kind.__module__.startswith("torch.optim"):
+    known = [kind for kind in type(optimizer).__mro__ if kind.__module__.startswith("torch.optim")]
+    kind = known[0]
+    if kind is torch.optim.Optimizer:
         return  # one that nobody knows of may well do what the table allows
     plain = kind is torch.optim.SGD
     for group in optimizer.param_groups:

@@ -21,11 +21,17 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def full(method: Method) -> Method:
-    """Runs a method of an object that has a `device` without autocast and without a gradient."""
+    """Runs a method of an object that has a `device` without autocast and without a gradient.
+
+    And outside inference mode: what that makes could not be changed in place afterwards.
+    """
 
     @functools.wraps(method)
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+        kind = self.device.type
+        # there is no autocast on the meta device
+        autocast = torch.autocast("cpu" if kind == "meta" else kind, enabled=False)
+        with torch.inference_mode(False), torch.no_grad(), autocast:
             return method(self, *args, **kwargs)
 
     return cast(Method, run)

@@ -53,7 +53,9 @@ def index(func: Any, x: FactoredTensor, indices: Sequence[Tensor | None]) -> Ten
     rows, *columns = indices
     if rows is None:
         raise refusal(func, x.described)
-    if rows.dtype == torch.bool:
+    if rows.dtype in (torch.bool, torch.uint8):
+        if rows.shape != x.shape[:1]:
+            raise refusal(func, x.described)
         rows = rows.nonzero().squeeze(1)
     found = face_rows(x, rows.flatten()).view(*rows.shape, x.shape[1])
     if not columns or columns[0] is None:
@@ -138,6 +140,9 @@ def of_part(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def times_transpose(H: Tensor, part: Part) -> Tensor:
     """H Wᵀ: (m, D)."""
+    if H.shape[1] != part.shape[0]:
+        shapes = f"{tuple(H.shape)} and {tuple(part.shape)}"
+        raise RuntimeError(f"shapes {shapes} cannot be multiplied")
     out = H.new_empty(len(H), part.shape[1])
     for columns, rows in face_chunks(part):
         out[:, columns] = H @ rows.mT
@@ -145,6 +150,9 @@ def times_transpose(H: Tensor, part: Part) -> Tensor:
 
 
 def product(func: Any, one: Tensor, two: Tensor) -> Tensor:
+    if one.shape[1] != two.shape[0]:
+        shapes = f"{tuple(one.shape)} and {tuple(two.shape)}"
+        raise RuntimeError(f"shapes {shapes} cannot be multiplied")
     if isinstance(two, FactoredTensor) and not isinstance(one, Wrapper):
         out = one.new_zeros(len(one), two.shape[1])
         for part, rows in face_chunks(two):
@@ -157,7 +165,15 @@ def product(func: Any, one: Tensor, two: Tensor) -> Tensor:
 
 def compare(func: Any, x: FactoredTensor, other: float) -> Tensor:
     """For the initialisers of PyTorch that draw again what is out of bounds."""
+    if isinstance(other, Tensor) and other.dim() > 0:
+        raise refusal(func, "a factored weight")
     return torch.cat([func(rows, other) for _, rows in face_chunks(x)])
+
+
+def is_nan(func: Any, x: FactoredTensor | StructuredGradient) -> Tensor:
+    """Whether each number is not one: (D, w)."""
+    finite = x.is_finite()
+    return ~finite[:1, :1].expand(x.shape) if finite.stride() == (0, 0) else x.to_dense().isnan()
 
 
 def where(func: Any, mask: Tensor, one: Operand, two: Operand) -> Tensor:

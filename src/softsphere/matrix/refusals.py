@@ -21,7 +21,7 @@ DISTRIBUTED = (
     "without DistributedDataParallel and fully_shard, or use LinearSphericalLoss"
 )
 CLIPPING = "clip its gradient by norm, with torch.nn.utils.clip_grad_norm_"
-NORMS = "p.norm() ** 2, which is the sum of its squares, and weight_decay work on it"
+NORMS = "the sum of its squares is p.norm() ** 2, and weight_decay works on it"
 MASKS = "masks and pruning are for a dense weight, as LinearSphericalLoss has"
 STACKING = "weights of several layers cannot be stacked; call the layers one by one"
 HALF = "a factored weight is float32 or float64; for half precision around it use torch.autocast"
@@ -32,6 +32,7 @@ INSTEAD = {
     **dict.fromkeys(("pow", "abs", "mean", "sum"), NORMS),
     **dict.fromkeys(("stack", "cat"), STACKING),
     "ones_like": MASKS,
+    "set_": "a parametrization is for a dense weight, as LinearSphericalLoss has",
     **dict.fromkeys(("split", "chunk", "split_with_sizes"), DISTRIBUTED),
     "view": "DistributedDataParallel, parameters_to_vector and LBFGS want it in one flat array. "
     + DISTRIBUTED,

@@ -22,6 +22,11 @@ __all__ = ["Rows"]
 CHUNK_BYTES = 8 << 20
 
 
+def same(one: Tensor, two: Tensor) -> bool:
+    """Whether all numbers are, or both are none."""
+    return one.is_meta or bool(((one == two) | (one.isnan() & two.isnan())).all())
+
+
 class Rows:
     """V (D, w) as blocks (D, w_j) of one dtype and device.
 
@@ -32,7 +37,8 @@ class Rows:
 
     def __init__(self, *blocks: Tensor) -> None:
         self.blocks = [block.detach().contiguous() for block in blocks]
-        self.lent: set[int] = set()
+        # some rows of each block that was lent, as they were
+        self.lent: dict[int, Tensor] = {}
         self.note()
 
     @property
@@ -59,29 +65,38 @@ class Rows:
     def note(self) -> None:
         """Takes the blocks as they are for what was written last."""
         self.written = self.versions()
+        self.lent = {j: self.sample(j) for j in self.lent}
 
     def changed_by_others(self) -> bool:
         """Whether a block has been changed in place since it was last written here."""
-        return self.versions() != self.written
+        if self.versions() != self.written:
+            return True
+        # what `.data` or NumPy write has no version
+        return any(not same(rows, self.sample(j)) for j, rows in self.lent.items())
+
+    def sample(self, j: int) -> Tensor:
+        """Some rows of block j."""
+        return self.blocks[j][:: max(1, self.num_rows // 64)].clone()
 
     def lend(self, j: int) -> Tensor:
         """Block j, as it is now for whoever gets it."""
-        self.lent.add(j)
+        self.lent[j] = self.sample(j)
         return self.blocks[j].detach()
 
     def adopt(self, j: int, block: Tensor) -> None:
         """Takes a caller's tensor for block j; it is copied when it would be written."""
         self.blocks[j] = block.detach().contiguous()
-        self.lent.add(j)
+        self.lent[j] = self.sample(j)
         self.note()
 
     def own(self) -> None:
         """Copies what was lent and is still referred to, so that V can be written."""
-        for j in self.lent:
-            if is_shared_with_others(self.blocks[j]):
-                self.blocks[j] = self.blocks[j].clone()
+        with torch.inference_mode(False):
+            for j in self.lent:
+                if is_shared_with_others(self.blocks[j]):
+                    self.blocks[j] = self.blocks[j].clone()
         if self.lent:
-            self.lent = set()
+            self.lent = {}
             self.note()
 
     def __getitem__(self, index: Tensor | slice) -> Tensor:

@@ -216,6 +216,9 @@ def plan(
     does every one after it until somebody asks.
     """
     g, blocks = gradient, blocks.with_weight(gradient.rho)
+    if not blocks.finite():
+        why = "lr, momentum, dampening and weight_decay must be finite. Nothing was changed"
+        return Update(g.rows, g.H, {}, {}, blocks, refused=why)
     if not blocks.invertible():
         why = "weight decay takes all of W away; lower lr or weight_decay"
         return Update(g.rows, g.H, {}, {}, blocks, refused=why)

@@ -35,7 +35,7 @@ def plus_weight(one: Content, W: FactoredTensor, alpha: float) -> tuple[Gradient
     if one.edition == W.matrix.edition:
         edition, factor = one.edition, 1.0
     content = Content(multiple(W, alpha * factor), W.block, edition)
-    value, edition = plus(one, content, 1)  # type: ignore[assignment]
+    value, edition = plus(one, content, 1)
     assert edition is not None
     return value, edition
 

@@ -7,7 +7,9 @@ an operation that is not there is refused.
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import torch
@@ -68,6 +70,9 @@ class FactoredTensor(Wrapper):
         self.block = block
         return self
 
+    def become(self, other: FactoredTensor) -> None:
+        self.block = other.block
+
     @property
     def matrix(self) -> FactoredMatrix:
         """The factors, of which this tensor is the first block of columns or the second."""
@@ -111,12 +116,20 @@ class FactoredTensor(Wrapper):
             result.grad = self.grad.__deepcopy__(memo)
         return result
 
+    def __copy__(self) -> FactoredTensor:
+        return same_kind(self, FactoredTensor.alias(self.block))
+
     def __reduce_ex__(self, protocol: Any) -> Any:
-        W = self.matrix.arrays
-        self.matrix.canonical_()
-        whole = W.V.blocks if W.blocks == 1 else [W.to_dense(columns=self.block.columns)]
-        pickled = (list(whole), W.pi, self.requires_grad, isinstance(self, torch.nn.Parameter))
-        return rebuild, pickled
+        return rebuild, self.pickled()
+
+    def pickled(self) -> tuple[Any, ...]:
+        """What `rebuild` takes: columns, base measure, and what kind of leaf it is."""
+        matrix = self.matrix
+        if matrix.arrays.blocks > 1:
+            matrix = matrix.copied(self.block.j, self.device, self.dtype)
+        matrix.canonical_()
+        W = matrix.arrays
+        return list(W.V.blocks), W.pi, self.requires_grad, isinstance(self, torch.nn.Parameter)
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         raise TypeError(
@@ -124,10 +137,6 @@ class FactoredTensor(Wrapper):
             'itself, and LinearSphericalLoss with options=LinearSphericalOptions(engine="dense") '
             "can be compiled whole"
         )
-
-    @staticmethod
-    def __tensor_unflatten__(inner: Any, meta: Any, size: Any, stride: Any) -> FactoredTensor:
-        raise TypeError("a factored weight cannot be rebuilt from a compiled graph")
 
 
 def same_kind(like: Tensor, made: FactoredTensor) -> FactoredTensor:
@@ -148,6 +157,21 @@ def rebuild(
     """What pickle makes a factored tensor of."""
     made = FactoredTensor.alias(Block(FactoredMatrix(*columns, pi=pi)))
     return kind(made, requires_grad, is_parameter)
+
+
+def sent(x: FactoredTensor) -> Any:
+    """To another process as a copy: PyTorch would share V, and each would step it by itself."""
+    buffer = io.BytesIO()
+    torch.save(x.pickled(), buffer)
+    return received, (buffer.getvalue(),)
+
+
+def received(data: bytes) -> FactoredTensor:
+    """What `sent` has sent."""
+    return rebuild(*torch.load(io.BytesIO(data)))
+
+
+ForkingPickler.register(FactoredTensor, sent)
 
 
 @dataclass
@@ -199,6 +223,9 @@ class StructuredGradient(Wrapper):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__()
 
+    def become(self, other: StructuredGradient) -> None:
+        self.content = other.content
+
     @property
     def value(self) -> GradientFactors:
         """The factors."""
@@ -236,7 +263,6 @@ class StructuredGradient(Wrapper):
         )
 
     __tensor_flatten__ = FactoredTensor.__tensor_flatten__
-    __tensor_unflatten__ = FactoredTensor.__tensor_unflatten__
 
 
 class Part(Wrapper):

@@ -64,9 +64,22 @@ class Wrapper(torch.Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 
+    def __eq__(self, other: Any) -> Any:
+        # as with __pow__ below: else Python would compare identities in its stead
+        return torch.eq(self, other) if isinstance(other, (Tensor, float, int)) else NotImplemented
+
+    def __ne__(self, other: Any) -> Any:
+        return torch.ne(self, other) if isinstance(other, (Tensor, float, int)) else NotImplemented
+
+    __hash__ = torch.Tensor.__hash__
+
     def __pow__(self, exponent: Any) -> Tensor:
         # the operator of PyTorch turns what is refused into another error
         return torch.pow(self, exponent)
+
+    def become(self, other: Any) -> None:
+        """Takes over what another tensor of this kind is."""
+        raise NotImplementedError
 
     @property
     def data(self) -> Tensor:
@@ -75,6 +88,11 @@ class Wrapper(torch.Tensor):
 
     @data.setter
     def data(self, value: Tensor) -> None:
+        if type(value) is type(self) and value.shape == self.shape:
+            # as when a module is moved to another dtype or device
+            torch.Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
+            self.become(value)
+            return
         raise TypeError(
             f"the data of a {type(self).__name__} cannot be replaced by another tensor; write it "
             "with copy_ under torch.no_grad(), or with load_state_dict"

@@ -18,6 +18,7 @@ from softsphere.losses import Spherical
 from softsphere.matrix import FactoredTensor, Health, StructuredGradient
 from softsphere.matrix.arrays import Arrays
 from softsphere.matrix.factored import FactoredMatrix
+from softsphere.matrix.upkeep import uninterrupted
 from softsphere.stats import Stats
 from softsphere.targets import from_indices, from_sparse
 
@@ -122,7 +123,7 @@ class FactoredSphericalLoss(OutputLayer):
                 "on a real device, or load it by load_state_dict"
             )
         bound = 1 / math.sqrt(self.in_features)
-        with torch.no_grad():
+        with torch.no_grad(), uninterrupted():
             for block in self.writable():
                 block.uniform_(-bound, bound)
             self.matrix.reset_()
@@ -355,11 +356,12 @@ class FactoredSphericalLoss(OutputLayer):
 
     def assign(self, columns: list[Tensor], pi: Tensor | None) -> None:
         """Writes weight (D, d) and bias (D) into the parameter; momentum beside it stays."""
-        for block, values in zip(self.writable(), columns, strict=True):
-            block.copy_(values.view(block.shape))
         W = self.matrix.arrays
-        W.pi = None if pi is None else pi.to(W.device, W.dtype)
-        self.matrix.reset_()
+        with uninterrupted():
+            for block, values in zip(self.writable(), columns, strict=True):
+                block.copy_(values.view(block.shape))
+            W.pi = None if pi is None else pi.to(W.device, W.dtype)
+            self.matrix.reset_()
 
     def writable(self) -> list[Tensor]:
         """What V has for weight and bias, to be written whole; then `FactoredMatrix.reset_`."""

@@ -13,6 +13,7 @@ from softsphere.matrix.copies import copied
 from softsphere.matrix.reading import root
 from softsphere.matrix.refusals import refusal, stale
 from softsphere.matrix.tensors import FactoredTensor, Operand, Part, StructuredGradient
+from softsphere.matrix.upkeep import uninterrupted
 from softsphere.matrix.wrapper import Wrapper
 
 aten = torch.ops.aten
@@ -61,12 +62,13 @@ def overwrite(x: FactoredTensor, fill: Callable[[slice], Tensor | float]) -> Fac
     W = x.matrix.arrays
     if W.blocks > 1:
         return rewrite(x, lambda part, rows: torch.empty_like(rows).copy_(as_tensor(fill(part))))
-    W.V.own()
-    for part in W.V.chunks():
-        scale, new = root(x, part), as_tensor(fill(part)).to(x.device, x.dtype)
-        new = new.expand(part.stop - part.start, x.shape[1])
-        W.V[part] = new if scale is None else new / scale
-    x.matrix.reset_()
+    with uninterrupted():
+        W.V.own()
+        for part in W.V.chunks():
+            scale, new = root(x, part), as_tensor(fill(part)).to(x.device, x.dtype)
+            new = new.expand(part.stop - part.start, x.shape[1])
+            W.V[part] = new if scale is None else new / scale
+        x.matrix.reset_()
     return x
 
 
@@ -197,9 +199,10 @@ def draw_(func: Any, x: FactoredTensor, *args: Any, **kwargs: Any) -> FactoredTe
     W = x.matrix.arrays
     if W.blocks == 1 and W.pi is None and len(W.V.blocks) == 1:
         # as of an ordinary tensor, so that the same seed gives the same numbers
-        W.V.own()
-        func(W.V.blocks[0], *args, **kwargs)
-        x.matrix.reset_()
+        with uninterrupted():
+            W.V.own()
+            func(W.V.blocks[0], *args, **kwargs)
+            x.matrix.reset_()
         return x
     empty = torch.empty(1, x.shape[1], dtype=x.dtype, device=x.device)
 

@@ -83,12 +83,6 @@ class Rows:
         self.lent[j] = self.sample(j)
         return self.blocks[j].detach()
 
-    def adopt(self, j: int, block: Tensor) -> None:
-        """Takes a caller's tensor for block j; it is copied when it would be written."""
-        self.blocks[j] = block.detach().contiguous()
-        self.lent[j] = self.sample(j)
-        self.note()
-
     def own(self) -> None:
         """Copies what was lent and is still referred to, so that V can be written."""
         with torch.inference_mode(False):

@@ -133,9 +133,10 @@ class FactoredTensor(Wrapper):
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         raise TypeError(
-            "a factored weight cannot go into a compiled graph; its layer stays out of it by "
-            'itself, and LinearSphericalLoss with options=LinearSphericalOptions(engine="dense") '
-            "can be compiled whole"
+            "a factored weight cannot go into a compiled graph or an exported program. Its layer "
+            "stays out of compiled graphs by itself; head.to_linear() with a criterion, and "
+            'LinearSphericalLoss with options=LinearSphericalOptions(engine="dense"), can be '
+            "compiled whole and exported"
         )
 
 

@@ -122,6 +122,7 @@ def wear() -> None:
     step = factored(setting, "squared_error")
     generator = torch.Generator().manual_seed(0)
     scale = torch.logspace(0, -1, setting.d)
+    step(*setting.batch(generator))  # Q is made from W in the first step
     thousands = []
     for _ in range(10):
         start = time.perf_counter()

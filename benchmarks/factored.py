@@ -25,8 +25,8 @@ import torch
 from measure import Peak
 from measure import record as replace_part
 
-from softsphere.lab.layers import CORE, FACTORED, LAYERS, Setting, factored, obstacle
-from softsphere.lab.timing import measure
+from softsphere_lab.timing.layers import CORE, FACTORED, LAYERS, Setting, factored, obstacle
+from softsphere_lab.timing.processes import measure
 
 TABLE = Path(__file__).with_name("factored.csv")
 PAPERS = (Setting(793_471, 512, 200), Setting(800_000, 300, 128))

@@ -6,7 +6,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from _cases import CASES
 from softsphere import losses
-from softsphere.engines.logits import statistics
+from softsphere.engines.row_statistics import statistics
 from softsphere.functional import log_prob, spherical_loss
 from softsphere.losses.bouchard_bound import best_xi
 from softsphere.stats import Stats

@@ -1,14 +1,14 @@
 """Softmax alternatives of the spherical loss family."""
 
 from softsphere import functional, losses, optim
-from softsphere.engines import LinearSphericalOptions
-from softsphere.heads import FactoredSphericalLoss, LinearSphericalLoss
-from softsphere.modules import (
+from softsphere.criteria import (
     SoftMarginSoftmaxLoss,
     SphericalLoss,
     SphericalSoftmaxLoss,
     TaylorSoftmaxLoss,
 )
+from softsphere.engines import LinearSphericalOptions
+from softsphere.heads import FactoredSphericalLoss, LinearSphericalLoss
 
 __version__ = "0.1.0"
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from softsphere.matrix import FactoredTensor, StructuredGradient
 from softsphere.matrix.blocks import Blocks
-from softsphere.matrix.factored import Block
+from softsphere.matrix.factored_matrix import Block
 from softsphere.matrix.lists import once
 from softsphere.matrix.refusals import stale
 

@@ -10,7 +10,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from softsphere import LinearSphericalOptions
-from softsphere.engines import choice, choose, chunked, gram, linear
+from softsphere.engines import choice, choose, chunked, gram
+from softsphere.engines import dispatch as linear
 from softsphere.functional import linear_spherical_loss
 
 SIZES = list(

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from _cases import CASES
 from _engines import ENGINES, SPHERICAL, layer
 from softsphere import FactoredSphericalLoss, LinearSphericalOptions, checks
-from softsphere.engines import factored, linear, moments, products
+from softsphere.engines import dispatch as linear
+from softsphere.engines import moments, products
+from softsphere.engines import structured as factored
 from softsphere.functional import linear_spherical_loss, spherical_loss
 
 TIGHT = {"rtol": 1e-10, "atol": 1e-11}

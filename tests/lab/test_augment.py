@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from softsphere.lab.augment import flip_and_crop
+from softsphere_lab.data.augment import flip_and_crop
 
 
 def windows(image: Tensor, padding: int) -> dict[tuple[int, int, bool], Tensor]:

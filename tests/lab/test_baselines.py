@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from softsphere.lab import baselines
-from softsphere.lab.baselines import AdaptiveSoftmax, HierarchicalSoftmax, default_cutoffs
+from softsphere_lab.models import baselines
+from softsphere_lab.models.baselines import AdaptiveSoftmax, HierarchicalSoftmax, default_cutoffs
 
 d = 6
 # Squares and not, one leaf a cluster, whole clusters of padding but one leaf, cutoffs passed.

@@ -12,8 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from softsphere.lab import classification, cli, data, study, training
-from softsphere.lab.records import Record
+from softsphere_lab.cli import app as cli
+from softsphere_lab.data import images as data
+from softsphere_lab.experiments import classification
+from softsphere_lab.records.folder import Record
+from softsphere_lab.study import protocol as study
+from softsphere_lab.training import image_run as training
 
 SMALL = ["compare", "--epochs", "2", "--batch-size", "256"]
 
@@ -156,7 +160,7 @@ def test_an_interrupt_keeps_what_is_finished(tmp_path, sent):
     out = tmp_path / "a run"
     arguments = [*SMALL, "--seeds", "200", "--losses", "softmax,z_loss", "--out", str(out)]
     process = subprocess.Popen(
-        [sys.executable, "-m", "softsphere", *arguments],
+        [sys.executable, "-m", "softsphere_lab", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

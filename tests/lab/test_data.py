@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from softsphere.lab import data
-from softsphere.lab.errors import LabError
+from softsphere_lab.data import images as data
+from softsphere_lab.errors import LabError
 
 needs_data = pytest.mark.skipif(
     not os.environ.get(data.VARIABLE), reason=f"{data.VARIABLE} names no folder of data sets"
@@ -123,7 +123,7 @@ def test_a_spoiled_set_is_one_line_that_names_what_is_wrong(case, part):
 
 
 def test_a_spoiled_set_stops_the_command_before_a_folder_is_made(tmp_path, monkeypatch, capsys):
-    from softsphere.lab import cli
+    from softsphere_lab.cli import app as cli
 
     write_parquet(tmp_path / "sets/mnist", ("image", "label"), (28, 28))
     write_parquet(tmp_path / "other/mnist", ("image", "label"), (27, 28))

@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from softsphere.lab import layers
-from softsphere.lab.layers import CORE, FACTORED, GRAM, LAYERS, Setting, obstacle
+from softsphere_lab.timing import layers
+from softsphere_lab.timing.layers import CORE, FACTORED, GRAM, LAYERS, Setting, obstacle
 
 SETTING = Setting(D=2500, d=16, m=8)
 

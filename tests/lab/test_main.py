@@ -6,7 +6,7 @@ import importlib.util
 import io
 import sys
 
-from softsphere import __main__
+from softsphere_lab import __main__
 
 
 def test_an_interrupt_while_the_lab_is_imported_is_one_line(monkeypatch, capsys):
@@ -19,7 +19,7 @@ def test_an_interrupt_while_the_lab_is_imported_is_one_line(monkeypatch, capsys)
 
 
 def test_an_interrupt_while_the_data_are_loaded_is_one_line_or_none(monkeypatch, capsys):
-    from softsphere.lab import data
+    from softsphere_lab.data import images as data
 
     def interrupted(*_):
         raise KeyboardInterrupt

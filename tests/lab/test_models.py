@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from softsphere.lab import models
-from softsphere.lab.errors import LabError
+from softsphere_lab.errors import LabError
+from softsphere_lab.models import networks as models
 
 SHAPES = [(1, 8, 8), (1, 28, 28), (3, 32, 32), (3, 9, 13)]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from softsphere.lab.outputs import SMALLER, Output, layer
+from softsphere_lab.models.output_layers import SMALLER, Output, layer
 
 COUNTS = torch.arange(1, 31)
 

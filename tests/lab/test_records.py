@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from softsphere.lab.records import Record
-from softsphere.lab.reproduce.registry import EXPERIMENTS
+from softsphere_lab.experiments.registry import EXPERIMENTS
+from softsphere_lab.records.folder import Record
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = [

@@ -11,13 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from softsphere.lab import cli
-from softsphere.lab.outputs import Output
-from softsphere.lab.records import Record, write
-from softsphere.lab.reproduce import ablation, classes, language, report, tables, vision
-from softsphere.lab.reproduce.experiment import BUDGETS, Ran, StudyExperiment
-from softsphere.lab.reproduce.registry import EXPERIMENTS
-from softsphere.lab.search import Axis
+from softsphere_lab.cli import app as cli
+from softsphere_lab.experiments import ablation, classes
+from softsphere_lab.experiments import image_sections as vision
+from softsphere_lab.experiments import measures as tables
+from softsphere_lab.experiments import page as report
+from softsphere_lab.experiments import text_sections as language
+from softsphere_lab.experiments.experiment import BUDGETS, Ran, StudyExperiment
+from softsphere_lab.experiments.registry import EXPERIMENTS
+from softsphere_lab.models.output_layers import Output
+from softsphere_lab.records.folder import Record, write
+from softsphere_lab.study.search import Axis
 
 STUDIES = {
     name: experiment

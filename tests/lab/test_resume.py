@@ -16,19 +16,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from softsphere.lab import run, study, work
-from softsphere.lab.checkpoint import Checkpoint
-from softsphere.lab.classification import Classification
-from softsphere.lab.errors import LabError
-from softsphere.lab.language_modelling import LanguageModelling
-from softsphere.lab.language_training import LanguageRun, Setup
-from softsphere.lab.outputs import Output
-from softsphere.lab.progress import terminal
-from softsphere.lab.records import Record
-from softsphere.lab.search import Axis
-from softsphere.lab.spec import LossSpec
-from softsphere.lab.study import Task
-from softsphere.lab.training import Schedule
+from softsphere_lab.errors import LabError
+from softsphere_lab.experiments.classification import Classification
+from softsphere_lab.experiments.language_modelling import LanguageModelling
+from softsphere_lab.models.output_layers import Output
+from softsphere_lab.progress import terminal
+from softsphere_lab.records.checkpoint import Checkpoint
+from softsphere_lab.records.folder import Record
+from softsphere_lab.study import protocol as study
+from softsphere_lab.study import work
+from softsphere_lab.study.protocol import Task
+from softsphere_lab.study.search import Axis
+from softsphere_lab.study.spec import LossSpec
+from softsphere_lab.training import run
+from softsphere_lab.training.image_run import Schedule
+from softsphere_lab.training.language_run import LanguageRun, Setup
 
 IMAGES = Classification(
     dataset="digits",
@@ -204,7 +206,7 @@ def lines(folder: Path) -> list:
 def start(folder: Path, *more: str) -> subprocess.Popen:
     command = ["reproduce", "ptb", "--budget", "smoke", "--out", str(folder), *more]
     return subprocess.Popen(
-        [sys.executable, "-m", "softsphere", *command],
+        [sys.executable, "-m", "softsphere_lab", *command],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from softsphere.lab import records, study
-from softsphere.lab.classification import Classification
-from softsphere.lab.errors import LabError
-from softsphere.lab.records import Record
+from softsphere_lab.errors import LabError
+from softsphere_lab.experiments.classification import Classification
+from softsphere_lab.records import folder as records
+from softsphere_lab.records.folder import Record
+from softsphere_lab.study import protocol as study
 
 START = {"loss": "softmax", "setting": "softmax", "lr": 0.001, "seed": 0}
 EPOCH = {"epoch": 1, "train_loss": 0.5, "valid_error": 0.1, "valid_nll": 0.4, "seconds": 1.0}
@@ -90,7 +91,7 @@ def test_a_spoiled_configuration_is_named_and_is_nobodys_match(tmp_path, content
 def test_one_process_at_a_time_works_in_a_folder(tmp_path):
     record = Record.create(tmp_path / "a run", {"losses": []})
     script = (
-        "import sys; from pathlib import Path; from softsphere.lab.records import Record\n"
+        "import sys; from pathlib import Path; from softsphere_lab.records.folder import Record\n"
         "with Record(Path(sys.argv[1])).alone(): print('alone')"
     )
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from matplotlib.text import Text
 
-from softsphere.lab import timing
-from softsphere.lab.errors import LabError
-from softsphere.lab.layers import FACTORED, LAYERS, Setting
-from softsphere.lab.records import Record
-from softsphere.lab.reproduce import scaling
-from softsphere.lab.reproduce.scaling import METRICS, PLANS, Plan, finding, left_out, markdown
+from softsphere_lab.errors import LabError
+from softsphere_lab.experiments import scaling
+from softsphere_lab.experiments.scaling import METRICS, PLANS, Plan, finding, left_out, markdown
+from softsphere_lab.records.folder import Record
+from softsphere_lab.timing import processes as timing
+from softsphere_lab.timing.layers import FACTORED, LAYERS, Setting
 
 PLAN = Plan((Setting(10, 4, 4), Setting(20, 4, 4)), (FACTORED, "softmax"), 0.1)
 
@@ -166,8 +166,9 @@ def test_names_beside_the_lines_do_not_cover_each_other(tmp_path, monkeypatch):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_a_process_that_times_ends_with_the_one_that_asked_for_it():
     script = (
-        "from softsphere.lab import timing; from softsphere.lab.layers import FACTORED, Setting\n"
-        "timing.measure(FACTORED, Setting(1000, 1024, 1024), seconds=600.0)"
+        "from softsphere_lab.timing.layers import FACTORED, Setting\n"
+        "from softsphere_lab.timing.processes import measure\n"
+        "measure(FACTORED, Setting(1000, 1024, 1024), seconds=600.0)"
     )
     asker = subprocess.Popen([sys.executable, "-c", script])
     children = Path(f"/proc/{asker.pid}/task/{asker.pid}/children")

@@ -9,17 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from softsphere.lab import study
-from softsphere.lab.checkpoint import Checkpoint
-from softsphere.lab.classification import RATES, Classification
-from softsphere.lab.errors import LabError
-from softsphere.lab.language_modelling import LanguageModelling
-from softsphere.lab.outputs import Output
-from softsphere.lab.records import Record
-from softsphere.lab.reproduce import ptb
-from softsphere.lab.search import Axis, Space, search, widened
-from softsphere.lab.spec import LossSpec
-from softsphere.lab.training import Schedule
+from softsphere_lab.errors import LabError
+from softsphere_lab.experiments import ptb
+from softsphere_lab.experiments.classification import RATES, Classification
+from softsphere_lab.experiments.language_modelling import LanguageModelling
+from softsphere_lab.models.output_layers import Output
+from softsphere_lab.records.checkpoint import Checkpoint
+from softsphere_lab.records.folder import Record, widened
+from softsphere_lab.study import protocol as study
+from softsphere_lab.study.search import Axis, Space, search
+from softsphere_lab.study.spec import LossSpec
+from softsphere_lab.training.image_run import Schedule
 
 STUDY = Classification(
     dataset="digits",

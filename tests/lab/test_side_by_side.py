@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from softsphere.lab import cli, engines, side_by_side, text, twins
+from softsphere_lab.cli import app as cli
+from softsphere_lab.data import text
+from softsphere_lab.experiments import engines, side_by_side, twins
 
 
 @pytest.fixture

@@ -7,9 +7,10 @@ import os
 import pytest
 import torch
 
-from softsphere.lab import data, similarity, text
-from softsphere.lab.errors import LabError
-from softsphere.lab.similarity import Similarity, load_pairs, spearman
+from softsphere_lab.data import images as data
+from softsphere_lab.data import similarity, text
+from softsphere_lab.data.similarity import Similarity, load_pairs, spearman
+from softsphere_lab.errors import LabError
 
 needs_data = pytest.mark.skipif(
     not os.environ.get(data.VARIABLE), reason=f"{data.VARIABLE} names no folder of data sets"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from softsphere.lab.errors import LabError
-from softsphere.lab.spec import LossSpec, distinct
+from softsphere_lab.errors import LabError
+from softsphere_lab.study.spec import LossSpec, distinct
 
 
 @pytest.mark.parametrize(

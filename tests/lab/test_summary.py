@@ -9,7 +9,7 @@ import math
 import pytest
 from scipy import stats
 
-from softsphere.lab import figures, inference, summary
+from softsphere_lab.report import figures, inference, summary
 
 
 def final(loss: str, seed: int, error: float, nll: float | None = None) -> dict:

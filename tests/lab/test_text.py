@@ -13,8 +13,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from softsphere.lab import corpora, data, text
-from softsphere.lab.errors import LabError
+from softsphere_lab.data import corpora, text
+from softsphere_lab.data import images as data
+from softsphere_lab.errors import LabError
 
 FOLDER = os.environ.get(data.VARIABLE)
 needs_data = pytest.mark.skipif(not FOLDER, reason=f"{data.VARIABLE} names no folder of data sets")

@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from softsphere.matrix import SingularStepError
 from softsphere.matrix.blocks import Blocks
-from softsphere.matrix.factored import Block, FactoredMatrix
+from softsphere.matrix.factored_matrix import Block, FactoredMatrix
 from softsphere.matrix.gradient import GradientFactors
 
 D, d = 23, 4

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softsphere.engines.logits import above_rounding
 from softsphere.engines.operators import (
     differentiable_once,
     empty_gradients,
@@ -15,6 +14,7 @@ from softsphere.engines.operators import (
     where_needed,
 )
 from softsphere.engines.options import LinearSphericalOptions
+from softsphere.engines.row_statistics import above_rounding
 from softsphere.engines.weight import (
     accumulator,
     add_target_rows,

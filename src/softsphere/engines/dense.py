@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from softsphere.engines import logits
+from softsphere.engines import row_statistics as logits
 from softsphere.engines.options import LinearSphericalOptions
 from softsphere.stats import Stats
 

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from softsphere.engines import kernels
-from softsphere.engines.logits import accumulator
+from softsphere.engines.row_statistics import accumulator
 
 __all__ = ["INTERPRETED", "Tile", "gram", "mean_output", "output_gradient", "sums"]
 

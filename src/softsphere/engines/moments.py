@@ -21,8 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from softsphere.engines.logits import above_rounding
 from softsphere.engines.products import multiplies, product, rounded
+from softsphere.engines.row_statistics import above_rounding
 from softsphere.engines.weight import (
     add_target_rows,
     chunks,

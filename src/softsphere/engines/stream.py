@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from softsphere._torch import transforms_active
-from softsphere.engines.factored import TWICE
+from softsphere.engines.structured import TWICE
 from softsphere.losses import Loss
 from softsphere.matrix import FactoredTensor
-from softsphere.matrix.factored import Block
+from softsphere.matrix.factored_matrix import Block
 
 __all__ = [
     "Classes",

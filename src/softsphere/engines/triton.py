@@ -14,8 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from softsphere.engines.logits import above_rounding, accumulator
 from softsphere.engines.operators import differentiable_once
+from softsphere.engines.row_statistics import above_rounding, accumulator
 from softsphere.stats import Stats
 
 try:

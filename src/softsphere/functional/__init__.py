@@ -1,7 +1,7 @@
 """Softmax-like probabilities, and the losses on logits and on a linear layer, as functions."""
 
-from softsphere.functional.linear import linear_spherical_loss
-from softsphere.functional.logits import (
+from softsphere.functional.on_linear import linear_spherical_loss
+from softsphere.functional.on_logits import (
     log_prob,
     log_spherical_softmax,
     log_taylor_softmax,

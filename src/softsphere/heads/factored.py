@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from softsphere import checks, losses
 from softsphere._torch import eager, transforms_active
-from softsphere.engines import factored, stream
+from softsphere.engines import stream
+from softsphere.engines import structured as factored
 from softsphere.functional.conventions import REDUCTIONS, reduce
 from softsphere.heads.prediction import OutputLayer
 from softsphere.losses import Spherical
 from softsphere.matrix import FactoredTensor, Health, StructuredGradient
 from softsphere.matrix.arrays import Arrays
-from softsphere.matrix.factored import FactoredMatrix
+from softsphere.matrix.factored_matrix import FactoredMatrix
 from softsphere.matrix.upkeep import uninterrupted
 from softsphere.stats import Stats
 from softsphere.targets import from_indices, from_sparse

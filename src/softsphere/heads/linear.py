@@ -13,15 +13,15 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from softsphere import checks, losses
+from softsphere.criteria import WithPrior
 from softsphere.engines import LinearSphericalOptions, chunked, gram, options_or_default, stream
 from softsphere.engines.accumulation import Accumulation
-from softsphere.engines.logits import accumulator
 from softsphere.engines.pending import refuse_step
+from softsphere.engines.row_statistics import accumulator
 from softsphere.engines.weight import chunks
 from softsphere.functional.conventions import check_options
-from softsphere.functional.linear import loss_on_linear, without_logits
+from softsphere.functional.on_linear import loss_on_linear, without_logits
 from softsphere.heads.prediction import OutputLayer
-from softsphere.modules import WithPrior
 
 __all__ = ["LinearSphericalLoss"]
 

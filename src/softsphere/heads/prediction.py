@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from softsphere import checks, losses
+from softsphere.criteria import TopK
 from softsphere.engines import stream
 from softsphere.functional.conventions import mixed_precision
-from softsphere.modules import TopK
 
 __all__ = ["OutputLayer"]
 

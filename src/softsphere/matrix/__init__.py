@@ -7,7 +7,7 @@ and `table` what PyTorch sees of it; `guard` asks PyTorch's optimizers before th
 
 from softsphere.matrix import guard as _guard
 from softsphere.matrix import table as _table
-from softsphere.matrix.factored import Health
+from softsphere.matrix.factored_matrix import Health
 from softsphere.matrix.step import SingularStepError
 from softsphere.matrix.tensors import FactoredTensor, StructuredGradient
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softsphere.matrix.factored import Block, FactoredMatrix
+from softsphere.matrix.factored_matrix import Block, FactoredMatrix
 from softsphere.matrix.gradient import GradientFactors
 from softsphere.matrix.refusals import HALF, refusal
 from softsphere.matrix.tensors import Content, FactoredTensor, StructuredGradient

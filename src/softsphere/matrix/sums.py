@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from softsphere.matrix.copies import none
-from softsphere.matrix.factored import Block
+from softsphere.matrix.factored_matrix import Block
 from softsphere.matrix.gradient import GradientFactors
 from softsphere.matrix.refusals import refusal, stale
 from softsphere.matrix.tensors import Content, FactoredTensor, Operand, StructuredGradient

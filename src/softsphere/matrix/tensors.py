@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softsphere.matrix.factored import Block, FactoredMatrix
+from softsphere.matrix.factored_matrix import Block, FactoredMatrix
 from softsphere.matrix.gradient import GradientFactors
 from softsphere.matrix.refusals import stale
 from softsphere.matrix.wrapper import Wrapper

@@ -1,0 +1,252 @@
+"""Softmax-like probabilities, and the losses on logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from softsphere import checks, losses
+from softsphere.engines.row_statistics import accumulator, dense_statistics, statistics
+from softsphere.functional.conventions import check_options, counts, finish, refuse_weight
+from softsphere.stats import Stats
+from softsphere.targets import from_sparse
+
+__all__ = [
+    "log_prob",
+    "log_prob_checked",
+    "log_spherical_softmax",
+    "log_taylor_softmax",
+    "loss_on_logits",
+    "spherical_loss",
+    "spherical_softmax",
+    "taylor",
+    "taylor_softmax",
+]
+
+
+def spherical_loss(
+    logits: Tensor,
+    target: Tensor,
+    loss: str | losses.Loss,
+    *,
+    target_values: Tensor | None = None,
+    weight: Tensor | None = None,
+    prior: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    r"""Any loss of the package on logits, with the conventions of `F.cross_entropy`.
+
+    Args:
+        logits: (C), (N, C) or (N, C, d1, …), floating-point. float16 and bfloat16 are computed in
+            float32; the result has the dtype of logits (under autocast: float32).
+        target: class indices, shaped as logits without its class dimension; or class
+            probabilities, shaped as logits (Σ_k p_k ℓ_k; for the squared error the target vector).
+        loss: a name of `softsphere.losses.REGISTRY`, or a loss.
+        target_values: (N, K) real values for K-sparse targets (N, K): Σ_j y_j ℓ(t_j), for the
+            squared error the non-zero entries of the target vector. −1 in target is padding, in
+            any place; the values of an index that is repeated in a row add up.
+        weight: (C) class weights, as in `F.cross_entropy`.
+        prior: (C) positive class frequencies or counts, the base measure π: f_k ∝ π_k t(o_k).
+        reduction: "mean", "sum" or "none". The mean of class indices is weighted by `weight`; that
+            of class probabilities and of K-sparse targets divides by the number of rows.
+        ignore_index: rows with this target count for nothing.
+        label_smoothing: α of (1−α)·ℓ(t) + (α/C)·Σ_k ℓ(k); class probabilities become
+            (1−α)·p + α/C.
+
+    Raises: ValueError or TypeError that names the argument, what came and what would do.
+
+    >>> o = torch.tensor([[1.0, 0.0, -1.0], [0.0, 2.0, 0.0]])
+    >>> spherical_loss(o, torch.tensor([0, 1]), "taylor_softmax")
+    tensor(0.4032)
+    """
+    pi = None if prior is None else checks.prior(prior)
+    return loss_on_logits(
+        logits,
+        target,
+        losses.get(loss),
+        target_values=target_values,
+        weight=weight,
+        pi=pi,
+        reduction=reduction,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+    )
+
+
+def loss_on_logits(
+    logits: Tensor,
+    target: Tensor,
+    loss: losses.Loss,
+    *,
+    target_values: Tensor | None,
+    weight: Tensor | None,
+    pi: Tensor | None,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+) -> Tensor:
+    """`spherical_loss` for a prior that is checked and normalised already."""
+    check_options(loss, reduction, ignore_index, label_smoothing)
+    dim = checks.logits_shape(logits)
+    num_classes = logits.shape[dim]
+    for name, vector in (("weight", weight), ("prior", pi)):
+        if vector is not None:
+            checks.class_vector(name, vector, num_classes)
+    o = logits.movedim(dim, -1)
+    dtype = accumulator(o.dtype)
+    w = None if weight is None else weight.to(dtype)
+    pi = None if pi is None else pi.to(dtype)
+    if target_values is not None:
+        if label_smoothing:
+            raise ValueError("label_smoothing has no meaning with target_values; leave it 0")
+        rows, counted = sparse(o, target, target_values, loss, w, pi, ignore_index)
+    else:
+        checks.target_shape(logits, dim, target)
+        if target.is_floating_point():
+            if ignore_index >= 0:
+                raise ValueError(
+                    f"ignore_index has no meaning for class probabilities, got {ignore_index}; "
+                    "leave it out, or give class indices"
+                )
+            p = target.movedim(dim, -1).to(dtype)
+            p = (1 - label_smoothing) * p + label_smoothing / num_classes if label_smoothing else p
+            rows, counted = soft(o, p, loss, w, pi), None
+        else:
+            rows, counted = hard(o, target, loss, w, pi, ignore_index, label_smoothing)
+    return finish(rows, counted, reduction, logits)
+
+
+def hard(
+    o: Tensor,
+    target: Tensor,
+    loss: losses.Loss,
+    w: Tensor | None,
+    pi: Tensor | None,
+    ignore_index: int,
+    smoothing: float,
+) -> tuple[Tensor, Tensor]:
+    """Losses (...) of class indices (...), and what each row counts for."""
+    dtype = accumulator(o.dtype)
+    t, own, ignored, counted = counts(target, o.shape[-1], ignore_index, w, dtype)
+    if smoothing:
+        each = per_class(o, loss, pi)
+        uniform = (each if w is None else each * w).mean(-1)
+        hit = each.gather(-1, t.unsqueeze(-1)).squeeze(-1)
+        rows = (1 - smoothing) * own * hit + smoothing * uniform
+    elif isinstance(loss, losses.Spherical):
+        x = statistics(o, t.unsqueeze(-1), pi, centred=loss.shift_invariant)
+        rows = own * loss.value(x)
+    else:
+        rows = own * on_logits(loss).at(o.to(own.dtype), t, pi)
+    return torch.where(ignored, 0.0, rows), counted
+
+
+def soft(o: Tensor, p: Tensor, loss: losses.Loss, w: Tensor | None, pi: Tensor | None) -> Tensor:
+    """Losses (...) of class probabilities p (..., C)."""
+    if isinstance(loss, losses.SquaredError):
+        refuse_weight(w)
+        return loss.value(dense_statistics(o, pi, centred=False, y=p))
+    each = per_class(o, loss, pi)
+    return (each * (p if w is None else p * w)).sum(-1)
+
+
+def sparse(
+    o: Tensor,
+    target: Tensor,
+    values: Tensor,
+    loss: losses.Loss,
+    w: Tensor | None,
+    pi: Tensor | None,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor]:
+    """Losses (...) of K-sparse targets (..., K) with values, and which rows count."""
+    checks.sparse_targets(o, target, values)
+    if isinstance(loss, losses.SquaredError):
+        refuse_weight(w)
+    values = values.to(accumulator(o.dtype))
+    entries = from_sparse(target, values, o.shape[-1], ignore_index, w)
+    t, ignored = entries.t, entries.ignored
+    y = values if entries.y is None else entries.y
+    if isinstance(loss, losses.Spherical):
+        x = statistics(o, t, pi, centred=loss.shift_invariant)
+        rows = loss.value(Stats(x.s, x.q, x.c, x.mass, y=y, pi=x.pi))
+    else:
+        each = on_logits(loss).per_class(o.to(y.dtype), pi)
+        rows = (each.gather(-1, t) * y).sum(-1)
+    return torch.where(ignored, 0.0, rows), (~ignored).to(y.dtype)
+
+
+def per_class(o: Tensor, loss: losses.Loss, pi: Tensor | None) -> Tensor:
+    """ℓ_k of every class k taken as the target: (..., C)."""
+    if isinstance(loss, losses.Spherical):
+        return loss.each(dense_statistics(o, pi, centred=loss.shift_invariant, y=None))
+    return on_logits(loss).per_class(o.to(accumulator(o.dtype)), pi)
+
+
+def on_logits(loss: losses.Loss) -> losses.OnLogits:
+    if not isinstance(loss, losses.OnLogits):
+        raise TypeError(f"loss must be Spherical or OnLogits, got {loss!r}")
+    return loss
+
+
+def log_prob(
+    logits: Tensor, loss: str | losses.Loss, dim: int = -1, *, prior: Tensor | None = None
+) -> Tensor:
+    """log f_k of every class along `dim`, in the dtype of logits, for a normalised loss.
+
+    f_k = π_k t(o_k) / Σ_j π_j t(o_j), π from `prior` (C). Raises TypeError for a loss that is not
+    a distribution.
+
+    >>> log_prob(torch.zeros(2), "taylor_softmax", prior=torch.tensor([1.0, 3.0])).exp()
+    tensor([0.2500, 0.7500])
+    """
+    return log_prob_checked(
+        logits, losses.get(loss), dim, None if prior is None else checks.prior(prior)
+    )
+
+
+def log_prob_checked(logits: Tensor, loss: losses.Loss, dim: int, pi: Tensor | None) -> Tensor:
+    """`log_prob` for a prior that is checked and normalised already."""
+    checks.along(logits, dim)
+    o = logits.movedim(dim, -1).to(accumulator(logits.dtype))
+    log_t = loss.log_numerator(o)
+    if pi is not None:
+        checks.class_vector("prior", pi, o.shape[-1])
+        log_t = log_t + pi.to(o.dtype).log()
+    return torch.log_softmax(log_t, -1).movedim(-1, dim).to(logits.dtype)
+
+
+def log_taylor_softmax(logits: Tensor, dim: int = -1, order: int = 2) -> Tensor:
+    """log f_n(o_k) − log Σ_j f_n(o_j) along `dim`, f_n(o) = Σ_{i≤n} oⁱ/i!, n = `order` even.
+
+    >>> log_taylor_softmax(torch.tensor([0.0, 1.0])).exp()
+    tensor([0.2857, 0.7143])
+    """
+    return log_prob(logits, taylor(order), dim)
+
+
+def taylor_softmax(logits: Tensor, dim: int = -1, order: int = 2) -> Tensor:
+    """f_n(o_k) / Σ_j f_n(o_j) along `dim`; see `log_taylor_softmax`. arXiv:1511.05042, §3.2."""
+    return log_taylor_softmax(logits, dim, order).exp()
+
+
+def log_spherical_softmax(logits: Tensor, dim: int = -1, eps: float = 1.0) -> Tensor:
+    """log(o_k² + ε) − log Σ_j (o_j² + ε) along `dim`, ε > 0.
+
+    >>> log_spherical_softmax(torch.tensor([0.0, 1.0])).exp()
+    tensor([0.3333, 0.6667])
+    """
+    return log_prob(logits, losses.SphericalSoftmax(eps), dim)
+
+
+def spherical_softmax(logits: Tensor, dim: int = -1, eps: float = 1.0) -> Tensor:
+    """(o_k² + ε) / Σ_j (o_j² + ε) along `dim`. arXiv:1511.05042, §3.1."""
+    return log_spherical_softmax(logits, dim, eps).exp()
+
+
+def taylor(order: int) -> losses.Loss:
+    """Taylor softmax of that even order: the spherical one where it is 2."""
+    checks.even_order(order)
+    return losses.TaylorSoftmax() if order == 2 else losses.HigherTaylorSoftmax(order)

@@ -1,0 +1,1 @@
+"""The `softsphere` command."""

@@ -1,0 +1,92 @@
+"""Where public sets are read from: a local folder, or the hub; and what tells two sets apart."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from softsphere_lab.errors import LabError
+
+__all__ = ["VARIABLE", "chosen", "digest", "instead", "local", "public", "reading"]
+
+VARIABLE = "SOFTSPHERE_DATA"
+
+
+def chosen(folder: Path | None) -> Path | None:
+    """The folder of --data-dir, by default that of the environment; None means the hub."""
+    default = os.environ.get(VARIABLE)
+    return folder or (Path(default) if default else None)
+
+
+def parquet_files(folder: Path, name: str, parts: Sequence[str]) -> dict[str, list[str]] | None:
+    """The files of each part: anywhere in folder/name, or right in the folder itself."""
+    for root, pattern in ((folder / name, "**/{}*.parquet"), (folder, "{}*.parquet")):
+        files = {part: sorted(map(str, root.glob(pattern.format(part)))) for part in parts}
+        if all(files.values()):
+            return files
+    return None
+
+
+def local(folder: Path, name: str, parts: Sequence[str], otherwise: str = "") -> Any:
+    """The parts of a set in a folder, by name.
+
+    otherwise: what else would do where the folder lacks it.
+    """
+    import datasets
+
+    if not folder.is_dir():
+        raise LabError(f"--data-dir {folder}: there is no such folder")
+    files = parquet_files(folder, name, parts)
+    if files is None:
+        raise LabError(
+            f"--data-dir {folder} has no {listed(name, '{}*.parquet', parts)}{otherwise}"
+        )
+    datasets.disable_progress_bars()
+    with reading(f"--data-dir {folder}: cannot read {name}"):
+        return datasets.load_dataset("parquet", data_files=files)
+
+
+def instead(hub: str) -> str:
+    """That the hub has the set too."""
+    return f"; leave it (and the environment variable {VARIABLE}) out to load {hub} from the hub"
+
+
+@contextmanager
+def public(hub: str, name: str, parts: Sequence[str]) -> Iterator[None]:
+    """Names the local copy that would do where the hub fails."""
+    copy = listed(name, "{}.parquet", parts)
+    with reading(
+        f"cannot load {hub} from the hub",
+        f"; give a local copy with --data-dir FOLDER that holds {copy}",
+    ):
+        yield
+
+
+@contextmanager
+def reading(failed: str, otherwise: str = "") -> Iterator[None]:
+    """Makes one line of an error of the client, which raises dozens of kinds."""
+    try:
+        yield
+    except Exception as error:
+        cause = f"({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+        raise LabError(f"{failed} {cause}{otherwise}") from error
+
+
+def listed(name: str, file: str, parts: Sequence[str]) -> str:
+    """The files of a set, in words."""
+    *others, last = (f"{name}/{file.format(part)}" for part in parts)
+    return f"{', '.join(others)} and {last}"
+
+
+def digest(*contents: Tensor | bytes) -> str:
+    """The first twelve digits of the SHA-256 of the contents: bytes, and the tensors' values."""
+    sha = hashlib.sha256()
+    for content in contents:
+        sha.update(content if isinstance(content, bytes) else content.contiguous().numpy().data)
+    return sha.hexdigest()[:12]

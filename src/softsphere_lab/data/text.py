@@ -1,0 +1,158 @@
+"""Texts of words as numbers: a vocabulary, commonest words first, and n-grams of a text."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from softsphere_lab.data.corpora import Corpus, read
+from softsphere_lab.data.sources import digest
+from softsphere_lab.errors import LabError
+
+__all__ = ["END", "UNKNOWN", "Text", "load", "ngrams", "windows"]
+
+END = "</s>"
+UNKNOWN = "<unk>"
+
+
+@dataclass(frozen=True)
+class Text:
+    """Word numbers of the three parts (tokens), commonest first, and how often each occurs.
+
+    words: the vocabulary, with the unknown word; counts: (D) in the training part, of the unknown
+    word 1 at least, so that a prior made of them is positive.
+    """
+
+    words: list[str]
+    counts: Tensor
+    train: Tensor
+    valid: Tensor
+    test: Tensor
+
+    @property
+    def end(self) -> int:
+        """The number of the end of a sentence; of the unknown word where a cut took it."""
+        return self.words.index(END if END in self.words else UNKNOWN)
+
+    def cut(self, D: int) -> Text:
+        """The text in D classes: the D − 1 commonest words, all others the unknown one.
+
+        The end of a sentence is a word; of words that are as common the lower numbers stay, and
+        the unknown word comes after them.
+        Raises: LabError where D is not from 2 to the words that there are.
+        """
+        if not 2 <= D <= len(self.words):
+            raise LabError(f"a text of {len(self.words)} words can be cut to 2 or more, got {D}")
+        unknown = self.words.index(UNKNOWN)
+        kept = [i for i in range(len(self.words)) if i != unknown][: D - 1]
+        number = torch.full((len(self.words),), D - 1)
+        number[kept] = torch.arange(D - 1)
+        counts = self.counts.new_zeros(D).index_add_(0, number, self.counts)
+        words = [*(self.words[i] for i in kept), UNKNOWN]
+        # only the unknown word is out of its place
+        counts, order = counts.sort(descending=True, stable=True)
+        number = order.argsort()[number]
+        return Text(
+            [words[i] for i in order.tolist()],
+            counts,
+            number[self.train],
+            number[self.valid],
+            number[self.test],
+        )
+
+    def first(self, tokens: int) -> Text:
+        """The text with so many words to train on, counted anew; its vocabulary as it was.
+
+        A word that is not among them counts 1, so that frequencies stay positive.
+
+        Raises: LabError where tokens is not from 1 to the words that there are.
+        """
+        if not 1 <= tokens <= len(self.train):
+            raise LabError(
+                f"a text of {len(self.train)} words can be trained on the first 1 or more of them, "
+                f"got {tokens}"
+            )
+        train = self.train[:tokens]
+        counts = torch.bincount(train, minlength=len(self.words)).clamp_min(1)
+        return replace(self, train=train, counts=counts.to(self.counts.dtype))
+
+    def held(self, tokens: int) -> Text:
+        """The text with so many words at most to validate on, and to test on."""
+        return replace(self, valid=self.valid[:tokens], test=self.test[:tokens])
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells this text from other texts of the same name, as JSON."""
+        return {
+            "train": len(self.train),
+            "valid": len(self.valid),
+            "test": len(self.test),
+            "words": len(self.words),
+            "sha256": digest("\n".join(self.words).encode(), self.train, self.valid, self.test),
+        }
+
+
+def load(name: str, folder: Path | None = None) -> Text:
+    """The text of that name; a word that the training part lacks, or has too seldom, is <unk>.
+
+    folder: with NAME/train.parquet, NAME/validation.parquet and NAME/test.parquet in the schema of
+    the public copy, or with a column sentence; by default the environment variable
+    SOFTSPHERE_DATA, and without it the public hub.
+    Raises: LabError for an unknown set, and for one that cannot be had, saying what would do.
+    """
+    corpus = read(name, folder)
+    text = counted(corpus)
+    often = text.counts >= corpus.fewest
+    often[text.words.index(UNKNOWN)] = True
+    seen = int(often.sum())
+    if seen < 2:
+        raise LabError(f"--dataset {name}: no word to train on occurs {corpus.fewest} times")
+    text = text.cut(seen)
+    return replace(text, counts=text.counts.clamp_min(1))
+
+
+def counted(corpus: Corpus) -> Text:
+    """The text with every word of its training part in the vocabulary."""
+    number: defaultdict[str, int] = defaultdict(count().__next__)
+
+    def words(part: str) -> Iterator[str]:
+        for line in corpus.parts[part]:
+            yield from corpus.split(line)
+            yield END
+
+    def tokens(numbers: Iterator[int]) -> Tensor:
+        return torch.from_numpy(np.fromiter(numbers, dtype=np.int64))
+
+    train = tokens(number[word] for word in words("train"))
+    unknown = number[UNKNOWN]
+    valid, test = (
+        tokens(number.get(word, unknown) for word in words(part)) for part in ("validation", "test")
+    )
+    counts, order = train.bincount(minlength=len(number)).sort(descending=True, stable=True)
+    rank = order.argsort()
+    met = list(number)
+    ordered = [met[i] for i in order.tolist()]
+    return Text(ordered, counts.float(), rank[train], rank[valid], rank[test])
+
+
+def ngrams(tokens: Tensor, n: int, end: int) -> tuple[Tensor, Tensor]:
+    """Contexts (N, n − 1) and next words (N); the text begins after ends of sentences."""
+    padded = torch.cat([torch.full((n - 1,), end), tokens])
+    return padded.unfold(0, n - 1, 1)[:-1], tokens
+
+
+def windows(tokens: Tensor, length: int, end: int) -> tuple[Tensor, Tensor]:
+    """Words (N, length), one after the other, and the word after each (N, length).
+
+    The text begins after the end of a sentence; what does not fill a window is left out.
+    """
+    whole = len(tokens) // length * length
+    before = torch.cat([torch.tensor([end]), tokens])[:whole]
+    return before.view(-1, length), tokens[:whole].view(-1, length)

@@ -1,0 +1,294 @@
+"""Seconds a training step against the number of classes, for every output layer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from softsphere_lab.errors import LabError
+from softsphere_lab.experiments.experiment import Experiment, Prepared, Section
+from softsphere_lab.records.folder import Record
+from softsphere_lab.report import figures
+from softsphere_lab.report import grids as tables
+from softsphere_lab.timing import processes as timing
+from softsphere_lab.timing.layers import FACTORED, LAYERS, Setting, obstacle
+
+__all__ = ["EXPERIMENT", "METRICS", "PLANS", "Plan", "figure", "finding", "markdown", "measure"]
+
+METRICS, LEFT_OUT = "metrics.jsonl", "left_out.jsonl"
+Lines = list[dict[str, Any]]
+# Steps whose times are within a tenth of each other are called alike.
+ALIKE = 1.1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which layers are timed where, and for how long each."""
+
+    settings: tuple[Setting, ...]
+    layers: tuple[str, ...]
+    seconds: float
+
+    def config(self) -> dict[str, Any]:
+        """As it is in a record, with lists for tuples."""
+        config: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return config
+
+
+def at(*classes: int, width: int = 128) -> tuple[Setting, ...]:
+    return tuple(Setting(D, width, width) for D in classes)
+
+
+PLANS = {
+    "smoke": Plan(
+        at(1_000, 5_000, width=32), (FACTORED, "softmax", "hierarchical softmax"), seconds=0.2
+    ),
+    "small": Plan(at(10_000, 100_000), tuple(LAYERS), seconds=3.0),
+    "full": Plan(at(10_000, 100_000, 1_000_000, 10_000_000), tuple(LAYERS), seconds=timing.SECONDS),
+}
+
+
+def measure(plan: Plan, record: Record, on_done: Callable[[str], None]) -> None:
+    """Times what a record lacks, and adds each line as soon as it is there.
+
+    on_done: told in words of what has been measured, and what is left out and why.
+    """
+    done = {(line["layer"], line["D"]) for line in record.lines(METRICS)}
+    for setting in plan.settings:
+        for name in plan.layers:
+            if (name, setting.D) in done:
+                continue
+            where = f"{name}, D = {setting.D:,}"
+            reason = obstacle(name, setting)
+            if reason is not None:
+                if (name, setting.D) not in left_out(record):
+                    record.add(LEFT_OUT, [{"layer": name, "D": setting.D, "reason": reason}])
+                on_done(f"{where}: left out, {reason}")
+                continue
+            seconds = timing.measure(name, setting, seconds=plan.seconds)
+            record.add(METRICS, [{"layer": name, **asdict(setting), "seconds": seconds}])
+            on_done(f"{where}: {milliseconds(seconds)} ms a step")
+
+
+def left_out(record: Record) -> set[tuple[str, int]]:
+    """The layers and D that could not be timed on the machine of a record."""
+    return {(line["layer"], line["D"]) for line in record.lines(LEFT_OUT)}
+
+
+def by_layer(lines: Lines) -> dict[str, dict[int, float]]:
+    """Seconds of each layer by D, from few classes to many."""
+    found: dict[str, dict[int, float]] = {}
+    # by D alone, so that the layers keep the order in which they were measured
+    for line in sorted(lines, key=lambda line: line["D"]):
+        found.setdefault(line["layer"], {})[line["D"]] = line["seconds"]
+    return found
+
+
+def markdown(lines: Lines) -> str:
+    """A row a layer, a column a D: milliseconds, and in brackets times the factored layer's."""
+    times = by_layer(lines)
+    ours = times.get(FACTORED, {})
+    classes = sorted({line["D"] for line in lines})
+
+    def cell(name: str, D: int) -> str:
+        seconds = times[name].get(D)
+        if seconds is None:
+            return "–"
+        if name == FACTORED or D not in ours:
+            return milliseconds(seconds)
+        return f"{milliseconds(seconds)} ({ratio(seconds / ours[D])})"
+
+    rows = [[name, *(cell(name, D) for D in classes)] for name in times]
+    return tables.markdown(["milliseconds a step", *(f"D = {D:,}" for D in classes)], rows)
+
+
+def finding(lines: Lines) -> str:
+    """How the factored layer's step grew with D, and where the others are slower or faster."""
+    times = by_layer(lines)
+    ours = times.get(FACTORED, {})
+    if not ours:
+        return "The factored layer has not been measured."
+    few, many = min(ours), max(ours)
+    grown = (
+        f"From {few:,} to {many:,} classes a step of the factored layer went from "
+        f"{milliseconds(ours[few])} to {milliseconds(ours[many])} ms ({ours[many] / ours[few]:.2f} "
+        "times)."
+    )
+    slower, faster, alike = [], [], []
+    for name in times:
+        ratios = {D: times[name][D] / ours[D] for D in times[name] if D in ours}
+        if name == FACTORED or not ratios:
+            continue
+        above = [D for D in ratios if ratios[D] > ALIKE]
+        below = [D for D in ratios if ratios[D] < 1 / ALIKE]
+        if above:
+            most = ratio(max(ratios[D] for D in above))
+            slower.append(f"{name} {places(above, list(ratios))} (up to {most} times)")
+        if below:
+            most = ratio(1 / min(ratios[D] for D in below))
+            faster.append(f"{name} {places(below, list(ratios))} (up to {most} times)")
+        if not above and not below:
+            alike.append(name)
+    groups = {"Slower than it": slower, "Faster": faster, "As fast, within a tenth": alike}
+    said = [f" {word}: {'; '.join(names)}." for word, names in groups.items() if names]
+    return grown + "".join(said)
+
+
+def places(some: Sequence[int], every: Sequence[int]) -> str:
+    """Some of the D in words; both ascend.
+
+    >>> places([5, 6], [5, 6]), places([6, 7], [5, 6, 7]), places([5, 7], [5, 6, 7])
+    ('at every D', 'from D = 6 on', 'at D = 5 and D = 7')
+    """
+    if len(some) == len(every):
+        return "at every D"
+    if len(some) > 1 and list(some) == list(every[-len(some) :]):
+        return f"from D = {some[0]:,} on"
+    return "at " + " and ".join(f"D = {D:,}" for D in some)
+
+
+def milliseconds(seconds: float) -> str:
+    """
+    >>> milliseconds(0.0020554), milliseconds(1.21307)
+    ('2.06', '1,213')
+    """
+    return f"{1e3 * seconds:,.0f}" if seconds >= 0.1 else f"{1e3 * seconds:.3g}"
+
+
+def ratio(times: float) -> str:
+    """
+    >>> ratio(591.04), ratio(3.46), ratio(0.712)
+    ('591', '3.5', '0.71')
+    """
+    return f"{times:,.0f}" if times >= 10 else f"{times:.2g}"
+
+
+def figure(lines: Lines, path: Path) -> None:
+    """Milliseconds a step against D, both logarithmic; names beside the lines' ends."""
+    import matplotlib.pyplot as plt
+
+    times = by_layer(lines)
+    picture = plt.figure(figsize=(8.4, 4.6), layout="constrained")
+    axes = picture.subplots()
+    ends = {}
+    for name, own in times.items():
+        taken = [1e3 * seconds for seconds in own.values()]
+        ours = name.endswith("(ours)")
+        (line,) = axes.plot(
+            list(own), taken, marker="o", linewidth=2.6 if ours else 1.4, zorder=3 if ours else 2
+        )
+        ends[name] = (max(own), taken[-1], line.get_color())
+    axes.set(xscale="log", yscale="log", xlabel="classes D", ylabel="milliseconds a training step")
+    axes.set_xticks(sorted({line["D"] for line in lines}), minor=False)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.xaxis.minorticks_off()
+    axes.yaxis.set_major_formatter("{x:,g}")
+    seconds = [line["seconds"] for line in lines]
+    # powers of ten alone would say little, where there are one or two
+    axes.yaxis.set_minor_formatter("{x:g}" if max(seconds) < 30 * min(seconds) else "")
+    axes.autoscale_view()
+    # heights as shares of the axes, as those of the names are
+    heights = {
+        name: axes.transAxes.inverted().transform(axes.transData.transform((x, y)))[1]
+        for name, (x, y, _) in ends.items()
+    }
+    order = sorted(ends, key=heights.__getitem__)
+    for name, height in zip(order, spread([heights[name] for name in order]), strict=True):
+        x, y, colour = ends[name]
+        axes.annotate(
+            name,
+            (x, y),
+            xytext=(1.04, height),
+            textcoords="axes fraction",
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.7, "linestyle": ":"},
+            color=colour,
+            va="center",
+            fontsize=9,
+        )
+    d, m = lines[0]["d"], lines[0]["m"]
+    axes.set_title(f"One step of an output layer, d = {d}, m = {m}, float32", fontsize=11)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    figures.save(picture, path)
+
+
+def spread(heights: Sequence[float], gap: float = 0.055) -> list[float]:
+    """Ascending heights moved apart by at least the gap, and none above 1 where they have room.
+
+    >>> [round(x, 3) for x in spread([0.2, 0.2, 0.99, 1.0], 0.1)]
+    [0.2, 0.3, 0.9, 1.0]
+    """
+    apart: list[float] = []
+    for height in heights:
+        apart.append(max(height, apart[-1] + gap) if apart else height)
+    ceiling = 1.0
+    for i in reversed(range(len(apart))):
+        apart[i] = min(apart[i], ceiling)
+        ceiling = apart[i] - gap
+    return apart
+
+
+class Scaling(Experiment):
+    """The experiment: layers are timed one by one, on all threads."""
+
+    name = "scaling"
+    timed = True
+    title = "Seconds a step"
+    claim = (
+        "The exact step of a spherical loss costs nothing in the number of classes; at D = 793,471 "
+        "and d = 512 it is some 258 times faster than the dense one (arXiv:1606.08061)."
+    )
+    differences = (
+        "Here d and m are 128, so that ten million classes fit in memory. Targets are drawn as "
+        "words are, hidden rows at random; everything is counted: forward, backward, update, "
+        "mending. The settings of the paper are in the README."
+    )
+
+    def prepare(self, budget: str, device: str, data_dir: Path | None) -> Prepared:
+        if device != "cpu":
+            raise LabError(
+                f"--device must be cpu for scaling, got {device}; the layers are timed there"
+            )
+        if data_dir is not None:
+            raise LabError("--data-dir has no meaning for scaling, whose rows are random")
+        plan = PLANS[budget]
+
+        def run(record: Record, console: Console, jobs: int) -> None:
+            measure(plan, record, lambda said: console.print(said, markup=False, highlight=False))
+
+        # times on other threads have no place in the same table
+        config = {
+            "experiment": self.name,
+            "budget": budget,
+            **plan.config(),
+            "threads": torch.get_num_threads(),
+        }
+        return Prepared(config, (), run)
+
+    def finished(self, record: Record) -> str:
+        plan = PLANS[(record.config() or {})["budget"]]
+        done = {(line["layer"], line["D"]) for line in record.lines(METRICS)} | left_out(record)
+        missing = [
+            f"{name} at D = {setting.D:,}"
+            for setting in plan.settings
+            for name in plan.layers
+            if (name, setting.D) not in done
+        ]
+        return f"not measured: {', '.join(missing)}" if missing else ""
+
+    def section(self, record: Record) -> Section | None:
+        lines = record.lines(METRICS)
+        if not lines:
+            return None
+        table, found = markdown(lines), finding(lines)
+        return Section(f"{table}\n{found}\n", table, found, {"steps": partial(figure, lines)})
+
+
+EXPERIMENT = Scaling()

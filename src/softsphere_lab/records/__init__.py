@@ -1,0 +1,1 @@
+"""Run folders and checkpoints, each file whole or not there."""

@@ -1,0 +1,1 @@
+"""Studies: what is searched for and trained, and the work that a record lacks."""

@@ -1,0 +1,176 @@
+"""One run: a network, a loss, a seed. The same initial weights and data order for every loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from softsphere.criteria import SphericalLoss
+from softsphere.losses import Loss
+from softsphere_lab.data.augment import flip_and_crop
+from softsphere_lab.data.images import Images, Split
+from softsphere_lab.models.networks import build
+from softsphere_lab.records.checkpoint import Checkpoint
+from softsphere_lab.training.rates import cosine
+from softsphere_lab.training.run import Run
+
+__all__ = ["Epoch", "Final", "Schedule", "train"]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how: AdamW, its rate rising for a share of the steps, then a falling cosine.
+
+    weight_decay: of matrices and filters, not of vectors. augment: each training image is shifted
+    and mirrored at random. bfloat16: products and convolutions of all layers but the last.
+    """
+
+    model: str
+    epochs: int
+    batch_size: int
+    device: str
+    warm_up: float = 0.0
+    weight_decay: float = 0.0
+    augment: bool = False
+    bfloat16: bool = False
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """Metrics after one pass; error is a share of the examples, nll None without a likelihood."""
+
+    epoch: int
+    train_loss: float
+    valid_error: float
+    valid_nll: float | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Final:
+    """What a run ends with: the test set, read once, at the epoch best on validation data."""
+
+    best_epoch: int
+    valid_error: float
+    mean_valid_error: float
+    test_error: float | None
+    test_nll: float | None
+    seconds: float
+    diverged: bool
+
+
+class Network(nn.Module):
+    """A network as a schedule has it; its last layer is float32 whatever the others compute in."""
+
+    def __init__(self, schedule: Schedule, shape: tuple[int, ...], num_classes: int) -> None:
+        super().__init__()
+        self.layers = build(schedule.model, shape, num_classes)
+        self.device_type = torch.device(schedule.device).type
+        self.autocast = schedule.bfloat16
+        # convolutions are fastest with the channels innermost
+        self.to(schedule.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(self.device_type, torch.bfloat16, enabled=self.autocast):
+            hidden: Tensor = self.layers[:-1](x.contiguous(memory_format=torch.channels_last))
+        outputs: Tensor = self.layers[-1](hidden.float())
+        return outputs
+
+
+def evaluate(model: nn.Module, criterion: SphericalLoss, part: Split) -> tuple[float, float | None]:
+    """Error and, for a distribution, mean negative log-likelihood."""
+    model.eval()
+    wrong, nll = 0, 0.0
+    with torch.no_grad():
+        for x, y in zip(torch.split(part.x, 1024), torch.split(part.y, 1024), strict=True):
+            logits = model(x)
+            wrong += int((criterion.predict(logits) != y).sum())
+            if criterion.loss.normalised:
+                chosen = criterion.log_prob(logits).gather(1, y.unsqueeze(1))
+                nll -= float(chosen.double().sum())
+    return wrong / len(part), nll / len(part) if criterion.loss.normalised else None
+
+
+def adamw(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
+    """Vectors are biases and scales, which decay only harms."""
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=lr)
+
+
+class ClassifierRun(Run[Epoch]):
+    """A network under training."""
+
+    epoch_type = Epoch
+
+    def __init__(self, data: Images, loss: Loss, lr: float, seed: int, schedule: Schedule) -> None:
+        torch.manual_seed(seed)
+        self.data, self.schedule = data, schedule
+        self.model = Network(schedule, data.shape, data.num_classes)
+        self.criterion = SphericalLoss(loss)
+        steps = schedule.epochs * math.ceil(len(data.train) / schedule.batch_size)
+        super().__init__(
+            {"model": self.model},
+            [adamw(self.model, lr, schedule.weight_decay)],
+            lambda step: cosine(step, steps, schedule.warm_up),
+            rows=len(data.train),
+            batch_size=schedule.batch_size,
+            seed=seed,
+            device=data.train.x.device,
+        )
+
+    def loss_of(self, index: Tensor) -> Tensor:
+        batch = self.data.train.take(index)
+        x = flip_and_crop(batch.x, self.order) if self.schedule.augment else batch.x
+        loss: Tensor = self.criterion(self.model(x), batch.y)
+        return loss
+
+    def look(self, epoch: int, train_loss: float, seconds: float) -> tuple[Epoch, float]:
+        error, nll = evaluate(self.model, self.criterion, self.data.valid)
+        return Epoch(epoch, train_loss, error, nll, seconds), error
+
+    def final(self, read_test: bool) -> Final:
+        """The end, with the weights of the best epoch."""
+        self.put(self.kept)
+        test_error, test_nll = (
+            evaluate(self.model, self.criterion, self.data.test) if read_test else (None, None)
+        )
+        errors = [epoch.valid_error for epoch in self.history] or [1.0]
+        return Final(
+            best_epoch=self.best_epoch,
+            valid_error=min(errors),
+            mean_valid_error=sum(errors) / len(errors),
+            test_error=test_error,
+            test_nll=test_nll,
+            seconds=sum(epoch.seconds for epoch in self.history),
+            diverged=self.diverged,
+        )
+
+
+def train(
+    data: Images,
+    loss: Loss,
+    lr: float,
+    seed: int,
+    schedule: Schedule,
+    *,
+    read_test: bool,
+    kept: Checkpoint | None = None,
+    on_epoch: Callable[[int, int], None] = lambda *_: None,
+) -> tuple[list[Epoch], Final]:
+    """Trains one network; the epoch with the lowest validation error is the one that counts.
+
+    A loss that stops being finite ends the run as diverged, with what was best before.
+    kept: where the state of a run under way goes, and comes from.
+    """
+    run = ClassifierRun(data, loss, lr, seed, schedule)
+    run.train(schedule.epochs, kept or Checkpoint(), on_epoch)
+    return run.history, run.final(read_test)

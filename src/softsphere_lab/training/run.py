@@ -1,0 +1,154 @@
+"""A training run that can be left after any step, and gone on with as if it never had been."""
+
+from __future__ import annotations
+
+import copy
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from softsphere.matrix import SingularStepError
+from softsphere_lab.records.checkpoint import Checkpoint
+from softsphere_lab.training.passes import Pass
+
+__all__ = ["Run"]
+
+# So many may have to be done again, and take long enough that writing a large state is no matter.
+# By the clock the state would be kept at other steps each time, and to be kept changes the last
+# digits of a factored layer.
+STEPS = 500
+
+E = TypeVar("E")
+
+
+class Run(ABC, Generic[E]):
+    """Modules under training, the epoch best on validation data, and all it takes to go on.
+
+    E, epoch_type: what is told of an epoch, a dataclass of numbers.
+    """
+
+    epoch_type: ClassVar[type]
+
+    def __init__(
+        self,
+        modules: Mapping[str, nn.Module],
+        optimizers: Sequence[torch.optim.Optimizer],
+        rate: Callable[[int], float],
+        *,
+        rows: int,
+        batch_size: int,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        """rate: what the optimizers' rates are multiplied by in a step. rows: to train on."""
+        self.modules, self.optimizers = modules, optimizers
+        self.rates = [torch.optim.lr_scheduler.LambdaLR(each, rate) for each in optimizers]
+        self.rows, self.batch_size, self.device = rows, batch_size, device
+        self.order = torch.Generator().manual_seed(seed)
+        self.under_way: Pass | None = None
+        self.history: list[E] = []
+        self.best, self.best_epoch, self.kept = math.inf, 0, copy.deepcopy(self.weights())
+        self.diverged = False
+
+    @abstractmethod
+    def loss_of(self, index: Tensor) -> Tensor:
+        """The mean loss of rows to train on, by their indices."""
+
+    @abstractmethod
+    def look(self, epoch: int, train_loss: float, seconds: float) -> tuple[E, float] | None:
+        """What is told of an epoch, and how bad it is on validation data; None if it diverged."""
+
+    def train(
+        self, epochs: int, kept: Checkpoint, on_epoch: Callable[[int, int], None] = lambda *_: None
+    ) -> None:
+        """To the last epoch, or until it diverges, from what is kept of it.
+
+        The state is kept after each epoch, and in a long one after every STEPS.
+        """
+        if state := kept.load():
+            self.go_on(state)
+
+        def after_step(step: int) -> None:
+            if step % STEPS == 0:
+                kept.save(self.state())
+
+        while len(self.history) < epochs and not self.diverged:
+            self.epoch(after_step)
+            if not self.diverged:
+                kept.save(self.state())
+                on_epoch(len(self.history), epochs)
+
+    def epoch(self, after_step: Callable[[int], None]) -> None:
+        """What is left of a pass over the rows to train on, and a look at the validation part.
+
+        A loss, or what `look` makes of it, that is no finite number ends the run as diverged.
+        """
+        under_way = self.under_way or Pass.begin(self.rows, self.order, self.device)
+        self.under_way = under_way
+        for module in self.modules.values():
+            module.train()
+
+        def stepped(step: int) -> None:
+            for rate in self.rates:
+                rate.step()
+            after_step(step)
+
+        try:
+            under_way.train(self.batch_size, self.loss_of, self.optimizers, stepped)
+        except SingularStepError:
+            self.diverged = True
+            return
+        self.under_way = None
+        seen = None
+        if math.isfinite(under_way.loss):
+            seen = self.look(len(self.history) + 1, under_way.loss, under_way.seconds)
+        if seen is None:
+            self.diverged = True
+            return
+        epoch, badness = seen
+        self.history.append(epoch)
+        if badness < self.best:
+            self.best, self.best_epoch = badness, len(self.history)
+            self.kept = copy.deepcopy(self.weights())
+
+    def weights(self) -> dict[str, Any]:
+        """As they are now, not copied."""
+        return {name: module.state_dict() for name, module in self.modules.items()}
+
+    def put(self, weights: Mapping[str, Any]) -> None:
+        """Puts weights where they came from."""
+        for name, module in self.modules.items():
+            module.load_state_dict(weights[name])
+
+    def state(self) -> dict[str, Any]:
+        """What `go_on` takes."""
+        return {
+            "now": self.weights(),
+            "optimizers": [each.state_dict() for each in self.optimizers],
+            "rates": [each.state_dict() for each in self.rates],
+            "order": self.order.get_state(),
+            "under way": self.under_way and self.under_way.state(),
+            "history": [asdict(epoch) for epoch in self.history],  # type: ignore[call-overload]
+            "best": self.best,
+            "best_epoch": self.best_epoch,
+            "kept": self.kept,
+        }
+
+    def go_on(self, state: Mapping[str, Any]) -> None:
+        """From a state."""
+        self.put(state["now"])
+        for optimizer, its in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(its)
+        for rate, its in zip(self.rates, state["rates"], strict=True):
+            rate.load_state_dict(its)
+        self.order.set_state(state["order"])
+        if state["under way"]:
+            self.under_way = Pass.again(state["under way"], self.device)
+        self.history = [self.epoch_type(**epoch) for epoch in state["history"]]
+        self.best, self.best_epoch = state["best"], state["best_epoch"]
+        self.kept = state["kept"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -11,11 +12,11 @@ from torch import Tensor
 __all__ = ["even_order", "finite", "non_negative", "positive", "prior", "readable"]
 
 
-def number(name: str, value: float) -> float:
+def number(name: str, value: Any) -> float:
     """A real number, as the argument `name`."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    return value
+    return cast(float, value)
 
 
 def finite(name: str, value: float) -> None:
@@ -67,7 +68,7 @@ def class_vector(name: str, value: Tensor, num_classes: int) -> None:
         )
 
 
-def prior(value: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def prior(value: Any, dtype: torch.dtype | None = None) -> Tensor:
     """Class frequencies or counts, normalised to Σ π = D; in float32 or wider if not in dtype."""
     if not isinstance(value, Tensor) or value.is_complex() or value.dtype == torch.bool:
         raise TypeError(f"prior must be a tensor of class frequencies or counts, got {value!r}")
@@ -210,12 +211,12 @@ def sizes(**values: int) -> None:
             raise ValueError(f"{name} must be at least 0, got {value}")
 
 
-def floating_dtype(dtype: torch.dtype) -> None:
+def floating_dtype(dtype: Any) -> None:
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
 
 
-def floating(name: str, value: Tensor) -> None:
+def floating(name: str, value: Any) -> None:
     if not isinstance(value, Tensor) or not value.is_floating_point():
         came = value.dtype if isinstance(value, Tensor) else repr(value)
         raise TypeError(f"{name} must be a floating-point tensor, got {came}")
@@ -287,7 +288,7 @@ def sparse_rows(rows: torch.Size, target: Tensor, values: Tensor) -> None:
         )
 
 
-def classes(value: Tensor, num_classes: int, name: str = "classes") -> None:
+def classes(value: Any, num_classes: int, name: str = "classes") -> None:
     """Class indices, every one in [0, D)."""
     if not isinstance(value, Tensor) or value.dtype not in (torch.int64, torch.int32):
         came = value.dtype if isinstance(value, Tensor) else repr(value)

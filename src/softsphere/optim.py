@@ -98,7 +98,7 @@ class FactoredSGD(torch.optim.Optimizer):
         check_options(defaults)
         super().__init__(params, defaults)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
+    def add_param_group(self, param_group: Any) -> None:
         """A group of parameters, checked before it is taken."""
         if not isinstance(param_group, dict) or "params" not in param_group:
             raise TypeError("a param group must be a dict with the key 'params'")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,7 +94,7 @@ def linear_spherical_loss(
 def loss_on_linear(
     input: Tensor,
     W: Tensor,
-    target: Tensor,
+    target: Any,
     loss: losses.Loss,
     *,
     b: Tensor | None,

@@ -106,7 +106,7 @@ class FactoredSphericalLoss(OutputLayer):
         self.weight = nn.Parameter(FactoredTensor(weight, columns, pi))
         self.reset_parameters()
 
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+    def register_parameter(self, name: str, param: Any) -> None:
         """As of every module; a second name for the weight, which pruning wants, is refused."""
         if isinstance(param, FactoredTensor) and name != "weight":
             raise TypeError(

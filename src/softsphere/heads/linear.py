@@ -325,7 +325,7 @@ class LinearSphericalLoss(OutputLayer, WithPrior):
         )
 
 
-def check_parameter(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
+def check_parameter(name: str, x: Any, shape: tuple[int, ...]) -> None:
     """Raises: RuntimeError where accumulate() could not compute with x or add to its gradient."""
     if not x.is_leaf:
         raise RuntimeError(

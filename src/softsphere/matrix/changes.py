@@ -117,14 +117,14 @@ def lerped(rows: Tensor, end: Operand, weight: Operand) -> Tensor:
     return rows.lerp(ends, weight)
 
 
-def lerp_weight_(func: Any, x: FactoredTensor, end: Operand, weight: Operand) -> FactoredTensor:
+def lerp_weight_(func: Any, x: Tensor, end: Operand, weight: Operand) -> FactoredTensor:
     if not isinstance(x, FactoredTensor) or isinstance(weight, Wrapper):
         raise refusal(func, "a factored weight")
     fits(x, end)
     return rewrite(x, lambda part, rows: lerped(rows, rows_of(end, part), weight))
 
 
-def lerp_weight(func: Any, x: FactoredTensor, end: Operand, weight: Operand) -> Tensor:
+def lerp_weight(func: Any, x: Tensor, end: Operand, weight: Operand) -> Tensor:
     if not isinstance(x, FactoredTensor) or isinstance(weight, Wrapper):
         raise refusal(func, "a factored weight")
     return rewrite(
@@ -148,7 +148,7 @@ def scale(func: Any, x: FactoredTensor, factor: Operand) -> FactoredTensor:
     return x
 
 
-def scale_weight_(func: Any, x: FactoredTensor, factor: Operand) -> FactoredTensor:
+def scale_weight_(func: Any, x: Tensor, factor: Operand) -> FactoredTensor:
     if not isinstance(x, FactoredTensor):
         raise refusal(func, "a factored weight")
     return scale(func, x, factor)

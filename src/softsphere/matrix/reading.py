@@ -163,7 +163,7 @@ def product(func: Any, one: Tensor, two: Tensor) -> Tensor:
     raise refusal(func, "a factored weight")
 
 
-def compare(func: Any, x: FactoredTensor, other: float) -> Tensor:
+def compare(func: Any, x: FactoredTensor, other: Operand) -> Tensor:
     """For the initialisers of PyTorch that draw again what is out of bounds."""
     if isinstance(other, Tensor) and other.dim() > 0:
         raise refusal(func, "a factored weight")

@@ -84,17 +84,17 @@ def add_gradients_(func: Any, one: Tensor, two: Operand, alpha: float = 1) -> Te
     return one
 
 
-def scaled(func: Any, g: StructuredGradient, scale: Operand) -> GradientFactors:
+def scaled(func: Any, g: Any, scale: Any) -> GradientFactors:
     if isinstance(g, Tensor) and not isinstance(g, StructuredGradient):
         g, scale = scale, g
     if isinstance(scale, Wrapper) or (isinstance(scale, Tensor) and scale.dim() > 0):
         raise refusal(func, "the gradient of a factored weight")
     if func.overloadpacket in (aten.div, aten.div_):
         scale = 1 / scale
-    return g.value * scale
+    return cast(StructuredGradient, g).value * cast(float | Tensor, scale)
 
 
-def scale_gradient(func: Any, g: StructuredGradient, scale: Operand) -> StructuredGradient:
+def scale_gradient(func: Any, g: Operand, scale: Operand) -> StructuredGradient:
     owner = g if isinstance(g, StructuredGradient) else cast(StructuredGradient, scale)
     return StructuredGradient(
         Content(scaled(func, g, scale), owner.content.block, owner.content.edition)

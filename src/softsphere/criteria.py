@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from softsphere import checks, losses
-from softsphere.functional.conventions import REDUCTIONS
+from softsphere.functional.conventions import Conventions
 from softsphere.functional.on_logits import log_prob_checked, loss_on_logits, taylor
 
 __all__ = [
@@ -78,30 +78,39 @@ class SphericalLoss(WithPrior):
         label_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
-        checks.one_of("reduction", reduction, REDUCTIONS)
-        checks.index("ignore_index", ignore_index)
-        checks.label_smoothing(label_smoothing)
         self.loss = losses.get(loss)
-        self.register_buffer("weight", weight)
-        self.register_buffer("prior", None if prior is None else checks.prior(prior))
-        self.reduction = reduction
-        self.ignore_index = ignore_index
-        self.label_smoothing = label_smoothing
+        given = Conventions.checked(
+            self.loss,
+            weight=weight,
+            pi=None if prior is None else checks.prior(prior),
+            reduction=reduction,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+        )
+        self.register_buffer("weight", given.weight)
+        self.register_buffer("prior", given.pi)
+        self.reduction = given.reduction
+        self.ignore_index = given.ignore_index
+        self.label_smoothing = given.label_smoothing
+
+    @property
+    def conventions(self) -> Conventions:
+        """The attributes, checked as they are now."""
+        return Conventions.checked(
+            self.loss,
+            weight=self.weight,
+            pi=self.prior,
+            reduction=self.reduction,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+        )
 
     def forward(
         self, logits: Tensor, target: Tensor, target_values: Tensor | None = None
     ) -> Tensor:
         """The loss of logits against target."""
         return loss_on_logits(
-            logits,
-            target,
-            self.active_loss(),
-            target_values=target_values,
-            weight=self.weight,
-            pi=self.prior,
-            reduction=self.reduction,
-            ignore_index=self.ignore_index,
-            label_smoothing=self.label_smoothing,
+            logits, target, self.active_loss(), self.conventions, target_values=target_values
         )
 
     def active_loss(self) -> losses.Loss:

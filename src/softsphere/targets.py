@@ -16,7 +16,12 @@ PADDING = -1
 
 @dataclass(frozen=True)
 class Targets:
-    """t (..., K) class indices, y (..., K) their values (None: one), ignored (...) rows.
+    """The targets of rows, as entries of a sparse vector.
+
+    t: (..., K) class indices.
+    y: (..., K) their values, or None for one.
+    ignored: (...) whether a row has no loss.
+    counted: (...) what the loss of a row is multiplied by, and its share in a mean; 0 if ignored.
 
     Padding and ignored rows have t = 0 and y = 0, so that every index can be looked up.
     """
@@ -24,14 +29,32 @@ class Targets:
     t: Tensor
     y: Tensor | None
     ignored: Tensor
+    counted: Tensor
+
+    def weigh(self, rows: Tensor) -> Tensor:
+        """The losses of the rows times what each counts for; 0 for ignored rows."""
+        return torch.where(self.ignored, 0.0, self.counted * rows)
 
 
-def from_indices(target: Tensor, num_classes: int, ignore_index: int) -> Targets:
-    """Class indices (...), one a row."""
+def from_indices(
+    target: Tensor,
+    num_classes: int,
+    ignore_index: int,
+    weight: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Targets:
+    """Class indices (...), one per row, which counts for its class weight (None: one)."""
     target = target.long()
     ignored = target == ignore_index
     checks.indices(target, ignored, num_classes, f"ignore_index = {ignore_index}")
-    return Targets(torch.where(ignored, 0, target).unsqueeze(-1), None, ignored)
+    t = torch.where(ignored, 0, target)
+    # gather, since indexing with a single index looks at its value, which fails inside vmap
+    own = (
+        torch.ones_like(t, dtype=dtype)
+        if weight is None
+        else weight.gather(0, t.reshape(-1)).view(t.shape)
+    )
+    return Targets(t.unsqueeze(-1), None, ignored, torch.where(ignored, 0.0, own))
 
 
 def from_sparse(
@@ -41,12 +64,12 @@ def from_sparse(
     ignore_index: int,
     weight: Tensor | None = None,
 ) -> Targets:
-    """K-sparse targets (..., K) with values; those of an index that is repeated add up.
+    """K-sparse targets (..., K) with values, which add up where an index is repeated.
 
-    weight: (C) by which values are multiplied.
+    The values are multiplied by the class weights (C). Each row counts for one.
     """
     target = target.long()
-    # a row of no targets at all is not an ignored one
+    # A row without any targets is not an ignored row.
     ignored = (target == ignore_index).all(-1) & (target.shape[-1] > 0)
     padding = (target == PADDING) | ignored.unsqueeze(-1)
     checks.indices(
@@ -54,7 +77,7 @@ def from_sparse(
     )
     t = torch.where(padding, 0, target)
     y = torch.where(padding, 0.0, values if weight is None else values * weight[t])
-    return Targets(t, add_up(t, y, ~padding), ignored)
+    return Targets(t, add_up(t, y, ~padding), ignored, (~ignored).to(values.dtype))
 
 
 def add_up(t: Tensor, y: Tensor, real: Tensor) -> Tensor:

@@ -1,79 +1,111 @@
-"""What rows count for, how they are reduced, and in which dtype: as in `F.cross_entropy`."""
+"""The conventions of a loss: class weights, base measure, ignored rows, smoothing, reduction.
+
+They are those of `F.cross_entropy`, with a base measure added.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from softsphere import checks, losses
-from softsphere.targets import from_indices
+from softsphere.targets import Targets, from_indices, from_sparse
 
-__all__ = [
-    "REDUCTIONS",
-    "check_options",
-    "counts",
-    "finish",
-    "mixed_precision",
-    "reduce",
-    "refuse_weight",
-]
+__all__ = ["Conventions", "mixed_precision"]
 
 REDUCTIONS = ("mean", "sum", "none")
 
 
-def check_options(
-    loss: losses.Loss, reduction: str, ignore_index: int, label_smoothing: float
-) -> None:
-    """Options that mean the same for every form of a loss."""
-    checks.one_of("reduction", reduction, REDUCTIONS)
-    checks.index("ignore_index", ignore_index)
-    checks.label_smoothing(label_smoothing)
-    if label_smoothing and not loss.smoothable:
-        raise ValueError(
-            f"label_smoothing has no meaning for {type(loss).__name__}, which is no distribution "
-            "over classes; leave it 0"
-        )
+@dataclass(frozen=True, eq=False)
+class Conventions:
+    """How the losses of the rows are defined and reduced. `checked` makes one from arguments.
 
+    weight: (C) class weights, or None.
+    pi: (C) base measure, normalised to Σ π = C, or None for π = 1.
+    reduction: "mean", "sum" or "none".
+    ignore_index: rows with this target have no loss.
+    label_smoothing: α in (1−α)·ℓ(t) + (α/C)·Σ_k ℓ(k).
+    """
 
-def counts(
-    target: Tensor, num_classes: int, ignore_index: int, w: Tensor | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of class indices (...): those to look up, class weights there, which rows are ignored, and
-    what each counts for in the mean."""
-    entries = from_indices(target, num_classes, ignore_index)
-    t, ignored = entries.t.squeeze(-1), entries.ignored
-    # gather, since indexing with a single index looks at its value, which fails inside vmap
-    flat = t.reshape(-1)
-    own = torch.ones_like(t, dtype=dtype) if w is None else w.gather(0, flat).view(t.shape)
-    return t, own, ignored, torch.where(ignored, 0.0, own)
+    weight: Tensor | None = None
+    pi: Tensor | None = None
+    reduction: str = "mean"
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
 
+    @classmethod
+    def checked(
+        cls,
+        loss: losses.Loss,
+        *,
+        weight: Tensor | None = None,
+        pi: Tensor | None = None,
+        reduction: str = "mean",
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+    ) -> Conventions:
+        """Conventions that `loss` can follow; `pi` is normalised already.
 
-def reduce(rows: Tensor, counted: Tensor | None, reduction: str) -> Tensor:
-    """rows reduced; `counted` is what each counts for in the mean (None: one)."""
-    if reduction == "none":
-        return rows
-    if reduction == "sum":
-        return rows.sum()
-    return rows.mean() if counted is None else rows.sum() / counted.sum()
+        Raises ValueError or TypeError for a value that is wrong for every input.
+        """
+        checks.one_of("reduction", reduction, REDUCTIONS)
+        checks.index("ignore_index", ignore_index)
+        checks.label_smoothing(label_smoothing)
+        if label_smoothing and not loss.smoothable:
+            raise ValueError(
+                f"label_smoothing has no meaning for {type(loss).__name__}, which is no "
+                "distribution over classes; leave it 0"
+            )
+        return cls(weight, pi, reduction, ignore_index, label_smoothing)
 
+    def fit(self, num_classes: int, dtype: torch.dtype) -> Conventions:
+        """The same with vectors in `dtype`.
 
-def finish(rows: Tensor, counted: Tensor | None, reduction: str, given: Tensor) -> Tensor:
-    """rows reduced, in the dtype of what was given; under autocast in their own."""
-    result = reduce(rows, counted, reduction)
-    return result if mixed_precision(given) else result.to(given.dtype)
+        Raises ValueError or TypeError if they do not have one entry per class.
+        """
+        for name, vector in (("weight", self.weight), ("prior", self.pi)):
+            if vector is not None:
+                checks.class_vector(name, vector, num_classes)
+        w = None if self.weight is None else self.weight.to(dtype)
+        pi = None if self.pi is None else self.pi.to(dtype)
+        return Conventions(w, pi, self.reduction, self.ignore_index, self.label_smoothing)
+
+    def entries(
+        self, target: Tensor, values: Tensor | None, num_classes: int, dtype: torch.dtype
+    ) -> Targets:
+        """Class indices (...), or K-sparse targets (..., K) with values, as entries."""
+        if values is None:
+            return from_indices(target, num_classes, self.ignore_index, self.weight, dtype)
+        values = values.to(dtype)
+        return from_sparse(target, values, num_classes, self.ignore_index, self.weight)
+
+    def reduce(self, rows: Tensor, counted: Tensor | None) -> Tensor:
+        """The losses of the rows, reduced; `counted` has their shares in the mean (None: one)."""
+        if self.reduction == "none":
+            return rows
+        if self.reduction == "sum":
+            return rows.sum()
+        return rows.mean() if counted is None else rows.sum() / counted.sum()
+
+    def finish(self, rows: Tensor, counted: Tensor | None, given: Tensor) -> Tensor:
+        """`reduce`, in the dtype of the given tensor; under autocast in the dtype of the rows."""
+        result = self.reduce(rows, counted)
+        return result if mixed_precision(given) else result.to(given.dtype)
+
+    def refuse_weight(self) -> None:
+        """Raises ValueError if there are class weights, for the squared error of a vector."""
+        if self.weight is not None:
+            raise ValueError(
+                "weight has no meaning for the squared error of a target vector; "
+                "weigh its classes with prior"
+            )
 
 
 def mixed_precision(x: Tensor) -> bool:
-    """Whether autocast is on where x is."""
+    """Whether autocast is on for the device of x."""
     device = x.device.type
-    # the compiler of torch 2.11 cannot trace the first question, and compiles for no other device
+    # The compiler of torch 2.11 cannot trace the first question. It compiles for no other device.
     known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
     return known and torch.is_autocast_enabled(device)
-
-
-def refuse_weight(w: Tensor | None) -> None:
-    if w is not None:
-        raise ValueError(
-            "weight has no meaning for the squared error of a target vector; "
-            "weigh its classes with prior"
-        )

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,21 +13,21 @@ from softsphere import checks, losses
 from softsphere.engines import LinearSphericalOptions, options_or_default
 from softsphere.engines import dispatch as linear
 from softsphere.engines.weight import accumulator
-from softsphere.functional.conventions import (
-    check_options,
-    counts,
-    finish,
-    mixed_precision,
-    refuse_weight,
-)
-from softsphere.functional.on_logits import loss_on_logits
+from softsphere.functional.conventions import Conventions, mixed_precision
+from softsphere.functional.on_logits import loss_on_logits, spherical_value
 from softsphere.stats import Stats
-from softsphere.targets import from_sparse
 
-__all__ = ["linear_spherical_loss", "loss_on_linear"]
+__all__ = ["Affine", "linear_spherical_loss", "loss_on_linear", "without_logits"]
 
-# Statistics of rows H (m, d) for targets (m, K), from who knows W, b, π and the loss.
+# The statistics of rows H (m, d) for targets (m, K).
 Statistics = Callable[[Tensor, Tensor], Stats]
+
+
+class Affine(NamedTuple):
+    """W (D, d) and b (D) of a linear layer."""
+
+    weight: Tensor
+    bias: Tensor | None
 
 
 def linear_spherical_loss(
@@ -74,57 +73,52 @@ def linear_spherical_loss(
     >>> linear_spherical_loss(torch.tensor([[1.0, 0.0]]), W, torch.tensor([0]), "taylor_softmax")
     tensor(0.4700)
     """
-    pi = None if prior is None else checks.prior(prior)
-    return loss_on_linear(
-        input,
-        linear_weight,
-        target,
-        losses.get(loss),
-        b=linear_bias,
-        target_values=target_values,
+    kind = losses.get(loss)
+    conventions = Conventions.checked(
+        kind,
         weight=weight,
-        pi=pi,
+        pi=None if prior is None else checks.prior(prior),
         reduction=reduction,
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
+    )
+    return loss_on_linear(
+        input,
+        Affine(linear_weight, linear_bias),
+        target,
+        kind,
+        conventions,
+        target_values=target_values,
         options=options_or_default(options),
     )
 
 
 def loss_on_linear(
     input: Tensor,
-    W: Tensor,
+    layer: Affine,
     target: Any,
     loss: losses.Loss,
+    conventions: Conventions,
     *,
-    b: Tensor | None,
     target_values: Tensor | None,
-    weight: Tensor | None,
-    pi: Tensor | None,
-    reduction: str,
-    ignore_index: int,
-    label_smoothing: float,
     options: LinearSphericalOptions,
     statistics: Statistics | None = None,
 ) -> Tensor:
-    """`linear_spherical_loss` for a prior that is checked and normalised already.
+    """`linear_spherical_loss` with conventions that are checked already.
 
-    statistics: instead of an engine's, from who keeps something between calls.
+    statistics: used in place of an engine, by a caller that keeps something between calls.
     """
-    check_options(loss, reduction, ignore_index, label_smoothing)
+    W, b = layer
     checks.linear(input, W, b)
-    for name, vector in (("weight", weight), ("prior", pi)):
-        if vector is not None:
-            checks.class_vector(name, vector, len(W))
-    leading = input.shape[:-1]
+    num_classes, leading = len(W), input.shape[:-1]
     soft = target_values is None and isinstance(target, Tensor) and target.is_floating_point()
     if target_values is not None:
         checks.sparse_rows(leading, target, target_values)
     elif soft:
-        checks.probability_rows((*leading, len(W)), target)
+        checks.probability_rows((*leading, num_classes), target)
     else:
         checks.rows_target(leading, target, "input")
-    refusal = without_logits(loss, label_smoothing, soft)
+    refusal = without_logits(loss, conventions.label_smoothing, soft)
     if refusal and (statistics or options.engine not in ("auto", "dense")):
         raise refusal
     m = math.prod(leading)
@@ -136,67 +130,20 @@ def loss_on_linear(
     target = target.reshape(m, *target.shape[len(leading) :])
     values = None if target_values is None else target_values.reshape(target.shape)
     if refusal:
-        rows = loss_on_logits(
-            torch.nn.functional.linear(H, W, b),
-            target,
-            loss,
-            target_values=values,
-            weight=weight,
-            pi=pi,
-            reduction=reduction,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-        )
-        return rows.view(leading) if reduction == "none" else rows
+        o = torch.nn.functional.linear(H, W, b)
+        result = loss_on_logits(o, target, loss, conventions, target_values=values)
+        return result.view(leading) if conventions.reduction == "none" else result
     dtype = accumulator(H, W, options.accumulate_dtype)
-    w, pi = None if weight is None else weight.to(dtype), None if pi is None else pi.to(dtype)
+    conventions = conventions.fit(num_classes, dtype)
+    entries = conventions.entries(target, values, num_classes, dtype)
     assert isinstance(loss, losses.Spherical)
-    centred = loss.shift_invariant
-
-    def of_weight(H: Tensor, t: Tensor) -> Stats:
-        return linear.statistics(H, W, b, t, pi, centred=centred, options=options)
-
-    find = partial(statistics or of_weight, H)
-    num_classes = len(W)
-    if values is None:
-        rows, counted = indexed(target, loss, find, num_classes, ignore_index, w, dtype)
+    if statistics is None:
+        centred = loss.shift_invariant
+        x = linear.statistics(H, W, b, entries.t, conventions.pi, centred=centred, options=options)
     else:
-        values = values.to(dtype)
-        rows, counted = sparse(target, values, loss, find, num_classes, ignore_index, w)
-    return finish(rows.view(leading), counted, reduction, input)
-
-
-def indexed(
-    target: Tensor,
-    loss: losses.Spherical,
-    statistics: Callable[[Tensor], Stats],
-    num_classes: int,
-    ignore_index: int,
-    w: Tensor | None,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """Losses (m) of class indices (m), and what each row counts for."""
-    t, own, ignored, counted = counts(target, num_classes, ignore_index, w, dtype)
-    rows = own * loss.value(statistics(t.unsqueeze(1)))
-    return torch.where(ignored, 0.0, rows), counted
-
-
-def sparse(
-    target: Tensor,
-    values: Tensor,
-    loss: losses.Spherical,
-    statistics: Callable[[Tensor], Stats],
-    num_classes: int,
-    ignore_index: int,
-    w: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Losses (m) of K-sparse targets (m, K) with values, and which rows count."""
-    if isinstance(loss, losses.SquaredError):
-        refuse_weight(w)
-    entries = from_sparse(target, values, num_classes, ignore_index, w)
-    x = statistics(entries.t)
-    rows = loss.value(Stats(x.s, x.q, x.c, x.mass, y=entries.y, pi=x.pi))
-    return torch.where(entries.ignored, 0.0, rows), (~entries.ignored).to(values.dtype)
+        x = statistics(H, entries.t)
+    rows = entries.weigh(spherical_value(loss, x, entries, conventions))
+    return conventions.finish(rows.view(leading), entries.counted, input)
 
 
 def without_logits(loss: losses.Loss, label_smoothing: float, soft: bool) -> Exception | None:

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from softsphere import checks, losses
 from softsphere.engines.row_statistics import accumulator, dense_statistics, statistics
-from softsphere.functional.conventions import check_options, counts, finish, refuse_weight
+from softsphere.functional.conventions import Conventions
 from softsphere.stats import Stats
-from softsphere.targets import from_sparse
+from softsphere.targets import Targets
 
 __all__ = [
     "log_prob",
@@ -19,6 +19,7 @@ __all__ = [
     "loss_on_logits",
     "spherical_loss",
     "spherical_softmax",
+    "spherical_value",
     "taylor",
     "taylor_softmax",
 ]
@@ -61,121 +62,96 @@ def spherical_loss(
     >>> spherical_loss(o, torch.tensor([0, 1]), "taylor_softmax")
     tensor(0.4032)
     """
-    pi = None if prior is None else checks.prior(prior)
-    return loss_on_logits(
-        logits,
-        target,
-        losses.get(loss),
-        target_values=target_values,
+    kind = losses.get(loss)
+    conventions = Conventions.checked(
+        kind,
         weight=weight,
-        pi=pi,
+        pi=None if prior is None else checks.prior(prior),
         reduction=reduction,
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
     )
+    return loss_on_logits(logits, target, kind, conventions, target_values=target_values)
 
 
 def loss_on_logits(
     logits: Tensor,
     target: Tensor,
     loss: losses.Loss,
+    conventions: Conventions,
     *,
-    target_values: Tensor | None,
-    weight: Tensor | None,
-    pi: Tensor | None,
-    reduction: str,
-    ignore_index: int,
-    label_smoothing: float,
+    target_values: Tensor | None = None,
 ) -> Tensor:
-    """`spherical_loss` for a prior that is checked and normalised already."""
-    check_options(loss, reduction, ignore_index, label_smoothing)
+    """`spherical_loss` with conventions that are checked already."""
     dim = checks.logits_shape(logits)
-    num_classes = logits.shape[dim]
-    for name, vector in (("weight", weight), ("prior", pi)):
-        if vector is not None:
-            checks.class_vector(name, vector, num_classes)
     o = logits.movedim(dim, -1)
-    dtype = accumulator(o.dtype)
-    w = None if weight is None else weight.to(dtype)
-    pi = None if pi is None else pi.to(dtype)
+    num_classes, dtype = o.shape[-1], accumulator(o.dtype)
+    conventions = conventions.fit(num_classes, dtype)
     if target_values is not None:
-        if label_smoothing:
+        if conventions.label_smoothing:
             raise ValueError("label_smoothing has no meaning with target_values; leave it 0")
-        rows, counted = sparse(o, target, target_values, loss, w, pi, ignore_index)
+        checks.sparse_targets(o, target, target_values)
     else:
         checks.target_shape(logits, dim, target)
         if target.is_floating_point():
-            if ignore_index >= 0:
-                raise ValueError(
-                    f"ignore_index has no meaning for class probabilities, got {ignore_index}; "
-                    "leave it out, or give class indices"
-                )
-            p = target.movedim(dim, -1).to(dtype)
-            p = (1 - label_smoothing) * p + label_smoothing / num_classes if label_smoothing else p
-            rows, counted = soft(o, p, loss, w, pi), None
-        else:
-            rows, counted = hard(o, target, loss, w, pi, ignore_index, label_smoothing)
-    return finish(rows, counted, reduction, logits)
-
-
-def hard(
-    o: Tensor,
-    target: Tensor,
-    loss: losses.Loss,
-    w: Tensor | None,
-    pi: Tensor | None,
-    ignore_index: int,
-    smoothing: float,
-) -> tuple[Tensor, Tensor]:
-    """Losses (...) of class indices (...), and what each row counts for."""
-    dtype = accumulator(o.dtype)
-    t, own, ignored, counted = counts(target, o.shape[-1], ignore_index, w, dtype)
-    if smoothing:
-        each = per_class(o, loss, pi)
-        uniform = (each if w is None else each * w).mean(-1)
-        hit = each.gather(-1, t.unsqueeze(-1)).squeeze(-1)
-        rows = (1 - smoothing) * own * hit + smoothing * uniform
-    elif isinstance(loss, losses.Spherical):
-        x = statistics(o, t.unsqueeze(-1), pi, centred=loss.shift_invariant)
-        rows = own * loss.value(x)
+            rows = soft_rows(o, target.movedim(dim, -1).to(dtype), loss, conventions)
+            return conventions.finish(rows, None, logits)
+    entries = conventions.entries(target, target_values, num_classes, dtype)
+    if conventions.label_smoothing:
+        rows = smoothed_rows(o, entries, loss, conventions)
     else:
-        rows = own * on_logits(loss).at(o.to(own.dtype), t, pi)
-    return torch.where(ignored, 0.0, rows), counted
+        rows = entries.weigh(values_of(o, entries, loss, conventions))
+    return conventions.finish(rows, entries.counted, logits)
 
 
-def soft(o: Tensor, p: Tensor, loss: losses.Loss, w: Tensor | None, pi: Tensor | None) -> Tensor:
-    """Losses (...) of class probabilities p (..., C)."""
-    if isinstance(loss, losses.SquaredError):
-        refuse_weight(w)
-        return loss.value(dense_statistics(o, pi, centred=False, y=p))
-    each = per_class(o, loss, pi)
-    return (each * (p if w is None else p * w)).sum(-1)
-
-
-def sparse(
-    o: Tensor,
-    target: Tensor,
-    values: Tensor,
-    loss: losses.Loss,
-    w: Tensor | None,
-    pi: Tensor | None,
-    ignore_index: int,
-) -> tuple[Tensor, Tensor]:
-    """Losses (...) of K-sparse targets (..., K) with values, and which rows count."""
-    checks.sparse_targets(o, target, values)
-    if isinstance(loss, losses.SquaredError):
-        refuse_weight(w)
-    values = values.to(accumulator(o.dtype))
-    entries = from_sparse(target, values, o.shape[-1], ignore_index, w)
-    t, ignored = entries.t, entries.ignored
-    y = values if entries.y is None else entries.y
+def values_of(o: Tensor, entries: Targets, loss: losses.Loss, conventions: Conventions) -> Tensor:
+    """Losses (...) of the entries, before class weights."""
+    pi = conventions.pi
     if isinstance(loss, losses.Spherical):
-        x = statistics(o, t, pi, centred=loss.shift_invariant)
-        rows = loss.value(Stats(x.s, x.q, x.c, x.mass, y=y, pi=x.pi))
-    else:
-        each = on_logits(loss).per_class(o.to(y.dtype), pi)
-        rows = (each.gather(-1, t) * y).sum(-1)
-    return torch.where(ignored, 0.0, rows), (~ignored).to(y.dtype)
+        x = statistics(o, entries.t, pi, centred=loss.shift_invariant)
+        return spherical_value(loss, x, entries, conventions)
+    o, kind = o.to(entries.counted.dtype), on_logits(loss)
+    if entries.y is None:
+        return kind.at(o, entries.t.squeeze(-1), pi)
+    return (kind.per_class(o, pi).gather(-1, entries.t) * entries.y).sum(-1)
+
+
+def spherical_value(
+    loss: losses.Spherical, x: Stats, entries: Targets, conventions: Conventions
+) -> Tensor:
+    """Losses (...) of the entries from their statistics, before class weights."""
+    if isinstance(loss, losses.SquaredError) and entries.y is not None:
+        conventions.refuse_weight()
+    return loss.value(Stats(x.s, x.q, x.c, x.mass, y=entries.y, pi=x.pi))
+
+
+def smoothed_rows(
+    o: Tensor, entries: Targets, loss: losses.Loss, conventions: Conventions
+) -> Tensor:
+    """Losses (...) of class indices with label smoothing."""
+    w, alpha = conventions.weight, conventions.label_smoothing
+    each = per_class(o, loss, conventions.pi)
+    uniform = (each if w is None else each * w).mean(-1)
+    hit = each.gather(-1, entries.t).squeeze(-1)
+    rows = (1 - alpha) * entries.counted * hit + alpha * uniform
+    return torch.where(entries.ignored, 0.0, rows)
+
+
+def soft_rows(o: Tensor, p: Tensor, loss: losses.Loss, conventions: Conventions) -> Tensor:
+    """Losses (...) of class probabilities p (..., C)."""
+    if conventions.ignore_index >= 0:
+        raise ValueError(
+            "ignore_index has no meaning for class probabilities, got "
+            f"{conventions.ignore_index}; leave it out, or give class indices"
+        )
+    alpha, w = conventions.label_smoothing, conventions.weight
+    if alpha:
+        p = (1 - alpha) * p + alpha / p.shape[-1]
+    if isinstance(loss, losses.SquaredError):
+        conventions.refuse_weight()
+        return loss.value(dense_statistics(o, conventions.pi, centred=False, y=p))
+    each = per_class(o, loss, conventions.pi)
+    return (each * (p if w is None else p * w)).sum(-1)
 
 
 def per_class(o: Tensor, loss: losses.Loss, pi: Tensor | None) -> Tensor:

@@ -13,15 +13,14 @@ from softsphere import checks, losses
 from softsphere._torch import eager, transforms_active
 from softsphere.engines import stream
 from softsphere.engines import structured as factored
-from softsphere.functional.conventions import REDUCTIONS, reduce
+from softsphere.functional.conventions import Conventions
+from softsphere.functional.on_logits import spherical_value
 from softsphere.heads.prediction import OutputLayer
 from softsphere.losses import Spherical
 from softsphere.matrix import FactoredTensor, Health, StructuredGradient
 from softsphere.matrix.arrays import Arrays
 from softsphere.matrix.factored_matrix import FactoredMatrix
 from softsphere.matrix.upkeep import uninterrupted
-from softsphere.stats import Stats
-from softsphere.targets import from_indices, from_sparse
 
 __all__ = ["FactoredSphericalLoss"]
 
@@ -91,11 +90,11 @@ class FactoredSphericalLoss(OutputLayer):
         super().__init__()
         checks.at_least_one("in_features", in_features)
         checks.at_least_one("num_classes", num_classes)
-        checks.one_of("reduction", reduction, REDUCTIONS)
         self.loss = spherical(losses.get(loss))
         self.in_features, self.num_classes = in_features, num_classes
         self.has_bias = bias
-        self.reduction, self.ignore_index = reduction, ignore_index
+        given = Conventions.checked(self.loss, reduction=reduction, ignore_index=ignore_index)
+        self.reduction, self.ignore_index = given.reduction, given.ignore_index
         weight = torch.empty(num_classes, in_features, device=device, dtype=dtype)
         pi = None
         if prior is not None:
@@ -105,6 +104,13 @@ class FactoredSphericalLoss(OutputLayer):
         columns = weight.new_empty(num_classes) if bias else None
         self.weight = nn.Parameter(FactoredTensor(weight, columns, pi))
         self.reset_parameters()
+
+    @property
+    def conventions(self) -> Conventions:
+        """The attributes, checked as they are now. The weight holds the prior."""
+        return Conventions.checked(
+            self.loss, reduction=self.reduction, ignore_index=self.ignore_index
+        )
 
     def register_parameter(self, name: str, param: Any) -> None:
         """As of every module; a second name for the weight, which pruning wants, is refused."""
@@ -181,20 +187,16 @@ class FactoredSphericalLoss(OutputLayer):
             dtype = H.dtype
             if target_values is None:
                 checks.rows_target(leading, target)
-                entries = from_indices(target.reshape(-1), self.num_classes, self.ignore_index)
+                target, values = target.reshape(-1), None
             else:
                 checks.sparse_rows(leading, target, target_values)
-                K = target.shape[-1]
-                entries = from_sparse(
-                    target.reshape(-1, K),
-                    target_values.reshape(-1, K).to(dtype),
-                    self.num_classes,
-                    self.ignore_index,
-                )
+                target = target.reshape(-1, target.shape[-1])
+                values = target_values.reshape(target.shape)
+            conventions = self.conventions
+            entries = conventions.entries(target, values, self.num_classes, dtype)
             x = factored.statistics(H, weight, entries.t, centred=self.loss.shift_invariant)
-            rows = self.loss.value(Stats(x.s, x.q, x.c, x.mass, y=entries.y, pi=x.pi))
-            rows = torch.where(entries.ignored, 0.0, rows)
-            return reduce(rows.view(leading), (~entries.ignored).to(dtype), self.reduction)
+            rows = entries.weigh(spherical_value(self.loss, x, entries, conventions))
+            return conventions.reduce(rows.view(leading), entries.counted)
 
     def rows_of(self, hidden: Tensor) -> Tensor:
         """hidden as (m, w) in the weight's dtype, with the bias's column of ones.

@@ -19,8 +19,8 @@ from softsphere.engines.accumulation import Accumulation
 from softsphere.engines.pending import refuse_step
 from softsphere.engines.row_statistics import accumulator
 from softsphere.engines.weight import chunks
-from softsphere.functional.conventions import check_options
-from softsphere.functional.on_linear import loss_on_linear, without_logits
+from softsphere.functional.conventions import Conventions
+from softsphere.functional.on_linear import Affine, loss_on_linear, without_logits
 from softsphere.heads.prediction import OutputLayer
 
 __all__ = ["LinearSphericalLoss"]
@@ -85,10 +85,15 @@ class LinearSphericalLoss(OutputLayer, WithPrior):
         checks.at_least_one("in_features", in_features)
         checks.at_least_one("num_classes", num_classes)
         self.loss = losses.get(loss)
-        check_options(self.loss, reduction, ignore_index, label_smoothing)
         self.in_features, self.num_classes = in_features, num_classes
-        self.reduction, self.ignore_index = reduction, ignore_index
-        self.label_smoothing = label_smoothing
+        given = Conventions.checked(
+            self.loss,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+        )
+        self.reduction, self.ignore_index = given.reduction, given.ignore_index
+        self.label_smoothing = given.label_smoothing
         self.options = options_or_default(options)
         wide = torch.float64 if dtype == torch.float64 else None
         pi = None if prior is None else checks.prior(prior, wide)
@@ -106,6 +111,18 @@ class LinearSphericalLoss(OutputLayer, WithPrior):
         )
         self.accumulation: Accumulation | None = None
         self.reset_parameters()
+
+    @property
+    def conventions(self) -> Conventions:
+        """The attributes, checked as they are now."""
+        return Conventions.checked(
+            self.loss,
+            weight=self.class_weight,
+            pi=self.prior,
+            reduction=self.reduction,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+        )
 
     @classmethod
     def from_linear(
@@ -168,16 +185,11 @@ class LinearSphericalLoss(OutputLayer, WithPrior):
             kept.check_use(self.weight, self.bias, self.prior)
         return loss_on_linear(
             hidden,
-            self.weight,
+            Affine(self.weight, self.bias),
             target,
             self.loss,
-            b=self.bias,
+            self.conventions,
             target_values=target_values,
-            weight=self.class_weight,
-            pi=self.prior,
-            reduction=self.reduction,
-            ignore_index=self.ignore_index,
-            label_smoothing=self.label_smoothing,
             options=self.options,
             statistics=None if kept is None else kept.statistics,
         )

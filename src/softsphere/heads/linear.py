@@ -21,6 +21,7 @@ from softsphere.engines.row_statistics import accumulator
 from softsphere.engines.weight import chunks
 from softsphere.functional.conventions import Conventions
 from softsphere.functional.on_linear import Affine, loss_on_linear, without_logits
+from softsphere.heads.adoption import Tie, plain_parameters
 from softsphere.heads.prediction import OutputLayer
 
 __all__ = ["LinearSphericalLoss"]
@@ -110,6 +111,7 @@ class LinearSphericalLoss(OutputLayer, WithPrior):
             "bias", nn.Parameter(torch.empty(num_classes, **made)) if bias else None
         )
         self.accumulation: Accumulation | None = None
+        self.tie = Tie()
         self.reset_parameters()
 
     @property
@@ -137,19 +139,23 @@ class LinearSphericalLoss(OutputLayer, WithPrior):
         label_smoothing: float = 0.0,
         options: LinearSphericalOptions | None = None,
     ) -> LinearSphericalLoss:
-        """The layer with the very parameters of `linear`, such as a language model's `lm_head`; or
-        with the weight of an `nn.Embedding`, whose rows are then the classes (tied weights).
+        """Returns a layer that shares the parameters of `linear`, such as a language model's
+        `lm_head`; or the weight of an `nn.Embedding`, whose rows are then the classes (tied
+        weights), its padding row among them.
+
+        The layer must compute W h + b and no more. Hooks, adapters and parametrizations that it is
+        given later are not seen. As long as `linear` exists, a loss or prediction warns when the
+        two no longer have the same parameters.
+
+        Raises: TypeError or ValueError, with what can be done, for a layer that wraps or overrides
+        nn.Linear (LoRA, quantisation), has hooks or a parametrization, or merely has a weight; and
+        for an nn.Embedding with max_norm.
 
         >>> embedding = nn.Embedding(1000, 8)
         >>> LinearSphericalLoss.from_linear(embedding).weight is embedding.weight
         True
         """
-        W, b = getattr(linear, "weight", None), getattr(linear, "bias", None)
-        if not isinstance(W, nn.Parameter) or W.dim() != 2:
-            raise TypeError(
-                "linear must have a parameter `weight` of shape (num_classes, in_features), as "
-                f"nn.Linear and nn.Embedding do, got {type(linear).__name__}"
-            )
+        W, b = plain_parameters(linear)
         head = cls(
             W.shape[1],
             W.shape[0],
@@ -162,8 +168,10 @@ class LinearSphericalLoss(OutputLayer, WithPrior):
             label_smoothing=label_smoothing,
             options=options,
             device="meta",
+            dtype=W.dtype,
         )
         head.weight, head.bias = W, b
+        head.tie = Tie(linear)
         for name in BUFFERS:
             value = getattr(head, name)
             setattr(head, name, None if value is None else value.to(W.device))
@@ -180,6 +188,7 @@ class LinearSphericalLoss(OutputLayer, WithPrior):
         self, hidden: Tensor, target: Tensor, target_values: Tensor | None = None
     ) -> Tensor:
         """The loss of hidden (…, d) against target; see `functional.linear_spherical_loss`."""
+        self.check_tie()
         kept = self.accumulation
         if kept is not None:
             kept.check_use(self.weight, self.bias, self.prior)
@@ -193,6 +202,11 @@ class LinearSphericalLoss(OutputLayer, WithPrior):
             options=self.options,
             statistics=None if kept is None else kept.statistics,
         )
+
+    def check_tie(self) -> None:
+        """Warns where the parameters are no longer those of the layer given to from_linear."""
+        if not torch.compiler.is_compiling():
+            self.tie.check(self)
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:

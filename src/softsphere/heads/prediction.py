@@ -26,6 +26,7 @@ def exactly(method: Method) -> Method:
 
     @functools.wraps(method)
     def run(self: OutputLayer, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.check_tie()
         checks.hidden(hidden, self.in_features)
         if not mixed_precision(hidden):
             # not a context that changes nothing: an exported program would keep it
@@ -87,6 +88,9 @@ class OutputLayer(nn.Module, ABC):
     @abstractmethod
     def is_differentiated(self, hidden: Tensor) -> bool:
         """Whether autograd records what is computed of hidden and the weight."""
+
+    def check_tie(self) -> None:
+        """Warns where the parameters are no longer shared with the layer they came from."""
 
     def classes(self) -> stream.Classes:
         """What prediction streams over."""

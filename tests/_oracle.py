@@ -83,3 +83,37 @@ def soft_margin(margin: float, kind: str, **p: float):
         return -math.log(own / (own + rest))
 
     return loss
+
+
+def partials(
+    name: str, s: float, q: float, c: float, mass: float, y: float, pi: float
+) -> tuple[float, float, float]:
+    """d(y ℓ)/d(s, q, c) in closed form, with the hyper-parameters of `_cases`."""
+    if name == "squared_error":
+        return 0.0, 1.0, -2 * pi * y
+    if name == "taylor_softmax":
+        n = mass + s + q / 2
+        return y / n, y / (2 * n), -y * (1 + c) / (1 + c + c * c / 2)
+    if name == "spherical_softmax":
+        return 0.0, y / (q + mass * 0.3), -2 * y * c / (c * c + 0.3)
+    if name == "bohning_bound":
+        return y * (1 / mass - s / (2 * mass)), y / 4, -y
+    mu = s / mass
+    variance = q / mass - mu * mu
+    if name == "z_loss":
+        a, b, sigma = 0.7, 2.0, math.sqrt(variance)
+        z = (c - mu) / sigma
+        g = -y / (1 + math.exp(-a * (b - z)))
+        ds = g * (-1 / (mass * sigma) + z * mu / (mass * variance))
+        return ds, -g * z / (2 * mass * variance), g / sigma
+    if name == "bouchard_bound":
+        low, high = 1e-9, 200.0
+        for _ in range(200):  # ξ² = v + ((M−2)/(4Mλ))², by bisection
+            xi = (low + high) / 2
+            lam = math.tanh(xi / 2) / (4 * xi)
+            if xi * xi < variance + ((mass - 2) / (4 * mass * lam)) ** 2:
+                low = xi
+            else:
+                high = xi
+        return y * (1 / mass - 2 * lam * s / mass), y * lam, -y
+    raise KeyError(name)

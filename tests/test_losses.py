@@ -1,9 +1,10 @@
-"""Every loss against its oracle, its partials against autograd, its declared properties."""
+"""Every loss against its oracle, its derivatives and its declared properties."""
 
 import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 
+import _oracle as oracle
 from _cases import CASES
 from softsphere import losses
 from softsphere.engines.row_statistics import statistics
@@ -60,20 +61,35 @@ def test_value_and_gradient_agree_with_the_oracle(name, prior):
 
 @pytest.mark.parametrize("prior", PRIORS, ids=["uniform", "prior"])
 @pytest.mark.parametrize("name", SPHERICAL)
-def test_partials_agree_with_autograd(name, prior):
+def test_derivatives_by_the_statistics_are_the_formulas_of_the_docstrings(name, prior):
     loss = CASES[name][0]
     o, target = outputs(), torch.tensor([[0, 2], [6, 1], [3, 4], [3, 0], [1, 2], [5, 6]])
     pi = None if prior is None else prior * 7 / prior.sum()
     x = statistics(o, target, pi, centred=False)
     s, q, c = (z.requires_grad_() for z in (x.s, x.q, x.c))
     y = torch.linspace(0.2, 1.3, 12, dtype=torch.float64).view(6, 2)
-    x = Stats(s, q, c, 7.0, y=y, pi=x.pi)
-    expected = torch.autograd.grad(
-        loss.value(x).sum(), (s, q, c), allow_unused=True, materialize_grads=True
+
+    def value(s, q, c):
+        return loss.value(Stats(s, q, c, 7.0, y=y, pi=x.pi))
+
+    assert gradcheck(value, (s, q, c))
+    got = torch.autograd.grad(
+        value(s, q, c).sum(), (s, q, c), allow_unused=True, materialize_grads=True
     )
-    partials = loss.partials(x)
-    for got, want in zip((partials.s, partials.q, partials.c), expected, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+    at_targets = torch.ones_like(y) if pi is None else pi[target]
+    for i in range(6):
+        row = s[i].item(), q[i].item()
+        want = [
+            oracle.partials(
+                name, *row, c[i, j].item(), 7.0, y[i, j].item(), at_targets[i, j].item()
+            )
+            for j in range(2)
+        ]
+        if name == "squared_error":  # q is there once for the whole vector
+            want = [(ds, dq / 2, dc) for ds, dq, dc in want]
+        assert got[0][i].item() == pytest.approx(sum(x[0] for x in want), rel=1e-9, abs=1e-12)
+        assert got[1][i].item() == pytest.approx(sum(x[1] for x in want), rel=1e-9, abs=1e-12)
+        assert got[2][i].tolist() == pytest.approx([x[2] for x in want], rel=1e-9, abs=1e-12)
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -56,6 +56,11 @@ def readable(x: Tensor) -> bool:
     return True
 
 
+def values_on_cpu(x: Tensor) -> bool:
+    """Whether the values of x may be checked without waiting for a device."""
+    return x.device.type == "cpu" and readable(x)
+
+
 def class_vector(name: str, value: Tensor, num_classes: int) -> None:
     """A floating tensor with one entry a class."""
     if not isinstance(value, Tensor):

@@ -1,4 +1,4 @@
-"""The family, one loss a file, and its names."""
+"""The family of losses, one per file, and a registry of their names."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = [
     "get",
 ]
 
-# The names users write. A new loss is a line here and its file.
+# The names that users write. A new loss is a file and a line here.
 REGISTRY: dict[str, type[Loss]] = {
     "squared_error": SquaredError,
     "spherical_softmax": SphericalSoftmax,
@@ -44,9 +44,10 @@ REGISTRY: dict[str, type[Loss]] = {
 
 
 def get(loss: str | Loss) -> Loss:
-    """The loss of that name with its default hyper-parameters; a loss itself is given back.
+    """Returns the loss of that name with its default hyper-parameters, or the given loss itself.
 
-    Raises: ValueError for an unknown name, listing the known ones; TypeError for anything else.
+    Raises ValueError for an unknown name, with a list of the known ones, and TypeError for
+    anything that is neither a name nor a loss.
 
     >>> get("spherical_softmax")
     SphericalSoftmax(eps=1.0)

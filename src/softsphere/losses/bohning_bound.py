@@ -6,11 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from softsphere.losses.base import Spherical, weigh
-from softsphere.stats import Partials, Stats
+from softsphere.losses.base import Spherical, less_log_prior
+from softsphere.stats import Stats
 
 __all__ = ["BohningBound"]
 
@@ -19,11 +18,12 @@ __all__ = ["BohningBound"]
 class BohningBound(Spherical):
     r"""ℓ = log M + s/M + (q − s²/M)/4 − c − log π_t.
 
-    An upper bound of −log softmax, tight where all outputs are equal, and shift-invariant. With
-    a base measure it is the same expansion under π, and a bound no more where some π_k < 1.
+    An upper bound of −log softmax that is tight where all outputs are equal. It is invariant to a
+    shift of the outputs. With a base measure it is the same expansion under π, and no longer a
+    bound if some π_k < 1.
 
     Partials: s' = 1/M − s/(2M), q' = ¼, c' = −1.
-    Source: Böhning 1992 (Annals of the Institute of Statistical Mathematics 44); used for a
+    Source: Böhning 1992 (Annals of the Institute of Statistical Mathematics 44); used as a
     spherical loss by arXiv:1511.05042.
 
     >>> import torch
@@ -37,11 +37,7 @@ class BohningBound(Spherical):
     upper_bound: ClassVar[bool] = True
 
     def each(self, x: Stats) -> Tensor:
+        log_mass = x.mass.log() if isinstance(x.mass, Tensor) else math.log(x.mass)
         mu = x.s / x.mass
-        bound = math.log(x.mass) + mu + 0.25 * (x.q - x.s * mu)
-        nll = bound.unsqueeze(-1) - x.c
-        return nll if x.pi is None else nll - x.pi.log()
-
-    def partials(self, x: Stats) -> Partials:
-        ds = ((1 - 0.5 * x.s) / x.mass).unsqueeze(-1)
-        return weigh(x, ds, torch.full_like(ds, 0.25), -torch.ones_like(x.c))
+        bound = log_mass + mu + 0.25 * (x.q - x.s * mu)
+        return less_log_prior(bound.unsqueeze(-1) - x.c, x)

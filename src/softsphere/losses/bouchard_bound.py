@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor
 
-from softsphere.losses.base import Spherical, weigh
-from softsphere.stats import Partials, Stats
+from softsphere import checks
+from softsphere.losses.base import Spherical, less_log_prior
+from softsphere.stats import Stats
 
 __all__ = ["BouchardBound"]
 
-# Safeguarded Newton steps; the tests measure what is left of h(ξ) − v after them.
+# The number of safeguarded Newton steps. The tests measure the residual h(ξ) − v after them.
 STEPS = 16
 
 
@@ -23,11 +24,11 @@ class BouchardBound(Spherical):
     r"""ℓ = min over ξ of  s/M + λ(q − s²/M) − (M−2)²/(16Mλ) − Mξ/2 − Mλξ² + M log(1+e^ξ) − c.
 
     λ(ξ) = (σ(ξ) − ½)/(2ξ). With v = q/M − s²/M² the best ξ solves ξ² = v + ((M−2)/(4Mλ))²; it is
-    log(M − 1) at v = 0. An upper bound of −log softmax, very loose for many classes. −log π_t is
-    added under a base measure, where it is a bound no more if some π_k < 1.
+    log(M − 1) at v = 0. The loss is an upper bound of −log softmax, and very loose for many
+    classes. With a base measure −log π_t is added, and it is no longer a bound if some π_k < 1.
 
     Partials (envelope theorem): s' = 1/M − 2λs/M, q' = λ, c' = −1.
-    Raises: ValueError for fewer than two classes, whose bound has no minimum.
+    Raises ValueError for fewer than two classes, where the bound has no minimum.
     Source: Bouchard 2007 (Efficient bounds for the softmax function); arXiv:1511.05042.
 
     >>> import torch
@@ -47,35 +48,42 @@ class BouchardBound(Spherical):
         # The formula's terms are of size Mξ and cancel to ξ: E = e^{−ξ} is of size 1/M.
         E, rho = torch.exp(-xi), (x.mass - 1) / x.mass**2
         slack = xi * x.mass * (rho - (E / (1 + E)) ** 2) / torch.tanh(xi / 2)
-        bound = mu + lam(xi) * centred + slack + x.mass * torch.log1p(E)
-        nll = bound.unsqueeze(-1) - x.c
-        return nll if x.pi is None else nll - x.pi.log()
-
-    def partials(self, x: Stats) -> Partials:
-        centred = (x.q - x.s * x.s / x.mass).clamp_min(0)
-        dq = lam(best_xi(centred / x.mass, x.mass)).unsqueeze(-1)
-        ds = (1 - 2 * dq * x.s.unsqueeze(-1)) / x.mass
-        return weigh(x, ds, dq, -torch.ones_like(x.c))
+        bound = mu + _lambda(xi) * centred + slack + x.mass * torch.log1p(E)
+        return less_log_prior(bound.unsqueeze(-1) - x.c, x)
 
 
-def lam(xi: Tensor) -> Tensor:
+def _lambda(xi: Tensor) -> Tensor:
     """λ(ξ) = (σ(ξ) − ½)/(2ξ) = tanh(ξ/2)/(4ξ), ξ > 0."""
     return torch.tanh(xi / 2) / (4 * xi)
 
 
-def best_xi(v: Tensor, mass: float) -> Tensor:
-    """The ξ of the tightest bound, where h(ξ) = 4ξ² (ρ(1+E)² − E)/(1−E)² meets v.
+def best_xi(v: Tensor, mass: float | Tensor) -> Tensor:
+    """The ξ of the tightest bound, where h(ξ) = 4ξ² (ρ(1+E)² − E)/(1−E)² equals v.
 
     E = e^{−ξ}, ρ = (M−1)/M². h rises from 0 at ξ₀ = log(M−1) and lies below 4ρξ², so the
-    solution is between max(ξ₀, a) and ξ₀ + a, a = √(v/4ρ).
+    solution is between max(ξ₀, a) and ξ₀ + a, a = √(v/4ρ). For M = 2 it is √v.
     """
+    if isinstance(mass, Tensor):
+        if checks.values_on_cpu(mass) and bool((mass < 2).any()):
+            _refuse_mass(float(mass.min()))
+        two = mass == 2
+        safe = torch.where(two, 3.0, mass)
+        return torch.where(two, _root(v), _newton_xi(v, (safe - 1) / safe**2, (safe - 1).log()))
     if mass < 2:
-        raise ValueError(f"BouchardBound needs at least 2 classes, got {mass:g}")
-    rho = (mass - 1) / mass**2
-    if mass == 2:  # h(ξ) = ξ²; kept off ξ = 0, where λ is 1/8 to rounding already
-        return v.clamp_min(1e-8).sqrt()
-    xi0 = math.log(mass - 1)
+        _refuse_mass(mass)
+    return _root(v) if mass == 2 else _newton_xi(v, (mass - 1) / mass**2, math.log(mass - 1))
 
+
+def _refuse_mass(mass: float) -> NoReturn:
+    raise ValueError(f"BouchardBound needs at least 2 classes, got {mass:g}")
+
+
+def _root(v: Tensor) -> Tensor:
+    """√v, kept away from ξ = 0, near which λ is 1/8 to rounding."""
+    return v.clamp_min(1e-8).sqrt()
+
+
+def _newton_xi(v: Tensor, rho: float | Tensor, xi0: Any) -> Tensor:
     def newton(xi: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         E = torch.exp(-xi)
         g = (rho * (1 + E) ** 2 - E) / (1 - E) ** 2

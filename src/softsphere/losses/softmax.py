@@ -1,4 +1,4 @@
-"""Softmax and Taylor softmax of higher order, with or without a soft margin: the comparators."""
+"""Softmax and Taylor softmax of higher order, with or without a soft margin, for comparison."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from softsphere.losses.base import OnLogits
 __all__ = ["HigherTaylorSoftmax", "SoftMarginSoftmax", "Softmax"]
 
 
-class NormalisedOnLogits(OnLogits):
-    """−log f_t with f_k = π_k t(o_k) / Σ_j π_j t(o_j), from the outputs themselves."""
+class _NormalisedOnLogits(OnLogits):
+    """−log f_t with f_k = π_k t(o_k) / Σ_j π_j t(o_j), computed from all the outputs."""
 
     normalised: ClassVar[bool] = True
 
@@ -31,8 +31,8 @@ class NormalisedOnLogits(OnLogits):
 
 
 @dataclass(frozen=True)
-class Softmax(NormalisedOnLogits):
-    """ℓ = log Σ_k π_k e^{o_k} − log π_t − o_t: the reference all others are compared with."""
+class Softmax(_NormalisedOnLogits):
+    """ℓ = log Σ_k π_k e^{o_k} − log π_t − o_t, the reference for all others."""
 
     shift_invariant: ClassVar[bool] = True
     upper_bound: ClassVar[bool] = True
@@ -42,13 +42,13 @@ class Softmax(NormalisedOnLogits):
 
 
 @dataclass(frozen=True)
-class HigherTaylorSoftmax(NormalisedOnLogits):
-    r"""Taylor softmax of even order n: t(o) = Σ_{i≤n} oⁱ/i! in place of e^o.
+class HigherTaylorSoftmax(_NormalisedOnLogits):
+    r"""Taylor softmax of even order n: t(o) = Σ_{i≤n} oⁱ/i! takes the place of e^o.
 
-    Positive everywhere, with minima ½ (n = 2), 0.2704 (4) and 0.1493 (6). Computed as
-    n log|o| + log(t(o)/|o|ⁿ) beyond 1, so that no power overflows, and in float64, since the terms
-    of a negative o cancel.
-    Raises: TypeError or ValueError unless n is even and from 2 to 20.
+    t is positive everywhere, with minima ½ (n = 2), 0.2704 (4) and 0.1493 (6). For |o| > 1 it is
+    computed as n log|o| + log(t(o)/|o|ⁿ), so that no power overflows, and in float64, since the
+    terms of a negative o cancel.
+    Raises TypeError or ValueError unless n is even and from 2 to 20.
     Source: Banerjee et al. 2020, arXiv:2011.11538, eq. (7).
     """
 
@@ -64,8 +64,8 @@ class HigherTaylorSoftmax(NormalisedOnLogits):
         near = torch.where(far, 0.0, o)
         inverse = 1 / torch.where(far, o, 1.0)
         ascending = [1 / math.factorial(i) for i in range(n + 1)]
-        log_near = torch.log1p(near * horner(near, ascending[1:]))
-        log_far = torch.log(horner(inverse, ascending[::-1])) - n * inverse.abs().log()
+        log_near = torch.log1p(near * _horner(near, ascending[1:]))
+        log_far = torch.log(_horner(inverse, ascending[::-1])) - n * inverse.abs().log()
         return torch.where(far, log_far, log_near).to(dtype)
 
 
@@ -73,9 +73,9 @@ class HigherTaylorSoftmax(NormalisedOnLogits):
 class SoftMarginSoftmax(OnLogits):
     r"""ℓ = log(t(o_t − m) + Σ_{j≠t} t(o_j)) − log t(o_t − m), with t = exp, or f_n of an order n.
 
-    The target must win by a margin m ≥ 0; m = 0 is the softmax, or Taylor softmax, itself. The
-    margin is for training: probabilities are those of m = 0.
-    Raises: ValueError unless m ≥ 0 and n, where given, is even.
+    The target must win by a margin m ≥ 0. With m = 0 it is softmax itself, or Taylor softmax of
+    order n. The margin is used in training alone: probabilities are those of m = 0.
+    Raises ValueError unless m ≥ 0 and n, if given, is even.
     Source: Banerjee et al. 2020, arXiv:2011.11538, eqs. (9) and (11).
     """
 
@@ -90,8 +90,8 @@ class SoftMarginSoftmax(OnLogits):
             checks.even_order(self.order)
 
     @property
-    def plain(self) -> NormalisedOnLogits:
-        """The same without the margin."""
+    def plain(self) -> _NormalisedOnLogits:
+        """The loss without a margin."""
         return Softmax() if self.order is None else HigherTaylorSoftmax(self.order)
 
     def log_numerator(self, o: Tensor) -> Tensor:
@@ -106,11 +106,11 @@ class SoftMarginSoftmax(OnLogits):
         log_t, log_m = self.log_numerator(o), self.log_numerator(o - self.margin)
         if pi is not None:
             log_t, log_m = log_t + pi.log(), log_m + pi.log()
-        return torch.nn.functional.softplus(log_rest(log_t) - log_m)
+        return torch.nn.functional.softplus(_log_rest(log_t) - log_m)
 
 
-def log_rest(log_t: Tensor) -> Tensor:
-    """log Σ_{j≠k} t_j of every k: (..., C). The largest is left out by summing the others anew."""
+def _log_rest(log_t: Tensor) -> Tensor:
+    """log Σ_{j≠k} t_j for every k: (..., C). For the largest k the others are summed again."""
     best = log_t.argmax(-1, keepdim=True)
     is_best = torch.arange(log_t.shape[-1], device=log_t.device) == best
     nothing = torch.finfo(log_t.dtype).min
@@ -120,7 +120,7 @@ def log_rest(log_t: Tensor) -> Tensor:
     return torch.where(is_best, others, log_n + torch.log1p(-share.exp()))
 
 
-def horner(x: Tensor, coefficients: list[float]) -> Tensor:
+def _horner(x: Tensor, coefficients: list[float]) -> Tensor:
     """Σ_i coefficients[i] xⁱ."""
     total = torch.full_like(x, coefficients[-1])
     for coefficient in reversed(coefficients[:-1]):

@@ -17,11 +17,11 @@ __all__ = ["SphericalSoftmax"]
 class SphericalSoftmax(Normalised):
     r"""ℓ = log(q + Mε) − log π_t − log(c² + ε).
 
-    Even in o: only the size of an output counts. ε > 0 is a hyper-parameter; the pull on the
-    target, 2c/(c² + ε), peaks at c = √ε with 1/√ε and is zero at c = 0.
+    It is even in o: only the size of an output matters. ε > 0 is a hyper-parameter. The pull on
+    the target, 2c/(c² + ε), has its maximum 1/√ε at c = √ε and is zero at c = 0.
 
     Partials: s' = 0, q' = 1/(q + Mε), c' = −2c/(c² + ε).
-    Raises: ValueError unless ε > 0.
+    Raises ValueError unless ε > 0.
     Source: de Brébisson & Vincent 2015, arXiv:1511.05042, §3.1.
 
     >>> import torch
@@ -39,11 +39,5 @@ class SphericalSoftmax(Normalised):
     def log_numerator(self, o: Tensor) -> Tensor:
         return torch.log(o * o + self.eps)
 
-    def score(self, o: Tensor) -> Tensor:
-        return 2 * o / (o * o + self.eps)
-
-    def log_normaliser(self, s: Tensor, q: Tensor, mass: float) -> Tensor:
+    def log_normaliser(self, s: Tensor, q: Tensor, mass: float | Tensor) -> Tensor:
         return torch.log(q + mass * self.eps)
-
-    def normaliser_partials(self, s: Tensor, q: Tensor, mass: float) -> tuple[Tensor, Tensor]:
-        return torch.zeros_like(s), 1 / (q + mass * self.eps)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from softsphere.losses.base import Spherical
-from softsphere.stats import Partials, Stats
+from softsphere.stats import Stats
 
 __all__ = ["SquaredError"]
 
@@ -17,8 +17,8 @@ __all__ = ["SquaredError"]
 class SquaredError(Spherical):
     r"""ℓ = Σ_k π_k (o_k − y_k)² = q − 2 Σ_j π_j c_j y_j + Σ_j π_j y_j².
 
-    The target vector y is zero but at K places; an integer target is y = 1 there. Values y may
-    be any real numbers. A sum over classes, not a mean.
+    The target vector y is zero except at K places. A class index means y = 1 there; target values
+    y may be any real numbers. The loss is a sum over classes, not a mean.
 
     Partials: s' = 0, q' = 1, c'_j = −2 π_j y_j.
     Source: Vincent, de Brébisson & Bouthillier 2015, arXiv:1412.7091, eq. (1).
@@ -40,9 +40,3 @@ class SquaredError(Spherical):
         y = torch.ones_like(x.c) if x.y is None else x.y
         cross = y * (y - 2 * x.c)
         return x.q + (cross if x.pi is None else x.pi * cross).sum(-1)
-
-    def partials(self, x: Stats) -> Partials:
-        y = torch.ones_like(x.c) if x.y is None else x.y
-        return Partials(
-            torch.zeros_like(x.s), torch.ones_like(x.q), -2 * (y if x.pi is None else x.pi * y)
-        )

@@ -16,12 +16,12 @@ __all__ = ["TaylorSoftmax"]
 class TaylorSoftmax(Normalised):
     r"""ℓ = log(M + s + q/2) − log π_t − log(1 + c + c²/2).
 
-    The second-order Taylor polynomial of the exponential in place of it. Its numerator
-    t(o) = ½ + ½(1 + o)² is at least ½ (at o = −1), so nothing divides by zero and there is no ε;
-    it is not monotone: t(−2) = t(0). It is the spherical softmax with ε = 1 of 1 + o.
+    The exponential of softmax is replaced by its Taylor polynomial of order two. The numerator
+    t(o) = ½ + ½(1 + o)² is at least ½ (at o = −1), so nothing divides by zero and there is no ε.
+    It is not monotone: t(−2) = t(0). It is the spherical softmax with ε = 1 of 1 + o.
 
     Partials: s' = 1/N, q' = 1/(2N), c' = −(1 + c)/t(c), with N = M + s + q/2.
-    Domain: all reals; finite while q is.
+    Domain: all real outputs, as long as q is finite.
     Source: de Brébisson & Vincent 2015, arXiv:1511.05042, §3.2.
 
     >>> import torch
@@ -35,12 +35,5 @@ class TaylorSoftmax(Normalised):
         # log1p of t − 1 keeps small outputs exact.
         return torch.log1p(o * (1 + 0.5 * o))
 
-    def score(self, o: Tensor) -> Tensor:
-        return (1 + o) / (1 + o * (1 + 0.5 * o))
-
-    def log_normaliser(self, s: Tensor, q: Tensor, mass: float) -> Tensor:
+    def log_normaliser(self, s: Tensor, q: Tensor, mass: float | Tensor) -> Tensor:
         return torch.log(mass + s + 0.5 * q)
-
-    def normaliser_partials(self, s: Tensor, q: Tensor, mass: float) -> tuple[Tensor, Tensor]:
-        ds = 1 / (mass + s + 0.5 * q)
-        return ds, 0.5 * ds

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from softsphere import checks
-from softsphere.losses.base import Spherical, weigh
-from softsphere.stats import Partials, Stats
+from softsphere.losses.base import Spherical
+from softsphere.stats import Stats
 
 __all__ = ["ZLoss"]
 
@@ -20,13 +20,14 @@ __all__ = ["ZLoss"]
 class ZLoss(Spherical):
     r"""ℓ = softplus(a(b − z))/a,  z = (c − μ)/σ,  μ = s/M,  σ² = q/M − μ².
 
-    Invariant to shift and scale of the outputs. Not a distribution, so ranking metrics only.
-    Not the log²Z penalty on the softmax normaliser that large-model code calls "z-loss".
+    It is invariant to a shift and a positive scale of the outputs. It is not a distribution, so
+    only ranking metrics apply. It is not the penalty log²Z on the normaliser of softmax that the
+    code of large models calls "z-loss".
 
     Partials, with g = −sigmoid(a(b − z)): c' = g/σ, q' = −g z/(2Mσ²),
     s' = g(−1/(Mσ) + zμ/(Mσ²)).
-    Convention: where all outputs are equal (σ = 0, to rounding) z is 0 and its gradient too.
-    Raises: ValueError unless a > 0 and b is finite.
+    Convention: where all outputs are equal (σ = 0, up to rounding), z and its gradient are 0.
+    Raises ValueError unless a > 0 and b is finite.
     Source: de Brébisson & Vincent 2016, arXiv:1604.08859, eq. (4).
 
     >>> import torch
@@ -47,20 +48,14 @@ class ZLoss(Spherical):
         checks.positive("a", self.a)
         checks.finite("b", self.b)
 
-    def standardised(self, x: Stats) -> tuple[Tensor, Tensor, Tensor]:
-        """z (..., K), μ (..., 1) and 1/σ (..., 1), both z and 1/σ zero where σ is."""
+    def standardised(self, x: Stats) -> Tensor:
+        """z (..., K), which is zero where σ is."""
         mu = (x.s / x.mass).unsqueeze(-1)
         variance = (x.q / x.mass).unsqueeze(-1) - mu * mu
         # Below this the subtraction above has left nothing but rounding.
         equal = variance <= 4 * torch.finfo(x.q.dtype).eps * mu * mu
         rsigma = torch.where(equal, 0.0, torch.where(equal, 1.0, variance).rsqrt())
-        return (x.c - mu) * rsigma, mu, rsigma
+        return (x.c - mu) * rsigma
 
     def each(self, x: Stats) -> Tensor:
-        z, _, _ = self.standardised(x)
-        return softplus(self.a * (self.b - z)) / self.a
-
-    def partials(self, x: Stats) -> Partials:
-        z, mu, rsigma = self.standardised(x)
-        g = -torch.sigmoid(self.a * (self.b - z)) * rsigma
-        return weigh(x, g * (z * mu * rsigma - 1) / x.mass, -g * z * rsigma / (2 * x.mass), g)
+        return softplus(self.a * (self.b - self.standardised(x))) / self.a

@@ -10,7 +10,5 @@ ROOT = Path(__file__).parents[1]
 
 def test_the_page_of_engines_is_that_of_the_measured_grid(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    linear = importlib.import_module("linear")
-    grid = linear.values("grid")
-    m, D, d = (sorted({int(key[i]) for key in grid}) for i in range(3))
-    assert linear.PAGE.read_text() == linear.markdown(grid, m, D, d)
+    engines = importlib.import_module("engines_page")
+    assert engines.PAGE.read_text() == engines.page(engines.read_table(engines.TABLE))

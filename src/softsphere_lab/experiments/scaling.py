@@ -18,7 +18,9 @@ from softsphere_lab.records.folder import Record
 from softsphere_lab.report import figures
 from softsphere_lab.report import grids as tables
 from softsphere_lab.timing import processes as timing
-from softsphere_lab.timing.layers import FACTORED, LAYERS, Setting, obstacle
+from softsphere_lab.timing.clock import Effort, milliseconds
+from softsphere_lab.timing.setting import Setting
+from softsphere_lab.timing.training_steps import FACTORED, LAYERS, obstacle
 
 __all__ = ["EXPERIMENT", "METRICS", "PLANS", "Plan", "figure", "finding", "markdown", "measure"]
 
@@ -51,7 +53,7 @@ PLANS = {
         at(1_000, 5_000, width=32), (FACTORED, "softmax", "hierarchical softmax"), seconds=0.2
     ),
     "small": Plan(at(10_000, 100_000), tuple(LAYERS), seconds=3.0),
-    "full": Plan(at(10_000, 100_000, 1_000_000, 10_000_000), tuple(LAYERS), seconds=timing.SECONDS),
+    "full": Plan(at(10_000, 100_000, 1_000_000, 10_000_000), tuple(LAYERS), seconds=Effort.seconds),
 }
 
 
@@ -72,7 +74,7 @@ def measure(plan: Plan, record: Record, on_done: Callable[[str], None]) -> None:
                     record.add(LEFT_OUT, [{"layer": name, "D": setting.D, "reason": reason}])
                 on_done(f"{where}: left out, {reason}")
                 continue
-            seconds = timing.measure(name, setting, seconds=plan.seconds)
+            seconds = timing.measure(name, setting, Effort(plan.seconds)).seconds
             record.add(METRICS, [{"layer": name, **asdict(setting), "seconds": seconds}])
             on_done(f"{where}: {milliseconds(seconds)} ms a step")
 
@@ -152,14 +154,6 @@ def places(some: Sequence[int], every: Sequence[int]) -> str:
     if len(some) > 1 and list(some) == list(every[-len(some) :]):
         return f"from D = {some[0]:,} on"
     return "at " + " and ".join(f"D = {D:,}" for D in some)
-
-
-def milliseconds(seconds: float) -> str:
-    """
-    >>> milliseconds(0.0020554), milliseconds(1.21307)
-    ('2.06', '1,213')
-    """
-    return f"{1e3 * seconds:,.0f}" if seconds >= 0.1 else f"{1e3 * seconds:.3g}"
 
 
 def ratio(times: float) -> str:

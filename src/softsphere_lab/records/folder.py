@@ -90,11 +90,18 @@ def commit() -> str | None:
     return told.stdout.decode().strip()
 
 
+def program() -> list[str]:
+    """What was started: a script, or else the command."""
+    script = Path(sys.argv[0])
+    is_script = script.suffix == ".py" and script.name != "__main__.py"
+    return ["python", str(script)] if is_script else ["softsphere"]
+
+
 def environment() -> Line:
     """The command, and the versions and hardware that its numbers came from."""
     packages = ("softsphere", "torch", "numpy", "scikit-learn", "datasets")
     return {
-        "command": shlex.join(["softsphere", *sys.argv[1:]]),
+        "command": shlex.join([*program(), *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
         "python": platform.python_version(),
         "commit": commit(),

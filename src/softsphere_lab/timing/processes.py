@@ -1,7 +1,7 @@
-"""Seconds of an output layer's training step, each layer in a process of its own.
+"""The time of a step, measured in a process of its own.
 
-What one layer leaves in the allocator and the caches is then nothing to the next. The process is
-`python -m softsphere_lab.timing.processes JSON`, which prints the median.
+What one layer leaves in the allocator and the caches then means nothing to the next. The process is
+`python -m softsphere_lab.timing.processes JSON`; it prints a JSON object.
 """
 
 from __future__ import annotations
@@ -13,83 +13,102 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
 from softsphere_lab.errors import LabError
-from softsphere_lab.timing.layers import LAYERS, Setting, Step, core
+from softsphere_lab.timing.clock import Effort, step_times
+from softsphere_lab.timing.linear_losses import LINEAR_LOSSES, ForwardBackward
+from softsphere_lab.timing.setting import Setting
+from softsphere_lab.timing.training_steps import CHUNKED, LAYERS
 
-__all__ = ["SECONDS", "measure", "timed"]
+__all__ = ["FORWARD_BACKWARD", "TRAINING_STEP", "Measured", "TookTooLongError", "measure"]
 
-WARM_UP, FEWEST, MOST = 3, 5, 500
-SECONDS = 12.0
+TRAINING_STEP, FORWARD_BACKWARD = "training step", "forward and backward"
+KINDS: Mapping[str, Mapping[str, Callable[[Setting], Any]]] = {
+    TRAINING_STEP: {**LAYERS, **CHUNKED},
+    FORWARD_BACKWARD: LINEAR_LOSSES,
+}
 
 
-def timed(step: Step, setting: Setting, seconds: float = SECONDS) -> list[float]:
-    """Times of steps after warm-up: for so many seconds, but FEWEST at least and MOST at most."""
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(WARM_UP):
-        step(*setting.batch(generator))
-    times: list[float] = []
-    end = time.perf_counter() + seconds
-    while len(times) < FEWEST or (time.perf_counter() < end and len(times) < MOST):
-        batch = setting.batch(generator)
-        start = time.perf_counter()
-        step(*batch)
-        times.append(time.perf_counter() - start)
-    return times
+class TookTooLongError(LabError):
+    """A step that was no longer waited for."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The median seconds of a step.
+
+    extra_bytes: of forward and backward, the peak of what was allocated beyond the gradients; None
+    for a training step.
+    """
+
+    seconds: float
+    extra_bytes: int | None
 
 
 def measure(
-    name: str, setting: Setting, chunk: int | None = None, seconds: float = SECONDS
-) -> float:
-    """Median seconds of a step of LAYERS[name], in a process of its own with as many threads.
+    name: str,
+    setting: Setting,
+    effort: Effort | None = None,
+    *,
+    kind: str = TRAINING_STEP,
+    patience: float | None = None,
+) -> Measured:
+    """Times the step of that name in a process of its own, with as many threads as this one has.
 
-    chunk: rows at a time of core's fused softmax, which is then what is measured.
-    Raises: LabError with what the process said where it failed.
+    kind: TRAINING_STEP or FORWARD_BACKWARD. patience: the seconds after which the process is ended.
+    Raises: LabError with what the process printed if it failed, TookTooLongError if its time is up.
     """
     job = {
-        "layer": name,
+        "name": name,
+        "kind": kind,
         "setting": asdict(setting),
-        "chunk": chunk,
-        "seconds": seconds,
+        "effort": asdict(effort or Effort()),
         "threads": torch.get_num_threads(),
     }
     command = [sys.executable, "-m", "softsphere_lab.timing.processes", json.dumps(job)]
     with (
         tempfile.TemporaryFile("w+") as out,
         tempfile.TemporaryFile("w+") as wrong,
-        # whose end, which comes with that of this process, is the end of the other one too
+        # its standard input ends with this process, and that ends the other one too
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=out, stderr=wrong) as process,
     ):
-        status = process.wait()
+        try:
+            status = process.wait(patience)
+        except subprocess.TimeoutExpired as error:
+            process.kill()
+            raise TookTooLongError(f"{name} at {setting} takes more than {patience} s") from error
         out.seek(0)
         wrong.seek(0)
         if status:
             said = wrong.read().strip()[-2000:] or f"exit status {status}"
             raise LabError(f"{name} at {setting} failed:\n{said}")
-        return float(out.read().split()[-1])
+        return Measured(**json.loads(out.read().splitlines()[-1]))
 
 
-def leave_with_parent() -> None:
+def _leave_with_parent() -> None:
     """Waits for the end of standard input, and leaves at once."""
     sys.stdin.read()
     os._exit(1)
 
 
-def main(job: str) -> None:
-    """What the process does."""
-    threading.Thread(target=leave_with_parent, daemon=True).start()
-    asked = json.loads(job)
-    torch.set_num_threads(asked["threads"])
+def _main(text: str) -> None:
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    job = json.loads(text)
+    torch.set_num_threads(job["threads"])
     torch.manual_seed(0)
-    setting = Setting(**asked["setting"])
-    chunk = asked["chunk"]
-    step = core(setting, chunk) if chunk else LAYERS[asked["layer"]](setting)
-    print(statistics.median(timed(step, setting, asked["seconds"])))
+    setting = Setting(**job["setting"])
+    step = KINDS[job["kind"]][job["name"]](setting)
+    seconds = statistics.median(step_times(step, setting, Effort(**job["effort"])))
+    extra = None
+    if isinstance(step, ForwardBackward):
+        extra = step.extra_bytes(*setting.batch(torch.Generator().manual_seed(0)))
+    print(json.dumps(asdict(Measured(seconds, extra))))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    _main(sys.argv[1])

@@ -9,8 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from softsphere_lab.timing import layers
-from softsphere_lab.timing.layers import CORE, FACTORED, GRAM, LAYERS, Setting, obstacle
+from softsphere_lab.timing import training_steps as layers
+from softsphere_lab.timing.setting import Setting
+from softsphere_lab.timing.training_steps import CORE, FACTORED, GRAM, LAYERS, obstacle
 
 SETTING = Setting(D=2500, d=16, m=8)
 

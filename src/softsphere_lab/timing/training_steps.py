@@ -1,11 +1,12 @@
-"""Output layers to be timed: each makes a step that trains on (hidden, target) and is whole."""
+"""Training steps of output layers: forward, backward and update, on hidden rows and targets."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -14,36 +15,22 @@ from torch import Tensor, nn
 from softsphere import FactoredSphericalLoss, LinearSphericalLoss, LinearSphericalOptions
 from softsphere.optim import FactoredSGD
 from softsphere_lab.models.baselines import AdaptiveSoftmax, HierarchicalSoftmax
+from softsphere_lab.timing.setting import Setting
 
-__all__ = ["CORE", "FACTORED", "LAYERS", "Setting", "Step", "core", "factored", "obstacle"]
+__all__ = ["CHUNKED", "CORE", "FACTORED", "GRAM", "LAYERS", "Step", "factored", "obstacle"]
 
 RATE = 0.01
+LOSS = "taylor_softmax"
 FACTORED = "factored Taylor (ours)"
 GRAM = "linear Taylor, gram (ours)"
 CORE = "softmax, core fused"
-# The share of the machine's memory that a layer may have.
+# The share of the machine's memory that a layer may take.
 SHARE = 0.8
 
 
 @dataclass(frozen=True)
-class Setting:
-    """D classes, width d, m rows."""
-
-    D: int
-    d: int
-    m: int
-
-    def batch(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Hidden rows and targets that are distributed as words are, P(t < k) ~ log k."""
-        hidden = torch.randn(self.m, self.d, generator=generator).requires_grad_()
-        uniform = torch.rand(self.m, generator=generator)
-        target = (torch.exp(uniform * math.log(self.D + 1)).long() - 1).clamp_(0, self.D - 1)
-        return hidden, target
-
-
-@dataclass(frozen=True)
 class Step:
-    """Forward, backward and update of an output layer; gives the loss before the update."""
+    """Forward, backward and update of an output layer; returns the loss before the update."""
 
     head: nn.Module
     optimizer: torch.optim.Optimizer
@@ -56,28 +43,29 @@ class Step:
         return loss
 
 
-def sgd(head: nn.Module, lr: float = RATE) -> Step:
+def _sgd(head: nn.Module, lr: float = RATE) -> Step:
     return Step(head, torch.optim.SGD(head.parameters(), lr=lr))
 
 
-def rate(setting: Setting, loss: str) -> float:
-    return 1e-3 * setting.D if loss == "taylor_softmax" else RATE
+def _rate(setting: Setting, loss: str) -> float:
+    """A rate at which training is stable: that of a loss with probabilities scales like D."""
+    return 1e-3 * setting.D if loss == LOSS else RATE
 
 
-def factored(setting: Setting, loss: str = "taylor_softmax") -> Step:
+def factored(setting: Setting, loss: str = LOSS) -> Step:
     head = FactoredSphericalLoss(setting.d, setting.D, loss, bias=False)
-    return Step(head, FactoredSGD(head.parameters(), lr=rate(setting, loss)))
+    return Step(head, FactoredSGD(head.parameters(), lr=_rate(setting, loss)))
 
 
-def gram(setting: Setting, loss: str = "taylor_softmax") -> Step:
+def _gram(setting: Setting) -> Step:
     """The same training as by `factored`, on a dense weight with a dense gradient."""
     options = LinearSphericalOptions(engine="gram")
-    head = LinearSphericalLoss(setting.d, setting.D, loss, bias=False, options=options)
-    return sgd(head, rate(setting, loss))
+    head = LinearSphericalLoss(setting.d, setting.D, LOSS, bias=False, options=options)
+    return _sgd(head, _rate(setting, LOSS))
 
 
 class Softmax(nn.Module):
-    """F.linear and F.cross_entropy."""
+    """`F.linear` and `F.cross_entropy`."""
 
     def __init__(self, setting: Setting) -> None:
         super().__init__()
@@ -89,7 +77,7 @@ class Softmax(nn.Module):
 
 
 class CoreSoftmax(Softmax):
-    """PyTorch's fused softmax without logits, with a chunk of rows set by hand."""
+    """PyTorch's fused softmax without logits. chunk: the rows that it takes at a time."""
 
     def __init__(self, setting: Setting, chunk: int) -> None:
         super().__init__(setting)
@@ -100,7 +88,10 @@ class CoreSoftmax(Softmax):
 
 
 class SampledSoftmax(Softmax):
-    """Softmax over the target and log-uniform negatives shared by the batch; sparse gradients."""
+    """Softmax over the target and log-uniform negatives, which all rows share.
+
+    Its gradients are sparse.
+    """
 
     def __init__(self, setting: Setting, negatives: int) -> None:
         super().__init__(setting)
@@ -108,6 +99,7 @@ class SampledSoftmax(Softmax):
         self.log_D = math.log(setting.D + 1)
 
     def log_chance(self, classes: Tensor) -> Tensor:
+        """Returns the logarithm of how often each class is expected among the negatives."""
         return torch.log(self.negatives * torch.log1p(1 / (classes + 1)) / self.log_D)
 
     def forward(self, hidden: Tensor, target: Tensor) -> Tensor:
@@ -121,50 +113,54 @@ class SampledSoftmax(Softmax):
         return F.cross_entropy(torch.cat([first, o], 1), torch.zeros_like(target))
 
 
-def softmax(setting: Setting) -> Step:
-    return sgd(Softmax(setting))
+def _softmax(setting: Setting) -> Step:
+    return _sgd(Softmax(setting))
 
 
-def core(setting: Setting, chunk: int = 128) -> Step:
-    return sgd(CoreSoftmax(setting, chunk))
+def _core(setting: Setting, chunk: int = 128) -> Step:
+    return _sgd(CoreSoftmax(setting, chunk))
 
 
-def adaptive(setting: Setting) -> Step:
-    return sgd(AdaptiveSoftmax(setting.d, setting.D, bias=False))
+def _adaptive(setting: Setting) -> Step:
+    return _sgd(AdaptiveSoftmax(setting.d, setting.D, bias=False))
 
 
-def sampled(setting: Setting, negatives: int = 1024) -> Step:
-    return sgd(SampledSoftmax(setting, negatives))
+def _sampled(setting: Setting) -> Step:
+    return _sgd(SampledSoftmax(setting, negatives=1024))
 
 
-def hierarchical(setting: Setting) -> Step:
-    return sgd(HierarchicalSoftmax(setting.d, setting.D, bias=False, sparse=True))
+def _hierarchical(setting: Setting) -> Step:
+    return _sgd(HierarchicalSoftmax(setting.d, setting.D, bias=False, sparse=True))
 
 
-LAYERS: dict[str, Callable[[Setting], Step]] = {
+LAYERS: Mapping[str, Callable[[Setting], Step]] = {
     FACTORED: factored,
-    GRAM: gram,
-    "softmax": softmax,
-    CORE: core,
-    "adaptive softmax": adaptive,
-    "sampled softmax, 1024": sampled,
-    "hierarchical softmax": hierarchical,
+    GRAM: _gram,
+    "softmax": _softmax,
+    CORE: _core,
+    "adaptive softmax": _adaptive,
+    "sampled softmax, 1024": _sampled,
+    "hierarchical softmax": _hierarchical,
+}
+# Those among which the best chunk of PyTorch's fused softmax is looked for.
+CHUNKED: Mapping[str, Callable[[Setting], Step]] = {
+    f"{CORE}, chunk {chunk}": partial(_core, chunk=chunk) for chunk in (25, 50, 100, 200)
 }
 
 
-def least_bytes(name: str, setting: Setting) -> int:
-    """What a layer cannot do without: W, and where they are made its dense gradient and logits."""
+def _least_bytes(name: str, setting: Setting) -> int:
+    """The bytes of W, and where a layer makes them of its dense gradient and its logits."""
     W, logits = 4 * setting.D * setting.d, 4 * setting.D * setting.m
     gradients = {GRAM: W, "softmax": W + 2 * logits, CORE: W + 2 * logits}
     return W + gradients.get(name, 0)
 
 
 def obstacle(name: str, setting: Setting) -> str | None:
-    """Why a layer cannot be timed with this torch on this machine; None where it can."""
+    """Says why a layer cannot be timed with this torch on this machine; None if it can."""
     if name == CORE and not hasattr(F, "linear_cross_entropy"):
         return f"torch {torch.__version__} has no F.linear_cross_entropy, which 2.13 brought"
     room = SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    least = least_bytes(name, setting)
+    least = _least_bytes(name, setting)
     if least > room:
         return f"it takes {least / 1e9:.0f} GB, of which there are {room / 1e9:.0f}"
     return None

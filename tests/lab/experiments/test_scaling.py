@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import time
-from pathlib import Path
-
 import pytest
 from matplotlib.text import Text
 
-from softsphere_lab.errors import LabError
 from softsphere_lab.experiments import scaling
 from softsphere_lab.experiments.scaling import METRICS, PLANS, Plan, finding, left_out, markdown
 from softsphere_lab.records.folder import Record
 from softsphere_lab.timing import processes as timing
-from softsphere_lab.timing.layers import FACTORED, LAYERS, Setting
+from softsphere_lab.timing.setting import Setting
+from softsphere_lab.timing.training_steps import FACTORED, LAYERS
 
 PLAN = Plan((Setting(10, 4, 4), Setting(20, 4, 4)), (FACTORED, "softmax"), 0.1)
 
@@ -46,10 +41,10 @@ def counted(monkeypatch) -> list[tuple[str, int]]:
     """What was timed, in the order it was."""
     timed: list[tuple[str, int]] = []
 
-    def measure(name, setting, seconds):
-        assert seconds == PLAN.seconds
+    def measure(name, setting, effort):
+        assert effort.seconds == PLAN.seconds
         timed.append((name, setting.D))
-        return 1e-3 * len(timed)
+        return timing.Measured(1e-3 * len(timed), None)
 
     monkeypatch.setattr(timing, "measure", measure)
     return timed
@@ -74,10 +69,10 @@ def test_going_on_does_only_what_is_missing(tmp_path, counted, monkeypatch):
     record = Record.create(folder, PLAN.config())
     measure = timing.measure
 
-    def killed(name, setting, seconds):
+    def killed(name, setting, effort):
         if len(counted) == 2:
             raise KeyboardInterrupt
-        return measure(name, setting, seconds=seconds)
+        return measure(name, setting, effort)
 
     monkeypatch.setattr(timing, "measure", killed)
     with pytest.raises(KeyboardInterrupt):
@@ -104,18 +99,6 @@ def test_a_layer_with_an_obstacle_is_left_out_and_said(tmp_path, counted, monkey
     assert counted == [(FACTORED, 10), (FACTORED, 20)]
     assert said[1] == "softmax, D = 10: left out, it is too large"
     assert "softmax" not in markdown(record.lines(METRICS))
-
-
-def test_a_layer_that_fails_says_why():
-    with pytest.raises(LabError, match=r"no layer at Setting[\s\S]*KeyError: 'no layer'"):
-        timing.measure("no layer", Setting(10, 4, 4))
-
-
-def test_times_are_of_so_many_seconds_or_steps():
-    setting, calls = Setting(10, 4, 4), []
-    times = timing.timed(lambda *batch: calls.append(batch), setting, seconds=0.0)
-    assert len(times) == timing.FEWEST and len(calls) == timing.FEWEST + timing.WARM_UP
-    assert len(timing.timed(lambda *batch: None, setting, seconds=60)) == timing.MOST
 
 
 def test_the_budgets():
@@ -163,35 +146,13 @@ def test_names_beside_the_lines_do_not_cover_each_other(tmp_path, monkeypatch):
         assert not any(box.overlaps(other) for other in boxes[:i])
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_a_process_that_times_ends_with_the_one_that_asked_for_it():
-    script = (
-        "from softsphere_lab.timing.layers import FACTORED, Setting\n"
-        "from softsphere_lab.timing.processes import measure\n"
-        "measure(FACTORED, Setting(1000, 1024, 1024), seconds=600.0)"
-    )
-    asker = subprocess.Popen([sys.executable, "-c", script])
-    children = Path(f"/proc/{asker.pid}/task/{asker.pid}/children")
-    end = time.monotonic() + 60
-    while not children.read_text() and time.monotonic() < end:
-        time.sleep(0.05)
-    child = int(children.read_text())
-    asker.kill()
-    asker.wait()
-    # by itself it would take a minute
-    end = time.monotonic() + 25
-    while Path(f"/proc/{child}").exists() and time.monotonic() < end:
-        time.sleep(0.05)
-    assert not Path(f"/proc/{child}").exists()
-
-
 def test_what_a_machine_could_not_time_is_told_from_the_record_alone(tmp_path, monkeypatch):
     plan = PLANS["smoke"]
     config = {"experiment": "scaling", "budget": "smoke", **plan.config()}
     record = Record.create(tmp_path / "r", config)
     few = plan.layers[0]
     monkeypatch.setattr(scaling, "obstacle", lambda name, _: None if name == few else "no memory")
-    monkeypatch.setattr(timing, "measure", lambda *_, **__: 0.001)
+    monkeypatch.setattr(timing, "measure", lambda *_: timing.Measured(0.001, None))
     scaling.measure(plan, record, lambda _: None)
     scaling.measure(plan, record, lambda _: None)
     assert len(record.lines("left_out.jsonl")) == len(left_out(record)) == 4

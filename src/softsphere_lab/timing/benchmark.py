@@ -1,0 +1,177 @@
+"""What the scripts in `benchmarks/` have in common: a command line, a run folder and a table.
+
+A script lists cases, each of which measures some rows. They go into a run folder as soon as they
+are there, so that a run that was stopped can be gone on with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from softsphere_lab.errors import LabError
+from softsphere_lab.progress import tell_stopped, terminal
+from softsphere_lab.records.folder import Record, write
+from softsphere_lab.timing.setting import Setting
+
+__all__ = ["COLUMNS", "Case", "Row", "host", "left_out", "read_table", "run"]
+
+COLUMNS = ("layer", "D", "d", "m", "measure", "value", "machine", "torch", "threads")
+MEASURED = "measured.jsonl"
+TABLE = "table.csv"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One number: of a layer, at a setting."""
+
+    layer: str
+    setting: Setting
+    measure: str
+    value: float | str
+
+    def cells(self) -> dict[str, Any]:
+        """Returns the row of a table, without the machine."""
+        s, value = self.setting, self.value
+        return {
+            "layer": self.layer,
+            "D": s.D,
+            "d": s.d,
+            "m": s.m,
+            "measure": self.measure,
+            "value": value if isinstance(value, str) else f"{value:.6g}",
+        }
+
+
+@dataclass(frozen=True)
+class Case:
+    """Part of a benchmark that is measured as a whole. name: unique within the benchmark."""
+
+    name: str
+    measure: Callable[[], Iterable[Row]]
+
+
+def host() -> dict[str, Any]:
+    """Returns the machine, the version of torch, and the number of threads."""
+    processor = f"{os.cpu_count()}-core {platform.machine()}"
+    return {
+        "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else processor,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def left_out(layer: str, setting: Setting, reason: str) -> Row:
+    """The row that says in a table why a layer was not measured."""
+    return Row(layer, setting, "left out", reason)
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    """Returns the rows of a table."""
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
+def run(
+    script: str,
+    description: str,
+    cases: Callable[[argparse.Namespace], Sequence[Case]],
+    add_options: Callable[[argparse.ArgumentParser], Any] = lambda parser: None,
+    arguments: Sequence[str] | None = None,
+) -> int:
+    """The command line of a script. Returns its exit code.
+
+    cases: made from the options, of which `smoke` asks for tiny sizes.
+    """
+    path = Path(script)
+    parser = _parser(path, description)
+    add_options(parser)
+    options = parser.parse_args(arguments)
+    if options.smoke and options.record:
+        parser.error("--record keeps real measurements; leave --smoke out")
+    if options.resume and options.out is None:
+        parser.error("--resume needs --out, the folder to go on in")
+    try:
+        listed = cases(options)
+        record = _opened(path.stem, options)
+        try:
+            with record.alone():
+                _measure(listed, record)
+        except KeyboardInterrupt:
+            tell_stopped(terminal(), record.folder)
+            return 130
+    except LabError as error:
+        print(f"{path.name}: error: {error}", file=sys.stderr)
+        return 2
+    table = record.folder / TABLE
+    if options.record:
+        write(path.with_suffix(".csv"), table.read_text())
+        table = path.with_suffix(".csv")
+    print(f"Table: {table}")
+    return 0
+
+
+def _parser(path: Path, description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=path.name,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help=f"run folder; default runs/TIME-{path.stem}"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="measure only what --out does not have yet"
+    )
+    parser.add_argument(
+        "--record",
+        action="store_true",
+        help=f"replace {path.with_suffix('.csv').name} by the table when it is complete",
+    )
+    parser.add_argument(
+        "--smoke", action="store_true", help="tiny sizes, which only show that it works"
+    )
+    return parser
+
+
+def _opened(name: str, options: argparse.Namespace) -> Record:
+    """The run folder. Times of another machine, torch or number of threads have no place in it."""
+    own = {k: v for k, v in vars(options).items() if k not in ("out", "resume", "record")}
+    config = {"benchmark": name, **own, **host()}
+    if options.resume:
+        return Record.reopen(options.out, config, ())
+    options.out = options.out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
+    return Record.create(options.out, config)
+
+
+def _measure(cases: Sequence[Case], record: Record) -> None:
+    """Measures the cases that the record lacks, prints their rows, and writes the table."""
+    done = {line["case"]: line["rows"] for line in record.lines(MEASURED)}
+    for number, case in enumerate(cases, 1):
+        if case.name not in done:
+            print(f"[{number}/{len(cases)}] {case.name}", flush=True)
+            rows = [row.cells() | host() for row in case.measure()]
+            for row in rows:
+                print(f"  {row['layer']:34s} {row['measure']}: {row['value']}", flush=True)
+            record.add(MEASURED, [{"case": case.name, "rows": rows}])
+            done[case.name] = rows
+    rows = [row for case in cases for row in done[case.name]]
+    write(record.folder / TABLE, _table(rows))
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

@@ -1,0 +1,140 @@
+"""The scripts in `benchmarks/`: each runs, and behaves on the command line as users expect."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from softsphere_lab.timing import benchmark, linear_losses
+from softsphere_lab.timing.benchmark import COLUMNS, Case, Row, read_table, run
+from softsphere_lab.timing.processes import Measured
+from softsphere_lab.timing.setting import Setting
+
+FOLDER = Path(__file__).parents[3] / "benchmarks"
+QUESTIONS = sorted(path.stem for path in FOLDER.glob("*.py") if "run(__file__" in path.read_text())
+SETTING = Setting(D=10, d=4, m=2)
+
+
+@pytest.fixture
+def script(tmp_path, monkeypatch):
+    """A benchmark of two cases; the second is stopped as long as `stops` holds something."""
+    path = tmp_path / "question.py"
+    measured, stops = [], []
+
+    def measure(name):
+        measured.append(name)
+        yield Row(name, SETTING, "seconds", 0.125)
+        if name == "second" and stops:
+            raise KeyboardInterrupt
+        yield Row(name, SETTING, "is", "fast")
+
+    def started(*arguments):
+        listed = [Case(name, lambda name=name: measure(name)) for name in ("first", "second")]
+        return run(str(path), "Is it?", lambda options: listed, arguments=arguments)
+
+    started.measured, started.stops = measured, stops
+    started.record, started.out = path.with_suffix(".csv"), str(tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    return started
+
+
+def test_there_is_a_script_for_every_committed_table():
+    assert len(QUESTIONS) == 10
+    for path in FOLDER.glob("*.csv"):
+        assert path.stem in QUESTIONS
+        rows = read_table(path)
+        assert rows and all(tuple(row) == COLUMNS and row["value"] for row in rows)
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_each_script_measures_a_tiny_case(question, monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    module = importlib.import_module(question)
+    if question == "language_model_heads_on_gpu" and not torch.cuda.is_available():
+        status = run(module.__file__, module.__doc__, module.cases, arguments=["--smoke"])
+        assert status == 2 and "needs a CUDA device" in capsys.readouterr().err
+        return
+    if hasattr(module, "measure"):
+        # processes take seconds to start, and are tested on their own
+        monkeypatch.setattr(module, "measure", lambda *_, **__: Measured(0.001, 10))
+    options = getattr(module, "add_options", lambda parser: None)
+    arguments = ["--smoke", "--out", str(tmp_path / "run")]
+    assert run(module.__file__, module.__doc__, module.cases, options, arguments) == 0
+    rows = read_table(tmp_path / "run" / "table.csv")
+    assert rows and all(tuple(row) == COLUMNS and row["value"] for row in rows)
+
+
+def test_a_run_leaves_the_record_alone_unless_it_is_asked_to_replace_it(script, capsys):
+    script.record.write_text("old")
+    assert script("--out", script.out) == 0
+    assert script.record.read_text() == "old"
+    assert f"Table: {script.out}/table.csv" in capsys.readouterr().out
+    assert script("--out", script.out + "-2", "--record") == 0
+    rows = read_table(script.record)
+    assert [row["layer"] for row in rows] == ["first", "first", "second", "second"]
+    assert rows[0]["value"] == "0.125" and rows[0]["torch"] == torch.__version__
+
+
+def test_a_second_run_has_a_folder_of_its_own_and_overwrites_none(script, capsys):
+    assert script("--out", script.out) == 0
+    assert script("--out", script.out) == 2
+    assert "is not empty; pass --resume" in capsys.readouterr().err
+    assert script() == 0
+    assert list(Path("runs").glob("*-question/table.csv"))
+
+
+def test_a_stopped_run_goes_on_with_what_is_missing(script, capsys):
+    script.stops.append(True)
+    assert script("--out", script.out) == 130
+    said = capsys.readouterr().out
+    assert f"--resume --out {script.out}" in said
+    assert not (Path(script.out) / "table.csv").exists()
+    script.stops.clear()
+    assert script("--out", script.out, "--resume") == 0
+    assert script.measured == ["first", "second", "second"]
+    rows = read_table(Path(script.out) / "table.csv")
+    assert [row["layer"] for row in rows] == ["first", "first", "second", "second"]
+
+
+def test_times_of_another_machine_do_not_join_a_table(script, monkeypatch, capsys):
+    script.stops.append(True)
+    script("--out", script.out)
+    there = benchmark.host() | {"machine": "another"}
+    monkeypatch.setattr(benchmark, "host", lambda: there)
+    assert script("--out", script.out, "--resume") == 2
+    assert "was made with machine" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--resume"], "--resume needs --out"),
+        (["--smoke", "--record"], "leave --smoke out"),
+        (["--fast"], "unrecognized arguments: --fast"),
+        (["all"], "unrecognized arguments: all"),
+    ],
+)
+def test_wrong_arguments_are_told_in_a_line(script, arguments, said, capsys):
+    with pytest.raises(SystemExit) as left:
+        script(*arguments)
+    assert left.value.code == 2
+    assert said in capsys.readouterr().err.splitlines()[-1]
+    assert not script.measured
+
+
+def test_the_run_folder_says_what_was_started(script, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["benchmarks/question.py", "--out", script.out])
+    script("--out", script.out)
+    environment = json.loads((Path(script.out) / "environment.jsonl").read_text())
+    assert environment["command"] == f"python benchmarks/question.py --out {script.out}"
+
+
+def test_the_gram_matrices_that_are_timed_are_those_of_the_weight():
+    pytest.importorskip("triton")
+    weight = torch.randn(7, 3)
+    blocks = linear_losses.gram_matrices(weight)["in blocks"]()
+    torch.testing.assert_close(blocks, weight.mT @ weight)

@@ -218,7 +218,7 @@ def test_a_compiled_layer_accumulates():
 
 def test_dtypes_must_agree_inside_accumulate_as_outside():
     head = layer(dtype=torch.float32)
-    with pytest.raises(TypeError, match="dtype of input"), head.accumulate():
+    with pytest.raises(TypeError, match="dtype of hidden"), head.accumulate():
         head(rows(), t)
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from _cases import CASES
+from _reading import read_in_chunks
 from softsphere import (
     FactoredSphericalLoss,
     LinearSphericalLoss,
@@ -111,8 +112,7 @@ def test_adam_trains_it_as_it_trains_the_logits():
 @pytest.mark.parametrize("name", NORMALISED)
 def test_probabilities_are_those_of_the_logits(name, bias, prior, rows):
     head = layer(CASES[name][0], bias=bias, prior=prior)
-    whole = head.weight_chunks
-    head.weight_chunks = lambda size: whole(7)
+    read_in_chunks(head, 7)
     hidden, target = batch(rows)
     criterion = SphericalLoss(CASES[name][0], prior=prior)
     want = criterion.log_prob(F.linear(hidden, head.weight, head.bias)).detach()

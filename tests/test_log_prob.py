@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from _cases import CASES
+from _reading import read_in_chunks
 from _twin import DenseTwin
 from softsphere import (
     FactoredSphericalLoss,
@@ -189,8 +190,7 @@ def test_log_prob_of_some_classes_makes_no_table_of_all_to_be_differentiated():
 def test_without_a_gradient_one_table_is_made_and_the_rest_streamed(kind, why):
     head, hidden = layer(kind, prior=COUNTS), rows(5)
     want = head.log_prob(hidden).detach()
-    whole = head.weight_chunks
-    head.weight_chunks = lambda size: whole(7)
+    read_in_chunks(head, 7)
     if why == "frozen":
         head.requires_grad_(False)
         hidden = hidden.detach()
@@ -367,8 +367,7 @@ TRANSFORMS = {
 def test_transforms_are_those_of_the_logits(kind, name, classes, transform, trained):
     head = layer(kind, name, prior=COUNTS).requires_grad_(trained)
     dense, hidden = OnLogits(head), rows(3).detach()
-    whole = head.weight_chunks
-    head.weight_chunks = lambda size: whole(7)
+    read_in_chunks(head, 7)
     got, want = (
         TRANSFORMS[transform](lambda h, f=f: f(h, classes))(hidden)
         for f in (head.log_prob, lambda h, c: dense(h.view(-1, d), c).view(*h.shape[:-1], -1))
@@ -379,8 +378,7 @@ def test_transforms_are_those_of_the_logits(kind, name, classes, transform, trai
 @both
 def test_predictions_can_be_mapped(kind):
     head, hidden = layer(kind, prior=COUNTS), rows(5).detach()
-    whole = head.weight_chunks
-    head.weight_chunks = lambda size: whole(7)
+    read_in_chunks(head, 7)
     target, vmap = torch.arange(8, 28, 4), torch.func.vmap
     assert torch.equal(vmap(head.predict)(hidden), head.predict(hidden))
     log_p = head.log_prob(hidden).detach()

@@ -11,10 +11,14 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 __all__ = [
     "eager",
+    "exporting",
+    "is_recorded",
     "is_shared_with_others",
+    "transformed",
     "transforms_active",
     "usable_now",
 ]
@@ -41,6 +45,27 @@ def transforms_active() -> bool:
     """Whether the caller is inside torch.func.grad, vmap or another such transform."""
     ask = getattr(torch._C, "_are_functorch_transforms_active", None)
     return ask is not None and bool(ask())
+
+
+def transformed() -> bool:
+    """Whether the caller is inside a torch.func transform or forward-mode differentiation.
+
+    Neither the operators of the engines nor an assignment into a new tensor has a rule for those.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return transforms_active() or forward_ad._current_level >= 0
+
+
+def exporting() -> bool:
+    """Whether torch.export records what is done, for batches of other sizes too."""
+    # Before torch 2.7 an export could not be told from torch.compile.
+    return bool(getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)())
+
+
+def is_recorded(*given: Tensor | None) -> bool:
+    """Whether autograd records a computation with these tensors."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
 
 
 def eager(reason: str) -> Callable[[Function], Function]:

@@ -12,6 +12,10 @@ from torch import Tensor
 __all__ = ["even_order", "finite", "non_negative", "positive", "prior", "readable"]
 
 
+# What errors call the rows, weight and bias of a linear layer.
+LINEAR_NAMES = ("input", "linear_weight", "linear_bias")
+
+
 def number(name: str, value: Any) -> float:
     """A real number, as the argument `name`."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
@@ -159,9 +163,22 @@ def indices(target: Tensor, allowed: Tensor, num_classes: int, spared: str) -> N
         )
 
 
-def index(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+def integer(name: str, value: Any) -> int:
+    """Returns an integer of Python, NumPy or another package as an int."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an integer, got {value!r}")
+    return int(value)
+
+
+def flag(name: str, value: Any) -> bool:
+    """Returns a value that must be True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
+def index(name: str, value: Any) -> None:
+    integer(name, value)
 
 
 def one_of(name: str, value: str, known: tuple[str, ...]) -> None:
@@ -200,11 +217,12 @@ def sparse_targets(o: Tensor, target: Tensor, values: Tensor) -> None:
         )
 
 
-def at_least_one(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
+def at_least_one(name: str, value: Any) -> int:
+    """Returns a positive integer of Python, NumPy or another package as an int."""
+    size = integer(name, value)
+    if size < 1:
+        raise ValueError(f"{name} must be at least 1, got {size}")
+    return size
 
 
 def sizes(**values: int) -> None:
@@ -236,26 +254,33 @@ def hidden(value: Tensor, in_features: int, name: str = "hidden") -> None:
         )
 
 
-def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Rows (…, d), a weight (D, d) with D ≥ 1 and a bias (D)."""
-    floating("linear_weight", weight)
+def linear(input: Any, weight: Any, bias: Any, names: tuple[str, str, str] = LINEAR_NAMES) -> None:
+    """Rows (…, d), a weight (D, d) with D ≥ 1 and a bias (D), which errors call by `names`."""
+    rows_name, weight_name, bias_name = names
+    floating(weight_name, weight)
     if weight.dim() != 2 or len(weight) == 0:
         raise ValueError(
-            "linear_weight must have shape (num_classes, in_features) with at least one class, "
+            f"{weight_name} must have shape (num_classes, in_features) with at least one class, "
             f"got {tuple(weight.shape)}"
         )
-    hidden(input, weight.shape[1], "input")
+    hidden(input, weight.shape[1], rows_name)
     if bias is not None:
-        class_vector("linear_bias", bias, len(weight))
+        class_vector(bias_name, bias, len(weight))
 
 
-def same_dtype(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """As `F.linear` wants them."""
-    for name, x in (("linear_weight", weight), ("linear_bias", bias)):
+def same_dtype(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    names: tuple[str, str, str] = LINEAR_NAMES,
+) -> None:
+    """The same dtype for all, as `F.linear` requires."""
+    rows_name, *rest = names
+    for name, x in zip(rest, (weight, bias), strict=True):
         if x is not None and x.dtype != input.dtype:
             raise TypeError(
-                f"{name} must have the dtype of input {input.dtype}, got {x.dtype}; "
-                f"use input.to({name}.dtype)"
+                f"{name} must have the dtype of {rows_name} {input.dtype}, got {x.dtype}; "
+                f"use {rows_name}.to({name}.dtype)"
             )
 
 
@@ -293,13 +318,19 @@ def sparse_rows(rows: torch.Size, target: Tensor, values: Tensor) -> None:
         )
 
 
-def classes(value: Any, num_classes: int, name: str = "classes") -> None:
-    """Class indices, every one in [0, D)."""
-    if not isinstance(value, Tensor) or value.dtype not in (torch.int64, torch.int32):
+def classes(value: Any, num_classes: int, name: str = "classes") -> Tensor:
+    """Returns class indices of any integer dtype as int64, every one in [0, D)."""
+    if not isinstance(value, Tensor) or value.dtype == torch.bool:
+        known = False
+    else:
+        known = not (value.is_floating_point() or value.is_complex())
+    if not known:
         came = value.dtype if isinstance(value, Tensor) else repr(value)
         raise TypeError(f"{name} must be a tensor of class indices (torch.int64), got {came}")
+    value = value.long()
     if readable(value) and value.device.type == "cpu" and value.numel():
         low, high = int(value.min()), int(value.max())
         if low < 0 or high >= num_classes:
             bad = low if low < 0 else high
             raise ValueError(f"{name} must be in [0, {num_classes}), got {bad}")
+    return cast(Tensor, value)

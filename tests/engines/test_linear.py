@@ -13,7 +13,7 @@ from _engines import ENGINES, SPHERICAL, layer
 from softsphere import FactoredSphericalLoss, LinearSphericalOptions, checks
 from softsphere.engines import dispatch as linear
 from softsphere.engines import moments, products
-from softsphere.engines import structured as factored
+from softsphere.engines.factored_statistics import factored_statistics
 from softsphere.functional import linear_spherical_loss, spherical_loss
 
 TIGHT = {"rtol": 1e-10, "atol": 1e-11}
@@ -110,8 +110,8 @@ def test_engines_agree_with_the_factored_layer(engine, prior, centred):
     target = torch.randint(123, (11, 2))
     pi = None if counts is None else checks.prior(counts)
     got = linear.statistics(H, W, b, target, pi, centred=centred, options=ENGINES[engine])
-    rows = head.rows_of(H.detach()).requires_grad_()
-    want = factored.statistics(rows, head.weight, target, centred=centred)
+    rows = head._reader().rows_of(H.detach()).requires_grad_()
+    want = factored_statistics(rows, head.weight, target, centred=centred)
     for key in ("s", "q", "c", "mass", "pi"):
         torch.testing.assert_close(getattr(got, key), getattr(want, key), **TIGHT)
     (got.q.sum() + got.c.square().sum()).backward()

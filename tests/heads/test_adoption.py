@@ -405,7 +405,7 @@ def test_the_layer_is_not_kept_alive():
     head = LinearSphericalLoss.from_linear(linear)
     del linear
     gc.collect()
-    assert head.tie._layer() is None
+    assert head._tie._layer() is None
     head.weight = nn.Parameter(torch.randn(D, d))
     head(torch.randn(2, d), TOKENS[1])
 

@@ -24,10 +24,11 @@ Statistics = Callable[[Tensor, Tensor], Stats]
 
 
 class Affine(NamedTuple):
-    """W (D, d) and b (D) of a linear layer."""
+    """W (D, d) and b (D) of a linear layer, and what errors call its rows, W and b."""
 
     weight: Tensor
     bias: Tensor | None
+    names: tuple[str, str, str] = checks.LINEAR_NAMES
 
 
 def linear_spherical_loss(
@@ -108,8 +109,8 @@ def loss_on_linear(
 
     statistics: used in place of an engine, by a caller that keeps something between calls.
     """
-    W, b = layer
-    checks.linear(input, W, b)
+    W, b, names = layer
+    checks.linear(input, W, b, names)
     num_classes, leading = len(W), input.shape[:-1]
     soft = target_values is None and isinstance(target, Tensor) and target.is_floating_point()
     if target_values is not None:
@@ -117,7 +118,7 @@ def loss_on_linear(
     elif soft:
         checks.probability_rows((*leading, num_classes), target)
     else:
-        checks.rows_target(leading, target, "input")
+        checks.rows_target(leading, target, names[0])
     refusal = without_logits(loss, conventions.label_smoothing, soft)
     if refusal and (statistics or options.engine not in ("auto", "dense")):
         raise refusal
@@ -126,7 +127,7 @@ def loss_on_linear(
     if statistics is None:
         H, W, b = autocast(H), autocast(W), None if b is None else autocast(b)
     if statistics is None or not mixed_precision(H):
-        checks.same_dtype(H, W, b)
+        checks.same_dtype(H, W, b, names)
     target = target.reshape(m, *target.shape[len(leading) :])
     values = None if target_values is None else target_values.reshape(target.shape)
     if refusal:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,25 +11,18 @@ from torch import Tensor, nn
 
 from softsphere import checks, losses
 from softsphere._torch import eager, transforms_active
-from softsphere.engines import stream
-from softsphere.engines import structured as factored
+from softsphere.engines.factored_statistics import TWICE, factored_statistics
 from softsphere.functional.conventions import Conventions
 from softsphere.functional.on_logits import spherical_value
+from softsphere.heads.factored_reader import EXPORT, FactoredReader
+from softsphere.heads.factored_state import LayerState, saved
 from softsphere.heads.prediction import OutputLayer
 from softsphere.losses import Spherical
 from softsphere.matrix import FactoredTensor, Health, StructuredGradient
-from softsphere.matrix.arrays import Arrays
 from softsphere.matrix.factored_matrix import FactoredMatrix
 from softsphere.matrix.upkeep import uninterrupted
 
 __all__ = ["FactoredSphericalLoss"]
-
-EXPORT = (
-    "a factored layer keeps its weight in factors, which neither an exported program nor a "
-    "compiled graph can hold; export head.to_linear() followed by log_prob or predict of "
-    "softsphere.SphericalLoss(head.loss, prior=…), or a LinearSphericalLoss with the same "
-    "state_dict(), and compile the model around it"
-)
 
 
 class FactoredSphericalLoss(OutputLayer):
@@ -88,11 +81,11 @@ class FactoredSphericalLoss(OutputLayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        checks.at_least_one("in_features", in_features)
-        checks.at_least_one("num_classes", num_classes)
-        self.loss = spherical(losses.get(loss))
-        self.in_features, self.num_classes = in_features, num_classes
-        self.has_bias = bias
+        self.in_features = checks.at_least_one("in_features", in_features)
+        self.num_classes = checks.at_least_one("num_classes", num_classes)
+        self.has_bias = checks.flag("bias", bias)
+        _check_dtype(dtype)
+        self.loss = _spherical(losses.get(loss))
         given = Conventions.checked(self.loss, reduction=reduction, ignore_index=ignore_index)
         self.reduction, self.ignore_index = given.reduction, given.ignore_index
         weight = torch.empty(num_classes, in_features, device=device, dtype=dtype)
@@ -113,7 +106,10 @@ class FactoredSphericalLoss(OutputLayer):
         )
 
     def register_parameter(self, name: str, param: Any) -> None:
-        """As of every module; a second name for the weight, which pruning wants, is refused."""
+        """See `nn.Module.register_parameter`.
+
+        Raises TypeError for a second name of the weight, which pruning would register.
+        """
         if isinstance(param, FactoredTensor) and name != "weight":
             raise TypeError(
                 f"a factored weight cannot be kept as {name!r}: masks and pruning are for a dense "
@@ -122,7 +118,11 @@ class FactoredSphericalLoss(OutputLayer):
         super().register_parameter(name, param)
 
     def reset_parameters(self) -> None:
-        """The initial values of `nn.Linear`: uniform within ±1/√d."""
+        """Draws the initial values of `nn.Linear`, uniform within ±1/√d.
+
+        Raises RuntimeError if the layer was made on the meta device with a prior, which then has no
+        values.
+        """
         pi = self.matrix.arrays.pi
         if pi is not None and pi.is_meta and not self.matrix.arrays.V.blocks[0].is_meta:
             raise RuntimeError(
@@ -131,15 +131,15 @@ class FactoredSphericalLoss(OutputLayer):
             )
         bound = 1 / math.sqrt(self.in_features)
         with torch.no_grad(), uninterrupted():
-            for block in self.writable():
+            for block in self._writable():
                 block.uniform_(-bound, bound)
             self.matrix.reset_()
 
     @property
     def factored_weight(self) -> FactoredTensor:
-        """The parameter, if it is one that this layer can use.
+        """The parameter `weight`.
 
-        Raises: TypeError or ValueError where somebody has put another one in its place.
+        Raises: TypeError or ValueError if it was replaced by one that this layer cannot use.
         """
         weight: Tensor = self.weight
         if not isinstance(weight, FactoredTensor):
@@ -155,7 +155,7 @@ class FactoredSphericalLoss(OutputLayer):
 
     @property
     def matrix(self) -> FactoredMatrix:
-        """The factors of [W b]."""
+        """The matrix that holds [W b] in factors."""
         return self.factored_weight.matrix
 
     @eager(
@@ -171,7 +171,7 @@ class FactoredSphericalLoss(OutputLayer):
         transforms.
         """
         if transforms_active():
-            raise RuntimeError(factored.TWICE)
+            raise RuntimeError(TWICE)
         checks.hidden(hidden, self.in_features)
         weight = self.factored_weight
         if not weight.is_leaf:
@@ -183,7 +183,7 @@ class FactoredSphericalLoss(OutputLayer):
         leading = hidden.shape[:-1]
         device = hidden.device.type
         with torch.autocast(device, enabled=False):
-            H = self.rows_of(hidden)
+            H = self._reader().rows_of(hidden)
             dtype = H.dtype
             if target_values is None:
                 checks.rows_target(leading, target)
@@ -194,63 +194,16 @@ class FactoredSphericalLoss(OutputLayer):
                 values = target_values.reshape(target.shape)
             conventions = self.conventions
             entries = conventions.entries(target, values, self.num_classes, dtype)
-            x = factored.statistics(H, weight, entries.t, centred=self.loss.shift_invariant)
+            x = factored_statistics(H, weight, entries.t, centred=self.loss.shift_invariant)
             rows = entries.weigh(spherical_value(self.loss, x, entries, conventions))
             return conventions.reduce(rows.view(leading), entries.counted)
-
-    def rows_of(self, hidden: Tensor) -> Tensor:
-        """hidden as (m, w) in the weight's dtype, with the bias's column of ones.
-
-        Raises: RuntimeError where a program is exported.
-        """
-        if stream.exporting():
-            raise RuntimeError(EXPORT)
-        H = hidden.reshape(-1, self.in_features).to(self.weight.dtype)
-        return nn.functional.pad(H, (0, 1), value=1.0) if self.has_bias else H
 
     @property
     def base_measure(self) -> Tensor | None:
         return self.matrix.arrays.pi
 
-    @property
-    def columns(self) -> slice:
-        """Those of [W b] among all that is kept side by side."""
-        return self.matrix.arrays.block(0)
-
-    def weight_rows(self, classes: Tensor) -> Tensor:
-        return self.checked().rows(classes, self.columns)
-
-    def weight_chunks(self, size: int) -> Iterator[tuple[slice, Tensor]]:
-        return self.checked().chunks(size, self.columns)
-
-    def outputs(self, H: Tensor, classes: Tensor | None = None) -> Tensor:
-        weight = self.factored_weight
-        if not stream.transformed():
-            return stream.factored_outputs(H, weight, classes)
-        if classes is not None:
-            return stream.constant(H @ self.weight_rows(classes).mT, weight)
-        parts = [H @ rows.mT for _, rows in self.checked().chunks(columns=self.columns)]
-        return stream.constant(torch.cat(parts, 1), weight)
-
-    def is_differentiated(self, hidden: Tensor) -> bool:
-        return stream.differentiated(hidden, self.weight)
-
-    def checked(self) -> Arrays:
-        """What is kept of [W b], after a look at whether somebody else has changed it."""
-        W = self.matrix.arrays
-        W.check()
-        return W
-
-    def log_normaliser(self, H: Tensor) -> Tensor:
-        """log Σ_k π_k t(o_k) of each row from Q and w̄: (m); 0 for a loss without it."""
-        if not isinstance(self.loss, losses.Normalised):
-            return H.new_zeros(len(H))
-        weight = self.factored_weight
-        if stream.transformed():
-            return stream.constant(stream.log_normaliser(self.classes(), H), weight)
-        none = torch.empty(len(H), 0, dtype=torch.long, device=H.device)
-        x = factored.statistics(H, weight, none, centred=False)
-        return self.loss.log_normaliser(x.s, x.q, x.mass)
+    def _reader(self) -> FactoredReader:
+        return FactoredReader(self.factored_weight, self.in_features, self.loss)
 
     log_prob = eager(EXPORT)(OutputLayer.log_prob)
     topk = eager(EXPORT)(OutputLayer.topk)
@@ -259,45 +212,38 @@ class FactoredSphericalLoss(OutputLayer):
 
     @property
     def bias(self) -> Tensor | None:
-        """b (D), or None: the last column of `weight`, as it is when it is read. It cannot be
-        written by itself; with a prior it is √π b."""
+        """b (D), or None: a copy of the last column of `weight`, which is √π b with a prior.
+
+        It cannot be written by itself.
+        """
         return self.weight[:, -1] if self.has_bias else None
 
     def dense(self) -> Tensor:
-        """[W b] as a new tensor."""
-        return self.checked().to_dense(columns=self.columns)
+        """Returns [W b] (D, w) as a new tensor."""
+        reader = self._reader()
+        return reader.arrays().to_dense(columns=reader.columns)
 
     def to_linear(self) -> nn.Linear:
-        """An `nn.Linear` with the same weight and bias."""
+        """Returns an `nn.Linear` with the same weight and bias."""
         options = {"device": self.weight.device, "dtype": self.weight.dtype}
         linear: nn.Linear = nn.utils.skip_init(
             nn.Linear, self.in_features, self.num_classes, bias=self.has_bias, **options
         )
+        reader = self._reader()
         with torch.no_grad():
-            for part, rows in self.checked().chunks(columns=self.columns):
+            for part, rows in reader.arrays().chunks(columns=reader.columns):
                 linear.weight[part] = rows[:, : self.in_features]
                 if self.has_bias:
                     linear.bias[part] = rows[:, -1]
         return linear
 
     def health(self, probes: int = 4) -> Health:
-        """How well the factors stand; see `softsphere.matrix.Health`."""
+        """Returns the numerical state of the factors; see `softsphere.matrix.Health`."""
         return self.matrix.health(probes)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        """weight (D, d) and bias (D) of an `nn.Linear`, and the prior: ordinary tensors.
-
-        They are the memory of the layer itself until it is stepped, and then a copy of what they
-        were, if they still exist.
-        """
-        matrix = self.matrix
-        matrix.canonical_()
-        W = matrix.arrays
-        destination[prefix + "weight"] = W.V.lend(0)
-        if self.has_bias:
-            destination[prefix + "bias"] = W.V.lend(1).squeeze(1)
-        if W.pi is not None:
-            destination[prefix + "prior"] = W.pi.clone()
+        for name, value in saved(self.matrix, self.has_bias).items():
+            destination[prefix + name] = value
 
     def _load_from_state_dict(
         self,
@@ -309,46 +255,24 @@ class FactoredSphericalLoss(OutputLayer):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        wanted: dict[str, tuple[int, ...]] = {"weight": (self.num_classes, self.in_features)}
+        shapes: dict[str, tuple[int, ...]] = {"weight": (self.num_classes, self.in_features)}
         if self.has_bias:
-            wanted["bias"] = (self.num_classes,)
+            shapes["bias"] = (self.num_classes,)
         own = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
-        pi = self.matrix.arrays.pi
-        known = {*wanted} if pi is None else {*wanted, "prior"}
-        unexpected_keys += [prefix + key for key in own if key not in known]
-        missing = [prefix + key for key in wanted if key not in own]
-        missing_keys += missing
-        wrong = [
-            f"size mismatch for {prefix}{key}: copying a param with shape "
-            f"{tuple(own[key].shape)}, the shape in current model is {shape}."
-            for key, shape in wanted.items()
-            if key in own and tuple(own[key].shape) != shape
-        ]
-        adopt = bool(local_metadata.get("assign_to_params_buffers", False))
-        dtype = own["weight"].dtype if adopt and "weight" in own else self.weight.dtype
-        if dtype not in (torch.float32, torch.float64):
-            wrong.append(f"{prefix}weight must be float32 or float64 to be assigned, got {dtype}.")
-        elif "prior" in own and pi is not None:
-            try:
-                pi = checks.prior(own["prior"], dtype)
-                checks.class_vector("prior", pi, self.num_classes)
-            except (TypeError, ValueError) as error:
-                wrong.append(f"{prefix}prior cannot be loaded: {error}")
-        error_msgs += wrong
-        if wrong or missing:
+        adopt = bool(local_metadata.get("assign_to_params_buffers", False)) and "weight" in own
+        dtype = own["weight"].dtype if adopt else self.weight.dtype
+        state = LayerState(own, shapes, self.matrix.arrays.pi, dtype)
+        missing, errors = state.missing(), state.errors(prefix)
+        missing_keys += [prefix + name for name in missing]
+        unexpected_keys += [prefix + name for name in state.unexpected()]
+        error_msgs += errors
+        if missing or errors:
             return
-        columns = [own["weight"].detach(), *([own["bias"].detach()] if self.has_bias else [])]
-        if "prior" in own and pi is not None and own["prior"].dtype == dtype:
-            pi = own["prior"].detach().clone()  # to the last bit what was saved
-        if adopt:
-            with torch.no_grad():
-                self.adopt(columns, pi)
-        else:
-            with torch.no_grad():
-                self.assign(columns, pi)
+        with torch.no_grad():
+            (self._adopt if adopt else self._assign)(state.columns(), state.prior())
 
-    def adopt(self, columns: list[Tensor], pi: Tensor | None) -> None:
-        """A new parameter that takes the given tensors as they are."""
+    def _adopt(self, columns: list[Tensor], pi: Tensor | None) -> None:
+        """Makes a new parameter that takes the given tensors as they are."""
         weight, *bias = columns
         bias = [x.to(weight.device, weight.dtype) for x in bias]
         pi = None if pi is None else pi.to(weight.device, weight.dtype)
@@ -357,17 +281,17 @@ class FactoredSphericalLoss(OutputLayer):
             made.matrix.arrays.V.lend(j)
         self.weight = nn.Parameter(made, self.weight.requires_grad)
 
-    def assign(self, columns: list[Tensor], pi: Tensor | None) -> None:
-        """Writes weight (D, d) and bias (D) into the parameter; momentum beside it stays."""
+    def _assign(self, columns: list[Tensor], pi: Tensor | None) -> None:
+        """Writes weight (D, d) and bias (D) into the parameter. Momentum beside it stays."""
         W = self.matrix.arrays
         with uninterrupted():
-            for block, values in zip(self.writable(), columns, strict=True):
+            for block, values in zip(self._writable(), columns, strict=True):
                 block.copy_(values.view(block.shape))
             W.pi = None if pi is None else pi.to(W.device, W.dtype)
             self.matrix.reset_()
 
-    def writable(self) -> list[Tensor]:
-        """What V has for weight and bias, to be written whole; then `FactoredMatrix.reset_`."""
+    def _writable(self) -> list[Tensor]:
+        """The memory of weight and bias, to be overwritten, followed by `FactoredMatrix.reset_`."""
         W = self.matrix.arrays
         if W.blocks > 1:
             self.matrix.canonical_()
@@ -377,7 +301,7 @@ class FactoredSphericalLoss(OutputLayer):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FactoredSphericalLoss:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         grad = self.weight.grad
-        # the gradient is that of the weight as it has become; it would keep the old one alive
+        # The gradient belongs to the converted weight. It would keep the old one alive otherwise.
         if isinstance(grad, StructuredGradient) and grad.content.edition in (
             None,
             self.matrix.edition,
@@ -392,8 +316,17 @@ class FactoredSphericalLoss(OutputLayer):
         )
 
 
-def spherical(loss: losses.Loss) -> Spherical:
-    """The loss, if it sees the outputs through (s, q, c) alone."""
+def _check_dtype(dtype: Any) -> None:
+    """Raises TypeError for a dtype in which there are no factored weights."""
+    if dtype is not None and dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"dtype must be torch.float32 or torch.float64, got {dtype!r}; a factored weight is "
+            "float32 or float64, and for half precision around it there is torch.autocast"
+        )
+
+
+def _spherical(loss: losses.Loss) -> Spherical:
+    """Returns the loss if it depends on the outputs through (s, q, c) alone."""
     if not isinstance(loss, Spherical):
         raise TypeError(
             f"loss must be spherical for a layer without logits, got {loss}; "

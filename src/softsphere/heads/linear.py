@@ -14,19 +14,21 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from softsphere import checks, losses
 from softsphere.criteria import WithPrior
-from softsphere.engines import LinearSphericalOptions, chunked, gram, options_or_default, stream
+from softsphere.engines import LinearSphericalOptions, options_or_default
 from softsphere.engines.accumulation import Accumulation
 from softsphere.engines.pending import refuse_step
 from softsphere.engines.row_statistics import accumulator
-from softsphere.engines.weight import chunks
 from softsphere.functional.conventions import Conventions
 from softsphere.functional.on_linear import Affine, loss_on_linear, without_logits
-from softsphere.heads.adoption import Tie, plain_parameters
+from softsphere.heads.adoption import DTYPES, Tie, plain_parameters
+from softsphere.heads.dense_reader import DenseReader
 from softsphere.heads.prediction import OutputLayer
 
 __all__ = ["LinearSphericalLoss"]
 
 BUFFERS = ("class_weight", "prior")
+# What errors call the rows, W and b.
+NAMES = ("hidden", "weight", "bias")
 
 
 class LinearSphericalLoss(OutputLayer, WithPrior):
@@ -83,10 +85,11 @@ class LinearSphericalLoss(OutputLayer, WithPrior):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        checks.at_least_one("in_features", in_features)
-        checks.at_least_one("num_classes", num_classes)
+        in_features = checks.at_least_one("in_features", in_features)
+        num_classes = checks.at_least_one("num_classes", num_classes)
+        checks.flag("bias", bias)
+        _check_dtype(dtype)
         self.loss = losses.get(loss)
-        self.in_features, self.num_classes = in_features, num_classes
         given = Conventions.checked(
             self.loss,
             reduction=reduction,
@@ -96,23 +99,32 @@ class LinearSphericalLoss(OutputLayer, WithPrior):
         self.reduction, self.ignore_index = given.reduction, given.ignore_index
         self.label_smoothing = given.label_smoothing
         self.options = options_or_default(options)
-        wide = torch.float64 if dtype == torch.float64 else None
-        pi = None if prior is None else checks.prior(prior, wide)
+        made: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.weight = nn.Parameter(torch.empty(num_classes, in_features, **made))
+        pi = None if prior is None else checks.prior(prior, accumulator(self.weight.dtype))
         for name, value in (("weight", weight), ("prior", pi)):
             if value is not None:
                 checks.class_vector(name, value, num_classes)
-        made: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.weight = nn.Parameter(torch.empty(num_classes, in_features, **made))
         for name, value in zip(BUFFERS, (weight, pi), strict=True):
-            # a weight that is yet to be borrowed is on no device
+            # from_linear moves it to the device of the weight that it shares.
             at = value if value is None or self.weight.is_meta else value.to(self.weight.device)
             self.register_buffer(name, at)
         self.register_parameter(
             "bias", nn.Parameter(torch.empty(num_classes, **made)) if bias else None
         )
         self.accumulation: Accumulation | None = None
-        self.tie = Tie()
+        self._tie = Tie()
         self.reset_parameters()
+
+    @property
+    def in_features(self) -> int:
+        """d, the second size of the weight as it is now."""
+        return self.weight.shape[-1]
+
+    @property
+    def num_classes(self) -> int:
+        """D, the first size of the weight as it is now."""
+        return self.weight.shape[0]
 
     @property
     def conventions(self) -> Conventions:
@@ -171,7 +183,7 @@ class LinearSphericalLoss(OutputLayer, WithPrior):
             dtype=W.dtype,
         )
         head.weight, head.bias = W, b
-        head.tie = Tie(linear)
+        head._tie = Tie(linear)
         for name in BUFFERS:
             value = getattr(head, name)
             setattr(head, name, None if value is None else value.to(W.device))
@@ -188,13 +200,13 @@ class LinearSphericalLoss(OutputLayer, WithPrior):
         self, hidden: Tensor, target: Tensor, target_values: Tensor | None = None
     ) -> Tensor:
         """The loss of hidden (…, d) against target; see `functional.linear_spherical_loss`."""
-        self.check_tie()
+        layer = self._layer()
         kept = self.accumulation
         if kept is not None:
-            kept.check_use(self.weight, self.bias, self.prior)
+            kept.check_use(layer.weight, layer.bias, self.prior)
         return loss_on_linear(
             hidden,
-            Affine(self.weight, self.bias),
+            layer,
             target,
             self.loss,
             self.conventions,
@@ -203,10 +215,32 @@ class LinearSphericalLoss(OutputLayer, WithPrior):
             statistics=None if kept is None else kept.statistics,
         )
 
-    def check_tie(self) -> None:
-        """Warns where the parameters are no longer those of the layer given to from_linear."""
+    def _layer(self) -> Affine:
+        """Weight and bias, read once, since a parametrization may compute others the next time.
+
+        Raises ValueError if bias, prior or class weights do not fit the weight, as after one of
+        them was replaced. Warns if the parameters are no longer those of the layer that was given
+        to from_linear.
+        """
         if not torch.compiler.is_compiling():
-            self.tie.check(self)
+            self._tie.check(self)
+        W, b = self.weight, self.bias
+        if W.dim() != 2:
+            raise ValueError(
+                f"weight must have shape (num_classes, in_features), got {tuple(W.shape)}"
+            )
+        for name, x in (("bias", b), *((name, getattr(self, name)) for name in BUFFERS)):
+            if x is not None and x.shape != W.shape[:1]:
+                raise ValueError(
+                    f"{name} must have shape ({len(W)},), one entry for each row of the weight "
+                    f"{tuple(W.shape)}, got {tuple(x.shape)}; where the weight was replaced or "
+                    f"resized, set head.{name} to one of that size, or make a new layer"
+                )
+        return Affine(W, b, NAMES)
+
+    def _reader(self) -> DenseReader:
+        layer = self._layer()
+        return DenseReader(layer.weight, layer.bias, self.prior, self.loss, self.options)
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
@@ -237,9 +271,9 @@ class LinearSphericalLoss(OutputLayer, WithPrior):
         """
         if self.accumulation is not None:
             raise RuntimeError("accumulate() cannot be nested; leave the one that is open first")
-        check_parameter("weight", self.weight, (self.num_classes, self.in_features))
-        if self.bias is not None:
-            check_parameter("bias", self.bias, (self.num_classes,))
+        for name, x, dim in (("weight", self.weight, 2), ("bias", self.bias, 1)):
+            _check_accumulable(name, x, dim)
+        W, b, _ = self._layer()
         if self.options.engine not in ("auto", "gram"):
             raise ValueError(
                 f"accumulate() is of the gram engine, got engine={self.options.engine!r}; "
@@ -249,8 +283,8 @@ class LinearSphericalLoss(OutputLayer, WithPrior):
         if refusal:
             raise refusal
         self.accumulation = kept = Accumulation(
-            self.weight,
-            self.bias,
+            W,
+            b,
             self.prior,
             centred=self.loss.shift_invariant,
             options=self.options,
@@ -268,57 +302,6 @@ class LinearSphericalLoss(OutputLayer, WithPrior):
     def base_measure(self) -> Tensor | None:
         return self.prior
 
-    def rows_of(self, hidden: Tensor) -> Tensor:
-        """hidden as (m, w) in float32 or wider, with the bias's column of ones."""
-        dtype = accumulator(self.weight.dtype)
-        H = hidden.reshape(-1, self.in_features).to(dtype)
-        return H if self.bias is None else nn.functional.pad(H, (0, 1), value=1.0)
-
-    def weight_rows(self, classes: Tensor | slice) -> Tensor:
-        dtype = accumulator(self.weight.dtype)
-        rows = self.weight[classes].to(dtype)
-        if self.bias is None:
-            return rows
-        return torch.cat([rows, self.bias[classes].to(dtype).unsqueeze(-1)], -1)
-
-    def weight_chunks(self, size: int) -> Iterator[tuple[slice, Tensor]]:
-        for part in chunks(self.num_classes, size):
-            yield part, self.weight_rows(part)
-
-    def outputs(self, H: Tensor, classes: Tensor | None = None) -> Tensor:
-        if classes is not None:
-            return H @ self.weight_rows(classes).mT
-        W, b = self.weight.to(H.dtype), None if self.bias is None else self.bias.to(H.dtype)
-        # narrowed, since the export of torch 2.6 compares the rows of a slice with its open end
-        return nn.functional.linear(H.narrow(1, 0, self.in_features), W, b)
-
-    def is_differentiated(self, hidden: Tensor) -> bool:
-        return stream.differentiated(hidden, self.weight, self.bias)
-
-    def log_normaliser(self, H: Tensor) -> Tensor:
-        """log Σ_k π_k t(o_k) of each row: (m); 0 for a loss without it.
-
-        From (s, q) by the gram engine, or the chunked one for few rows; from all the outputs where
-        they do not do: for a comparator, by engine="dense" where it is differentiated, inside
-        torch.func transforms and in an exported program.
-        """
-        if not self.loss.normalised:
-            return H.new_zeros(H.shape[0])
-        by_engine = isinstance(self.loss, losses.Normalised) and self.options.engine != "dense"
-        recorded = self.is_differentiated(H) and not by_engine
-        if recorded or stream.exporting() or stream.transformed():
-            return self.classes().every_score(H).logsumexp(1)
-        if not isinstance(self.loss, losses.Normalised):
-            return stream.log_normaliser(self.classes(), H)
-        H = H[:, : self.in_features]
-        engine = gram if len(H) > self.in_features else chunked
-        none = torch.empty(len(H), 0, dtype=torch.long, device=H.device)
-        pi = None if self.prior is None else self.prior.to(H.dtype)
-        x = engine.statistics(
-            H, self.weight, self.bias, none, pi, centred=False, options=self.options
-        )
-        return self.loss.log_normaliser(x.s, x.q, x.mass)
-
     def _load_from_state_dict(
         self,
         state_dict: dict[str, Any],
@@ -332,7 +315,7 @@ class LinearSphericalLoss(OutputLayer, WithPrior):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        # that of an nn.Linear has neither, and leaves them as they are
+        # The state of an nn.Linear has neither, and leaves them as they are.
         for name in BUFFERS:
             if prefix + name in missing_keys:
                 missing_keys.remove(prefix + name)
@@ -343,24 +326,34 @@ class LinearSphericalLoss(OutputLayer, WithPrior):
 
     def extra_repr(self) -> str:
         given = [name for name in BUFFERS if getattr(self, name) is not None]
+        sizes = ", ".join(map(str, reversed(self.weight.shape)))
         return (
-            f"{self.in_features}, {self.num_classes}, loss={self.loss}, "
+            f"{sizes}, loss={self.loss}, "
             f"bias={self.bias is not None}, reduction={self.reduction!r}, "
             f"ignore_index={self.ignore_index}, label_smoothing={self.label_smoothing}, "
             f"engine={self.options.engine!r}" + "".join(f", {name}=…" for name in given)
         )
 
 
-def check_parameter(name: str, x: Any, shape: tuple[int, ...]) -> None:
-    """Raises: RuntimeError where accumulate() could not compute with x or add to its gradient."""
+def _check_dtype(dtype: Any) -> None:
+    """Raises TypeError for a dtype in which there are no such weights."""
+    if dtype is not None and dtype not in DTYPES:
+        raise TypeError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype!r}")
+
+
+def _check_accumulable(name: str, x: Any, dim: int) -> None:
+    """Raises RuntimeError if accumulate() cannot compute with x or add to its gradient."""
+    if x is None:
+        return
     if not x.is_leaf:
         raise RuntimeError(
             f"accumulate() adds to {name}.grad, but the {name} is computed from something else "
             "(a parametrization); remove that, or accumulate without this context"
         )
-    if is_traceable_wrapper_subclass(x) or x.shape != shape:
+    if is_traceable_wrapper_subclass(x) or x.dim() != dim:
+        wanted = "(num_classes, in_features)" if dim == 2 else "(num_classes,)"
         raise RuntimeError(
-            f"accumulate() needs the whole {name} as a plain tensor of shape {shape}, got "
+            f"accumulate() needs the whole {name} as a plain tensor of shape {wanted}, got "
             f"{type(x).__name__} of shape {tuple(x.shape)}, as sharding wrappers make it "
             "(fully_shard); accumulate without this context"
         )

@@ -1,19 +1,20 @@
-"""Prediction from hidden states by a layer that has W, read in row chunks."""
+"""Log-probabilities, best classes and ranks from hidden states, for every output layer."""
 
 from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from softsphere import checks, losses
+from softsphere._torch import exporting, transformed
 from softsphere.criteria import TopK
-from softsphere.engines import stream
 from softsphere.functional.conventions import mixed_precision
+from softsphere.heads.reader import Reader
 
 __all__ = ["OutputLayer"]
 
@@ -21,15 +22,14 @@ __all__ = ["OutputLayer"]
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
-def exactly(method: Method) -> Method:
+def _without_autocast(method: Method) -> Method:
     """A prediction with the same digits inside autocast as outside."""
 
     @functools.wraps(method)
     def run(self: OutputLayer, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        self.check_tie()
-        checks.hidden(hidden, self.in_features)
+        checks.floating("hidden", hidden)
         if not mixed_precision(hidden):
-            # not a context that changes nothing: an exported program would keep it
+            # An exported program would keep a context even if it changes nothing.
             return method(self, hidden, *args, **kwargs)
         with torch.autocast(hidden.device.type, enabled=False):
             return method(self, hidden, *args, **kwargs)
@@ -37,12 +37,13 @@ def exactly(method: Method) -> Method:
     return cast(Method, run)
 
 
-def without_gradient(method: Method) -> Method:
+def _without_gradient(method: Method) -> Method:
     """A prediction that autograd does not record."""
 
     @functools.wraps(method)
     def run(self: OutputLayer, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if stream.exporting():
+        checks.floating("hidden", hidden)
+        if exporting():
             return method(self, hidden.detach(), *args, **kwargs)
         with torch.no_grad():
             return method(self, hidden, *args, **kwargs)
@@ -51,122 +52,126 @@ def without_gradient(method: Method) -> Method:
 
 
 class OutputLayer(nn.Module, ABC):
-    """log_prob, topk, predict and rank of a layer that says how its W is read.
+    """log_prob, topk, predict and rank of a layer that has a `Reader` of its weight.
 
-    Rows have w numbers: d, or d + 1 where a bias is one more column of W whose input is 1.
+    Scores are computed in float32 or wider, also for half-precision layers, so that classes are
+    never ordered by rounded numbers. NaN scores rank last.
     """
 
     loss: losses.Loss
-    in_features: int
-    num_classes: int
+
+    @abstractmethod
+    def _reader(self) -> Reader:
+        """The weight as it is now, read once."""
 
     @property
     @abstractmethod
     def base_measure(self) -> Tensor | None:
-        """π (D), or None for one everywhere."""
+        """π (D), or None for π = 1."""
 
-    @abstractmethod
-    def rows_of(self, hidden: Tensor) -> Tensor:
-        """hidden as (m, w) in the dtype of what is computed with it."""
-
-    @abstractmethod
-    def weight_rows(self, classes: Tensor) -> Tensor:
-        """W of the given classes (n): (n, w)."""
-
-    @abstractmethod
-    def weight_chunks(self, size: int) -> Iterator[tuple[slice, Tensor]]:
-        """(slice of classes, W there) over all classes, `size` rows at a time."""
-
-    @abstractmethod
-    def outputs(self, H: Tensor, classes: Tensor | None = None) -> Tensor:
-        """H Wᵀ (m, D), or (m, n) of the given classes (n), with gradients by H and the weight."""
-
-    @abstractmethod
-    def log_normaliser(self, H: Tensor) -> Tensor:
-        """log Σ_k π_k t(o_k) of each row: (m); 0 for a loss without it."""
-
-    @abstractmethod
-    def is_differentiated(self, hidden: Tensor) -> bool:
-        """Whether autograd records what is computed of hidden and the weight."""
-
-    def check_tie(self) -> None:
-        """Warns where the parameters are no longer shared with the layer they came from."""
-
-    def classes(self) -> stream.Classes:
-        """What prediction streams over."""
-        return stream.Classes(
-            self.weight_chunks, self.outputs, self.num_classes, self.base_measure, self.loss
-        )
-
-    @exactly
+    @_without_autocast
     def log_prob(self, hidden: Tensor, classes: Tensor | None = None) -> Tensor:
-        """log f_k: (…, D), or (…, n) of the given classes (n) alone; float32 or wider.
+        """Returns log f_k of every class, or of the given ones, in float32 or wider.
 
-        It has the gradients of the criterion on logits, with respect to hidden and the weight, as
-        `nn.AdaptiveLogSoftmaxWithLoss.log_prob` has them. Autograd then keeps some tensors of the
-        size of the result; where it records nothing W is read in chunks.
+        It has gradients with respect to hidden and the weight, as
+        `nn.AdaptiveLogSoftmaxWithLoss.log_prob` does. Autograd then keeps some tensors of the size
+        of the result; where it records nothing, the weight is read in chunks.
 
-        Raises: TypeError for a loss that is not a distribution; RuntimeError in a backward that
-        asks for second derivatives where there are none.
+        Args:
+            hidden: (…, d), floating-point.
+            classes: (n) class indices of any integer dtype, or None for all D classes.
+
+        Returns: (…, D) or (…, n).
+
+        Raises: TypeError for a loss that is not a distribution, ValueError or TypeError for
+        arguments of a wrong shape or kind, RuntimeError in a backward that asks for second
+        derivatives where there are none.
         """
+        reader = self._reader()
+        checks.hidden(hidden, reader.in_features)
         if not self.loss.normalised:
-            self.loss.log_numerator(hidden)  # says so
-        H, every = self.rows_of(hidden), self.classes()
+            self.loss.log_numerator(hidden)  # raises, since there is none
         if classes is not None:
-            check_classes(classes, self.num_classes)
-            pi = self.base_measure
-            scores = every.scores(self.outputs(H, classes), None if pi is None else pi[classes])
-            result = scores - self.log_normaliser(H).unsqueeze(1)
-        elif self.in_one_piece(hidden):
-            result = torch.log_softmax(every.every_score(H), -1)
+            classes = checks.classes(classes, reader.num_classes)
+            if classes.dim() != 1:
+                raise ValueError(f"classes must have shape (n,), got {tuple(classes.shape)}")
+        H = reader.rows_of(hidden)
+        if classes is not None:
+            result = reader.scores_of(H, classes) - reader.log_normaliser(H).unsqueeze(1)
+        elif _in_one_piece(reader, hidden):
+            result = torch.log_softmax(reader.every_score(H), -1)
         else:
-            log_norm = self.log_normaliser(H).unsqueeze(1)
-            result = H.new_empty(H.shape[0], self.num_classes)
-            for part, scores in every.stream(H):
+            log_norm = reader.log_normaliser(H).unsqueeze(1)
+            result = H.new_empty(H.shape[0], reader.num_classes)
+            for part, scores in reader.chunks_of_scores(H):
                 result[:, part] = scores - log_norm
         return result.view(*hidden.shape[:-1], result.shape[-1])
 
-    def in_one_piece(self, hidden: Tensor) -> bool:
-        """Whether log_prob is made of all the outputs by plain operations, which autograd, the
-        compiler and torch.func know."""
-        return (
-            torch.compiler.is_compiling() or stream.transformed() or self.is_differentiated(hidden)
-        )
-
-    @without_gradient
-    @exactly
+    @_without_gradient
+    @_without_autocast
     def topk(self, hidden: Tensor, k: int) -> TopK:
-        """The k best classes of each row, best first; values are log-probabilities, or the outputs
-        where the loss is not a distribution. W is read once, in chunks."""
-        if not 1 <= k <= self.num_classes:
-            raise ValueError(f"k must be from 1 to num_classes = {self.num_classes}, got {k}")
-        H = self.rows_of(hidden)
-        best, index = stream.topk(self.classes(), H, k)
-        best = best - self.log_normaliser(H).unsqueeze(1)
+        """Returns the k best classes of each row, best first, without a gradient.
+
+        The values are log-probabilities, or the outputs for a loss that is not a distribution. The
+        weight is read once, in chunks. NaN scores rank last.
+
+        Args:
+            hidden: (…, d), floating-point.
+            k: from 1 to D.
+
+        Returns: `TopK` of values and indices, (…, k) each.
+
+        Raises: ValueError or TypeError for arguments of a wrong shape or kind.
+        """
+        reader = self._reader()
+        checks.hidden(hidden, reader.in_features)
+        checks.at_least_one("k", k)
+        if k > reader.num_classes:
+            raise ValueError(f"k must be from 1 to num_classes = {reader.num_classes}, got {k}")
+        H = reader.rows_of(hidden)
+        best, index = reader.topk(H, k)
+        best = best - reader.log_normaliser(H).unsqueeze(1)
         shape = (*hidden.shape[:-1], k)
         return TopK(best.view(shape), index.view(shape))
 
-    @without_gradient
-    @exactly
+    @_without_gradient
+    @_without_autocast
     def predict(self, hidden: Tensor) -> Tensor:
-        """The best class of each row: (…)."""
-        _, index = stream.topk(self.classes(), self.rows_of(hidden), 1)
+        """Returns the best class of each row of hidden (…, d): (…), int64.
+
+        It is not always the class of the largest output, since t(o) need not be monotone. A class
+        with a NaN score is never the best one, unless all are NaN.
+
+        Raises: ValueError or TypeError for hidden states of a wrong shape or kind.
+        """
+        reader = self._reader()
+        checks.hidden(hidden, reader.in_features)
+        _, index = reader.topk(reader.rows_of(hidden), 1)
         return index.view(hidden.shape[:-1])
 
-    @without_gradient
-    @exactly
+    @_without_gradient
+    @_without_autocast
     def rank(self, hidden: Tensor, target: Tensor) -> Tensor:
-        """1 + the number of classes that are better than the target: (…)."""
+        """Returns 1 + the number of classes with a better score than the target.
+
+        NaN scores rank last: they are never better, and a target with one has rank D.
+
+        Args:
+            hidden: (…, d), floating-point.
+            target: (…) class indices of any integer dtype, every one in [0, D).
+
+        Returns: (…), int64.
+
+        Raises: ValueError or TypeError for arguments of a wrong shape or kind.
+        """
+        reader = self._reader()
+        checks.hidden(hidden, reader.in_features)
         checks.rows_target(hidden.shape[:-1], target)
-        checks.classes(target, self.num_classes, "target")
-        H, t, pi = self.rows_of(hidden), target.reshape(-1), self.base_measure
-        o = (H * self.weight_rows(t)).sum(-1)
-        own = self.classes().scores(o, None if pi is None else pi[t])
-        return stream.rank(self.classes(), H, t, own).view(target.shape)
+        target = checks.classes(target, reader.num_classes, "target")
+        return reader.rank(reader.rows_of(hidden), target.reshape(-1)).view(target.shape)
 
 
-def check_classes(classes: Tensor, num_classes: int) -> None:
-    """Class indices (n)."""
-    checks.classes(classes, num_classes)
-    if classes.dim() != 1:
-        raise ValueError(f"classes must have shape (n,), got {tuple(classes.shape)}")
+def _in_one_piece(reader: Reader, hidden: Tensor) -> bool:
+    """Whether log_prob is computed from all the outputs by plain operations, for which autograd,
+    the compiler and torch.func have rules."""
+    return torch.compiler.is_compiling() or transformed() or reader.is_differentiated(hidden)

@@ -1,4 +1,4 @@
-"""(s, q, c) of H Wᵀ from the kept Q and w̄ of a factored W, and the structured gradient by W."""
+"""(s, q, c) of H Wᵀ from the kept Q and w̄ of a factored W, with its structured gradient."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from softsphere.matrix.gradient import GradientFactors
 from softsphere.matrix.tensors import Content
 from softsphere.stats import Stats
 
-__all__ = ["statistics"]
+__all__ = ["TWICE", "factored_statistics"]
 
 TWICE = (
     "the gradient of a factored layer cannot be differentiated again, nor inside torch.func "
@@ -20,18 +20,20 @@ TWICE = (
 )
 
 
-def statistics(H: Tensor, weight: FactoredTensor, target: Tensor, *, centred: bool) -> Stats:
-    """Statistics of the rows of H (m, w) for targets (m, K), in O(m w²); no m × D tensor.
+def factored_statistics(
+    H: Tensor, weight: FactoredTensor, target: Tensor, *, centred: bool
+) -> Stats:
+    """Statistics of the rows of H (m, w) for targets (m, K), in O(m w²) without an m × D tensor.
 
-    centred: as for logits.
+    centred: whether the mean of the outputs is taken off, for losses that do not see a shift.
     """
-    s, q, c = FactoredStatistics.apply(H, weight, target, centred)  # type: ignore[no-untyped-call]
+    s, q, c = _FactoredStatistics.apply(H, weight, target, centred)  # type: ignore[no-untyped-call]
     W = weight.matrix.arrays
     pi = None if W.pi is None else W.pi[target]
     return Stats(s, q, c, W.mass, pi=pi)
 
 
-class FactoredStatistics(torch.autograd.Function):
+class _FactoredStatistics(torch.autograd.Function):
     """s = H w̄, q = Σ H∘(H Q), c = H·W[t].
 
     ∂H_i = g_s w̄ + 2 g_q (HQ)_i + Σ_j g_c W[t_j], and with respect to W (under Π) the structured
@@ -68,7 +70,7 @@ class FactoredStatistics(torch.autograd.Function):
         if matrix.edition != ctx.edition:
             raise RuntimeError(
                 "the factored weight has been changed since this loss was computed; "
-                "call backward before the optimizer's step, or compute the loss anew"
+                "call backward before the optimizer's step, or compute the loss again"
             )
         W, d = matrix.arrays, matrix.arrays.width
         if ctx.centred:
@@ -79,7 +81,7 @@ class FactoredStatistics(torch.autograd.Function):
         by_hidden = back if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return by_hidden, None, None, None
-        # Copies: what autograd hands out or the caller handed in may be changed after this.
+        # Copies, since the caller may write into these tensors later.
         rows, x = target.flatten().clone(), gc.flatten().clone()
         if W.pi is not None:
             x = x / W.pi[rows]

@@ -1,0 +1,79 @@
+"""Predictions from W and b that are tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from softsphere import losses
+from softsphere._torch import exporting, is_recorded, transformed
+from softsphere.engines import LinearSphericalOptions, chunked, gram
+from softsphere.engines.row_statistics import accumulator
+from softsphere.engines.weight import chunks
+from softsphere.heads.reader import Reader
+
+__all__ = ["DenseReader"]
+
+
+class DenseReader(Reader):
+    """A reader of W (D, d) and b (D), in float32 or wider whatever their dtype."""
+
+    def __init__(
+        self,
+        W: Tensor,
+        b: Tensor | None,
+        pi: Tensor | None,
+        loss: losses.Loss,
+        options: LinearSphericalOptions,
+    ) -> None:
+        super().__init__(loss, W.shape[1], W.shape[0], pi)
+        self.W, self.b, self.options = W, b, options
+        self.dtype = accumulator(W.dtype)
+
+    def rows_of(self, hidden: Tensor) -> Tensor:
+        H = hidden.reshape(-1, self.in_features).to(self.dtype)
+        return H if self.b is None else nn.functional.pad(H, (0, 1), value=1.0)
+
+    def weight_rows(self, classes: Tensor | slice) -> Tensor:
+        rows = self.W[classes].to(self.dtype)
+        if self.b is None:
+            return rows
+        return torch.cat([rows, self.b[classes].to(self.dtype).unsqueeze(-1)], -1)
+
+    def weight_chunks(self, size: int) -> Iterator[tuple[slice, Tensor]]:
+        for part in chunks(self.num_classes, size):
+            yield part, self.weight_rows(part)
+
+    def outputs(self, H: Tensor, classes: Tensor | None = None) -> Tensor:
+        if classes is not None:
+            return H @ self.weight_rows(classes).mT
+        W, b = self.W.to(self.dtype), None if self.b is None else self.b.to(self.dtype)
+        # Narrowed, since the export of torch 2.6 compares the rows of a slice with its open end.
+        return nn.functional.linear(H.narrow(1, 0, self.in_features), W, b)
+
+    def is_differentiated(self, hidden: Tensor) -> bool:
+        return is_recorded(hidden, self.W, self.b)
+
+    def log_normaliser(self, H: Tensor) -> Tensor:
+        """See `Reader.log_normaliser`.
+
+        It is computed from (s, q) by the gram engine, or by the chunked one for few rows. All the
+        outputs are used for a comparator, for a derivative with engine="dense", inside torch.func
+        transforms and in an exported program.
+        """
+        if not self.loss.normalised:
+            return H.new_zeros(H.shape[0])
+        by_engine = isinstance(self.loss, losses.Normalised) and self.options.engine != "dense"
+        recorded = self.is_differentiated(H) and not by_engine
+        if recorded or exporting() or transformed():
+            return self.every_score(H).logsumexp(1)
+        if not isinstance(self.loss, losses.Normalised):
+            return self.log_normaliser_of_outputs(H)
+        H = H[:, : self.in_features]
+        engine = gram if len(H) > self.in_features else chunked
+        none = torch.empty(len(H), 0, dtype=torch.long, device=H.device)
+        pi = None if self.pi is None else self.pi.to(H.dtype)
+        x = engine.statistics(H, self.W, self.b, none, pi, centred=False, options=self.options)
+        return self.loss.log_normaliser(x.s, x.q, x.mass)

@@ -1,0 +1,82 @@
+"""Predictions from a factored weight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from softsphere import losses
+from softsphere._torch import exporting, is_recorded, transformed
+from softsphere.engines.factored_outputs import constant_in_transforms, factored_outputs
+from softsphere.engines.factored_statistics import factored_statistics
+from softsphere.heads.reader import Reader
+from softsphere.matrix import FactoredTensor
+from softsphere.matrix.arrays import Arrays
+
+__all__ = ["EXPORT", "FactoredReader"]
+
+EXPORT = (
+    "a factored layer keeps its weight in factors, which neither an exported program nor a "
+    "compiled graph can hold; export head.to_linear() followed by log_prob or predict of "
+    "softsphere.SphericalLoss(head.loss, prior=…), or a LinearSphericalLoss with the same "
+    "state_dict(), and compile the model around it"
+)
+
+
+class FactoredReader(Reader):
+    """A reader of a factored [W b] (D, w)."""
+
+    def __init__(self, weight: FactoredTensor, in_features: int, loss: losses.Loss) -> None:
+        super().__init__(loss, in_features, weight.shape[0], weight.matrix.arrays.pi)
+        self.weight = weight
+
+    @property
+    def columns(self) -> slice:
+        """The columns of [W b] among all that the factors hold, momentum included."""
+        return self.weight.matrix.arrays.block(0)
+
+    def arrays(self) -> Arrays:
+        """The factors of [W b].
+
+        Raises RuntimeError if they were changed in another way than through the weight.
+        """
+        W = self.weight.matrix.arrays
+        W.check()
+        return W
+
+    def rows_of(self, hidden: Tensor) -> Tensor:
+        """See `Reader.rows_of`. Raises RuntimeError where a program is exported."""
+        if exporting():
+            raise RuntimeError(EXPORT)
+        H = hidden.reshape(-1, self.in_features).to(self.weight.dtype)
+        has_bias = self.weight.shape[1] > self.in_features
+        return nn.functional.pad(H, (0, 1), value=1.0) if has_bias else H
+
+    def weight_rows(self, classes: Tensor) -> Tensor:
+        return self.arrays().rows(classes, self.columns)
+
+    def weight_chunks(self, size: int) -> Iterator[tuple[slice, Tensor]]:
+        return self.arrays().chunks(size, self.columns)
+
+    def outputs(self, H: Tensor, classes: Tensor | None = None) -> Tensor:
+        if not transformed():
+            return factored_outputs(H, self.weight, classes)
+        if classes is not None:
+            return constant_in_transforms(H @ self.weight_rows(classes).mT, self.weight)
+        parts = [H @ rows.mT for _, rows in self.arrays().chunks(columns=self.columns)]
+        return constant_in_transforms(torch.cat(parts, 1), self.weight)
+
+    def is_differentiated(self, hidden: Tensor) -> bool:
+        return is_recorded(hidden, self.weight)
+
+    def log_normaliser(self, H: Tensor) -> Tensor:
+        """See `Reader.log_normaliser`. It is computed from Q and w̄."""
+        if not isinstance(self.loss, losses.Normalised):
+            return H.new_zeros(len(H))
+        if transformed():
+            return constant_in_transforms(self.log_normaliser_of_outputs(H), self.weight)
+        none = torch.empty(len(H), 0, dtype=torch.long, device=H.device)
+        x = factored_statistics(H, self.weight, none, centred=False)
+        return self.loss.log_normaliser(x.s, x.q, x.mass)

@@ -1,0 +1,131 @@
+"""Predictions from an output layer whose weight is read in chunks of classes: no m × D tensor.
+
+What autograd, a transform or an export has to follow is computed from all outputs at once instead,
+by plain operations.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from softsphere._torch import exporting
+from softsphere.losses import Loss
+
+__all__ = ["Reader"]
+
+# The scores that are in memory at once, for all rows of H together.
+SCORES = 8 << 20
+
+
+class Reader(ABC):
+    """The weight and base measure of an output layer, taken once for one call.
+
+    Rows have w numbers: d, or d + 1 where a bias is one more column of W whose input is 1.
+
+    Args:
+        loss: what ranks the classes.
+        in_features: d.
+        num_classes: D.
+        pi: base measure (D), or None for π = 1.
+    """
+
+    def __init__(self, loss: Loss, in_features: int, num_classes: int, pi: Tensor | None) -> None:
+        self.loss, self.in_features, self.num_classes, self.pi = loss, in_features, num_classes, pi
+
+    @abstractmethod
+    def rows_of(self, hidden: Tensor) -> Tensor:
+        """Hidden states (…, d) as rows (m, w), in the dtype of the computation."""
+
+    @abstractmethod
+    def weight_rows(self, classes: Tensor) -> Tensor:
+        """The rows of W of the given classes (n): (n, w)."""
+
+    @abstractmethod
+    def weight_chunks(self, size: int) -> Iterator[tuple[slice, Tensor]]:
+        """All rows of W with their classes, `size` at a time."""
+
+    @abstractmethod
+    def outputs(self, H: Tensor, classes: Tensor | None = None) -> Tensor:
+        """H Wᵀ (m, D), or (m, n) of the given classes (n), with gradients with respect to H and
+        the weight."""
+
+    @abstractmethod
+    def log_normaliser(self, H: Tensor) -> Tensor:
+        """log Σ_k π_k t(o_k) of each row: (m); 0 for a loss that is not a distribution."""
+
+    @abstractmethod
+    def is_differentiated(self, hidden: Tensor) -> bool:
+        """Whether autograd records a computation with hidden and the weight."""
+
+    def scores(self, o: Tensor, pi: Tensor | None) -> Tensor:
+        """What orders the classes: log(π t(o)), or o for a loss that is not a distribution."""
+        if not self.loss.normalised:
+            return o
+        log_t = self.loss.log_numerator(o)
+        return log_t if pi is None else log_t + pi.to(log_t.dtype).log()
+
+    def scores_of(self, H: Tensor, classes: Tensor) -> Tensor:
+        """The scores of the given classes (n): (m, n)."""
+        return self.scores(self.outputs(H, classes), None if self.pi is None else self.pi[classes])
+
+    def every_score(self, H: Tensor) -> Tensor:
+        """The scores of all classes at once: (m, D)."""
+        return self.scores(self.outputs(H), self.pi)
+
+    def chunks_of_scores(self, H: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Classes and their scores (m, ·), chunk by chunk."""
+        if exporting():
+            # The number of chunks would depend on the number of rows.
+            yield slice(0, self.num_classes), self.every_score(H)
+            return
+        size = max(1, min(self.num_classes, SCORES // max(*H.shape, 1)))
+        for part, rows in self.weight_chunks(size):
+            yield part, self.scores(H @ rows.mT, None if self.pi is None else self.pi[part])
+
+    def topk(self, H: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k best scores of each row, best first, and their classes: (m, k) each.
+
+        NaN scores rank last.
+        """
+        best = H.new_empty(H.shape[0], 0)
+        index = torch.empty(H.shape[0], 0, dtype=torch.long, device=H.device)
+        for part, scores in self.chunks_of_scores(H):
+            values, places = _best(scores, k)
+            best, order = _best(torch.cat([best, values], 1), k)
+            index = torch.cat([index, places + part.start], 1).gather(1, order)
+        return best, index
+
+    def rank(self, H: Tensor, target: Tensor) -> Tensor:
+        """1 + the number of classes with a better score than the target (m): (m).
+
+        NaN scores rank last: they are never better, and a target with one has rank D.
+        """
+        o = (H * self.weight_rows(target)).sum(-1)
+        own = self.scores(o, None if self.pi is None else self.pi[target]).unsqueeze(1)
+        above = torch.zeros_like(target)
+        for part, scores in self.chunks_of_scores(H):
+            better = (scores > own) | own.isnan()
+            # The target's own score may differ from `own` in the last digit.
+            place = (target - part.start).clamp(0, better.shape[1] - 1)
+            at_target = better.gather(1, place.unsqueeze(1)).squeeze(1)
+            here = (target >= part.start) & (target < part.stop)
+            above = above + better.sum(1) - (at_target & here).long()
+        return above + 1
+
+    def log_normaliser_of_outputs(self, H: Tensor) -> Tensor:
+        """log Σ_k π_k t(o_k) of each row from the outputs themselves: (m)."""
+        total = H.new_full((H.shape[0],), -torch.inf)
+        for _, scores in self.chunks_of_scores(H):
+            total = torch.logaddexp(total, scores.logsumexp(1))
+        return total
+
+
+def _best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k best scores of each row, or all if there are fewer, and their places."""
+    ranked = torch.where(scores.isnan(), -torch.inf, scores)
+    places = ranked.topk(min(k, scores.shape[1]), dim=1).indices
+    return scores.gather(1, places), places

@@ -1,35 +1,50 @@
-"""The command line: an error of use is one line and exit code 2."""
+"""The command line. An error of use is one line and exit code 2."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import sys
+from typing import Annotated
 
 import typer
 
 from softsphere_lab.cli.compare import compare
-from softsphere_lab.cli.engines_command import engines
+from softsphere_lab.cli.losses_command import losses
 from softsphere_lab.cli.report_command import report
 from softsphere_lab.cli.reproduce import reproduce
-from softsphere_lab.cli.twins_command import twins
 from softsphere_lab.errors import LabError
 
 __all__ = ["main"]
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-app.command()(compare)
-app.command()(engines)
-app.command()(twins)
-app.command()(reproduce)
-app.command()(report)
+for command in (compare, losses, reproduce, report):
+    app.command()(command)
 
 
-@app.callback()
-def softsphere() -> None:
-    """Softmax and its spherical alternatives, compared."""
+def print_version(wanted: bool) -> None:
+    """Prints the version and leaves, if it is wanted."""
+    if wanted:
+        typer.echo(f"softsphere {importlib.metadata.version('softsphere')}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def softsphere(
+    context: typer.Context,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=print_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Compare softmax with its spherical alternatives."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 def main() -> int:
-    """Runs the command line. Returns the exit code."""
+    """Runs the command line and returns the exit code."""
     try:
         return int(app(prog_name="softsphere", standalone_mode=False) or 0)
     except Exception as error:

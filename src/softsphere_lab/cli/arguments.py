@@ -8,28 +8,16 @@ from typing import Annotated
 import torch
 import typer
 
-from softsphere import losses
-from softsphere.losses import Spherical
 from softsphere_lab.errors import LabError
 
 __all__ = [
-    "BaseMeasure",
     "DataDir",
     "Device",
-    "Dtype",
-    "Embedding",
     "Epochs",
     "Resume",
-    "Seed",
-    "SphericalLoss",
-    "Text",
-    "at_least",
     "at_least_one",
     "folder",
-    "known_dtype",
     "positive",
-    "share",
-    "spherical",
     "usable",
 ]
 
@@ -68,16 +56,6 @@ Resume = Annotated[
 ]
 Epochs = Annotated[int, typer.Option(help="Passes over the training part.")]
 
-# Of the commands that train one model on a text by several engines.
-Text = Annotated[
-    str, typer.Option(help="ptb, wikipedia, generated, or a folder of sentences in --data-dir.")
-]
-SphericalLoss = Annotated[str, typer.Option(help="A spherical loss.")]
-BaseMeasure = Annotated[bool, typer.Option(help="Word frequencies as the base measure.")]
-Embedding = Annotated[int, typer.Option(help="Width of an embedding.")]
-Seed = Annotated[int, typer.Option(help="Of initial weights and order.")]
-Dtype = Annotated[str, typer.Option(help="float32 or float64, for all of it.")]
-
 
 def usable(device: str) -> str:
     """A device that a number can be put on and read back from."""
@@ -93,24 +71,3 @@ def at_least(option: str, value: int, least: int, most: int = MOST) -> int:
     if not least <= value <= most:
         raise LabError(f"{option} must be at least {least} and at most {most}, got {value}")
     return value
-
-
-def share(option: str, value: float) -> float:
-    if not 0 <= value < 1:
-        raise LabError(f"{option} must be at least 0 and less than 1, got {value}")
-    return value
-
-
-def spherical(name: str) -> str:
-    """A loss that a layer without logits can have."""
-    known = [key for key, kind in losses.REGISTRY.items() if issubclass(kind, Spherical)]
-    if name not in known:
-        raise LabError(f"--loss must be one of {', '.join(known)}, got {name!r}")
-    return name
-
-
-def known_dtype(name: str) -> str:
-    """A dtype of a whole training."""
-    if name not in ("float32", "float64"):
-        raise LabError(f"--dtype must be float32 or float64, got {name!r}")
-    return name

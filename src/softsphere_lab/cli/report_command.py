@@ -1,4 +1,4 @@
-"""`softsphere report`: the page of results, tables and pictures from the records alone."""
+"""`softsphere report`: all pages and pictures, made from the records alone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 from softsphere_lab.cli.arguments import folder
 from softsphere_lab.errors import LabError
 from softsphere_lab.experiments.page import RECORDS, rebuild
-from softsphere_lab.progress import terminal
+from softsphere_lab.progress import print_plain, standard_console
 
 __all__ = ["report"]
 
@@ -23,9 +23,9 @@ def report(
         Path, typer.Option(parser=folder, metavar="FOLDER", help="Where results.md goes.")
     ] = Path("docs"),
 ) -> None:
-    """Rebuild docs/results.md, and all tables and pictures, from the records."""
+    """Make docs/results.md, and the README and pictures of every record, from the records."""
     if not records.is_dir():
         raise LabError(f"--records {records}: there is no such folder; run `softsphere reproduce`")
-    console = terminal()
+    console = standard_console()
     for path in rebuild(records, docs):
-        console.print(str(path), markup=False, highlight=False, soft_wrap=True)
+        print_plain(console, str(path))

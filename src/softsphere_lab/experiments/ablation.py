@@ -9,15 +9,12 @@ from pathlib import Path
 
 from softsphere_lab.experiments import ptb
 from softsphere_lab.experiments import text_pictures as pictures
-from softsphere_lab.experiments.experiment import Ran, Section, StudyExperiment
-from softsphere_lab.experiments.measures import (
-    below,
-    p_values,
-    ratio,
-)
-from softsphere_lab.experiments.paper import label
-from softsphere_lab.experiments.text_sections import PERPLEXITY, REFERENCE, beside_softmax, setup
+from softsphere_lab.experiments.experiment import StudyReproduction
+from softsphere_lab.experiments.text_sections import PERPLEXITY, table_beside_softmax, text_setup
 from softsphere_lab.models.output_layers import Output
+from softsphere_lab.report.measures import NOTE, REFERENCE, p_values, ratio, shown_below
+from softsphere_lab.report.paper import label
+from softsphere_lab.report.results import Results, Section
 from softsphere_lab.study.search import Axis
 from softsphere_lab.training.language import ACTIVATIONS
 from softsphere_lab.training.language_run import Setup
@@ -29,7 +26,7 @@ DEPTHS = (1, 2, 3)
 
 
 def outputs(losses: tuple[str, ...], depths: tuple[int, ...]) -> tuple[Output, ...]:
-    """Each loss on each network."""
+    """Returns an output layer for each loss on each network."""
     return tuple(
         Output(loss, depth=depth, activation=activation)
         for activation in ACTIVATIONS
@@ -39,7 +36,7 @@ def outputs(losses: tuple[str, ...], depths: tuple[int, ...]) -> tuple[Output, .
 
 
 def network(name: str) -> tuple[str, int]:
-    """The activation and the depth that a name says.
+    """Returns the activation and the depth that a name says.
 
     >>> network("softmax depth=2 activation=exp")
     ('exp', 2)
@@ -48,87 +45,90 @@ def network(name: str) -> tuple[str, int]:
     return output.activation or "", output.depth or 0
 
 
-def tell(ran: Ran) -> Section:
-    """Perplexities by network, and each loss in times softmax there."""
-    reference = {name: softmax_of(name) for name in ran.ends}
-    p = p_values(ran.ends, PERPLEXITY, reference)
-    columns = {"network": layers, "loss": lambda name: label(name.split()[0])}
-    table = beside_softmax(ran, reference, p, columns)
-    found = finding(ran, reference, p)
+def ablation_section(results: Results) -> Section:
+    """Returns the perplexities by network, each loss also as a multiple of softmax there."""
+    reference = {name: softmax_with_depth(name) for name in results.ends}
+    p = p_values(results.ends, PERPLEXITY, reference)
+    first = {"network": layers_counted, "loss": lambda name: label(name.split()[0])}
+    table = table_beside_softmax(results, reference, p, first)
+    found = range_of_ratios(results, reference, p)
     return Section(
-        text=f"{setup(ran)}\n{table}\n{found}\n",
+        text=f"{text_setup(results)}\n{table}\n{NOTE}\n\n{found}\n",
         table=table,
         finding=found,
-        pictures={"networks": partial(picture, ran)},
+        note=NOTE,
+        pictures={"networks": partial(picture, results)},
     )
 
 
-def layers(name: str) -> str:
-    """The network in a few words.
+def layers_counted(name: str) -> str:
+    """Returns the network in a few words.
 
-    >>> layers("softmax depth=2 activation=exp")
+    >>> layers_counted("softmax depth=2 activation=exp")
     '2 layers, exp'
     """
     activation, depth = network(name)
     return f"{depth} layer{'s' if depth > 1 else ''}, {activation}"
 
 
-def softmax_of(name: str) -> str:
-    """The softmax on the same network."""
+def softmax_with_depth(name: str) -> str:
+    """Returns the name of softmax on the same network."""
     return " ".join([REFERENCE, *name.split()[1:]])
 
 
-def finding(ran: Ran, reference: Mapping[str, str], p: Mapping[str, float]) -> str:
-    """The range of the ratios, and where they are at their ends."""
+def range_of_ratios(results: Results, reference: Mapping[str, str], p: Mapping[str, float]) -> str:
+    """Returns sentences about the smallest and the largest ratio to softmax, and the tests."""
     found = {
         name: compared[0]
         for name, other in reference.items()
-        if name != other and (compared := ratio(ran.ends, name, other, PERPLEXITY)) is not None
+        if name != other and (compared := ratio(results.ends, name, other, PERPLEXITY)) is not None
     }
     if not found:
         return "Nothing can be compared with softmax yet."
     least, most = min(found, key=found.__getitem__), max(found, key=found.__getitem__)
 
-    def where(name: str) -> str:
-        return f"{found[name]:.3f} ({place(name)})"
+    def ratio_where(name: str) -> str:
+        return f"{found[name]:.3f} ({loss_and_network(name)})"
 
-    better = [name for name, value in found.items() if below(p.get(name), value)]
+    better = [name for name, value in found.items() if shown_below(p.get(name), value)]
     closed = (
-        f"shown to be below softmax's on the same network: {', '.join(map(where, better))}"
+        f"shown to be below softmax's on the same network: {', '.join(map(ratio_where, better))}"
         if better
         else "none was shown to be below softmax's on the same network"
     )
     untested = sum(name not in p for name in found)
     if untested:
         closed += f" ({untested} of {len(found)} not tested, with too few seeds)"
-    lost = [place(name) for name, other in reference.items() if name not in {other, *found}]
     told = (
-        f"Over the networks the perplexity in times softmax's is from {where(least)} to "
-        f"{where(most)}; {closed}."
+        f"Over the networks the perplexity in times softmax's is from {ratio_where(least)} to "
+        f"{ratio_where(most)}; {closed}."
     )
+    lost = [
+        loss_and_network(name) for name, other in reference.items() if name not in {other, *found}
+    ]
     if lost:
         told += f" Without a run to compare, since all diverged or none is done: {'; '.join(lost)}."
     return told
 
 
-def place(name: str) -> str:
-    """The loss and its network.
+def loss_and_network(name: str) -> str:
+    """Returns the loss and its network in a few words.
 
-    >>> place("taylor_softmax depth=2 activation=exp")
+    >>> loss_and_network("taylor_softmax depth=2 activation=exp")
     'log-Taylor softmax, exp, depth 2'
     """
     activation, depth = network(name)
     return f"{label(name.split()[0])}, {activation}, depth {depth}"
 
 
-def picture(ran: Ran, path: Path) -> None:
-    """A panel an activation: perplexity by depth."""
+def picture(results: Results, path: Path) -> None:
+    """Draws the perplexity by depth, a panel for each activation."""
     groups: dict[str, list[pictures.Line]] = {}
     for activation in ACTIVATIONS:
         for loss in COMPARED:
             own = {
                 network(name)[1]: runs
-                for name, runs in ran.ends.items()
+                for name, runs in results.ends.items()
                 if name.split()[0] == loss and network(name)[0] == activation
             }
             if own:
@@ -139,7 +139,7 @@ def picture(ran: Ran, path: Path) -> None:
         groups,
         "hidden layers",
         "test perplexity",
-        f"{ran.config['dataset']}: depth and activation",
+        f"{results.config['dataset']}: depth and activation",
         path,
     )
 
@@ -150,7 +150,7 @@ FULL = replace(
     seeds=(0, 1, 2),
 )
 
-EXPERIMENT = StudyExperiment(
+EXPERIMENT = StudyReproduction(
     name="ablation",
     title="Depth, activation and normalisation",
     claim=(
@@ -177,5 +177,5 @@ EXPERIMENT = StudyExperiment(
         ),
         "full": FULL,
     },
-    tell=tell,
+    section_of=ablation_section,
 )

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from softsphere_lab.experiments.classification import RATES, Classification
-from softsphere_lab.experiments.experiment import StudyExperiment
-from softsphere_lab.experiments.image_sections import FEW, LOSSES, tell
+from softsphere_lab.experiments.experiment import StudyReproduction
+from softsphere_lab.experiments.image_sections import FEW, LOSSES, image_section
 from softsphere_lab.study.search import Axis
 from softsphere_lab.training.image_run import Schedule
 
@@ -59,7 +59,7 @@ def studies(dataset: str) -> dict[str, Classification]:
     return {"smoke": smoke, "small": small, "full": full}
 
 
-EXPERIMENT = StudyExperiment(
+EXPERIMENT = StudyReproduction(
     name="cifar10",
     title="CIFAR-10",
     claim=(
@@ -68,5 +68,5 @@ EXPERIMENT = StudyExperiment(
     ),
     differences=DIFFERENCES,
     studies=studies("cifar10"),
-    tell=tell,
+    section_of=image_section,
 )

@@ -8,13 +8,14 @@ from functools import partial
 from pathlib import Path
 
 from softsphere_lab.experiments import text_pictures as pictures
-from softsphere_lab.experiments.experiment import Ran, Section, StudyExperiment
+from softsphere_lab.experiments.experiment import StudyReproduction
 from softsphere_lab.experiments.language_modelling import LanguageModelling
-from softsphere_lab.experiments.measures import p_values, ratio
-from softsphere_lab.experiments.paper import label
-from softsphere_lab.experiments.text_sections import PERPLEXITY, REFERENCE, beside_softmax, setup
+from softsphere_lab.experiments.text_sections import PERPLEXITY, table_beside_softmax, text_setup
 from softsphere_lab.models.output_layers import Output
 from softsphere_lab.report.inference import LEVEL
+from softsphere_lab.report.measures import NOTE, REFERENCE, p_values, ratio
+from softsphere_lab.report.paper import label
+from softsphere_lab.report.results import Results, Section
 from softsphere_lab.study.search import Axis
 from softsphere_lab.training.language_run import Setup
 
@@ -24,7 +25,7 @@ CLASSES = (10, 100, 1_000, 3_000, 10_000, 30_000, 60_000)
 
 
 def outputs(classes: tuple[int, ...]) -> tuple[Output, ...]:
-    """Softmax and the spherical losses, without and with the base measure, at each D."""
+    """Returns softmax and the spherical losses at each D, without and with the base measure."""
     return tuple(
         Output(loss, prior=prior, classes=D)
         for D in classes
@@ -33,71 +34,58 @@ def outputs(classes: tuple[int, ...]) -> tuple[Output, ...]:
     )
 
 
-def kind_of(name: str) -> str:
-    """The output layer without its number of classes.
+def without_classes(name: str) -> str:
+    """Returns the output layer without its number of classes.
 
-    >>> kind_of("taylor_softmax prior classes=10")
+    >>> without_classes("taylor_softmax prior classes=10")
     'taylor_softmax prior'
     """
     return str(replace(Output.parse(name), classes=None))
 
 
-def tell(ran: Ran) -> Section:
-    """Perplexities and their ratio to softmax's by D."""
-    names = sorted(ran.ends, key=lambda name: Output.parse(name).classes or 0)
-    reference = {name: softmax_of(name) for name in names}
-    p = p_values(ran.ends, PERPLEXITY, reference)
-    columns = {
+def classes_section(results: Results) -> Section:
+    """Returns the perplexities by D, each also as a multiple of softmax's."""
+    names = sorted(results.ends, key=lambda name: Output.parse(name).classes or 0)
+    reference = {name: softmax_with_classes(name) for name in names}
+    p = p_values(results.ends, PERPLEXITY, reference)
+    first = {
         "D": lambda name: f"{Output.parse(name).classes:,}",
-        "output layer": lambda name: label(kind_of(name)),
+        "output layer": lambda name: label(without_classes(name)),
     }
-    table = beside_softmax(ran, reference, p, columns)
-    found_out = finding(ran, p)
+    table = table_beside_softmax(results, reference, p, first)
+    found = where_the_order_turns(results, p)
     return Section(
-        text=f"{setup(ran)}\n{table}\n{found_out}\n",
+        text=f"{text_setup(results)}\n{table}\n{NOTE}\n\n{found}\n",
         table=table,
-        finding=found_out,
-        pictures={"ratios": partial(picture, ran)},
+        finding=found,
+        note=NOTE,
+        pictures={"ratios": partial(picture, results)},
     )
 
 
-def softmax_of(name: str) -> str:
-    """Softmax with as many classes."""
+def softmax_with_classes(name: str) -> str:
+    """Returns the name of softmax with as many classes."""
     return str(Output(REFERENCE, classes=Output.parse(name).classes))
 
 
-def curves(ran: Ran) -> dict[str, dict[int, tuple[float, float, float]]]:
-    """Of each kind of layer, by D: perplexity in times softmax's, and its interval."""
-    found: dict[str, dict[int, tuple[float, float, float]]] = {}
-    for name in ran.ends:
-        D, kind = Output.parse(name).classes, kind_of(name)
-        compared = ratio(ran.ends, name, softmax_of(name), PERPLEXITY)
+# The ratio to softmax with as many classes and the ends of its interval, by D.
+Curve = dict[int, tuple[float, float, float]]
+
+
+def curves(results: Results) -> dict[str, Curve]:
+    """Returns the curve of each kind of layer but softmax itself."""
+    found: dict[str, Curve] = {}
+    for name in results.ends:
+        D, kind = Output.parse(name).classes, without_classes(name)
+        compared = ratio(results.ends, name, softmax_with_classes(name), PERPLEXITY)
         if kind != REFERENCE and D is not None and compared is not None:
             found.setdefault(kind, {})[D] = compared
     return found
 
 
-def finding(ran: Ran, p: Mapping[str, float]) -> str:
-    """Of each kind: the ratio with the fewest and most classes, and where it is not 1."""
-
-    def at(what: str, classes: list[int]) -> list[str]:
-        return [f"{what} at {', '.join(f'{D:,}' for D in classes)}"] if classes else []
-
-    lines = []
-    for kind, by_classes in curves(ran).items():
-        classes = sorted(by_classes)
-        names = {D: str(replace(Output.parse(kind), classes=D)) for D in classes}
-        middle = {D: f"{by_classes[D][0]:.3f}" for D in classes}
-        ends = [f"{middle[classes[0]]} at {classes[0]:,} classes"]
-        if len(classes) > 1:
-            ends.append(f"{middle[classes[-1]]} at {classes[-1]:,}")
-        said = (
-            " and ".join(ends),
-            *at("interval below 1", [D for D in classes if by_classes[D][2] < 1]),
-            *at("interval above 1", [D for D in classes if by_classes[D][1] > 1]),
-            *at(f"p < {LEVEL}", [D for D in classes if p.get(names[D], 1.0) < LEVEL]),
-        )
-        lines.append(f"- {label(kind)}: {'; '.join(said)}.")
+def where_the_order_turns(results: Results, p: Mapping[str, float]) -> str:
+    """Returns a list: for each kind of layer where its ratio to softmax is not 1."""
+    lines = [curve_told(kind, curve, p) for kind, curve in curves(results).items()]
     if not lines:
         return "Nothing can be compared yet."
     head = (
@@ -107,18 +95,37 @@ def finding(ran: Ran, p: Mapping[str, float]) -> str:
     return "\n".join([head, "", *lines])
 
 
-def picture(ran: Ran, path: Path) -> None:
-    """The ratio against D."""
+def curve_told(kind: str, curve: Curve, p: Mapping[str, float]) -> str:
+    """Returns the ratios with the fewest and most classes, and where they are shown not to be 1."""
+    classes = sorted(curve)
+    names = {D: str(replace(Output.parse(kind), classes=D)) for D in classes}
+
+    def listed(what: str, some: list[int]) -> list[str]:
+        return [f"{what} at {', '.join(f'{D:,}' for D in some)}"] if some else []
+
+    ends = [f"{curve[classes[0]][0]:.3f} at {classes[0]:,} classes"]
+    if len(classes) > 1:
+        ends.append(f"{curve[classes[-1]][0]:.3f} at {classes[-1]:,}")
+    told = (
+        " and ".join(ends),
+        *listed("interval below 1", [D for D in classes if curve[D][2] < 1]),
+        *listed("interval above 1", [D for D in classes if curve[D][1] > 1]),
+        *listed(f"p < {LEVEL}", [D for D in classes if p.get(names[D], 1.0) < LEVEL]),
+    )
+    return f"- {label(kind)}: {'; '.join(told)}."
+
+
+def picture(results: Results, path: Path) -> None:
+    """Draws the ratio against D."""
     drawn: list[pictures.Line] = []
-    for kind, by_classes in curves(ran).items():
-        x = sorted(by_classes)
-        y = [by_classes[D][0] for D in x]
-        drawn.append((label(kind), x, y, [by_classes[D][1:] for D in x]))
+    for kind, curve in curves(results).items():
+        x = sorted(curve)
+        drawn.append((label(kind), x, [curve[D][0] for D in x], [curve[D][1:] for D in x]))
     pictures.lines(
         drawn,
         "classes D (the commonest words; all others are one)",
         "test perplexity, in times softmax's",
-        f"{ran.config['dataset']}: where does the order turn?",
+        f"{results.config['dataset']}: where does the order turn?",
         path,
     )
 
@@ -133,7 +140,7 @@ FULL = LanguageModelling(
     trial_epochs=1,
 )
 
-EXPERIMENT = StudyExperiment(
+EXPERIMENT = StudyReproduction(
     name="classes",
     title="The number of classes",
     claim=(
@@ -165,5 +172,5 @@ EXPERIMENT = StudyExperiment(
         ),
         "full": FULL,
     },
-    tell=tell,
+    section_of=classes_section,
 )

@@ -1,6 +1,7 @@
 """Softmax and its alternatives on one set of images: the same network, epochs and rates for each.
 
-A loss with hyper-parameters of its own has these searched too, and so more trials than the others.
+A loss that has numbers of its own (such as ε) can have them searched for too; its search then has
+more trials than the others'.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ from pathlib import Path
 
 from softsphere_lab.data import images as data
 from softsphere_lab.data.images import Images
+from softsphere_lab.models import networks
 from softsphere_lab.records.checkpoint import Checkpoint
-from softsphere_lab.records.folder import Line, Record
+from softsphere_lab.records.folder import Line
 from softsphere_lab.study.protocol import OnEpoch, Study, Task
 from softsphere_lab.study.search import Axis, Space
-from softsphere_lab.study.spec import LossSpec, searched
+from softsphere_lab.study.spec import LossSpec, axes_config
 from softsphere_lab.training.image_run import Epoch, Final, Schedule, train
 
 __all__ = ["RATES", "Classification"]
@@ -25,11 +27,12 @@ FIXED = Axis.fixed(RATES.start)
 
 @dataclass(frozen=True)
 class Classification(Study):
-    """What is compared.
+    """Losses compared on one set of images.
 
-    rates: along which the search goes. tune: whether a loss's own numbers are searched for too.
-    trial_epochs: of a run of the search, whose rate falls to zero as that of the final runs does.
-    second_look: whether the rates about the best are then tried in runs as long as final ones.
+    rates: the learning rates that the search may try. tune: whether a loss's own numbers are
+    searched for too. trial_epochs: the epochs of a trial, whose rate falls to zero as that of a
+    final run does. second_look: whether the rates about the best are then tried in runs as long as
+    final ones.
     """
 
     dataset: str
@@ -52,14 +55,13 @@ class Classification(Study):
             "seeds": list(self.seeds),
             **asdict(self.schedule),
             "tune": self.tune,
-            "search": searched(self.tune, lr=self.rates),
+            "search": axes_config(self.tune, lr=self.rates),
             "trial_epochs": self.trial_epochs or self.schedule.epochs,
             "second_look": self.second_look,
         }
 
-    def spelled_as(self, record: Record) -> Classification:
-        """The same, the losses that a record knows under the names that they have there."""
-        known = (record.config() or {}).get("losses")
+    def spelled_as(self, config: Line) -> Classification:
+        known = config.get("losses")
         before = [LossSpec.parse(str(loss)) for loss in known] if isinstance(known, list) else []
         losses = (
             next((old for old in before if old.same(spec, self.tune)), spec) for spec in self.losses
@@ -75,13 +77,13 @@ class Classification(Study):
 
     def setting(self, name: str, values: dict[str, float]) -> tuple[str, float]:
         own = {key: value for key, value in values.items() if key != "lr"}
-        return str(LossSpec.parse(name).at(own)), values["lr"]
+        return str(LossSpec.parse(name).with_values(own)), values["lr"]
 
     def badness(self, final: Line) -> tuple[float, ...]:
-        """The validation error of the best epoch, of equals that of all epochs on average."""
+        """The validation error of the best epoch, and of equal ones the mean of all epochs."""
         return final["diverged"], final["valid_error"], final["mean_valid_error"]
 
-    def told(self, final: Line) -> str:
+    def outcome(self, final: Line) -> str:
         test = "" if final["test_error"] is None else f", test {100 * final['test_error']:.2f} %"
         diverged = " (diverged)" if final["diverged"] else ""
         return f"valid {100 * final['valid_error']:.2f} %{test}{diverged}"
@@ -94,6 +96,10 @@ class Classification(Study):
 
     def load(self) -> Images:
         return data.load(self.dataset, self.data_dir).to(self.schedule.device)
+
+    def check_network(self, images: Images) -> None:
+        """Raises LabError if the images cannot pass through the network."""
+        networks.suited(self.schedule.model, images.shape, images.num_classes)
 
     def train(
         self, task: Task, data: Images, kept: Checkpoint, on_epoch: OnEpoch

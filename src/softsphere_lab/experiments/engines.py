@@ -1,66 +1,83 @@
-"""One LSTM under AdamW with the linear output layer by each of its engines."""
+"""One LSTM under AdamW, with the linear output layer computed by each of its engines."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 
 from softsphere.engines.options import LinearSphericalOptions
 from softsphere.heads import LinearSphericalLoss
 from softsphere_lab.data.text import Text
+from softsphere_lab.experiments.experiment import StudyReproduction
+from softsphere_lab.experiments.side_by_side import SideBySide, side_by_side_section
 from softsphere_lab.training import language
+from softsphere_lab.training.engine_run import EngineRun
 
-__all__ = ["Plan", "engines", "run"]
+__all__ = ["EXPERIMENT", "Engines"]
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The model and its training."""
+class Engines(SideBySide):
+    """lr: AdamW's, for all layers. length: words of a window; batch_size: windows in a step."""
 
-    dataset: str
-    loss: str
-    prior: bool
-    length: int
-    embedding: int
-    width: int
-    batch_size: int
-    epochs: int
-    lr: float
-    seed: int
-    device: str
-    dtype: str
+    length: int = 32
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The engines that run on the device."""
+        on_gpu = ("triton",) if torch.device(self.device).type == "cuda" else ()
+        return (*on_gpu, "gram", "chunked", "dense")
+
+    def begin(self, engine: str, data: Text) -> EngineRun:
+        torch.manual_seed(self.seed)
+        D, device, dtype = len(data.words), self.device, self.torch_dtype
+        # drawn in float32 whatever the dtype, so that runs in both begin with the same weights
+        model = language.LSTM(D, self.embedding, self.width).to(device, dtype)
+        linear = nn.Linear(self.width, D).to(device, dtype)
+        head = LinearSphericalLoss.from_linear(
+            linear,
+            self.loss,
+            prior=data.counts.to(dtype) if self.prior else None,
+            options=LinearSphericalOptions(engine=engine),
+        ).to(device)
+        return EngineRun(
+            model,
+            head,
+            [torch.optim.AdamW([*model.parameters(), *head.parameters()], lr=self.lr)],
+            language.window_parts(data, self.length, device),
+            batch_size=self.batch_size,
+            seed=self.seed,
+        )
 
 
-def engines(device: str) -> tuple[str, ...]:
-    """Those that run there, the reference last."""
-    on_gpu = ("triton",) if torch.device(device).type == "cuda" else ()
-    return (*on_gpu, "gram", "chunked", "dense")
+FULL = Engines(
+    dataset="ptb",
+    loss="taylor_softmax",
+    prior=True,
+    embedding=64,
+    width=128,
+    batch_size=32,
+    epochs=2,
+    lr=0.003,
+)
 
-
-def run(plan: Plan, engine: str, text: Text, on_step: language.OnStep) -> list[dict[str, Any]]:
-    """Trains with one engine: a line for each epoch and one for the end."""
-    torch.manual_seed(plan.seed)
-    D, device, dtype = len(text.words), plan.device, getattr(torch, plan.dtype)
-    # drawn in float32 whatever the dtype, so that runs in both begin with the same weights
-    model = language.LSTM(D, plan.embedding, plan.width).to(device, dtype)
-    linear = torch.nn.Linear(plan.width, D).to(device, dtype)
-    head = LinearSphericalLoss.from_linear(
-        linear,
-        plan.loss,
-        prior=text.counts.to(dtype) if plan.prior else None,
-        options=LinearSphericalOptions(engine=engine),
-    ).to(device)
-    optimizer = torch.optim.AdamW([*model.parameters(), *head.parameters()], lr=plan.lr)
-    lines, test_loss = language.fit(
-        model,
-        head,
-        [optimizer],
-        language.window_parts(text, plan.length, device),
-        batch_size=plan.batch_size,
-        epochs=plan.epochs,
-        seed=plan.seed,
-        on_step=on_step,
-    )
-    return [*lines, {"final": {"test_loss": test_loss}}]
+EXPERIMENT = StudyReproduction(
+    name="engines",
+    title="One training by each engine of the linear layer",
+    claim=(
+        "All engines of `LinearSphericalLoss` compute the same loss and gradients, so that a model "
+        "is trained alike by each, and only the time of a step differs."
+    ),
+    differences="The papers have no such experiment: it puts this library to the test.",
+    studies={
+        "smoke": replace(
+            FULL, dataset="generated", embedding=8, width=16, length=8, batch_size=16, epochs=2
+        ),
+        "small": replace(FULL, epochs=1),
+        "full": FULL,
+    },
+    section_of=side_by_side_section,
+    timed=True,
+)

@@ -1,157 +1,121 @@
-"""What an experiment is: a claim, a study for each budget, the section that a record makes."""
+"""What an experiment is: it fills a record, and makes a section of what the record has."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any
 
 from rich.console import Console
 
-from softsphere_lab.experiments.paper import label
 from softsphere_lab.records.folder import Line, Record
-from softsphere_lab.study.protocol import Study, final_runs, missing, trial_runs
+from softsphere_lab.report.paper import label
+from softsphere_lab.report.results import Results, Section
+from softsphere_lab.study.ledger import missing
+from softsphere_lab.study.protocol import Study
 from softsphere_lab.study.work import work
 
-__all__ = ["BUDGETS", "Experiment", "Prepared", "Section", "StudyExperiment"]
+__all__ = [
+    "BUDGETS",
+    "Experiment",
+    "Prepared",
+    "Reproduction",
+    "StudyReproduction",
+    "prepare_study",
+]
 
-# From under a minute, without network, to the whole of what is claimed.
+# From under a minute and without network to all that the claim is about.
 BUDGETS = ("smoke", "small", "full")
-
-Draw = Callable[[Path], None]
-
-
-@dataclass(frozen=True)
-class Section:
-    """What is told of a record, as Markdown; pictures by name, each drawn when it is asked for.
-
-    table: the main one, which a terminal shows too.
-    """
-
-    text: str
-    table: str
-    finding: str
-    pictures: Mapping[str, Draw] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """An experiment whose data is there: what its record is made with, and how it is filled.
+    """An experiment whose data is loaded.
 
-    run: does what the record lacks, in so many processes.
+    config: what its record is made with. grows: the lists in it that may get longer when a record
+    is resumed. run: does what the record lacks, in a number of processes. spelled_as: returns the
+    same with the names that a record's configuration has for what is compared.
     """
 
     config: Line
     grows: tuple[str, ...]
     run: Callable[[Record, Console, int], None]
+    spelled_as: Callable[[Line], Prepared] | None = None
+
+
+def prepare_study(study: Study, data: Any, **what: str) -> Prepared:
+    """Returns a study as what fills a record. what: the first keys of its configuration."""
+
+    def run(record: Record, console: Console, jobs: int) -> None:
+        work(study, data, record, console, jobs)
+
+    def spelled_as(config: Line) -> Prepared:
+        return prepare_study(study.spelled_as(config), data, **what)
+
+    config = {**what, **study.config(), "data": study.fingerprint(data)}
+    return Prepared(config, study.grows, run, spelled_as)
 
 
 class Experiment(ABC):
-    """One of the names that `softsphere reproduce` knows.
-
-    claim: what is put to the test, and whose claim it is. differences: from the source, known
-    beforehand. timed: whether it measures times, so that nothing may run beside it.
-    """
+    """What is run, resumed, recorded and reported in one way. name: as the records have it."""
 
     name: str
     title: str
-    claim: str
-    differences: str
-    timed: ClassVar[bool] = False
 
     @abstractmethod
-    def prepare(self, budget: str, device: str, data_dir: Path | None) -> Prepared:
-        """Loads the data of a budget. Raises: LabError where it cannot be had."""
-
-    @abstractmethod
-    def finished(self, record: Record) -> str:
-        """How much of it is there, where that is not all; empty where it is."""
+    def unfinished(self, record: Record) -> str:
+        """Returns what a record lacks, in words; an empty string if it lacks nothing."""
 
     @abstractmethod
     def section(self, record: Record) -> Section | None:
-        """Tables and pictures of what the record has: a pure function of it. None of nothing."""
+        """Returns tables and pictures as a pure function of a record, or None of an empty one."""
+
+
+class Reproduction(Experiment):
+    """An experiment with a claim and three budgets, which `softsphere reproduce` runs by its name.
+
+    claim: what is put to the test, and whose claim it is. differences: from the source, as far as
+    they are known beforehand. timed: whether it measures times, so that nothing may run beside it.
+    """
+
+    claim: str
+    differences: str
+    timed: bool = False
+
+    @abstractmethod
+    def prepare(self, budget: str, device: str, data_dir: Path | None) -> Prepared:
+        """Loads the data of a budget. Raises LabError if it cannot be had."""
 
 
 @dataclass(frozen=True)
-class StudyExperiment(Experiment):
-    """An experiment that is a study. tell: the section, of ends and epochs of final runs, trials
-    and configuration."""
+class StudyReproduction(Reproduction):
+    """A reproduction that is a study for each budget, with a function that makes its section."""
 
     name: str
     title: str
     claim: str
     differences: str
     studies: Mapping[str, Study]
-    tell: Callable[[Ran], Section]
+    section_of: Callable[[Results], Section]
+    timed: bool = False
 
     def prepare(self, budget: str, device: str, data_dir: Path | None) -> Prepared:
         study = self.studies[budget].placed(device, data_dir)
-        data = study.load()
+        return prepare_study(study, study.load(), experiment=self.name, budget=budget)
 
-        def run(record: Record, console: Console, jobs: int) -> None:
-            work(study, data, record, console, self.name, jobs)
-
-        config = {
-            "experiment": self.name,
-            "budget": budget,
-            **study.config(),
-            "data": study.fingerprint(data),
-        }
-        return Prepared(config, study.grows, run)
-
-    def finished(self, record: Record) -> str:
+    def unfinished(self, record: Record) -> str:
         study = self.studies[(record.config() or {})["budget"]]
         lacking, runs = missing(study, record), len(study.seeds) * len(study.names)
         if not lacking:
             return ""
-        of = ", ".join(f"{label(name)} ({count})" for name, count in lacking.items())
+        counted = ", ".join(f"{label(name)} ({count})" for name, count in lacking.items())
         return (
-            f"{runs - sum(lacking.values())} of {runs} final runs are finished, after a search at "
-            f"its end; missing: {of}"
+            f"{runs - sum(lacking.values())} of {runs} final runs are finished, after a finished "
+            f"search; missing: {counted}"
         )
 
     def section(self, record: Record) -> Section | None:
-        ran = Ran.of(self.studies["full"], record)
-        return self.tell(ran) if ran.ends else None
-
-
-@dataclass(frozen=True)
-class Ran:
-    """What a record has of a study. ends: of the final runs, by name and seed, names in order."""
-
-    config: Line
-    ends: dict[str, dict[int, Line]]
-    epochs: list[Line]
-    trials: list[Line]
-
-    @classmethod
-    def of(cls, study: Study, record: Record) -> Ran:
-        """As the record has it."""
-        config, lines = record.config() or {}, final_runs(type(study), record)
-        ends: dict[str, dict[int, Line]] = {}
-        for line in lines:
-            if "final" in line:
-                ends.setdefault(line["loss"], {})[line["seed"]] = line
-        # in the order in which they were asked for, whatever the order in which they ended
-        names = config.get("outputs") or config.get("losses") or []
-        order = {name: place for place, name in enumerate(names)}
-        ends = dict(sorted(ends.items(), key=lambda item: order.get(item[0], len(order))))
-        epochs = [line for line in lines if "epoch" in line]
-        return cls(config, ends, epochs, trial_runs(type(study), record))
-
-    def tried(self, name: str) -> str:
-        """How many runs the search for a name took."""
-        return str(sum(line["loss"] == name for line in self.trials))
-
-    @property
-    def looked(self) -> str:
-        """What the search did last, if it did."""
-        asked = self.config.get("second_look")
-        return ", then the rates about the best in runs as long as final ones" if asked else ""
-
-    @property
-    def lines(self) -> list[Line]:
-        """The ends, as the record has them."""
-        return [line for runs in self.ends.values() for line in runs.values()]
+        results = Results.of_record(type(self.studies["full"]), record)
+        return self.section_of(results) if results.ends else None

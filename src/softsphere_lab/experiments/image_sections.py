@@ -1,31 +1,18 @@
-"""What the experiments on images share: the losses, the table, the picture."""
+"""The section of an experiment on images: its losses, table, sentences and picture."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
-from softsphere_lab.experiments.experiment import Ran, Section
-from softsphere_lab.experiments.measures import (
-    Metric,
-    count,
-    difference,
-    mean,
-    p_values,
-    settings,
-    shown,
-    told,
-)
-from softsphere_lab.experiments.paper import REPORTED, label, reported
-from softsphere_lab.records.folder import Line
 from softsphere_lab.report import figures, summary
-from softsphere_lab.report.grids import markdown
-from softsphere_lab.report.inference import LEVEL
-from softsphere_lab.report.summary import REFERENCE
+from softsphere_lab.report.measures import NOTE, p_cell, search_cells, seeds_cell
+from softsphere_lab.report.paper import REPORTED, label, reported_cell
+from softsphere_lab.report.results import Results, Section
+from softsphere_lab.report.summary import ERROR, NLL, SECONDS, Column, Row
 from softsphere_lab.study.spec import LossSpec
 
-__all__ = ["FEW", "LOSSES", "tell"]
+__all__ = ["FEW", "LOSSES", "image_section"]
 
 LOSSES = tuple(
     map(
@@ -46,108 +33,58 @@ LOSSES = tuple(
 )
 FEW = LOSSES[:2]
 
-ERROR = Metric("test_error", "test error %", 2, lambda share: 100 * share)
-NLL = Metric("test_nll", "test NLL", 4)
-SECONDS = Metric("seconds", "seconds", 0)
+
+def image_section(results: Results) -> Section:
+    """Returns errors and likelihoods beside the paper's, with tests against softmax."""
+    rows = summary.summarise(results)
+    table = summary.markdown_table(rows, columns(results))
+    found = summary.finding(rows, label)
+    return Section(
+        text=f"{setup(results)}\n{table}\n{NOTE}\n\n{found}\n",
+        table=table,
+        finding=found,
+        note=NOTE,
+        pictures={"errors": partial(picture, results, rows)},
+    )
 
 
-def setup(ran: Ran) -> str:
-    """The images, the network and its training, in two sentences."""
-    asked, data = ran.config, ran.config["data"]
+def setup(results: Results) -> str:
+    """Returns sentences about the images, the network and its training."""
+    asked, data = results.config, results.config["data"]
     return (
         f"{data['train']:,} images to train and validate on, {data['test']:,} to test on. The "
         f"network `{asked['model']}`, batches of {asked['batch_size']}, {asked['epochs']} epochs; "
-        f"{asked['trial_epochs']} in the search{ran.looked}.\n"
+        f"{asked['trial_epochs']} in the search{results.second_look}.\n"
     )
 
 
-def tell(ran: Ran) -> Section:
-    """Errors and likelihoods beside the paper's, with tests against softmax."""
-    reference = dict.fromkeys(ran.ends, REFERENCE)
-    errors, nlls = (p_values(ran.ends, metric, reference) for metric in (ERROR, NLL))
-    header = (
-        "loss",
-        "its numbers",
-        "rate",
-        "trials",
-        "seeds",
-        "paper's error %",
-        ERROR.title,
-        "p",
-        NLL.title,
-        "p",
-        SECONDS.title,
-    )
-    rows = [
-        (
-            label(name),
-            *settings(runs),
-            ran.tried(name),
-            count(runs),
-            reported(str(ran.config["dataset"]), name),
-            told(runs, ERROR),
-            shown(errors.get(name)),
-            told(runs, NLL),
-            shown(nlls.get(name)),
-            seconds(runs),
-        )
-        for name, runs in ran.ends.items()
+def columns(results: Results) -> list[Column]:
+    """Returns the columns, with what the paper reports among them."""
+    ends, dataset = results.ends, str(results.config["dataset"])
+
+    return [
+        ("loss", lambda row: label(row.loss)),
+        ("its numbers", lambda row: search_cells(ends[row.loss])[0]),
+        ("rate", lambda row: search_cells(ends[row.loss])[1]),
+        ("trials", lambda row: str(row.trials)),
+        ("seeds", lambda row: seeds_cell(ends[row.loss])),
+        ("paper's error %", lambda row: reported_cell(dataset, row.loss)),
+        (ERROR.title, summary.error_cell),
+        ("p", lambda row: p_cell(row.p)),
+        (NLL.title, summary.nll_cell),
+        ("p", lambda row: p_cell(row.nll_p)),
+        (SECONDS.title, summary.seconds_cell),
     ]
-    title = f"{ran.config['dataset']}, {ran.config['model']}, {ran.config['epochs']} epochs"
-    table = markdown(header, rows)
-    found = finding(ran, errors)
-    return Section(
-        text=f"{setup(ran)}\n{table}\n{found}\n",
-        table=table,
-        finding=found,
-        pictures={"errors": partial(picture, ran, title)},
-    )
 
 
-def seconds(runs: Mapping[int, Line]) -> str:
-    """Of training, on average."""
-    taken = mean(runs, SECONDS)
-    return "–" if taken is None else f"{taken:.0f}"
-
-
-def finding(ran: Ran, p: Mapping[str, float]) -> str:
-    """One sentence that says which losses were shown to differ from softmax in error."""
-    softmax = mean(ran.ends[REFERENCE], ERROR) if REFERENCE in ran.ends else None
-    if softmax is None:
-        return "Softmax has no finished run, so nothing was tested."
-    if not p:
-        return "No loss was tested: that takes three seeds that softmax was run with too."
-    clear: dict[str, list[str]] = {"Better": [], "Worse": []}
-    for name, chance in p.items():
-        error = mean(ran.ends[name], ERROR)
-        if chance < LEVEL and error is not None:
-            apart = difference(ran.ends, name, REFERENCE, ERROR)
-            word = "Better" if apart < 0 else "Worse"
-            clear[word].append(f"{label(name)} ({error:.2f} %, p {equals(chance)})")
-    parts = [
-        f"{word} than softmax ({softmax:.2f} %): {', '.join(names)}."
-        for word, names in clear.items()
-        if names
-    ]
-    rest = [label(name) for name, chance in p.items() if chance >= LEVEL]
-    if rest:
-        parts.append(f"Not shown to differ from softmax ({softmax:.2f} %): {', '.join(rest)}.")
-    return " ".join([*parts, "Chance is that of the seeds: initialisation and order."])
-
-
-def equals(p: float) -> str:
-    """p after its sign."""
-    return shown(p) if shown(p).startswith("<") else f"= {shown(p)}"
-
-
-def picture(ran: Ran, title: str, path: Path) -> None:
-    """Learning curves, and the errors of every seed."""
-    lines = [*ran.epochs, *ran.lines]
+def picture(results: Results, rows: list[Row], path: Path) -> None:
+    """Draws learning curves, and the errors of every seed."""
+    asked = results.config
     figures.comparison(
-        lines,
-        summary.summarise(lines, ran.trials),
-        title,
+        [*results.epochs, *results.lines],
+        rows,
+        f"{asked['dataset']}, {asked['model']}, {asked['epochs']} epochs",
         path,
         named=lambda row: label(row.loss),
-        reported=REPORTED.get(ran.config["dataset"]),
+        reported=REPORTED.get(asked["dataset"]),
     )

@@ -13,7 +13,7 @@ from softsphere_lab.records.checkpoint import Checkpoint
 from softsphere_lab.records.folder import Line
 from softsphere_lab.study.protocol import OnEpoch, Study, Task
 from softsphere_lab.study.search import Axis, Space
-from softsphere_lab.study.spec import searched
+from softsphere_lab.study.spec import axes_config
 from softsphere_lab.training.language import perplexity
 from softsphere_lab.training.language_run import Data, Epoch, Final, LanguageRun, Setup
 
@@ -25,11 +25,12 @@ LAYER_RATES = Axis((1e-4, 1e-3, 0.01, 0.1, 1.0), 0.01)
 
 @dataclass(frozen=True)
 class LanguageModelling(Study):
-    """Output layers on one text.
+    """Output layers compared on one text.
 
-    rates: of AdamW, along which the search goes; layer_rates: those of FactoredSGD, in classes D.
-    trial_words: how much of the training part a run of the search reads; None: all of it.
-    second_look: whether the rates about the best are then tried in runs as long as final ones.
+    rates, layer_rates: the learning rates of AdamW, and of FactoredSGD as multiples of the number
+    of classes D, that the search may try. trial_words: how many words of the training part a trial
+    reads; None for all. second_look: whether the rates about the best are then tried in runs as
+    long as final ones.
     """
 
     dataset: str
@@ -52,7 +53,7 @@ class LanguageModelling(Study):
             "outputs": list(self.names),
             "seeds": list(self.seeds),
             **asdict(self.setup),
-            "search": searched(True, lr=self.rates, rate=self.layer_rates),
+            "search": axes_config(True, lr=self.rates, rate=self.layer_rates),
             "trial_epochs": self.trial_epochs,
             "trial_words": self.trial_words,
             "second_look": self.second_look,
@@ -70,11 +71,11 @@ class LanguageModelling(Study):
         return str(Output.parse(name).at(own)), values["lr"]
 
     def badness(self, final: Line) -> tuple[float, ...]:
-        """The validation loss of the best epoch; of a loss without likelihood, its ranking."""
+        """The validation loss of the best epoch, or the ranking for a loss without likelihood."""
         nll = final["valid_nll"]
         return final["diverged"], -final["valid_mrr"] if nll is None else nll
 
-    def told(self, final: Line) -> str:
+    def outcome(self, final: Line) -> str:
         nll = final["valid_nll"]
         likely = "" if nll is None else f"valid perplexity {perplexity(nll):.1f}, "
         diverged = " (diverged)" if final["diverged"] else ""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from softsphere_lab.experiments.classification import RATES, Classification
-from softsphere_lab.experiments.experiment import StudyExperiment
-from softsphere_lab.experiments.image_sections import FEW, LOSSES, tell
+from softsphere_lab.experiments.experiment import StudyReproduction
+from softsphere_lab.experiments.image_sections import FEW, LOSSES, image_section
 from softsphere_lab.study.search import Axis
 from softsphere_lab.training.image_run import Schedule
 
@@ -22,7 +22,7 @@ FULL = Classification(
     trial_epochs=3,
 )
 
-EXPERIMENT = StudyExperiment(
+EXPERIMENT = StudyReproduction(
     name="mnist",
     title="MNIST",
     claim=(
@@ -48,5 +48,5 @@ EXPERIMENT = StudyExperiment(
         "small": replace(FULL, seeds=(0, 1, 2), schedule=replace(FULL.schedule, epochs=3)),
         "full": FULL,
     },
-    tell=tell,
+    section_of=image_section,
 )

@@ -1,126 +1,164 @@
-"""docs/results.md, tables and pictures, from the records alone."""
+"""The pages that a record makes: its own README.md, and docs/results.md of the best records."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from softsphere_lab.errors import LabError
-from softsphere_lab.experiments.experiment import BUDGETS, Experiment, Section
-from softsphere_lab.experiments.paper import SOURCE
-from softsphere_lab.experiments.registry import EXPERIMENTS
-from softsphere_lab.records.folder import Record, write
+from softsphere_lab.experiments.earlier import EarlierRecord, record_at
+from softsphere_lab.experiments.experiment import BUDGETS, Experiment, Reproduction
+from softsphere_lab.experiments.registry import REPRODUCTIONS, experiment_of
+from softsphere_lab.records.folder import Line, Record, write
+from softsphere_lab.report.paper import SOURCE
+from softsphere_lab.report.results import Section
 
-__all__ = ["PICTURES", "RECORDS", "markdown", "put", "rebuild", "sections"]
+__all__ = ["PAGE", "README", "RECORDS", "Told", "best_records", "rebuild", "results_page", "told"]
 
 RECORDS = Path("records")
-# Beside the page.
-PICTURES = "results"
+README, PAGE = "README.md", "results.md"
 HEAD = f"""\
 # Results
 
-The experiments of {SOURCE}, run again with this library, and the
-questions that it leaves open. Every table and picture is made by `softsphere report` from the run
-folders in `records/`, which hold every epoch of every final run, the search, the command and the
-environment.
+The experiments of {SOURCE}, run again with this library, and
+the questions that it leaves open. `softsphere report` makes this page, its tables and its pictures
+from the run folders in `records/`, which hold every epoch of every final run, the search, the
+command and the environment.
 
-Each loss has the same network, data order and budget, and a learning rate (and ε, a, b, margin or
-layer's rate) that the same search chose on validation data with a seed of its own: from the same
-point it goes to the best neighbour along any axis until there is no better one, so that a loss with
-more numbers of its own has more trials. The test set is read once per final run. Numbers are means
+Each loss has the same network, data order and budget. The same search chose its learning rate (and
+its ε, a, b, margin or layer's rate) on validation data, with a seed of its own: from the same point
+it goes to the best neighbour along any axis until no neighbour is better, so that a loss with more
+numbers of its own has more trials. The test set is read once in each final run. Numbers are means
 over the seeds ± half of a 95 % interval (Student's t); p is that of a paired test against softmax,
-corrected after Holm for all losses of a column. Images are tuned for error, text for likelihood,
-and for the mean reciprocal rank (MRR) where a loss has no likelihood; trials are all runs of a
-record's searches, also of one that went another way before. Where those of a search are shorter
-than a final run, the rate that is best in them need not be best in a final run, unless the section
-says that the rates about it were then tried in runs as long. Runs that diverged are counted, and
-are in no mean and no test. Time until a perplexity that a layer comes to in its first epoch is told
-as at most (≤) that epoch's. The paper's numbers are as summaries of it give them; it reports no
-spread. Seconds are of training alone, on a machine that did other work besides: to be compared
-roughly, within a table.
+after Holm's correction for all losses of a column. Images are tuned for error, text for likelihood,
+and for the mean reciprocal rank (MRR) where a loss has no likelihood. Trials are all runs of a
+record's searches, also of one that went another way before. Where trials are shorter than a final
+run, the rate that is best in them need not be best in a final run, unless the section says that the
+rates about it were then tried in runs as long. Runs that diverged are counted, and are in no mean
+and no test. A validation perplexity that a layer reaches in its first epoch is said to take at most
+(≤) the time of that epoch. The paper's numbers are as summaries of it give them; it reports no
+spread. Seconds are of training alone, on a machine that did other work too: compare them roughly,
+and within a table.
 """
 
 
-def told(records: Path) -> Iterator[tuple[Experiment, Record, Section]]:
-    """Each record that has a final run, in order of name."""
-    for folder in sorted(records.glob("*/")):
-        record = Record(folder)
-        experiment = EXPERIMENTS.get((record.config() or {}).get("experiment", ""))
-        section = experiment and experiment.section(record)
-        if experiment and section:
-            yield experiment, record, section
+@dataclass(frozen=True)
+class Told:
+    """A record with its experiment and the section that it makes."""
 
+    experiment: Experiment
+    record: Record
+    section: Section
 
-def sections(records: Path) -> list[tuple[Experiment, Record, Section]]:
-    """Of each experiment the record with the largest budget, then the last by name.
-
-    Smoke does not count.
-    """
-    best: dict[str, tuple[int, tuple[Experiment, Record, Section]]] = {}
-    for each in told(records):
-        experiment, record, _ = each
-        budget = BUDGETS.index((record.config() or {}).get("budget", BUDGETS[0]))
-        if budget >= max(1, best.get(experiment.name, (0,))[0]):
-            best[experiment.name] = budget, each
-    return [best[name][1] for name in EXPERIMENTS if name in best]
-
-
-def markdown(records: Path) -> str:
-    """The page."""
-    parts = [HEAD]
-    for experiment, record, section in sections(records):
-        environment = record.lines("environment.jsonl")[0]
-        unfinished = experiment.finished(record)
+    def markdown(self, heading: str, folder: Path) -> str:
+        """Returns the section with what it is about. folder: that of the page, for its links."""
+        claim = differences = ""
+        if isinstance(self.experiment, Reproduction):
+            claim = f"*Claim.* {self.experiment.claim}\n\n"
+            differences = f"\n*Differences from the paper.* {self.experiment.differences}\n"
+        unfinished = self.experiment.unfinished(self.record)
         pictures = "".join(
-            f"\n![{experiment.title}: {name}]({PICTURES}/{experiment.name}-{name}.png)\n"
-            for name in section.pictures
+            f"\n![{self.experiment.title}: {name}]({link(path, folder)})\n"
+            for name, path in self.pictures.items()
         )
-        parts.append(
-            f"\n## {experiment.title}\n\n"
-            f"*Claim.* {experiment.claim}\n\n"
-            f"`{environment['command']}` (torch {environment['packages']['torch']}, "
-            f"{environment['cuda'] or environment['machine'] + ' CPU'}; "
-            f"record `{record.folder.name}`)"
-            + (f"; **{unfinished}**" if unfinished else "")
-            + f"\n\n{section.text}{pictures}\n*Differences from the paper.* "
-            f"{experiment.differences}\n"
+        return (
+            f"{heading} {self.experiment.title}\n\n{claim}"
+            f"{environment_told(self.record)}{f'; **{unfinished}**' if unfinished else ''}"
+            f"\n\n{self.section.text}{pictures}{differences}"
         )
-    return "".join(parts)
+
+    @property
+    def pictures(self) -> dict[str, Path]:
+        """Where each picture of the section is."""
+        return {name: self.record.folder / f"{name}.png" for name in self.section.pictures}
+
+    def put(self) -> list[Path]:
+        """Writes the README, the pictures and the CSV. Returns what was written."""
+        folder = self.record.folder
+        written = [folder / README]
+        write(written[0], self.markdown("#", folder))
+        if self.section.csv:
+            written.append(folder / "table.csv")
+            write(written[-1], self.section.csv)
+        for name, path in self.pictures.items():
+            self.section.pictures[name](path)
+            written.append(path)
+        return written
 
 
-def put(record: Record, section: Section) -> list[Path]:
-    """The section in the run folder: text and pictures. Returns what was written."""
-    table = record.folder / "table.md"
-    write(table, section.text)
-    written = [table]
-    for name, draw in section.pictures.items():
-        written.append(record.folder / f"{name}.png")
-        draw(written[-1])
-    return written
+def told(record: Record) -> Told | None:
+    """Returns what is told of a record, or None if it is of no experiment or has no final run."""
+    experiment = experiment_of(record)
+    section = experiment and experiment.section(record)
+    return Told(experiment, record, section) if experiment and section else None
+
+
+def link(path: Path, folder: Path) -> str:
+    """Returns the address of a file as a page in that folder has it.
+
+    >>> link(Path("records/a/b.png"), Path("docs"))
+    '../records/a/b.png'
+    """
+    return Path(os.path.relpath(path, folder)).as_posix()
+
+
+def environment_told(record: Record) -> str:
+    """Returns the command that made a record, and where it ran."""
+    first: Line = record.lines("environment.jsonl")[0]
+    device = first["cuda"] or f"{first['machine']} CPU"
+    again = ""
+    if isinstance(record, EarlierRecord):
+        again = f"; today `softsphere reproduce {record.experiment.name} --budget full`"
+    return (
+        f"`{first['command']}` (torch {first['packages']['torch']}, {device}; "
+        f"record `{record.folder.name}`{again})"
+    )
+
+
+def all_told(records: Path) -> Iterator[Told]:
+    """Returns what is told of each record that has a final run, in order of name."""
+    for folder in sorted(records.glob("*/")):
+        found = told(record_at(folder))
+        if found:
+            yield found
+
+
+def best_records(records: Path) -> list[Told]:
+    """Returns, of each reproduction, the record with the largest budget; of equal ones the last.
+
+    Records of the smoke budget do not count.
+    """
+    best: dict[str, tuple[int, Told]] = {}
+    for each in all_told(records):
+        budget = BUDGETS.index((each.record.config() or {}).get("budget", BUDGETS[0]))
+        if budget >= max(1, best.get(each.experiment.name, (0,))[0]):
+            best[each.experiment.name] = budget, each
+    return [best[name][1] for name in REPRODUCTIONS if name in best]
+
+
+def results_page(found: list[Told], docs: Path) -> str:
+    """Returns docs/results.md."""
+    return "\n".join([HEAD, *(each.markdown("##", docs) for each in found)])
 
 
 def rebuild(records: Path, docs: Path) -> list[Path]:
-    """Writes the page and every run folder's table, and draws all pictures.
+    """Writes the page, and the README and the pictures of every run folder.
 
-    Returns what was written. Raises: LabError where no record has anything to tell, or docs cannot
-    be written to.
+    Returns what was written. Raises LabError if no record has a final run, or docs cannot be
+    written to.
     """
-    found = sections(records)
-    if not found:
+    best = best_records(records)
+    if not best:
         raise LabError(
             f"--records {records} has no run folder with a final run, so nothing was written; run "
             "`softsphere reproduce` at --budget small or full"
         )
-    folder, drawn = docs / PICTURES, []
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        docs.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise LabError(f"--docs {docs} cannot be a folder ({error.strerror})") from error
-    for experiment, _, section in found:
-        for name, draw in section.pictures.items():
-            drawn.append(folder / f"{experiment.name}-{name}.png")
-            draw(drawn[-1])
-    page = docs / "results.md"
-    write(page, markdown(records))
-    own = [path for _, record, section in told(records) for path in put(record, section)]
-    return [page, *drawn, *own]
+    page = docs / PAGE
+    write(page, results_page(best, docs))
+    return [page, *(path for each in all_told(records) for path in each.put())]

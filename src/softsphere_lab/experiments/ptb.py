@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from softsphere_lab.experiments.experiment import StudyExperiment
+from softsphere_lab.experiments.experiment import StudyReproduction
 from softsphere_lab.experiments.language_modelling import LanguageModelling
-from softsphere_lab.experiments.text_sections import tell
+from softsphere_lab.experiments.text_sections import text_section
 from softsphere_lab.models.output_layers import Output
 from softsphere_lab.study.search import Axis
 from softsphere_lab.training.language_run import Setup
@@ -49,7 +49,7 @@ FULL = LanguageModelling(
     trial_epochs=1,
 )
 
-EXPERIMENT = StudyExperiment(
+EXPERIMENT = StudyReproduction(
     name="ptb",
     title="Penn Treebank",
     claim=(
@@ -70,5 +70,5 @@ EXPERIMENT = StudyExperiment(
         "small": replace(FULL, outputs=OUTPUTS, setup=replace(FULL.setup, epochs=2)),
         "full": FULL,
     },
-    tell=tell,
+    section_of=text_section,
 )

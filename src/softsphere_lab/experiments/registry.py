@@ -7,16 +7,40 @@ from softsphere_lab.experiments import (
     cifar10,
     cifar100,
     classes,
+    comparison,
+    engines,
     mnist,
     ptb,
     scaling,
+    twins,
     wikipedia,
 )
-from softsphere_lab.experiments.experiment import Experiment
+from softsphere_lab.experiments.experiment import Experiment, Reproduction
+from softsphere_lab.records.folder import Record
 
-__all__ = ["EXPERIMENTS"]
+__all__ = ["REPRODUCTIONS", "experiment_of"]
 
-EXPERIMENTS: dict[str, Experiment] = {
-    module.EXPERIMENT.name: module.EXPERIMENT
-    for module in (mnist, cifar10, cifar100, ptb, wikipedia, ablation, classes, scaling)
+REPRODUCTIONS: dict[str, Reproduction] = {
+    experiment.name: experiment
+    for experiment in (
+        mnist.EXPERIMENT,
+        cifar10.EXPERIMENT,
+        cifar100.EXPERIMENT,
+        ptb.EXPERIMENT,
+        wikipedia.EXPERIMENT,
+        ablation.EXPERIMENT,
+        classes.EXPERIMENT,
+        scaling.EXPERIMENT,
+        engines.EXPERIMENT,
+        twins.FLOAT32,
+        twins.FLOAT64,
+    )
 }
+
+
+def experiment_of(record: Record) -> Experiment | None:
+    """Returns the experiment that a record is of, or None if it is of none of these."""
+    name = (record.config() or {}).get("experiment")
+    if name == comparison.COMPARISON.name:
+        return comparison.COMPARISON
+    return REPRODUCTIONS.get(str(name))

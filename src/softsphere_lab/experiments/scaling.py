@@ -13,10 +13,11 @@ import torch
 from rich.console import Console
 
 from softsphere_lab.errors import LabError
-from softsphere_lab.experiments.experiment import Experiment, Prepared, Section
+from softsphere_lab.experiments.experiment import Prepared, Reproduction
 from softsphere_lab.records.folder import Record
 from softsphere_lab.report import figures
 from softsphere_lab.report import grids as tables
+from softsphere_lab.report.results import Section
 from softsphere_lab.timing import processes as timing
 from softsphere_lab.timing.clock import Effort, milliseconds
 from softsphere_lab.timing.setting import Setting
@@ -229,7 +230,7 @@ def spread(heights: Sequence[float], gap: float = 0.055) -> list[float]:
     return apart
 
 
-class Scaling(Experiment):
+class Scaling(Reproduction):
     """The experiment: layers are timed one by one, on all threads."""
 
     name = "scaling"
@@ -266,7 +267,7 @@ class Scaling(Experiment):
         }
         return Prepared(config, (), run)
 
-    def finished(self, record: Record) -> str:
+    def unfinished(self, record: Record) -> str:
         plan = PLANS[(record.config() or {})["budget"]]
         done = {(line["layer"], line["D"]) for line in record.lines(METRICS)} | left_out(record)
         missing = [
@@ -282,7 +283,9 @@ class Scaling(Experiment):
         if not lines:
             return None
         table, found = markdown(lines), finding(lines)
-        return Section(f"{table}\n{found}\n", table, found, {"steps": partial(figure, lines)})
+        return Section(
+            f"{table}\n{found}\n", table, found, pictures={"steps": partial(figure, lines)}
+        )
 
 
 EXPERIMENT = Scaling()

@@ -1,146 +1,204 @@
-"""One training by several engines: what is missing in a record, and how they compare."""
+"""One training done by several engines: the same numbers but for rounding, at another speed."""
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Sequence
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-import typer
-from rich.console import Console
+import torch
 
 from softsphere import losses
-from softsphere_lab.errors import LabError
-from softsphere_lab.progress import bars, tell_stopped, terminal
-from softsphere_lab.records.folder import Record, write
+from softsphere_lab.data import text
+from softsphere_lab.data.text import Text
+from softsphere_lab.records.checkpoint import Checkpoint
+from softsphere_lab.records.folder import Line
 from softsphere_lab.report import figures
-from softsphere_lab.report import grids as tables
-from softsphere_lab.training.language import OnStep
+from softsphere_lab.report.grids import markdown
+from softsphere_lab.report.results import Results, Section
+from softsphere_lab.study.protocol import OnEpoch, Study, Task
+from softsphere_lab.study.search import Axis, Space
+from softsphere_lab.training.engine_run import EngineEpoch, EngineFinal, EngineRun
 
-__all__ = ["RUNS", "perform"]
-
-RUNS = "metrics.jsonl"
-Lines = list[dict[str, Any]]
-
-
-def perform(
-    name: str,
-    config: dict[str, Any],
-    engines: Sequence[str],
-    train: Callable[[str, OnStep], Lines],
-    *,
-    title: str,
-    out: Path | None,
-    resume: bool,
-) -> None:
-    """Trains with every engine that a run folder lacks, and reports; Ctrl-C keeps what is done."""
-    if resume and out is None:
-        raise LabError("--resume needs --out FOLDER")
-    where = out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}-{config['dataset']}"
-    record = Record.reopen(where, config, ()) if resume else Record.create(where, config)
-    console = terminal()
-    try:
-        with record.alone():
-            for engine in remaining(record, engines):
-                work(engine, config["epochs"], train, record, console)
-    except KeyboardInterrupt:
-        tell_stopped(console, record.folder)
-        raise typer.Exit(130) from None
-    report(record, engines, title, losses.get(config["loss"]).normalised, console)
+__all__ = ["SideBySide", "side_by_side_section"]
 
 
-def remaining(record: Record, engines: Sequence[str]) -> list[str]:
-    """The engines that are not finished."""
-    done = {line["engine"] for line in record.lines(RUNS) if "final" in line}
-    return [engine for engine in engines if engine not in done]
+@dataclass(frozen=True)
+class SideBySide(Study):
+    """One model, one text and one seed, trained by each engine. The last engine is the reference.
 
-
-def work(
-    engine: str,
-    epochs: int,
-    train: Callable[[str, OnStep], Lines],
-    record: Record,
-    console: Console,
-) -> None:
-    """One engine's training, with a bar on a terminal and a line an epoch elsewhere.
-
-    It is added to the record whole.
+    loss: a name of the registry. prior: whether word frequencies are the base measure. width: d, of
+    what the output layer sees. dtype: of all of the training.
     """
-    progress = bars(console)
-    with progress:
-        bar = progress.add_task(engine)
 
-        def show(epoch: int, step: int, steps: int) -> None:
-            progress.update(
-                bar,
-                description=f"{engine} epoch {epoch}",
-                completed=(epoch - 1) * steps + step,
-                total=epochs * steps,
-            )
-            if step == steps and not console.is_terminal:
-                print(f"{engine}: epoch {epoch} of {epochs}", flush=True)
+    dataset: str
+    loss: str
+    prior: bool
+    embedding: int
+    width: int
+    batch_size: int
+    epochs: int
+    lr: float
+    seed: int = 0
+    device: str = "cpu"
+    dtype: str = "float32"
+    data_dir: Path | None = None
 
-        lines = train(engine, show)
-    if not all(math.isfinite(line["valid_loss"]) for line in lines if "epoch" in line):
-        raise LabError(f"{engine} has diverged; lower --lr")
-    record.add(RUNS, [{"engine": engine, **line} for line in lines])
+    Epoch, Final, tested = EngineEpoch, EngineFinal, "test_loss"
+    grows = ()
+    second_look = False
+
+    @abstractmethod
+    def begin(self, engine: str, data: Text) -> EngineRun:
+        """Returns the run of an engine, which is to be trained."""
+
+    @property
+    @abstractmethod
+    def names(self) -> tuple[str, ...]:
+        """The engines."""
+
+    @property
+    def seeds(self) -> tuple[int, ...]:  # type: ignore[override]
+        """The one seed."""
+        return (self.seed,)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype as torch has it."""
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
+
+    def config(self) -> Line:
+        asked = {field.name: getattr(self, field.name) for field in fields(self)}
+        del asked["data_dir"]
+        return {**asked, "engines": list(self.names)}
+
+    def space(self, name: str) -> Space:
+        return Space({"lr": Axis.fixed(self.lr)})
+
+    def setting(self, name: str, values: dict[str, float]) -> tuple[str, float]:
+        return name, values["lr"]
+
+    def badness(self, final: Line) -> tuple[float, ...]:
+        """Nothing is searched for."""
+        raise NotImplementedError
+
+    def outcome(self, final: Line) -> str:
+        return "diverged" if final["diverged"] else f"test loss {final['test_loss']:.6f}"
+
+    def placed(self, device: str, data_dir: Path | None) -> SideBySide:
+        return replace(self, device=device, data_dir=data_dir)
+
+    def fingerprint(self, data: Text) -> Line:
+        return data.fingerprint()
+
+    def load(self) -> Text:
+        return text.load(self.dataset, self.data_dir)
+
+    def train(
+        self, task: Task, data: Text, kept: Checkpoint, on_epoch: OnEpoch
+    ) -> tuple[list[Line], Line]:
+        run = self.begin(task.loss, data)
+        run.train(self.epochs, kept, on_epoch)
+        health = getattr(run.head, "health", None)
+        final = EngineFinal(
+            test_loss=run.loss_on("test"),
+            health=None if health is None else asdict(health()),
+            diverged=run.diverged,
+        )
+        return [asdict(epoch) for epoch in run.history], asdict(final)
 
 
-def table(lines: Lines, engines: Sequence[str], normalised: bool) -> list[tuple[str, ...]]:
-    """Header and a row an engine: validation loss or perplexity by epoch, test, step time."""
+def side_by_side_section(results: Results) -> Section:
+    """Returns the losses by epoch and the seconds of a step, and how far the curves are apart."""
+    table = curves_table(results)
+    found = "\n\n".join(curves_apart(results))
+    return Section(
+        text=f"{setup(results)}\n{table}\n{found}\n",
+        table=table,
+        finding=found,
+        pictures={"curves": partial(picture, results)},
+    )
+
+
+def setup(results: Results) -> str:
+    """Returns sentences about the model and its training."""
+    asked = results.config
+    loss = losses.get(asked["loss"])
+    measure = " with word frequencies as the base measure" if asked["prior"] else ""
+    what = "Perplexities" if loss.normalised else "Losses"
+    return (
+        f"The loss is `{asked['loss']}`{measure} on the text `{asked['dataset']}`; embeddings of "
+        f"{asked['embedding']}, an output layer on d = {asked['width']}, {asked['dtype']}, seed "
+        f"{asked['seed']}. {what} are of the validation part after each epoch and of the test part "
+        "at the end. A step is forward, backward and update.\n"
+    )
+
+
+def curves_table(results: Results) -> str:
+    """Returns a row for each engine: perplexity or loss by epoch and on the test part, and time."""
+    normalised = losses.get(results.config["loss"]).normalised
 
     def shown(loss: float) -> str:
         return f"{math.exp(loss):.3f}" if normalised else f"{loss:.6f}"
 
-    epochs = sorted({line["epoch"] for line in lines if "epoch" in line})
-    header = ("engine", *(f"epoch {e}" for e in epochs), "test", "ms a step")
-    rows = [header]
-    for engine in engines:
-        own = curve(lines, engine)
-        final = [line for line in lines if line["engine"] == engine and "final" in line]
-        if not final:
-            continue
-        milliseconds = 1000 * sum(line["step_seconds"] for line in own) / len(epochs)
+    epochs = sorted({line["epoch"] for line in results.epochs})
+    rows = []
+    for engine, ends in results.ends.items():
+        curve = {line["epoch"]: line for line in curve_of(results, engine)}
+        final = final_of(ends)
+        seconds = [line["step_seconds"] for line in curve.values()]
         rows.append(
             (
-                engine,
-                *(shown(line["valid_loss"]) for line in own),
-                shown(final[0]["final"]["test_loss"]),
-                f"{milliseconds:.2f}",
+                engine + (" (diverged)" if final["diverged"] else ""),
+                *(shown(curve[e]["valid_loss"]) if e in curve else "–" for e in epochs),
+                "–" if final["diverged"] else shown(final["test_loss"]),
+                f"{1000 * sum(seconds) / len(seconds):.2f}" if seconds else "–",
             )
         )
-    return rows
+    header = ("engine", *(f"epoch {e}" for e in epochs), "test", "ms a step")
+    return markdown(header, rows)
 
 
-def curve(lines: Lines, engine: str) -> Lines:
-    """The epochs of an engine, in order."""
-    own = [line for line in lines if line["engine"] == engine and "epoch" in line]
+def final_of(ends: Mapping[int, Line]) -> Line:
+    """Returns the end of an engine's one run."""
+    (line,) = ends.values()
+    final: Line = line["final"]
+    return final
+
+
+def curve_of(results: Results, engine: str) -> list[Line]:
+    """Returns the epochs of an engine, in order."""
+    own = [line for line in results.epochs if line["loss"] == engine]
     return sorted(own, key=lambda line: line["epoch"])
 
 
-def report(
-    record: Record, engines: Sequence[str], title: str, normalised: bool, console: Console
-) -> None:
-    """Table, picture and a sentence for each engine but the last, which they are compared with."""
-    lines = record.lines(RUNS)
-    header, *rows = table(lines, engines, normalised)
-    write(record.folder / "table.md", tables.markdown(header, rows))
-    picture = record.folder / "curves.png"
-    figures.side_by_side(lines, title, picture)
-    console.print(tables.terminal(header, rows, title))
-    console.print(f"Picture: {picture}", markup=False, highlight=False)
-    for engine in engines[:-1]:
-        console.print(finding(lines, engine, engines[-1]), markup=False, highlight=False)
+def curves_apart(results: Results) -> list[str]:
+    """Returns a sentence for each engine but the reference: how the curves and steps compare."""
+    *engines, reference = results.config["engines"]
+    sentences = []
+    for engine in engines:
+        mine, other = curve_of(results, engine), curve_of(results, reference)
+        if not mine or len(mine) != len(other):
+            continue
+        apart = max(
+            abs(a["valid_loss"] - b["valid_loss"]) / abs(b["valid_loss"])
+            for a, b in zip(mine, other, strict=True)
+        )
+        seconds = [sum(line["step_seconds"] for line in curve) for curve in (other, mine)]
+        sentences.append(
+            f"The curves of {engine} and {reference} differ by at most {apart:.1e} of the loss; a "
+            f"whole step by {reference} takes {seconds[0] / seconds[1]:.1f} times as long."
+        )
+    return sentences or ["No two engines can be compared yet."]
 
 
-def finding(lines: Lines, engine: str, reference: str) -> str:
-    """How far two curves are apart, and how the steps compare."""
-    pairs = list(zip(curve(lines, engine), curve(lines, reference), strict=True))
-    apart = max(abs(a["valid_loss"] - b["valid_loss"]) / abs(b["valid_loss"]) for a, b in pairs)
-    ratio = sum(b["step_seconds"] for _, b in pairs) / sum(a["step_seconds"] for a, _ in pairs)
-    return (
-        f"The curves of {engine} and {reference} differ by at most {apart:.1e} of the loss; a "
-        f"whole step by {reference} takes {ratio:.1f} times as long."
-    )
+def picture(results: Results, path: Path) -> None:
+    """Draws the curves one upon the other, and the time of a step."""
+    asked = results.config
+    title = f"{asked['dataset']}, {asked['loss']}, d = {asked['width']}, {asked['dtype']}"
+    lines = [*results.epochs, *results.lines]
+    figures.side_by_side([{"engine": line["loss"], **line} for line in lines], title, path)

@@ -11,11 +11,11 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 
-from softsphere_lab.experiments.experiment import Ran
-from softsphere_lab.experiments.measures import Metric, values
-from softsphere_lab.experiments.paper import label
 from softsphere_lab.report.figures import distinguishable, save
 from softsphere_lab.report.inference import interval
+from softsphere_lab.report.measures import Metric, values
+from softsphere_lab.report.paper import label
+from softsphere_lab.report.results import Results
 from softsphere_lab.training.language import perplexity
 
 __all__ = ["Line", "curves", "lines", "over", "panels"]
@@ -24,15 +24,15 @@ __all__ = ["Line", "curves", "lines", "over", "panels"]
 Line = tuple[str, Sequence[float], Sequence[float], Sequence[tuple[float, float]]]
 
 
-def curves(ran: Ran, path: Path) -> None:
+def curves(results: Results, path: Path) -> None:
     """Validation perplexity by epoch and by seconds of training, means over the seeds.
 
     Of runs of one epoch by seconds alone.
     """
     import matplotlib.pyplot as plt
 
-    names = [name for name in ran.ends if any(by_epoch(ran, name).values())]
-    by_epochs = any(len(by_epoch(ran, name)) > 1 for name in names)
+    names = [name for name in results.ends if any(by_epoch(results, name).values())]
+    by_epochs = any(len(by_epoch(results, name)) > 1 for name in names)
     colours = dict(zip(names, distinguishable(len(names)), strict=True))
     height = 4.2 + 0.2 * math.ceil(len(names) / 3)
     figure, row = plt.subplots(
@@ -40,7 +40,7 @@ def curves(ran: Ran, path: Path) -> None:
     )
     left, right = row[0][0], row[0][-1]
     for name in names:
-        found = by_epoch(ran, name)
+        found = by_epoch(results, name)
         epochs = sorted(epoch for epoch, runs in found.items() if runs)
         mean = [perplexity(float(np.mean([nll for nll, _ in found[epoch]]))) for epoch in epochs]
         seconds = np.cumsum([np.mean([s for _, s in found[epoch]]) for epoch in epochs])
@@ -65,14 +65,14 @@ def curves(ran: Ran, path: Path) -> None:
         tidy(axes)
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     told = "how fast each output layer learns" if by_epochs else "what an epoch comes to and costs"
-    figure.suptitle(f"{ran.config['dataset']}: {told}", fontsize=12)
+    figure.suptitle(f"{results.config['dataset']}: {told}", fontsize=12)
     save(figure, path)
 
 
-def by_epoch(ran: Ran, name: str) -> dict[int, list[tuple[float, float]]]:
+def by_epoch(results: Results, name: str) -> dict[int, list[tuple[float, float]]]:
     """(negative log-likelihood, seconds) of each seed, by epoch; nothing without probabilities."""
     found: dict[int, list[tuple[float, float]]] = {}
-    for line in ran.epochs:
+    for line in results.epochs:
         if line["loss"] == name and line["valid_nll"] is not None:
             found.setdefault(line["epoch"], []).append((line["valid_nll"], line["seconds"]))
     return found

@@ -1,4 +1,4 @@
-"""What the experiments on text share: metrics, the table beside the paper's, pictures."""
+"""What the sections of the experiments on text share: metrics, tables, sentences."""
 
 from __future__ import annotations
 
@@ -7,26 +7,37 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 from softsphere_lab.experiments import text_pictures as pictures
-from softsphere_lab.experiments.experiment import Ran, Section
-from softsphere_lab.experiments.measures import (
-    Metric,
-    count,
-    mean,
-    p_values,
-    ratio,
-    settings,
-    shown,
-    times,
-    told,
-)
-from softsphere_lab.experiments.paper import label, reported
 from softsphere_lab.models.output_layers import Output
 from softsphere_lab.records.folder import Line
 from softsphere_lab.report.grids import markdown
-from softsphere_lab.report.summary import REFERENCE
+from softsphere_lab.report.measures import (
+    NOTE,
+    REFERENCE,
+    Metric,
+    estimate_cell,
+    mean,
+    p_cell,
+    p_values,
+    ratio,
+    ratio_cell,
+    search_cells,
+    seeds_cell,
+)
+from softsphere_lab.report.paper import label, reported_cell
+from softsphere_lab.report.results import Results, Section
 from softsphere_lab.training.language import MOST_NLL, perplexity
 
-__all__ = ["PERPLEXITY", "REFERENCE", "beside_softmax", "ratios", "seconds_to", "setup", "tell"]
+__all__ = [
+    "MRR",
+    "PERPLEXITY",
+    "goals",
+    "ratios_to_softmax",
+    "seconds_to_goal",
+    "softmax_on_same_network",
+    "table_beside_softmax",
+    "text_section",
+    "text_setup",
+]
 
 PERPLEXITY = Metric("test_nll", "test perplexity", 1, perplexity, figures=3)
 TOP1 = Metric("test_top1", "top-1 %", 2, lambda share: 100 * share)
@@ -34,102 +45,115 @@ TOP10 = Metric("test_top10", "top-10 %", 2, lambda share: 100 * share)
 MRR = Metric("test_mrr", "MRR", 4)
 SIMLEX = Metric("simlex999", "SimLex-999", 3)
 WORDSIM = Metric("wordsim353", "WordSim-353", 3)
+VALID_NLL = Metric("valid_nll", "", 1)
 
 
-def of_softmax(name: str) -> str:
-    """The softmax that an output layer is compared with: on the same network.
+def softmax_on_same_network(name: str) -> str:
+    """Returns the name of the softmax that an output layer is compared with.
 
-    >>> of_softmax("taylor_softmax prior factored lstm")
+    >>> softmax_on_same_network("taylor_softmax prior factored lstm")
     'softmax lstm'
     """
-    return " ".join([REFERENCE, *(w for w in name.split()[1:] if w == "lstm")])
+    return " ".join([REFERENCE, *(word for word in name.split()[1:] if word == "lstm")])
 
 
-def tell(ran: Ran) -> Section:
-    """Two tables, quality and cost, with tests of perplexity and rank against softmax."""
-    reference = {name: of_softmax(name) for name in ran.ends}
-    perplexity, rank = (p_values(ran.ends, metric, reference) for metric in (PERPLEXITY, MRR))
-    header = ("output layer", "its numbers", "rate", "trials", "seeds", "paper's perplexity")
-    columns = (PERPLEXITY.title, "p", TOP1.title, TOP10.title, MRR.title, "p", SIMLEX.title)
-    quality = markdown(
-        (*header, *columns, WORDSIM.title),
-        [
-            (
-                label(name),
-                *settings(runs),
-                ran.tried(name),
-                count(runs),
-                reported(str(ran.config["dataset"]), name),
-                told(runs, PERPLEXITY),
-                shown(perplexity.get(name)),
-                told(runs, TOP1),
-                told(runs, TOP10),
-                told(runs, MRR),
-                shown(rank.get(name)),
-                told(runs, SIMLEX),
-                told(runs, WORDSIM),
-            )
-            for name, runs in ran.ends.items()
-        ],
-    )
-    goals = goals_of(ran)
-    cost = markdown(
-        (
-            "output layer",
-            "computed by",
-            "seconds an epoch",
-            *(f"seconds to validation perplexity {goal}" for goal in goals),
-        ),
-        [
-            (
-                label(name),
-                engine(runs),
-                per_epoch(ran, name),
-                *(seconds_to(ran, name, goal) for goal in goals),
-            )
-            for name, runs in ran.ends.items()
-        ],
-    )
-    finding = ratios(ran, reference)
+def text_section(results: Results) -> Section:
+    """Returns tables of quality and cost, with tests of perplexity and rank against softmax."""
+    reference = {name: softmax_on_same_network(name) for name in results.ends}
+    quality = quality_table(results, reference)
+    cost = cost_table(results)
+    found = ratios_to_softmax(results, reference)
     return Section(
-        text=f"{setup(ran)}\n{quality}\n{covered(ran)}\n\n{cost}\n{finding}\n",
+        text=(
+            f"{text_setup(results)}\n{quality}\n{NOTE}\n\n{pairs_covered(results)}\n\n{cost}\n"
+            f"{found}\n"
+        ),
         table=quality,
-        finding=finding,
-        pictures={"curves": partial(pictures.curves, ran)},
+        finding=found,
+        note=NOTE,
+        pictures={"curves": partial(pictures.curves, results)},
     )
 
 
-def beside_softmax(
-    ran: Ran,
+def quality_table(results: Results, reference: Mapping[str, str]) -> str:
+    """Returns a table of perplexities, ranks and correlations of each output layer."""
+    perplexity_p, rank_p = (
+        p_values(results.ends, metric, reference) for metric in (PERPLEXITY, MRR)
+    )
+    dataset = str(results.config["dataset"])
+    columns: list[tuple[str, Callable[[str, Mapping[int, Line]], str]]] = [
+        ("output layer", lambda name, _: label(name)),
+        ("its numbers", lambda _, runs: search_cells(runs)[0]),
+        ("rate", lambda _, runs: search_cells(runs)[1]),
+        ("trials", lambda name, _: str(results.trials_of(name))),
+        ("seeds", lambda _, runs: seeds_cell(runs)),
+        ("paper's perplexity", lambda name, _: reported_cell(dataset, name)),
+        (PERPLEXITY.title, lambda _, runs: estimate_cell(runs, PERPLEXITY)),
+        ("p", lambda name, _: p_cell(perplexity_p.get(name))),
+        (TOP1.title, lambda _, runs: estimate_cell(runs, TOP1)),
+        (TOP10.title, lambda _, runs: estimate_cell(runs, TOP10)),
+        (MRR.title, lambda _, runs: estimate_cell(runs, MRR)),
+        ("p", lambda name, _: p_cell(rank_p.get(name))),
+        (SIMLEX.title, lambda _, runs: estimate_cell(runs, SIMLEX)),
+        (WORDSIM.title, lambda _, runs: estimate_cell(runs, WORDSIM)),
+    ]
+    return markdown(
+        [title for title, _ in columns],
+        [[cell(name, runs) for _, cell in columns] for name, runs in results.ends.items()],
+    )
+
+
+def cost_table(results: Results) -> str:
+    """Returns a table of the seconds that each output layer took."""
+    aims = goals(results)
+    titles = (f"seconds to validation perplexity {goal}" for goal in aims)
+    return markdown(
+        ("output layer", "computed by", "seconds an epoch", *titles),
+        [
+            (
+                label(name),
+                engines_of(runs),
+                seconds_an_epoch(results, name),
+                *(seconds_to_goal(results, name, goal) for goal in aims),
+            )
+            for name, runs in results.ends.items()
+        ],
+    )
+
+
+def table_beside_softmax(
+    results: Results,
     reference: Mapping[str, str],
     p: Mapping[str, float],
-    columns: Mapping[str, Callable[[str], str]],
+    first: Mapping[str, Callable[[str], str]],
 ) -> str:
-    """A table of perplexities, each also in times that of the softmax it is compared with.
+    """Returns a table of perplexities, each also as a multiple of softmax's.
 
-    reference: that softmax, by name. columns: what they say of a name, by title, before the others.
+    reference: the softmax that each name is compared with. first: the first columns, by title, each
+    a function of the name.
     """
+    ends = results.ends
     header = ("its numbers", "rate", "trials", "seeds", PERPLEXITY.title, "times softmax", "p")
     return markdown(
-        (*columns, *header),
+        (*first, *header),
         [
             (
-                *(said(name) for said in columns.values()),
-                *settings(ran.ends[name]),
-                ran.tried(name),
-                count(ran.ends[name]),
-                told(ran.ends[name], PERPLEXITY),
-                times(ran.ends, name, other, PERPLEXITY),
-                shown(p.get(name)),
+                *(cell(name) for cell in first.values()),
+                *search_cells(ends[name]),
+                str(results.trials_of(name)),
+                seeds_cell(ends[name]),
+                estimate_cell(ends[name], PERPLEXITY),
+                ratio_cell(ends, name, other, PERPLEXITY),
+                p_cell(p.get(name)),
             )
             for name, other in reference.items()
         ],
     )
 
 
-def setup(ran: Ran) -> str:
-    """The text, the networks and their training, in a few sentences."""
-    asked, data = ran.config, ran.config["data"]
+def text_setup(results: Results) -> str:
+    """Returns sentences about the text, the networks and their training."""
+    asked, data = results.config, results.config["data"]
     outputs = [Output.parse(name) for name in asked["outputs"]]
     networks = []
     if not all(output.lstm for output in outputs):
@@ -149,42 +173,46 @@ def setup(ran: Ran) -> str:
         f"{data['words']:,} words of vocabulary, {data['train']:,} of text to train on and "
         f"{data['test']:,} to test on. The network is {', or '.join(networks)}; its output is "
         f"{asked['width']} wide. Batches of {asked['batch_size']} words, "
-        f"{counted(asked['epochs'])}; in the search {counted(asked['trial_epochs'])} of "
-        f"{'all words' if trial is None else f'the first {trial:,} words'}{ran.looked}.\n"
+        f"{epochs_counted(asked['epochs'])}; in the search {epochs_counted(asked['trial_epochs'])} "
+        f"of {'all words' if trial is None else f'the first {trial:,} words'}"
+        f"{results.second_look}.\n"
     )
 
 
-def counted(epochs: int) -> str:
-    """So many epochs."""
+def epochs_counted(epochs: int) -> str:
+    """
+    >>> epochs_counted(1), epochs_counted(2)
+    ('1 epoch', '2 epochs')
+    """
     return f"{epochs} epoch" if epochs == 1 else f"{epochs} epochs"
 
 
-def engine(runs: Mapping[int, Line]) -> str:
-    """How the layer was computed, as the runs say."""
+def engines_of(runs: Mapping[int, Line]) -> str:
+    """Returns how the layer was computed, as the runs recorded it."""
     return ", ".join(sorted({line["final"]["engine"] for line in runs.values()}))
 
 
-def covered(ran: Ran) -> str:
-    """How many pairs of words the correlations are of."""
-    final = next(iter(ran.lines))["final"]
+def pairs_covered(results: Results) -> str:
+    """Returns a sentence about the pairs of words that the correlations are computed from."""
+    final = next(iter(results.lines))["final"]
     return (
         f"Correlations are of {final['simlex999_pairs']} pairs of SimLex-999 and "
         f"{final['wordsim353_pairs']} of WordSim-353 whose words the vocabulary has."
     )
 
 
-def per_epoch(ran: Ran, name: str) -> str:
-    """Mean over all epochs of all seeds."""
-    own = [line["seconds"] for line in ran.epochs if line["loss"] == name]
+def seconds_an_epoch(results: Results, name: str) -> str:
+    """Returns the mean over all epochs of all seeds."""
+    own = [line["seconds"] for line in results.epochs if line["loss"] == name]
     return f"{sum(own) / len(own):.1f}" if own else "–"
 
 
-def goals_of(ran: Ran) -> list[int]:
-    """Validation perplexities: one that all layers come to and one that half of them do.
+def goals(results: Results) -> list[int]:
+    """Returns validation perplexities that all output layers reach and that half of them reach.
 
-    Rounded up to tens; none where no layer has a perplexity.
+    They are rounded up to tens. Returns none if no layer has a perplexity.
     """
-    nlls = [mean(runs, Metric("valid_nll", "", 1)) for runs in ran.ends.values()]
+    nlls = [mean(runs, VALID_NLL) for runs in results.ends.values()]
     ends = sorted(math.exp(nll) for nll in nlls if nll is not None and nll < MOST_NLL)
     if not ends:
         return []
@@ -192,36 +220,36 @@ def goals_of(ran: Ran) -> list[int]:
     return list(dict.fromkeys(found))
 
 
-def seconds_to(ran: Ran, name: str, goal: float) -> str:
-    """Seconds of training until a validation perplexity: between epochs log perplexity is a line.
+def seconds_to_goal(results: Results, name: str, goal: float) -> str:
+    """Returns the seconds of training until a validation perplexity, as a mean over the seeds.
 
-    The mean over the seeds; a dash if a seed does not come to it, and at most where one comes to it
-    within its first epoch.
+    Between two epochs the log of the perplexity is taken to be linear in time. The cell is a dash
+    if a seed does not reach the goal, and says "at most" if one reaches it in its first epoch.
     """
-    taken, most = [], False
-    for seed in ran.ends[name]:
-        own = [x for x in ran.epochs if x["loss"] == name and x["seed"] == seed]
+    taken, in_first_epoch = [], False
+    for seed in results.ends[name]:
+        own = [line for line in results.epochs if (line["loss"], line["seed"]) == (name, seed)]
         passed, before = 0.0, None
         for line in sorted(own, key=lambda line: line["epoch"]):
             nll, seconds = line["valid_nll"], line["seconds"]
             if nll is None:
                 return "–"
             if nll <= math.log(goal):
-                most |= before is None
+                in_first_epoch |= before is None
                 share = 1.0 if before is None else (before - math.log(goal)) / (before - nll)
                 taken.append(passed + share * seconds)
                 break
             passed, before = passed + seconds, nll
         else:
             return "–"
-    return f"{'≤ ' if most else ''}{sum(taken) / len(taken):.0f}" if taken else "–"
+    return f"{'≤ ' if in_first_epoch else ''}{sum(taken) / len(taken):.0f}" if taken else "–"
 
 
-def ratios(ran: Ran, reference: Mapping[str, str]) -> str:
-    """How many times softmax's each perplexity is, in a sentence."""
+def ratios_to_softmax(results: Results, reference: Mapping[str, str]) -> str:
+    """Returns a sentence with each perplexity as a multiple of softmax's."""
     parts = []
     for name, other in reference.items():
-        compared = None if name == other else ratio(ran.ends, name, other, PERPLEXITY)
+        compared = None if name == other else ratio(results.ends, name, other, PERPLEXITY)
         if compared is not None:
             middle, low, high = compared
             spread = "" if math.isnan(low) else f" ({low:.3f} to {high:.3f})"

@@ -1,9 +1,8 @@
-"""One n-gram model with the factored output layer and with dense ones under the same SGD."""
+"""One n-gram model under SGD, with the factored output layer and with dense ones."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -12,37 +11,16 @@ from softsphere.criteria import SphericalLoss
 from softsphere.heads import FactoredSphericalLoss
 from softsphere.optim import FactoredSGD
 from softsphere_lab.data.text import Text
+from softsphere_lab.experiments.experiment import StudyReproduction
+from softsphere_lab.experiments.side_by_side import SideBySide, side_by_side_section
 from softsphere_lab.training import language
+from softsphere_lab.training.engine_run import EngineRun
 
-__all__ = ["ENGINES", "Plan", "run"]
-
-# The second is the third with the last digit of one weight changed: what rounding alone can do,
-# since training multiplies small differences whatever they come from.
-ENGINES = ("factored", "nudged", "dense")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The model and its training; lr is that of the output layer as a share of the classes D."""
-
-    dataset: str
-    loss: str
-    prior: bool
-    n: int
-    embedding: int
-    width: int
-    batch_size: int
-    epochs: int
-    lr: float
-    momentum: float
-    trunk_lr: float
-    seed: int
-    device: str
-    dtype: str
+__all__ = ["FLOAT32", "FLOAT64", "Twins"]
 
 
 class DenseTwin(nn.Module):
-    """diag(√π) [W b] as one parameter, which is what FactoredSGD steps; with all the logits."""
+    """diag(√π) [W b] as one parameter, which is what FactoredSGD steps, with all of the logits."""
 
     def __init__(self, head: FactoredSphericalLoss) -> None:
         super().__init__()
@@ -57,49 +35,112 @@ class DenseTwin(nn.Module):
         value: Tensor = self.criterion(nn.functional.linear(hidden, W[:, :-1], W[:, -1]), target)
         return value
 
+    def nudge(self) -> None:
+        """Changes the last digit of one weight."""
+        with torch.no_grad():
+            first = self.parameter.view(-1)[:1]
+            first.copy_(first.nextafter(first + 1))
 
-def run(plan: Plan, engine: str, text: Text, on_step: language.OnStep) -> list[dict[str, Any]]:
-    """Trains with one engine: a line for each epoch and one for the end."""
-    torch.manual_seed(plan.seed)
-    D, device, dtype = len(text.words), plan.device, getattr(torch, plan.dtype)
-    # drawn in float32 whatever the dtype, so that runs in both begin with the same weights
-    model = language.mlp(D, plan.n - 1, plan.embedding, (2 * plan.width, plan.width)).to(
-        device, dtype
-    )
-    first = nn.Linear(plan.width, D)
-    factored = FactoredSphericalLoss(
-        plan.width,
-        D,
-        plan.loss,
-        prior=text.counts if plan.prior else None,
-        device=device,
-        dtype=dtype,
-    )
-    factored.load_state_dict(first.state_dict(), strict=False)
-    lr = plan.lr * D
-    head: FactoredSphericalLoss | DenseTwin = factored
-    layer: torch.optim.Optimizer
-    if engine == "factored":
-        layer = FactoredSGD(factored.parameters(), lr=lr, momentum=plan.momentum)
-    else:
-        head = DenseTwin(factored).to(device)
+
+@dataclass(frozen=True)
+class Twins(SideBySide):
+    """lr, momentum: of the output layer, lr as a multiple of the number of classes D.
+
+    n: words of an n-gram; batch_size: n-grams in a step. trunk_lr: SGD's rate for the layers below.
+    """
+
+    n: int = 5
+    momentum: float = 0.0
+    trunk_lr: float = 0.05
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The engines. "nudged" is "dense" with the last digit of one weight changed.
+
+        It shows what rounding alone can do, since training multiplies small differences, whatever
+        they come from.
+        """
+        return ("factored", "nudged", "dense")
+
+    def begin(self, engine: str, data: Text) -> EngineRun:
+        torch.manual_seed(self.seed)
+        D, device, dtype = len(data.words), self.device, self.torch_dtype
+        # drawn in float32 whatever the dtype, so that runs in both begin with the same weights
+        model = language.mlp(D, self.n - 1, self.embedding, (2 * self.width, self.width)).to(
+            device, dtype
+        )
+        head, optimizer = self.output_layer(engine, nn.Linear(self.width, D), data.counts)
+        trunk = torch.optim.SGD(model.parameters(), lr=self.trunk_lr, momentum=0.9)
+        return EngineRun(
+            model,
+            head,
+            [trunk, optimizer],
+            language.ngram_parts(data, self.n, device),
+            batch_size=self.batch_size,
+            seed=self.seed,
+        )
+
+    def output_layer(
+        self, engine: str, first: nn.Linear, counts: Tensor
+    ) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """Returns the layer that begins with the weights of `first`, and its optimizer."""
+        D, lr = len(counts), self.lr * len(counts)
+        factored = FactoredSphericalLoss(
+            self.width,
+            D,
+            self.loss,
+            prior=counts if self.prior else None,
+            device=self.device,
+            dtype=self.torch_dtype,
+        )
+        factored.load_state_dict(first.state_dict(), strict=False)
+        if engine == "factored":
+            return factored, FactoredSGD(factored.parameters(), lr=lr, momentum=self.momentum)
+        dense = DenseTwin(factored).to(self.device)
         if engine == "nudged":
-            with torch.no_grad():
-                first_weight = head.parameter.view(-1)[:1]
-                first_weight.copy_(first_weight.nextafter(first_weight + 1))
-        layer = torch.optim.SGD(head.parameters(), lr=lr, momentum=plan.momentum)
-    rest = torch.optim.SGD(model.parameters(), lr=plan.trunk_lr, momentum=0.9)
-    lines, test_loss = language.fit(
-        model,
-        head,
-        [rest, layer],
-        language.ngram_parts(text, plan.n, device),
-        batch_size=plan.batch_size,
-        epochs=plan.epochs,
-        seed=plan.seed,
-        on_step=on_step,
-    )
-    final: dict[str, Any] = {"final": {"test_loss": test_loss}}
-    if head is factored:
-        final["health"] = asdict(factored.health())
-    return [*lines, final]
+            dense.nudge()
+        return dense, torch.optim.SGD(dense.parameters(), lr=lr, momentum=self.momentum)
+
+
+FULL = Twins(
+    dataset="ptb",
+    loss="taylor_softmax",
+    prior=True,
+    embedding=64,
+    width=128,
+    batch_size=256,
+    epochs=3,
+    lr=0.01,
+)
+SMOKE = replace(FULL, dataset="generated", embedding=8, width=16, batch_size=64, epochs=2, lr=0.02)
+CLAIM = (
+    "A step of the factored layer is exactly that of SGD on the dense weights (arXiv:1412.7091), "
+    "so that both train alike up to rounding, {}."
+)
+DIFFERENCES = (
+    'The paper compares no training. "nudged" is "dense" with the last digit of one weight '
+    "changed: it shows what rounding alone does to a training."
+)
+
+FLOAT32 = StudyReproduction(
+    name="twins",
+    title="Factored and dense training side by side, float32",
+    claim=CLAIM.format("which training multiplies in float32 as it does any small difference"),
+    differences=DIFFERENCES,
+    studies={"smoke": SMOKE, "small": replace(FULL, epochs=1), "full": FULL},
+    section_of=side_by_side_section,
+    timed=True,
+)
+FLOAT64 = StudyReproduction(
+    name="twins-float64",
+    title="Factored and dense training side by side, float64",
+    claim=CLAIM.format("which is too small to be seen in float64"),
+    differences=DIFFERENCES,
+    studies={
+        "smoke": replace(SMOKE, dtype="float64"),
+        "small": replace(FULL, dtype="float64", epochs=1, width=32),
+        "full": replace(FULL, dtype="float64", epochs=1),
+    },
+    section_of=side_by_side_section,
+    timed=True,
+)

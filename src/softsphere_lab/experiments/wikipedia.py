@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from softsphere_lab.experiments import ptb
-from softsphere_lab.experiments.experiment import StudyExperiment
-from softsphere_lab.experiments.text_sections import tell
+from softsphere_lab.experiments.experiment import StudyReproduction
+from softsphere_lab.experiments.text_sections import text_section
 from softsphere_lab.models.output_layers import Output
 from softsphere_lab.training.language_run import Setup
 
@@ -21,7 +21,7 @@ FULL = replace(
     trial_words=2_000_000,
 )
 
-EXPERIMENT = StudyExperiment(
+EXPERIMENT = StudyReproduction(
     name="wikipedia",
     title="Wikipedia",
     claim=(
@@ -47,5 +47,5 @@ EXPERIMENT = StudyExperiment(
         ),
         "full": FULL,
     },
-    tell=tell,
+    section_of=text_section,
 )

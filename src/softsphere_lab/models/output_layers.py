@@ -122,7 +122,7 @@ class Output:
         'spherical_softmax:eps=0.1 factored rate=0.01'
         """
         own = {key: value for key, value in values.items() if key != "rate"}
-        loss = self.loss if self.spec is None else str(self.spec.at(own))
+        loss = self.loss if self.spec is None else str(self.spec.with_values(own))
         return replace(self, loss=loss, rate=values.get("rate", self.rate))
 
 

@@ -1,35 +1,58 @@
-"""From the finished runs of a record to a table and a sentence: pure functions."""
+"""Losses compared on images: a row for each loss, a table, and what was found in sentences."""
 
 from __future__ import annotations
 
 import csv
 import io
 import math
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from rich.table import Table
 
 from softsphere_lab.report.grids import markdown, terminal
-from softsphere_lab.report.inference import FEWEST_PAIRS, LEVEL, holm, interval, paired_p
+from softsphere_lab.report.inference import FEWEST_PAIRS, LEVEL
+from softsphere_lab.report.measures import (
+    REFERENCE,
+    Metric,
+    difference,
+    estimate,
+    mean,
+    number_cell,
+    p_cell,
+    p_equation,
+    p_values,
+    pairs,
+)
+from softsphere_lab.report.results import Results
 
-__all__ = ["REFERENCE", "Row", "finding", "summarise", "to_csv", "to_markdown", "to_table"]
+__all__ = [
+    "ERROR",
+    "NLL",
+    "SECONDS",
+    "Column",
+    "Row",
+    "columns_with_differences",
+    "csv_text",
+    "finding",
+    "markdown_table",
+    "summarise",
+    "terminal_table",
+]
 
-# What the others are compared with.
-REFERENCE = "softmax"
-# Smaller p are not written out, so that none is printed as zero.
-LEAST = 0.001
+ERROR = Metric("test_error", "test error %", 2, lambda share: 100 * share)
+NLL = Metric("test_nll", "test NLL", 4)
+SECONDS = Metric("seconds", "seconds", 0)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One loss over its seeds; errors in per cent, nll None where the loss has no likelihood.
+    """One loss over its seeds. Errors are in per cent.
 
-    trials: runs of the search before. diverged: how many runs, which are in no mean and no test;
-    error is nan where all have. pairs: seeds shared with softmax, which are all that difference and
-    p are of; p None where they are too few for a test.
+    trials: how many runs its search took. seeds: how many final runs there are; diverged: how many
+    of them diverged, which are in no mean and no test, so that means are NaN if all have. `nll` is
+    None for a loss without likelihoods. pairs: the seeds that softmax was run with too; difference
+    (to softmax), p and nll_p are of these pairs, and None without them or with too few for a test.
     """
 
     loss: str
@@ -45,134 +68,113 @@ class Row:
     pairs: int
     difference: float | None
     p: float | None
+    nll_p: float | None
     diverged: int
 
 
-def summarise(lines: list[dict[str, Any]], trials: Iterable[dict[str, Any]] = ()) -> list[Row]:
-    """A row a loss, in the order in which they were run; paired with softmax seed by seed.
+# The title of a column, and its cell in a row.
+Column = tuple[str, Callable[[Row], str]]
 
-    lines, trials: of the final runs and of the search, as the record has them.
-    """
-    groups: dict[str, dict[int, dict[str, Any]]] = {}
-    for line in lines:
-        if "final" in line:
-            groups.setdefault(line["loss"], {})[line["seed"]] = line
-    searched = Counter(trial["loss"] for trial in trials)
-    sound = {
-        name: {seed: run["final"] for seed, run in runs.items() if not run["final"]["diverged"]}
-        for name, runs in groups.items()
-    }
-    reference = sound.get(REFERENCE, {})
-    pairs = {
-        name: [
-            (100 * finals[seed]["test_error"], 100 * other["test_error"])
-            for seed, other in sorted(reference.items())
-            if seed in finals
-        ]
-        for name, finals in sound.items()
-        if name != REFERENCE
-    }
-    tested = [name for name, both in pairs.items() if len(both) >= FEWEST_PAIRS]
-    p_values = holm([paired_p(*zip(*pairs[name], strict=True)) for name in tested])
-    p_of = dict(zip(tested, p_values, strict=True))
+
+def summarise(results: Results) -> list[Row]:
+    """Returns a row for each loss, in the order in which they were asked for."""
+    ends = results.ends
+    reference = dict.fromkeys(ends, REFERENCE)
+    errors_p, nlls_p = (p_values(ends, metric, reference) for metric in (ERROR, NLL))
     rows = []
-    for name, runs in groups.items():
-        finals_of = list(sound[name].values())
-        error, error_half = interval([100 * final["test_error"] for final in finals_of])
-        nlls = [final["test_nll"] for final in finals_of if final["test_nll"] is not None]
-        nll, nll_half = interval(nlls) if nlls else (None, None)
+    for name, runs in ends.items():
+        error, error_half = estimate(runs, ERROR)
+        has_nll = mean(runs, NLL) is not None
+        nll, nll_half = estimate(runs, NLL) if has_nll else (None, None)
         some = next(iter(runs.values()))
-        both = pairs.get(name)
         rows.append(
             Row(
                 loss=name,
                 setting=some["setting"],
                 lr=some["lr"],
-                trials=searched[name],
+                trials=results.trials_of(name),
                 seeds=len(runs),
                 error=error,
                 error_half=error_half,
                 nll=nll,
                 nll_half=nll_half,
-                seconds=sum(run["final"]["seconds"] for run in runs.values()) / len(runs),
-                pairs=len(set(sound[name]) & set(reference)),
-                difference=sum(a - b for a, b in both) / len(both) if both else None,
-                p=p_of.get(name),
-                diverged=len(runs) - len(finals_of),
+                seconds=estimate(runs, SECONDS)[0],
+                pairs=len(pairs(ends, name, REFERENCE, ERROR.key)),
+                difference=None if name == REFERENCE else difference(ends, name, REFERENCE, ERROR),
+                p=errors_p.get(name),
+                nll_p=nlls_p.get(name),
+                diverged=sum(line["final"]["diverged"] for line in runs.values()),
             )
         )
     return rows
 
 
-HEADER = (
-    "loss",
-    "rate",
-    "trials",
-    "seeds",
-    "test error %",
-    "test NLL",
-    "seconds",
-    "Δ error",
-    "p (Holm)",
-)
-
-
-def cells(row: Row, reference: Row | None) -> tuple[str, ...]:
-    """A row as a person reads it; reference: softmax's."""
-
-    def with_half(value: float, half: float | None, digits: int) -> str:
-        known = half is not None and not math.isnan(half)
-        return f"{value:.{digits}f}" + (f" ± {half:.{digits}f}" if known else "")
-
-    name = row.setting + (f" ({row.diverged} diverged)" if row.diverged else "")
-    return (
-        name,
-        f"{row.lr:g}",
-        str(row.trials),
-        str(row.seeds),
-        "–" if math.isnan(row.error) else with_half(row.error, row.error_half, 2),
-        "–" if row.nll is None else with_half(row.nll, row.nll_half, 4),
-        f"{row.seconds:.1f}",
-        difference(row, reference) or "–",
-        "–" if row.p is None else probability(row.p),
-    )
-
-
-def reference_row(rows: list[Row]) -> Row | None:
-    """The row that the others are compared with."""
+def reference_row(rows: Sequence[Row]) -> Row | None:
+    """Returns the row that the others are compared with."""
     return next((row for row in rows if row.loss == REFERENCE), None)
 
 
-def difference(row: Row, reference: Row | None) -> str:
-    """The difference from softmax, with the pairs that it is of where other seeds were run too."""
-    if row.difference is None or reference is None:
-        return ""
-    pairs = "" if row.pairs == row.seeds == reference.seeds else f" ({counted(row.pairs, 'pair')})"
-    return f"{row.difference:+.2f}{pairs}"
-
-
-def probability(p: float) -> str:
-    return f"< {LEAST}" if p < LEAST else f"{p:.3f}"
-
-
-def counted(number: int, what: str) -> str:
-    return f"{number} {what}" + ("" if number == 1 else "s")
-
-
-def to_markdown(rows: list[Row]) -> str:
-    """The table for a README."""
+def columns_with_differences(rows: Sequence[Row]) -> list[Column]:
+    """Returns the columns of a comparison, with the difference of each error from softmax's."""
     reference = reference_row(rows)
-    return markdown(HEADER, [cells(row, reference) for row in rows])
+
+    def change(row: Row) -> str:
+        if row.difference is None or reference is None:
+            return "–"
+        counted = f" ({row.pairs} pair{'' if row.pairs == 1 else 's'})"
+        all_paired = row.pairs == row.seeds == reference.seeds
+        return f"{row.difference:+.2f}{'' if all_paired else counted}"
+
+    def named(row: Row) -> str:
+        return row.setting + (f" ({row.diverged} diverged)" if row.diverged else "")
+
+    return [
+        ("loss", named),
+        ("rate", lambda row: f"{row.lr:g}"),
+        ("trials", lambda row: str(row.trials)),
+        ("seeds", lambda row: str(row.seeds)),
+        (ERROR.title, error_cell),
+        (NLL.title, nll_cell),
+        (SECONDS.title, lambda row: seconds_cell(row, 1)),
+        ("Δ error", change),
+        ("p", lambda row: p_cell(row.p)),
+    ]
 
 
-def to_table(rows: list[Row], title: str) -> Table:
-    """The table for a terminal."""
-    reference = reference_row(rows)
-    return terminal(HEADER, [cells(row, reference) for row in rows], title)
+def error_cell(row: Row) -> str:
+    """Returns the error and half of its interval."""
+    return number_cell(row.error, row.error_half, ERROR.digits)
 
 
-def to_csv(rows: list[Row]) -> str:
-    """Every number of the table, unrounded."""
+def nll_cell(row: Row) -> str:
+    """Returns the likelihood and half of its interval, or a dash for a loss without one."""
+    if row.nll is None or row.nll_half is None:
+        return "–"
+    return number_cell(row.nll, row.nll_half, NLL.digits)
+
+
+def seconds_cell(row: Row, digits: int = SECONDS.digits) -> str:
+    """Returns the mean seconds of training."""
+    return number_cell(row.seconds, math.nan, digits)
+
+
+def markdown_table(rows: Sequence[Row], columns: Sequence[Column]) -> str:
+    """Returns the table in Markdown."""
+    return markdown([title for title, _ in columns], cells(rows, columns))
+
+
+def terminal_table(rows: Sequence[Row], columns: Sequence[Column], title: str) -> Table:
+    """Returns the table for a terminal."""
+    return terminal([title for title, _ in columns], cells(rows, columns), title)
+
+
+def cells(rows: Sequence[Row], columns: Sequence[Column]) -> list[list[str]]:
+    """Returns the cells of all rows."""
+    return [[cell(row) for _, cell in columns] for row in rows]
+
+
+def csv_text(rows: Sequence[Row]) -> str:
+    """Returns every number of the rows, unrounded, as comma-separated values."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(Row.__dataclass_fields__), lineterminator="\n")
     writer.writeheader()
@@ -180,53 +182,54 @@ def to_csv(rows: list[Row]) -> str:
     return text.getvalue()
 
 
-def finding(rows: list[Row]) -> str:
-    """One sentence that says what was found, and no more than was."""
+def finding(rows: Sequence[Row], named: Callable[[str], str] = str) -> str:
+    """Returns sentences that say what was found, and no more than was.
+
+    named: what a loss is called.
+    """
     reference = reference_row(rows)
     known = [row for row in rows if not math.isnan(row.error)]
-    if not known or (reference and reference not in known):
-        return f"All runs of {REFERENCE if known else 'every loss'} diverged: nothing was tested."
-    best = min(known, key=lambda row: row.error)
+    if not known or (reference is not None and reference not in known):
+        whose = named(REFERENCE) if known else "every loss"
+        return f"All runs of {whose} diverged, so nothing was tested."
     if reference is None:
+        best = min(known, key=lambda row: row.error)
         return (
-            f"{best.loss} has the lowest test error, {best.error:.2f} %; softmax was not run, "
-            "so nothing was tested."
+            f"{named(best.loss)} has the lowest test error, {best.error:.2f} %; softmax was not "
+            "run, so nothing was tested."
         )
     if len(rows) == 1:
-        return f"softmax alone was run: test error {best.error:.2f} %."
-    name = f"softmax ({reference.error:.2f} %)"
-    tested = [row for row in rows if row.p is not None]
-    if not tested:
+        return f"softmax alone was run: test error {reference.error:.2f} %."
+    if all(row.p is None for row in rows):
         return (
-            f"No loss was tested against {name}: that takes at least {FEWEST_PAIRS} seeds that "
-            "both were run with."
+            f"No loss was tested against softmax ({reference.error:.2f} %): a test takes at least "
+            f"{FEWEST_PAIRS} seeds that both were run with."
         )
-    clear = [(row, row.p) for row in tested if row.p is not None and row.p < LEVEL]
+    return " ".join(tests_told(rows, reference, named))
 
-    def told(word: str, sign: int) -> list[str]:
-        names = ", ".join(
-            f"{row.loss} ({difference(row, reference)}, p {'' if p < LEAST else '= '}"
-            f"{probability(p)})"
-            for row, p in clear
-            if sign * (row.difference or 0) > 0
-        )
-        return [f"{word} than {name}: {names}"] if names else []
 
-    parts = [
-        *told("better", -1),
-        *told("worse", 1),
-    ]
-    if not clear:
-        parts.append(f"no loss was shown to differ from {name} beyond chance at 5 %")
-    elif len(clear) < len(tested):
-        parts.append("no other loss was shown to differ beyond chance")
-    untested = [row.loss for row in rows if row.p is None and row is not reference]
-    if untested:
-        parts.append(f"not tested: {', '.join(untested)}")
-    sentence = "; ".join(parts)
-    few, many = min(row.pairs for row in tested), max(row.pairs for row in tested)
-    seeds = f"{few} seeds" if few == many else f"{few} to {many} seeds"
-    return (
-        f"{sentence[0].upper()}{sentence[1:]} "
-        f"({seeds}; chance is that of the seeds: initialisation and order)."
-    )
+def tests_told(rows: Sequence[Row], reference: Row, named: Callable[[str], str]) -> list[str]:
+    """Returns a sentence for each outcome of the tests that some loss had."""
+    softmax = f"softmax ({reference.error:.2f} %)"
+    groups: dict[str, list[str]] = {
+        f"Better than {softmax}": [],
+        f"Worse than {softmax}": [],
+        f"Not shown to differ from {softmax}": [],
+        "Not tested, with too few common seeds": [],
+    }
+    better, worse, alike, untested = groups.values()
+    for row in rows:
+        if row is reference:
+            continue
+        if row.p is None or row.difference is None:
+            untested.append(named(row.loss))
+        elif row.p >= LEVEL:
+            alike.append(named(row.loss))
+        else:
+            name = f"{named(row.loss)} ({row.error:.2f} %, {p_equation(row.p)})"
+            (better if row.difference < 0 else worse).append(name)
+    told = [f"{words}: {', '.join(names)}." for words, names in groups.items() if names]
+    tested = [row.pairs for row in rows if row.p is not None]
+    if min(tested) < max(tested):
+        told.append(f"The tests are of {min(tested)} to {max(tested)} common seeds.")
+    return [*told, "Chance is that of the seeds: initialisation and order."]

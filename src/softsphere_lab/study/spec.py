@@ -12,9 +12,9 @@ from softsphere import losses
 from softsphere_lab.errors import LabError
 from softsphere_lab.study.search import Axis, Space
 
-__all__ = ["AXES", "LossSpec", "distinct", "searched"]
+__all__ = ["AXES", "LossSpec", "axes_config", "distinct"]
 
-# Along which tuning searches for the hyper-parameters that are a loss's own.
+# The axes along which tuning searches for a loss's own numbers.
 AXES: dict[str, dict[str, Axis]] = {
     "spherical_softmax": {"eps": Axis((1e-4, 1e-3, 0.01, 0.1, 1.0, 10.0, 100.0), 0.1)},
     "z_loss": {
@@ -27,30 +27,34 @@ AXES: dict[str, dict[str, Axis]] = {
 
 @dataclass(frozen=True)
 class LossSpec:
-    """A name of the registry and the hyper-parameters that were given for it, in order of name."""
+    """A name of the registry and the numbers that were given for it, in order of their names."""
 
     name: str
     given: tuple[tuple[str, float], ...] = ()
 
     @classmethod
     def parse(cls, text: str) -> LossSpec:
-        """
+        """Reads a spec. Raises LabError with what the loss takes.
+
         >>> LossSpec.parse("z_loss:a=0.5:b=2").loss()
         ZLoss(a=0.5, b=2.0)
         """
         name, *pairs = text.strip().split(":")
         if name not in losses.REGISTRY:
-            raise LabError(f"--losses knows {', '.join(losses.REGISTRY)}, got {name!r}")
+            raise LabError(
+                f"--losses knows {', '.join(losses.REGISTRY)}, got {name!r}; `softsphere losses` "
+                "lists them with their numbers"
+            )
         known = {field.name: str(field.type) for field in fields(losses.REGISTRY[name])}
         given: dict[str, float] = {}
         for pair in pairs:
-            key, _, text_value = pair.partition("=")
+            key, _, value = pair.partition("=")
             if key not in known:
-                takes = ", ".join(known) or "no hyper-parameters"
+                takes = ", ".join(known) or "no numbers"
                 raise LabError(f"--losses: {name} takes {takes}, got {pair!r}")
             if key in given:
                 raise LabError(f"--losses: {name} was given {key} twice")
-            given[key] = number(f"{name}:{key}", text_value, int if "int" in known[key] else float)
+            given[key] = parse_number(f"{name}:{key}", value, int if "int" in known[key] else float)
         spec = cls(name, tuple(sorted(given.items())))
         try:
             spec.loss()
@@ -59,30 +63,30 @@ class LossSpec:
         return spec
 
     def loss(self) -> losses.Loss:
-        """The loss itself."""
+        """Returns the loss itself."""
         return losses.REGISTRY[self.name](**dict(self.given))
 
     def axes(self, tune: bool) -> dict[str, Axis]:
-        """What can be tuned and was not given; nothing without tune."""
+        """Returns the axes of the numbers that can be tuned and were not given."""
         axes = AXES.get(self.name, {}) if tune else {}
         return {key: axis for key, axis in axes.items() if key not in dict(self.given)}
 
-    def at(self, values: Mapping[str, float]) -> LossSpec:
-        """This spec with values for what was not given.
+    def with_values(self, values: Mapping[str, float]) -> LossSpec:
+        """Returns this spec with values for numbers that were not given.
 
-        >>> str(LossSpec.parse("z_loss:b=2").at({"a": 1.0}))
+        >>> str(LossSpec.parse("z_loss:b=2").with_values({"a": 1.0}))
         'z_loss:a=1:b=2'
         """
         return LossSpec(self.name, tuple(sorted({**dict(self.given), **values}.items())))
 
     def same(self, other: LossSpec, tune: bool) -> bool:
-        """Whether both choose from the same losses, however they are spelled."""
+        """Returns whether both choose from the same losses, however they are spelled."""
         free, others = self.axes(tune), other.axes(tune)
         start = {key: axis.start for key, axis in free.items()}
-        return free == others and self.at(start).loss() == other.at(start).loss()
+        return free == others and self.with_values(start).loss() == other.with_values(start).loss()
 
     def __str__(self) -> str:
-        """What `parse` reads back as the same numbers.
+        """Returns what `parse` reads back as the same numbers.
 
         >>> str(LossSpec.parse("z_loss:b=2.50:a=1.0"))
         'z_loss:a=1:b=2.5'
@@ -91,14 +95,17 @@ class LossSpec:
         return ":".join([self.name, *given])
 
 
-def searched(tune: bool, **others: Axis) -> dict[str, Any]:
-    """All axes that a search may go along, as JSON: a loss's own, where it is tuned, and others."""
+def axes_config(tune: bool, **others: Axis) -> dict[str, Any]:
+    """Returns all axes that a search may go along, as JSON.
+
+    tune: whether a loss's own numbers are searched for. others: further axes by name.
+    """
     own = {f"{name}:{key}": axis for name, axes in AXES.items() for key, axis in axes.items()}
     return Space({**(own if tune else {}), **others}).config()
 
 
-def number(name: str, text: str, kind: type[int] | type[float]) -> float:
-    """A hyper-parameter that networks in float32 can tell from zero and from infinity."""
+def parse_number(name: str, text: str, kind: type[int] | type[float]) -> float:
+    """Reads a number that a network in float32 can tell from zero and from infinity."""
     try:
         value = kind(text)
     except ValueError as error:
@@ -112,7 +119,9 @@ def number(name: str, text: str, kind: type[int] | type[float]) -> float:
 
 
 def distinct(specs: Iterable[LossSpec], tune: bool) -> tuple[LossSpec, ...]:
-    """Each loss once, as it was spelled first. A free one is not a given one while it is tuned.
+    """Returns each loss once, as it was spelled first.
+
+    While numbers are tuned, a loss with a free number is another one than with that number given.
 
     >>> one, other = LossSpec.parse("z_loss"), LossSpec.parse("z_loss:a=1:b=4")
     >>> len(distinct([one, other], tune=False)), len(distinct([one, other], tune=True))

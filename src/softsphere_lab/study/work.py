@@ -18,98 +18,102 @@ import torch
 from rich.console import Console
 
 from softsphere_lab.errors import LabError
-from softsphere_lab.progress import bars
+from softsphere_lab.progress import Phases
 from softsphere_lab.records.folder import Line, Record
-from softsphere_lab.study.protocol import (
-    UNFINISHED,
-    Study,
-    Task,
-    checkpoint,
-    keep,
-    missing,
-    planned,
-)
+from softsphere_lab.study.ledger import UNFINISHED, Plan, add_finished, checkpoint_of, planned
+from softsphere_lab.study.protocol import Study, Task
 
 __all__ = ["work"]
 
+# A task with its epochs and its end.
 Done = tuple[Task, list[Line], Line]
+# Called with a task, the number of an epoch and the number of epochs.
+OnTaskEpoch = Callable[[Task, int, int], None]
 
 
-def work(
-    study: Study,
-    data: Any,
-    record: Record,
-    console: Console,
-    title: str,
-    jobs: int = 1,
-) -> None:
-    """Everything that the record lacks, with a bar on a terminal and a line a run elsewhere.
+def work(study: Study, data: Any, record: Record, console: Console, jobs: int = 1) -> None:
+    """Does everything that the record lacks, and shows how far it is.
 
-    data: what `study.load` gives; with several jobs each process loads it for itself.
+    data: what `study.load` returns. With several jobs each process loads the data for itself.
     """
-    progress = bars(console)
-    with progress:
-        bar = progress.add_task(title)
+    searches = any(study.space(name).size > 1 for name in study.names)
+    with Phases(console, searches) as phases:
 
-        def show(task: Task, epoch: int, epochs: int) -> None:
-            progress.update(bar, description=f"{named(task)}  epoch {epoch} of {epochs}")
+        def show_epoch(task: Task, epoch: int, epochs: int) -> None:
+            phases.describe(task.trial, f"{task_label(task)}  epoch {epoch} of {epochs}")
 
-        each = alone(study, data, record, show) if jobs == 1 else together(study, record, jobs)
+        def show_plan(plan: Plan) -> None:
+            phases.show_search(plan.trials, plan.searching)
+            phases.show_finals(plan.finals, plan.finals_in_all)
+
+        show_plan(planned(study, record))
+        each = (
+            run_here(study, data, record, show_epoch)
+            if jobs == 1
+            else run_in_processes(study, record, jobs)
+        )
         for task, history, final in each:
-            keep(task, record, history, final)
-            # how many trials a search takes is known when it is at its end
-            _, done = planned(study, record)
-            runs = done + sum(missing(study, record).values())
-            progress.update(bar, completed=done, total=runs)
-            if jobs > 1:
-                progress.update(bar, description=named(task))
+            add_finished(task, record, history, final)
+            plan = planned(study, record)
+            show_plan(plan)
+            phases.describe(task.trial, task_label(task))
             if not console.is_terminal:
-                print(f"[{done}/{runs}] {named(task)}  {study.told(final)}", flush=True)
-    # nothing is under way
+                what = f"{task_label(task)}  {study.outcome(final)}"
+                print(f"[{place_of(task, plan)}] {what}", flush=True)
+    # no run is unfinished any more
     shutil.rmtree(record.folder / UNFINISHED, ignore_errors=True)
 
 
-def named(task: Task) -> str:
-    """A task in a few words."""
+def place_of(task: Task, plan: Plan) -> str:
+    """Returns the number of a finished task; how many trials there will be is not known.
+
+    >>> place_of(Task("z_loss", "z_loss", 0.1, 0, trial=True), Plan([], 4, True, 0, 10))
+    'trial 4'
+    >>> place_of(Task("z_loss", "z_loss", 0.1, 0, trial=False), Plan([], 4, False, 3, 10))
+    'run 3 of 10'
+    """
+    return f"trial {plan.trials}" if task.trial else f"run {plan.finals} of {plan.finals_in_all}"
+
+
+def task_label(task: Task) -> str:
+    """Returns a task in a few words."""
     what = "whole trial" if task.whole else "trial" if task.trial else f"seed {task.seed}"
     return f"{task.setting} lr {task.lr:g} {what}"
 
 
-def alone(
-    study: Study, data: Any, record: Record, show: Callable[[Task, int, int], None]
-) -> Iterator[Done]:
-    """One task after the other, in this process."""
-    while tasks := planned(study, record)[0]:
+def run_here(study: Study, data: Any, record: Record, show_epoch: OnTaskEpoch) -> Iterator[Done]:
+    """Runs one task after the other in this process."""
+    while tasks := planned(study, record).tasks:
         task = tasks[0]
 
         def on_epoch(epoch: int, epochs: int, task: Task = task) -> None:
-            show(task, epoch, epochs)
+            show_epoch(task, epoch, epochs)
 
-        yield task, *study.train(task, data, checkpoint(task, record), on_epoch)
+        yield task, *study.train(task, data, checkpoint_of(task, record), on_epoch)
 
 
-def together(study: Study, record: Record, jobs: int) -> Iterator[Done]:
-    """As many tasks at a time as there are jobs, each in a process with as many threads as this.
+def run_in_processes(study: Study, record: Record, jobs: int) -> Iterator[Done]:
+    """Runs a task for each job at a time, each in a process with as many threads as this one.
 
-    The processes end when this one does, however it ends: each holds an end of a pipe whose other
-    end is here alone.
+    The processes end when this one does, however it ends: each holds one end of a pipe whose other
+    end only this process holds.
     """
     ours, theirs = get_context("spawn").Pipe()
     pool = ProcessPoolExecutor(
         jobs,
         get_context("spawn"),
-        initializer=begin,
+        initializer=begin_process,
         initargs=(study, theirs, torch.get_num_threads()),
     )
     running: dict[Future[tuple[list[Line], Line]], Task] = {}
     try:
         while True:
-            waiting = [t for t in planned(study, record)[0] if t not in running.values()]
+            waiting = [t for t in planned(study, record).tasks if t not in running.values()]
             for task in waiting[: jobs - len(running)]:
                 with interrupts_held_back():
-                    running[pool.submit(perform, task, record)] = task
+                    running[pool.submit(run_task, task, record)] = task
             if not running:
-                # they leave by themselves, and clean up
+                # the processes leave by themselves, and clean up
                 pool.shutdown()
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -117,7 +121,7 @@ def together(study: Study, record: Record, jobs: int) -> Iterator[Done]:
                 yield task, *future.result()
     except BrokenProcessPool as error:
         raise LabError(
-            "a process of --jobs died, of too little memory perhaps; take fewer, and --resume"
+            "a process of --jobs died, perhaps of too little memory; take fewer jobs, and --resume"
         ) from error
     finally:
         ours.close()
@@ -127,7 +131,7 @@ def together(study: Study, record: Record, jobs: int) -> Iterator[Done]:
 
 @contextmanager
 def interrupts_held_back() -> Iterator[None]:
-    """A process that is started meanwhile never sees Ctrl-C, and this one only afterwards."""
+    """Holds Ctrl-C back: a process that is started meanwhile never sees it, this one only later."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
@@ -138,33 +142,33 @@ def interrupts_held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-# What a process of `together` works on.
-state: dict[str, Any] = {}
+# What a process of `run_in_processes` works on.
+process_state: dict[str, Any] = {}
 
 
-def begin(study: Study, lifeline: Connection, threads: int) -> None:
-    """Once in each process."""
+def begin_process(study: Study, lifeline: Connection, threads: int) -> None:
+    """Is called once in each process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=end_with, args=(lifeline,), daemon=True).start()
+    threading.Thread(target=end_with_parent, args=(lifeline,), daemon=True).start()
     torch.set_num_threads(threads)
     try:
-        state.update(study=study, data=study.load())
+        process_state.update(study=study, data=study.load())
     except Exception as error:
-        # told by the first task: of a process that fails here a pool says only that it is broken
-        state["failure"] = error
+        # The first task raises it: a pool says of a process that fails here only that it is broken.
+        process_state["failure"] = error
 
 
-def end_with(lifeline: Connection) -> None:
-    """Waits until nobody holds the other end, and leaves at once."""
+def end_with_parent(lifeline: Connection) -> None:
+    """Waits until no process holds the other end, and leaves at once."""
     try:
         lifeline.recv()
     except EOFError:
         _exit(1)
 
 
-def perform(task: Task, record: Record) -> tuple[list[Line], Line]:
-    """A task, in a process that has begun."""
-    if "failure" in state:
-        raise state["failure"]
-    study: Study = state["study"]
-    return study.train(task, state["data"], checkpoint(task, record), lambda *_: None)
+def run_task(task: Task, record: Record) -> tuple[list[Line], Line]:
+    """Runs a task in a process that has begun."""
+    if "failure" in process_state:
+        raise process_state["failure"]
+    study: Study = process_state["study"]
+    return study.train(task, process_state["data"], checkpoint_of(task, record), lambda *_: None)

@@ -5,20 +5,16 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from softsphere_lab.data.text import Text, ngrams, windows
-from softsphere_lab.training.passes import Pass
 
 __all__ = [
     "LSTM",
     "MOST_NLL",
     "Examples",
-    "OnStep",
-    "fit",
     "mean_loss",
     "mlp",
     "ngram_parts",
@@ -28,8 +24,6 @@ __all__ = [
 
 # Contexts and the words that follow, of each part of a text.
 Examples = dict[str, tuple[Tensor, Tensor]]
-# Told the epoch, the step and the steps of an epoch.
-OnStep = Callable[[int, int, int], None]
 PARTS = ("train", "valid", "test")
 # Of which exp is still a number.
 MOST_NLL = 700.0
@@ -109,47 +103,6 @@ def mean_loss(model: nn.Module, head: nn.Module, x: Tensor, y: Tensor) -> float:
         for part, target in zip(torch.split(x, size), torch.split(y, size), strict=True):
             total += float(head(model(part), target)) * target.numel()
     return total / y.numel()
-
-
-def fit(
-    model: nn.Module,
-    head: nn.Module,
-    optimizers: Sequence[torch.optim.Optimizer],
-    examples: Examples,
-    *,
-    batch_size: int,
-    epochs: int,
-    seed: int,
-    on_step: OnStep,
-) -> tuple[list[dict[str, Any]], float]:
-    """Trains, and gives a line for each epoch and the loss on the test part."""
-    order = torch.Generator().manual_seed(seed)
-    lines = []
-    x, y = examples["train"]
-    steps = math.ceil(len(y) / batch_size)
-
-    def loss_of(index: Tensor) -> Tensor:
-        loss: Tensor = head(model(x[index]), y[index])
-        return loss
-
-    for epoch in range(1, epochs + 1):
-        under_way = Pass.begin(len(y), order, x.device)
-        model.train()
-        head.train()
-
-        def after_step(step: int, epoch: int = epoch) -> None:
-            on_step(epoch, step, steps)
-
-        under_way.train(batch_size, loss_of, optimizers, after_step)
-        lines.append(
-            {
-                "epoch": epoch,
-                "train_loss": under_way.loss,
-                "valid_loss": mean_loss(model, head, *examples["valid"]),
-                "step_seconds": under_way.seconds / steps,
-            }
-        )
-    return lines, mean_loss(model, head, *examples["test"])
 
 
 def perplexity(nll: float) -> float:

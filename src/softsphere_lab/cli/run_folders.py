@@ -1,0 +1,96 @@
+"""The one way in which commands open a run folder, fill it, and report what it has."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import typer
+from rich.console import Console
+from rich.markdown import Markdown
+
+from softsphere_lab.errors import LabError
+from softsphere_lab.experiments.experiment import Prepared
+from softsphere_lab.experiments.page import Told, told
+from softsphere_lab.progress import print_plain, print_stopped, standard_console
+from softsphere_lab.records.folder import Record
+
+__all__ = ["Place", "run_and_report"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the run folders of a command are: `parent`/TIME-`ending`. stamp: the form of TIME."""
+
+    parent: Path
+    stamp: str
+    ending: str
+
+    def new(self) -> Path:
+        """Returns the folder of a run that begins now."""
+        return self.parent / f"{time.strftime(self.stamp)}-{self.ending}"
+
+    def newest(self, prepared: Prepared) -> Path:
+        """Returns the newest folder that was made with the same options."""
+        pattern = f"*-{self.ending}"
+        for folder in sorted(self.parent.glob(pattern), reverse=True):
+            if Record(folder).matches(prepared.config, prepared.grows):
+                return folder
+        raise LabError(
+            f"--resume: no folder {self.parent}/{pattern} was made with these options; leave "
+            "--resume out to begin one, or name it with --out"
+        )
+
+
+def run_and_report(
+    prepared: Prepared, place: Place, out: Path | None, resume: bool, jobs: int = 1
+) -> None:
+    """Does what a run folder lacks, and reports what it has, also after a Ctrl-C."""
+    record, prepared = open_record(prepared, place, out, resume)
+    console = standard_console()
+    try:
+        with record.alone():
+            prepared.run(record, console, jobs)
+    except KeyboardInterrupt:
+        report_record(record, console)
+        print_stopped(console, record.folder)
+        raise typer.Exit(130) from None
+    report_record(record, console)
+
+
+def open_record(
+    prepared: Prepared, place: Place, out: Path | None, resume: bool
+) -> tuple[Record, Prepared]:
+    """Returns a new run folder or the one that is resumed, and the experiment in its spelling."""
+    if not resume:
+        return Record.create(out or place.new(), prepared.config), prepared
+    folder = out or place.newest(prepared)
+    if prepared.spelled_as is not None:
+        prepared = prepared.spelled_as(Record(folder).config() or {})
+    return Record.reopen(folder, prepared.config, prepared.grows), prepared
+
+
+def report_record(record: Record, console: Console) -> None:
+    """Writes the README and the pictures, and prints the table and what was found."""
+    found = told(record)
+    if found is None:
+        console.print("No run is finished yet.")
+        return
+    found.put()
+    print_told(found, console)
+
+
+def print_told(found: Told, console: Console) -> None:
+    """Prints the table, what its signs mean, what was found, and where the pictures are."""
+    section = found.section
+    if console.is_terminal:
+        console.print(Markdown(section.table))
+    else:
+        print_plain(console, section.table)
+    unfinished = found.experiment.unfinished(found.record)
+    for line in filter(None, (section.note, unfinished)):
+        print_plain(console, line)
+    for picture in found.pictures.values():
+        print_plain(console, f"Picture: {picture}")
+    print_plain(console, section.finding)

@@ -1,0 +1,53 @@
+"""What the papers report, to stand beside what is measured, and how the losses are called."""
+
+from __future__ import annotations
+
+__all__ = ["REPORTED", "SOURCE", "label", "reported_cell"]
+
+SOURCE = "de Brébisson & Vincent 2015, arXiv:1511.05042"
+
+# Test errors in per cent, and the test perplexity on Penn Treebank: by data set, then by loss. As
+# summaries of the paper give them; it tells no number of runs and no spread.
+REPORTED: dict[str, dict[str, float]] = {
+    "mnist": {"softmax": 0.812, "taylor_softmax": 0.785, "spherical_softmax": 0.828},
+    "cifar10": {"softmax": 8.52, "taylor_softmax": 8.07, "spherical_softmax": 8.37},
+    "cifar100": {"softmax": 32.4, "taylor_softmax": 33.1, "spherical_softmax": 33.1},
+    "ptb": {"softmax": 126.7, "taylor_softmax": 147.2, "spherical_softmax": 149.2},
+}
+
+LABELS = {
+    "softmax": "softmax",
+    "taylor_softmax": "log-Taylor softmax",
+    "higher_taylor_softmax:order=4": "log-Taylor softmax of order 4",
+    "spherical_softmax": "log-spherical softmax",
+    "z_loss": "Z-loss",
+    "squared_error": "squared error",
+    "bohning_bound": "Böhning's bound",
+    "bouchard_bound": "Bouchard's bound",
+    "soft_margin_softmax": "soft-margin softmax",
+    "soft_margin_softmax:order=2": "SM-Taylor softmax",
+    "adaptive_softmax": "adaptive softmax",
+    "hierarchical_softmax": "hierarchical softmax",
+}
+WORDS = {"prior": "base measure", "factored": "factored, SGD", "lstm": "LSTM"}
+
+
+def label(name: str) -> str:
+    """What a table calls a loss or an output layer.
+
+    >>> label("taylor_softmax prior factored depth=2")
+    'log-Taylor softmax, base measure, factored, SGD, depth 2'
+    """
+    loss, *words = name.split()
+    told = [WORDS.get(word, word.replace("=", " ")) for word in words]
+    return ", ".join([LABELS.get(loss, loss), *told])
+
+
+def reported_cell(dataset: str, name: str) -> str:
+    """The paper's number, or a dash.
+
+    >>> reported_cell("mnist", "softmax"), reported_cell("mnist", "z_loss")
+    ('0.812', '–')
+    """
+    value = REPORTED.get(dataset, {}).get(name)
+    return "–" if value is None else f"{value:g}"

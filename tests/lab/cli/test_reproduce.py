@@ -1,0 +1,99 @@
+"""Every experiment at its smallest budget, and wrong options."""
+
+from __future__ import annotations
+
+import json
+import socket
+import sys
+
+import pytest
+
+from softsphere_lab.cli import app as cli
+from softsphere_lab.experiments.registry import REPRODUCTIONS
+from softsphere_lab.records.folder import Record
+
+
+@pytest.fixture(autouse=True)
+def argv(monkeypatch):
+    monkeypatch.setattr(sys, "argv", sys.argv)
+
+
+def command(*arguments: str) -> int:
+    sys.argv = ["softsphere", *arguments]
+    return cli.main()
+
+
+@pytest.mark.parametrize("name", REPRODUCTIONS)
+def test_every_experiment_runs_at_its_smallest_budget_without_network(
+    name, tmp_path, monkeypatch, capsys
+):
+    def refuse(*_):
+        raise OSError("no network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.delenv("SOFTSPHERE_DATA", raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert command("reproduce", name, "--budget", "smoke") == 0
+    said = capsys.readouterr().out
+    (folder,) = (tmp_path / "records").iterdir()
+    assert folder.name.endswith(f"-{name}-smoke")
+    assert json.loads((folder / "config.json").read_text())["experiment"] == name
+    record, experiment = Record(folder), REPRODUCTIONS[name]
+    assert experiment.unfinished(record) == ""
+    section = experiment.section(record)
+    assert section is not None and section.finding in said and section.pictures
+    assert section.text in (folder / "README.md").read_text()
+    for picture in section.pictures:
+        assert (folder / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
+    # a second run refuses to mix its numbers with these, and resuming has nothing to do
+    assert command("reproduce", name, "--budget", "smoke") == 2
+    assert "not empty" in capsys.readouterr().err
+    before = (folder / "metrics.jsonl").read_bytes()
+    assert command("reproduce", name, "--budget", "smoke", "--resume") == 0
+    assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+WRONG = {
+    "name": (["imagenet"], "NAME must be one of mnist, cifar10"),
+    "budget": (["mnist", "--budget", "huge"], "--budget must be one of smoke, small, full"),
+    "no name": ([], "NAME must be one of mnist, "),
+    "jobs for engines": (["engines", "--jobs", "2"], "--jobs must be 1 for engines"),
+    "an option of another command": (["twins", "--losses", "softmax"], "--losses"),
+    "jobs": (["mnist", "--jobs", "0"], "--jobs must be at least 1"),
+    "jobs for what is timed": (["scaling", "--jobs", "2"], "--jobs must be 1 for scaling"),
+    "data for random rows": (
+        ["scaling", "--data-dir", "."],
+        "--data-dir has no meaning for scaling",
+    ),
+    "too many jobs": (["mnist", "--jobs", "5000"], "--jobs must be at least 1 and at most"),
+    "device": (["mnist", "--budget", "smoke", "--device", "tpu9"], "--device tpu9"),
+    "device for timing": (["scaling", "--budget", "smoke", "--device", "meta"], "--device"),
+    "folder": (["ptb", "--data-dir", "nowhere"], "nowhere"),
+    "nothing to resume": (["ptb", "--budget", "smoke", "--resume"], "leave --resume out"),
+    "no folder": (["ptb", "--out", ""], "--out"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_options_are_one_line_and_exit_code_2(case, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    arguments, words = WRONG[case]
+    assert command("reproduce", *arguments) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("softsphere: ") and len(said.splitlines()) == 1
+    assert words in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_text_that_is_too_small_is_refused_before_a_folder_is_made(tmp_path, monkeypatch, capsys):
+    import datasets
+
+    monkeypatch.chdir(tmp_path)
+    for part in ("train", "validation", "test"):
+        rows = datasets.Dataset.from_dict({"sentence": ["a b c"] * 50})
+        (tmp_path / "data" / "ptb").mkdir(parents=True, exist_ok=True)
+        rows.to_parquet(tmp_path / "data" / "ptb" / f"{part}.parquet")
+    assert command("reproduce", "ablation", "--data-dir", "data") == 2
+    said = capsys.readouterr().err
+    assert "ptb has 200 words to train on, and this budget reads 200,000" in said
+    assert not (tmp_path / "records").exists()

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from softsphere_lab.errors import LabError
-from softsphere_lab.progress import tell_stopped, terminal
+from softsphere_lab.progress import print_stopped, standard_console
 from softsphere_lab.records.folder import Record, write
 from softsphere_lab.timing.setting import Setting
 
@@ -108,7 +108,7 @@ def run(
             with record.alone():
                 _measure(listed, record)
         except KeyboardInterrupt:
-            tell_stopped(terminal(), record.folder)
+            print_stopped(standard_console(), record.folder)
             return 130
     except LabError as error:
         print(f"{path.name}: error: {error}", file=sys.stderr)

@@ -9,7 +9,9 @@ from torch.utils._pytree import tree_iter
 
 from _cases import CASES
 from softsphere import LinearSphericalOptions, losses
-from softsphere.engines import choice, chunked, gram
+from softsphere.engines import dispatch
+from softsphere.engines.operators import LinearOperator
+from softsphere.engines.triton import TRITON_INSTALLED
 
 # Small chunks, so that there are several of them, the last one not full.
 ENGINES = {
@@ -18,13 +20,14 @@ ENGINES = {
     "gram": LinearSphericalOptions(engine="gram", class_chunk=100),
 }
 
-if choice.TRITON:
+if TRITON_INSTALLED:
     ENGINES["triton"] = LinearSphericalOptions(engine="triton")
 
-# Those that are operators, and what runs in them: forwards and backwards.
+# The engines that are operators.
 OPERATORS = {
-    "chunked": (chunked.chunked, chunked.forward, chunked.backward),
-    "gram": (gram.gram, gram.forward, gram.backward),
+    name: dispatch.ENGINES[name].statistics
+    for name in ENGINES
+    if isinstance(dispatch.ENGINES[name].statistics, LinearOperator)
 }
 
 SPHERICAL = {name: case[0] for name, case in CASES.items() if isinstance(case[0], losses.Spherical)}

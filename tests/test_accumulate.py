@@ -176,7 +176,7 @@ def test_what_the_statistics_are_given_may_be_written_over_after_their_backward(
         hidden, target = batches(1)[0]
         hidden, target, upstream = hidden.detach(), target[:, None], torch.ones(4, 1).double()
         with head.accumulate():
-            head.accumulation.statistics(hidden, target).c.backward(upstream)
+            head.accumulation.statistics_of_batch(hidden, target).c.backward(upstream)
             if over:
                 for x in (hidden, target, upstream):
                     x.zero_()

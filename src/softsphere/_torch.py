@@ -16,6 +16,8 @@ from torch.autograd import forward_ad
 __all__ = [
     "eager",
     "exporting",
+    "forward_mode_active",
+    "gradients_wanted",
     "is_recorded",
     "is_shared_with_others",
     "transformed",
@@ -54,7 +56,7 @@ def transformed() -> bool:
     """
     if torch.compiler.is_compiling():
         return False
-    return transforms_active() or forward_ad._current_level >= 0
+    return transforms_active() or forward_mode_active()
 
 
 def exporting() -> bool:
@@ -66,6 +68,31 @@ def exporting() -> bool:
 def is_recorded(*given: Tensor | None) -> bool:
     """Whether autograd records a computation with these tensors."""
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
+
+
+def forward_mode_active() -> bool:
+    """Whether forward-mode derivatives are being computed. False while a graph is compiled."""
+    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+
+
+def gradients_wanted(ctx: Any, count: int) -> list[bool]:
+    """Whether a running backward has to return the gradients of its first `count` tensors.
+
+    `ctx.needs_input_grad` alone says whether they required a gradient in the forward, which is
+    also so for those that torch.autograd.grad has not been asked for.
+    """
+    nodes = [node for node, _ in ctx.next_functions[:count]]
+    return [
+        needed and node is not None and _runs_in_this_backward(node)
+        for needed, node in zip(ctx.needs_input_grad[:count], nodes, strict=True)
+    ]
+
+
+def _runs_in_this_backward(node: Any) -> bool:
+    try:
+        return bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError:  # a leaf that torch.autograd.grad has been asked for
+        return True
 
 
 def eager(reason: str) -> Callable[[Function], Function]:

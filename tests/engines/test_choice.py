@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import re
 
@@ -10,8 +11,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from softsphere import LinearSphericalOptions
-from softsphere.engines import choice, choose, chunked, gram
-from softsphere.engines import dispatch as linear
+from softsphere.engines import choose, chunked, dense, dispatch, gram, triton
+from softsphere.engines.dispatch import linear_statistics
+from softsphere.engines.engine import Settings, Workload
 from softsphere.functional import linear_spherical_loss
 
 SIZES = list(
@@ -37,7 +39,7 @@ def test_it_is_pure_and_gives_its_numbers():
 def test_dense_outputs_are_never_larger_than_the_limit():
     for m, D, d, dtype, device in SIZES:
         if choose(m, D, d, dtype, device).engine == "dense":
-            assert 4 * m * D * dtype.itemsize <= choice.LOGITS_LIMIT
+            assert 4 * m * D * dtype.itemsize <= dense.LOGITS_LIMIT
 
 
 @pytest.mark.parametrize(
@@ -74,7 +76,7 @@ def test_outputs_take_no_more_than_is_counted(name, dtype, prior):
         if event.name() == "[memory]":
             held += event.nbytes()
             peak = max(peak, held)
-    assert peak <= 1.1 * choice.logits_bytes(m, D, dtype) + 8 * W.numel()
+    assert peak <= 1.1 * Workload(m, D, d, 1, 0, dtype, "cpu", False).outputs_bytes + 8 * W.numel()
 
 
 @pytest.mark.parametrize(
@@ -108,7 +110,7 @@ def test_triton_is_for_a_gpu_that_has_it_and_few_rows():
 
 def test_chunks_do_not_shrink_with_the_shape():
     """Tiles of a size that follows from D/d come down to single rows where D/d ≥ m."""
-    rows, classes = chunked.tile(LinearSphericalOptions())
+    rows, classes = chunked.tile(Settings(False, None, None, torch.float32, False))
     assert rows >= 256 and classes >= 256
     for d in (1, 64, 8192, 1 << 20):
         assert gram.chunk_size(torch.empty(1, d), None) >= 256
@@ -118,22 +120,23 @@ def test_chunks_do_not_shrink_with_the_shape():
 def test_auto_asks_and_a_name_does_not(monkeypatch):
     asked = []
 
-    def chosen(*sizes):
-        asked.append(sizes)
+    def chosen(work):
+        asked.append(work)
         return "chunked"
 
     def refuse(*args, **kwargs):
         raise AssertionError("another engine was run")
 
-    monkeypatch.setattr(choice, "cheapest", chosen)
+    monkeypatch.setattr(dispatch, "cheapest", chosen)
     for other in ("dense", "gram"):
-        monkeypatch.setitem(linear.ENGINES, other, refuse)
+        found = dataclasses.replace(dispatch.ENGINES[other], statistics=refuse)
+        monkeypatch.setitem(dispatch.ENGINES, other, found)
     H, W, target = torch.randn(3, 4), torch.randn(9, 4), torch.zeros(3, 1, dtype=torch.long)
     call = {"b": None, "target": target, "pi": None, "centred": False}
-    linear.statistics(H, W, **call, options=LinearSphericalOptions())
-    assert asked == [(3, 9, 4, torch.float32, "cpu", 1, False, choice.TRITON)]
+    linear_statistics(H, W, **call, options=LinearSphericalOptions())
+    assert asked == [Workload(3, 9, 4, 1, 0, torch.float32, "cpu", triton.TRITON_INSTALLED)]
     with pytest.raises(AssertionError, match="another engine"):
-        linear.statistics(H, W, **call, options=LinearSphericalOptions(engine="gram"))
+        linear_statistics(H, W, **call, options=LinearSphericalOptions(engine="gram"))
     assert len(asked) == 1
 
 
@@ -142,12 +145,12 @@ def test_triton_says_what_it_lacks(monkeypatch):
     call = {"b": None, "target": target, "pi": None, "centred": False}
     options = LinearSphericalOptions(engine="triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(choice, "TRITON", False)
+    monkeypatch.setattr(triton, "TRITON_INSTALLED", False)
     with pytest.raises(ImportError, match=r"needs the triton package.*'gram' or 'chunked'"):
-        linear.statistics(H, W, **call, options=options)
-    monkeypatch.setattr(choice, "TRITON", True)
+        linear_statistics(H, W, **call, options=options)
+    monkeypatch.setattr(triton, "TRITON_INSTALLED", True)
     with pytest.raises(ValueError, match=r"CUDA device, got cpu.*TRITON_INTERPRET=1"):
-        linear.statistics(H, W, **call, options=options)
+        linear_statistics(H, W, **call, options=options)
 
 
 WRONG = {

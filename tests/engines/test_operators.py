@@ -8,36 +8,40 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from _engines import ENGINES, OPERATORS, Largest, layer
 from softsphere import checks
+from softsphere.engines.engine import Gradients, Inputs, Settings
 from softsphere.functional import linear_spherical_loss
 
+# Triton's backward holds a block of 2²⁵ outputs.
+IN_TILES = [name for name in OPERATORS if name != "triton"]
 
-def arguments(name, m=5, D=63, d=4, K=2, bias=True, prior=True, centred=False, dtype=None):
-    """Positional arguments of an operator."""
+
+def arguments(m=5, D=63, d=4, K=2, bias=True, prior=True, centred=False, dtype=None):
+    """What an engine is given."""
     torch.manual_seed(0)
     H, W, b = layer(m, D, d, dtype or torch.float64, bias)
     pi = checks.prior(torch.rand(D).double() + 0.2) if prior else None
-    sizes = {"gram": (20,), "chunked": (2, 20)}[name]
-    return H, W, b, torch.randint(D, (m, K)), pi, centred, *sizes, torch.float64, False
+    x = Inputs(H, W, b, torch.randint(D, (m, K)), pi)
+    return x, Settings(centred, 2, 20, torch.float64, False)
 
 
-def back(name, given, saved, needs=(True, True, True)):
-    """Arguments of the operator for the way back."""
-    H, W, b, target, pi, _, *sizes, _, deterministic = given
-    g = torch.randn(len(H)), torch.randn(len(H)), torch.randn(target.shape)
-    return *(x.double() for x in g), H, W, b, target, pi, *saved, *sizes, deterministic, needs
+def upstream(x):
+    given = torch.randn(len(x.H)), torch.randn(len(x.H)), torch.randn(x.target.shape)
+    return Gradients(*(g.double() for g in given))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("name", OPERATORS)
 def test_opcheck(name, bias, dtype):
-    operator, forward, _ = OPERATORS[name]
-    given = arguments(name, bias=bias, prior=bias, centred=bias, dtype=dtype)
-    torch.library.opcheck(operator, given)
-    given = [x.detach() if isinstance(x, torch.Tensor) else x for x in given]
-    needs = [True, True, bias]
-    args = back(name, given, forward(*given)[3:], needs)
-    torch.library.opcheck(getattr(torch.ops.softsphere, f"{name}_backward").default, args)
+    engine = OPERATORS[name]
+    if name == "triton" and dtype == torch.bfloat16:
+        pytest.skip("takes the sums of bfloat16 in float32")
+    x, how = arguments(bias=bias, prior=bias, centred=bias, dtype=dtype)
+    torch.library.opcheck(engine.forward_operator, (*x, *how))
+    x = Inputs(*(None if t is None else t.detach() for t in x))
+    kept = engine.forward(x, how)[3:]
+    args = (*upstream(x), *x, *kept, *how, [True, True, bias])
+    torch.library.opcheck(engine.backward_operator, args)
 
 
 @pytest.mark.parametrize("loss", ["taylor_softmax", "z_loss"])
@@ -62,11 +66,10 @@ def test_it_compiles_whole(engine, loss):
 
 def both_ways(name, frozen=False, **sizes):
     """Runs an operator's implementation forwards and backwards."""
-    given = arguments(name, **sizes)
-    _, forward, backward = OPERATORS[name]
-    needs = [True, not frozen, given[2] is not None and not frozen]
+    x, how = arguments(**sizes)
+    engine, needs = OPERATORS[name], (True, not frozen, x.b is not None and not frozen)
     with torch.no_grad():
-        backward(*back(name, given, forward(*given)[3:], needs))
+        engine.backward(upstream(x), x, engine.forward(x, how)[3:], how, needs)
 
 
 def flops(name, **sizes):
@@ -111,7 +114,7 @@ def test_the_work_of_chunked():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("centred", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("name", IN_TILES)
 def test_nothing_of_rows_by_classes_is_made(name, bias, centred, dtype):
     m, D, d = 64, 1000, 4
     with Largest() as largest:
@@ -120,20 +123,20 @@ def test_nothing_of_rows_by_classes_is_made(name, bias, centred, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("name", IN_TILES)
 def test_no_copy_of_the_weight_is_made(name, dtype):
     """Where W wants no gradient, nothing is as large as W."""
-    given = list(arguments(name, m=64, D=1000, d=4, centred=True, dtype=dtype))
-    _, forward, backward = OPERATORS[name]
+    x, how = arguments(m=64, D=1000, d=4, centred=True, dtype=dtype)
+    engine = OPERATORS[name]
     with torch.no_grad(), Largest() as largest:
-        backward(*back(name, given, forward(*given)[3:], [True, False, False]))
+        engine.backward(upstream(x), x, engine.forward(x, how)[3:], how, (True, False, False))
     assert largest.numel <= 1000  # as b
 
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_deterministic_is_the_same_on_a_cpu(name):
-    given = arguments(name)
-    one, two = (OPERATORS[name][0](*given[:-1], flag) for flag in (False, True))
-    one, two = (torch.autograd.grad(x[1].sum() + x[2].sum(), given[:3]) for x in (one, two))
+    x, how = arguments()
+    one, two = (OPERATORS[name](x, how._replace(deterministic=flag)) for flag in (False, True))
+    one, two = (torch.autograd.grad(y[1].sum() + y[2].sum(), x[:3]) for y in (one, two))
     for x, y in zip(one, two, strict=True):
         assert torch.equal(x, y)

@@ -18,18 +18,16 @@ pytest.importorskip("triton")
 CUDA = torch.cuda.is_available()
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
+from softsphere import LinearSphericalOptions  # noqa: E402
 from softsphere.engines import launch, triton  # noqa: E402
+from softsphere.engines.dispatch import linear_statistics  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 
 
-@dataclass(frozen=True)
-class Options:
-    row_chunk: int | None = None
-    class_chunk: int | None = None
-    accumulate_dtype: torch.dtype = torch.float32
-    deterministic: bool = True
+def Options(**given):
+    return LinearSphericalOptions(engine="triton", **given)
 
 
 @pytest.fixture(autouse=True)
@@ -54,8 +52,10 @@ class Case:
     pi: Tensor | None
     centred: bool
 
-    def statistics(self, options: Options | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        x = triton.statistics(
+    def statistics(
+        self, options: LinearSphericalOptions | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        x = linear_statistics(
             self.H,
             self.W,
             self.b,
@@ -237,7 +237,7 @@ def test_blocks_of_the_gradient_are_bounded(monkeypatch):
         real(*args)
 
     monkeypatch.setattr(launch, "output_gradient", spy)
-    monkeypatch.setattr(triton, "BLOCK", 10_000)
+    monkeypatch.setattr(triton, "_BLOCK", 10_000)
     case = make(33, 700, 6, 1)
     got, want = case.statistics(), case.explicit()
     assert_same(case.gradients(got, got), case.gradients(want, want))
@@ -323,18 +323,9 @@ def test_the_same_bits_twice():
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-@pytest.mark.parametrize("centred", [False, True])
-def test_operators(centred):
-    case = make(3, 20, 4, 2, prior=True, bias=True, centred=centred)
-    args = (case.H, case.W, case.b, case.target, case.pi)
-    torch.library.opcheck(triton.triton_statistics, (*args, centred, 0))
-    assert not triton.triton_statistics(*args, centred, 0)[3].requires_grad
-    with torch.no_grad():
-        s, q, c, mean = triton.triton_statistics(*args, centred, 0)
-        plain = [None if x is None else x.detach() for x in args]
-        for needs in ([True, True, True], [False, True, False]):
-            torch.library.opcheck(triton.triton_gradients, (s, q, c, *plain, mean, 0, needs))
-        torch.library.opcheck(triton.triton_gram, (case.W.detach(), case.pi, None))
+def test_the_operator_of_the_gram_kernel():
+    case = make(3, 20, 4, 2, prior=True)
+    torch.library.opcheck(triton._gram_operator, (case.W.detach(), case.pi, None))
 
 
 def test_rounds_products_as_pytorch_does(monkeypatch):
@@ -374,8 +365,10 @@ def test_without_triton():
     says = python(
         "-c",
         "import sys; sys.modules['triton'] = None\n"
-        "import softsphere\n"
-        "try:\n    import softsphere.engines.triton\n"
+        "import torch, softsphere\n"
+        "how = softsphere.LinearSphericalOptions(engine='triton')\n"
+        "head = softsphere.LinearSphericalLoss(2, 3, options=how)\n"
+        "try:\n    head(torch.ones(1, 2), torch.tensor([0]))\n"
         "except ImportError as e:\n    print(e)",
     )
     assert "`pip install triton`" in says

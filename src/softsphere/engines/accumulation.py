@@ -10,8 +10,9 @@ from torch.autograd import forward_ad
 from torch.nn.parallel import DistributedDataParallel
 
 from softsphere.engines import moments
+from softsphere.engines.engine import Gradients, Inputs
 from softsphere.engines.gram import chunk_size
-from softsphere.engines.moments import Gradients, Moments
+from softsphere.engines.moments import Moments
 from softsphere.engines.options import LinearSphericalOptions
 from softsphere.engines.pending import Share, shares_of, waiting, withdraw
 from softsphere.engines.weight import accumulator, scatter
@@ -97,15 +98,14 @@ class Accumulation:
             )
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def statistics(self, H: Tensor, target: Tensor) -> Stats:
+    def statistics_of_batch(self, H: Tensor, target: Tensor) -> Stats:
         """Statistics of H (m, d) for targets (m, K), in O(m d²) but for the first time."""
         self.check()
         check_wrapper()
         if self.moments is None:
             with torch.no_grad(), torch.autocast(H.device.type, enabled=False):
-                self.moments = moments.moments(
-                    self.W, self.b, self.pi, self.centred, self.size, self.dtype
-                )
+                inputs = Inputs(H, self.W, self.b, target, self.pi)
+                self.moments = moments.moments(inputs, self.centred, self.size, self.dtype)
         stand = tuple(self.stand_in(x) for x in (self.W, self.b))
         s, q, c = KeptStatistics.apply(H, *stand, target, self)  # type: ignore[no-untyped-call]
         pi = None if self.pi is None else self.pi[target]
@@ -130,7 +130,7 @@ class Accumulation:
         """What one batch gives to the gradients that are wanted, one at least."""
         assert self.moments is not None
         with torch.autocast(H.device.type, enabled=False):
-            small = moments.small_gradient(H, self.moments, g, len(self.W))
+            small = moments.small_gradient(H, self.moments, g)
         # copies, since whose they are may write over them after the backward
         entry = H.clone(), target.clone(), g.c.clone()
         pair = zip((self.W, self.b), wanted, strict=True)
@@ -200,7 +200,7 @@ class KeptStatistics(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         assert a.moments is not None
         with torch.autocast(H.device.type, enabled=False):
-            s, q, c, P = moments.statistics(H, a.W, a.b, target, a.moments)
+            s, q, c, P = moments.quadratic_statistics(H, a.W, a.b, target, a.moments)
         ctx.accumulation, ctx.stood_in = a, W is not a.W or b is not a.b
         ctx.save_for_backward(H, target, P)
         return s, q, c

@@ -1,32 +1,35 @@
-"""(s, q, c) of H Wᵀ + b from the outputs themselves: the reference."""
+"""The engine "dense": (s, q, c) of H Wᵀ + b from the outputs themselves, the reference."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from softsphere.engines import row_statistics as logits
-from softsphere.engines.options import LinearSphericalOptions
-from softsphere.stats import Stats
+from softsphere.engines import row_statistics
+from softsphere.engines.engine import Engine, Inputs, Settings, Workload
 
-__all__ = ["statistics"]
+__all__ = ["DENSE", "LOGITS_LIMIT"]
+
+# The memory that the outputs may take where the engine is chosen, together with their gradient and
+# the float32 tensors that are made of them on the way: a small part of any machine's memory.
+LOGITS_LIMIT = 1 << 30
 
 
-def statistics(
-    H: Tensor,
-    W: Tensor,
-    b: Tensor | None,
-    target: Tensor,
-    pi: Tensor | None,
-    *,
-    centred: bool,
-    options: LinearSphericalOptions,
-) -> Stats:
-    """Statistics of H (m, d), W (D, d), b (D) for targets (m, K) with a tensor of m × D outputs.
-
-    6 m D d FLOPs forwards and backwards. centred: as for logits.
-    """
-    o = torch.nn.functional.linear(H, W, b)
-    if options.accumulate_dtype == torch.float64:
+def _statistics_of_outputs(x: Inputs, how: Settings) -> tuple[Tensor, Tensor, Tensor]:
+    """s, q and c, with a tensor of m × D outputs in the dtype of H."""
+    o = torch.nn.functional.linear(x.H, x.W, x.b)
+    if how.dtype == torch.float64:
         o = o.double()
-    return logits.statistics(o, target, pi, centred=centred)
+    found = row_statistics.statistics(o, x.target, x.pi, centred=how.centred)
+    return found.s, found.q, found.c
+
+
+def _cost(work: Workload) -> float:
+    return 6 * work.m * work.D * work.n + work.passes
+
+
+def _fits(work: Workload) -> bool:
+    return work.outputs_bytes <= LOGITS_LIMIT
+
+
+DENSE = Engine("dense", _statistics_of_outputs, _cost, able=_fits, transforms=True)

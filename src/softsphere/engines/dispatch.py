@@ -1,46 +1,33 @@
-"""The engines of a linear output layer by name."""
+"""The list of engines, and the statistics of a linear layer by the engine that options name."""
 
 from __future__ import annotations
 
-import os
-from typing import Protocol
+import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from softsphere._torch import transforms_active
-from softsphere.engines import choice, chunked, dense, gram
-from softsphere.engines.options import LinearSphericalOptions
+from softsphere._torch import forward_mode_active, transforms_active
+from softsphere.engines.chunked import CHUNKED
+from softsphere.engines.dense import DENSE
+from softsphere.engines.engine import Engine, Inputs, Settings, Workload
+from softsphere.engines.gram import GRAM
+from softsphere.engines.triton import TRITON, TRITON_INSTALLED
+from softsphere.engines.weight import accumulator
 from softsphere.stats import Stats
 
-__all__ = ["ENGINES", "Engine", "statistics"]
+if TYPE_CHECKING:  # options.py reads the list of engines
+    from softsphere.engines.options import LinearSphericalOptions
+
+__all__ = ["ENGINES", "cheapest", "linear_statistics", "settings"]
+
+# Every engine there is. A new one is a line here.
+ENGINES: dict[str, Engine] = {engine.name: engine for engine in (DENSE, CHUNKED, GRAM, TRITON)}
 
 
-class Engine(Protocol):
-    """(s, q, c) of H Wᵀ + b, with gradients by H, W and b."""
-
-    def __call__(
-        self,
-        H: Tensor,
-        W: Tensor,
-        b: Tensor | None,
-        target: Tensor,
-        pi: Tensor | None,
-        *,
-        centred: bool,
-        options: LinearSphericalOptions,
-    ) -> Stats: ...
-
-
-ENGINES: dict[str, Engine] = {
-    "dense": dense.statistics,
-    "chunked": chunked.statistics,
-    "gram": gram.statistics,
-}
-
-
-def statistics(
+def linear_statistics(
     H: Tensor,
     W: Tensor,
     b: Tensor | None,
@@ -49,42 +36,79 @@ def statistics(
     *,
     centred: bool,
     options: LinearSphericalOptions,
+    mass: float | Tensor | None = None,
 ) -> Stats:
-    """Statistics of H (m, d), W (D, d), b (D) for targets (m, K) by the engine of the options."""
-    name = options.engine
-    eager = not torch.compiler.is_compiling()
-    forward_mode = eager and forward_ad._current_level >= 0
-    transforms = eager and transforms_active()
-    if name == "auto":
-        (m, K), (D, d) = target.shape, W.shape
-        # the kernels sum in what the inputs are summed in, and nothing wider
-        triton = choice.TRITON and options.accumulate_dtype == torch.float32 and H.dtype == W.dtype
-        name = choice.cheapest(m, D, d, H.dtype, H.device.type, K, b is not None, triton)
-        if forward_mode or transforms:
-            # the operators of the others have no rule for them
-            name = "dense"
-    elif name != "dense" and (forward_mode or transforms):
-        what = "forward-mode derivative" if forward_mode else "rule for torch.func transforms"
-        raise RuntimeError(f"engine={name!r} has no {what}; use engine='dense' (or 'auto')")
-    engine = ENGINES.get(name) or kernels(H.device)
-    return engine(H, W, b, target, pi, centred=centred, options=options)
+    """The statistics of the outputs H Wᵀ + b by the engine that `options` name or choose.
 
+    Args:
+        H: (m, d), the hidden rows.
+        W: (D, d), the weight.
+        b: (D) or None, the bias.
+        target: (m, K), the target classes of each row.
+        pi: (D) or None, the base measure; zero for a class that takes no part.
+        centred: whether the mean output of each row is taken off all of its outputs. s is then 0,
+            and q is a true sum of squares.
+        options: which engine, and how it computes.
+        mass: M = Σ π_k as the losses see it; None stands for D.
 
-def kernels(device: torch.device) -> Engine:
-    """The triton engine, imported when it is first wanted.
+    Returns the statistics in float32 or wider, differentiable with respect to H, W and b.
 
-    Raises: ImportError where triton is not installed, ValueError for a device it has no code for.
+    Raises RuntimeError if a named engine is used in forward mode or inside a torch.func transform
+    that it has no rule for, and what the engine's own check raises.
     """
-    if not choice.TRITON:
-        raise ImportError(
-            "engine='triton' needs the triton package, which is not installed; "
-            "install it, or use engine='auto', 'gram' or 'chunked'"
-        )
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError(
-            f"engine='triton' needs tensors on a CUDA device, got {device}; use engine='auto', "
-            "'gram' or 'chunked', or set TRITON_INTERPRET=1 to debug its kernels"
-        )
-    from softsphere.engines import triton
+    x = Inputs(H, W, b, target, pi)
+    how = settings(x, options, centred=centred)
+    engine = _engine(x, options)
+    engine.check(x, how)
+    s, q, c = engine.statistics(x, how)
+    total = float(W.shape[0]) if mass is None else mass
+    return Stats(s, q, c, total, pi=None if pi is None else pi[target])
 
-    return triton.statistics
+
+def settings(x: Inputs, options: LinearSphericalOptions, *, centred: bool) -> Settings:
+    """How an engine computes with these tensors under these options."""
+    return Settings(
+        centred,
+        options.row_chunk,
+        options.class_chunk,
+        accumulator(x.H, x.W, options.accumulate_dtype),
+        options.deterministic,
+    )
+
+
+def _engine(x: Inputs, options: LinearSphericalOptions) -> Engine:
+    forward_mode = forward_mode_active()
+    # a compiler traces what a transform makes of the operators
+    transforms = not torch.compiler.is_compiling() and transforms_active()
+    if options.engine != "auto":
+        engine = ENGINES[options.engine]
+        if (forward_mode or transforms) and not engine.transforms:
+            lacking = (
+                "forward-mode derivative" if forward_mode else "rule for torch.func transforms"
+            )
+            raise RuntimeError(
+                f"engine={engine.name!r} has no {lacking}; use engine='dense' (or 'auto')"
+            )
+        return engine
+    if forward_mode or transforms:
+        return DENSE
+    (m, K), (D, d) = x.target.shape, x.W.shape
+    # The kernels take sums in the dtype of their inputs, and need the same one for H and W.
+    kernels = options.accumulate_dtype == torch.float32 and x.H.dtype == x.W.dtype
+    bias, device = int(x.b is not None), x.H.device.type
+    work = Workload(m, D, d, K, bias, x.H.dtype, device, TRITON_INSTALLED and kernels)
+    return ENGINES[cheapest(work)]
+
+
+def cheapest(work: Workload, engines: Iterable[Engine] | None = None) -> str:
+    """The name of the engine that costs least among those that are able to do the work.
+
+    A compiler can trace this with sizes that are not known yet.
+    """
+    best, least = CHUNKED.name, math.inf
+    for engine in ENGINES.values() if engines is None else engines:
+        if engine.able(work):
+            cost = engine.cost(work)
+            if cost < least:
+                best, least = engine.name, cost
+    return best

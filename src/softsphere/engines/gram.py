@@ -1,4 +1,6 @@
-"""(s, q, c) of H Wᵀ + b from the Gram matrix of [W b]: O(D d²), and nothing of m × D.
+"""The engine "gram": (s, q, c) of H Wᵀ + b from the Gram matrix of [W b].
+
+A step costs O(D d²) FLOPs and makes no tensor of m × D entries.
 
 Source: Vincent, de Brébisson & Bouthillier 2015, arXiv:1412.7091; the Gram identity for squared
 losses also in Krichene et al. 2018, arXiv:1807.07187.
@@ -6,164 +8,68 @@ losses also in Krichene et al. 2018, arXiv:1807.07187.
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor
 
 from softsphere.engines import moments
-from softsphere.engines.moments import Gradients, Moments
-from softsphere.engines.operators import (
-    differentiable_once,
-    empty_gradients,
-    upstream,
-    where_needed,
-)
-from softsphere.engines.options import LinearSphericalOptions
-from softsphere.engines.weight import accumulator, scatter
-from softsphere.stats import Stats
+from softsphere.engines.engine import Engine, Gradients, Inputs, Settings, Workload
+from softsphere.engines.moments import Moments
+from softsphere.engines.operators import LinearOperator
+from softsphere.engines.weight import scatter
 
-__all__ = ["backward", "chunk_size", "forward", "statistics"]
+__all__ = ["GRAM", "chunk_size"]
 
-# Numbers of W in a chunk: enough for products at full speed, few enough for what is copied of it.
-CHUNK, CHUNK_ON_GPU = 1 << 23, 1 << 25
+# Entries of W in a chunk: enough for products at full speed, few enough for what is copied of it.
+_CHUNK, _CHUNK_ON_GPU = 1 << 23, 1 << 25
+# FLOPs that take as long as one entry of H and its rows of W at the targets, which are read,
+# multiplied, summed and added.
+_FLOPS_PER_INPUT = 800
+# FLOPs that take as long as what the engine does besides products.
+_OVERHEAD = 5e7
 
 
 def chunk_size(W: Tensor, given: int | None) -> int:
-    """Rows of W in a chunk, never few of them."""
-    numbers = CHUNK_ON_GPU if W.is_cuda else CHUNK
+    """Rows of W in a chunk; at least 256 unless they are given."""
+    numbers = _CHUNK_ON_GPU if W.is_cuda else _CHUNK
     return given or max(256, numbers // max(W.shape[1], 1))
 
 
-def statistics(
-    H: Tensor,
-    W: Tensor,
-    b: Tensor | None,
-    target: Tensor,
-    pi: Tensor | None,
-    *,
-    centred: bool,
-    options: LinearSphericalOptions,
-) -> Stats:
-    """Statistics of H (m, d), W (D, d), b (D) for targets (m, K); no m × D tensor, no copy of W.
+def _forward(x: Inputs, how: Settings) -> tuple[Tensor, ...]:
+    """s, q, c, and for the backward P, S, r and the shift (zero unless centred).
 
-    4 D d² + 4 m d² FLOPs forwards and backwards, less for d ≥ 512. centred: as for logits. q is
-    right to the accumulating dtype's digits of ‖S‖ ‖h‖², not of itself: where h is nearly
-    orthogonal to all of W, accumulate in float64.
+    q is right to the digits of ‖S‖ ‖h‖², not of itself: where h is nearly orthogonal to all of W,
+    accumulate in float64.
     """
-    size = chunk_size(W, options.class_chunk)
-    dtype = accumulator(H, W, options.accumulate_dtype)
-    s, q, c, *_ = gram(H, W, b, target, pi, centred, size, dtype, options.deterministic)
-    return Stats(s, q, c, float(len(W)), pi=None if pi is None else pi[target])
+    at = moments.moments(x, how.centred, chunk_size(x.W, how.class_chunk), how.dtype)
+    shift = at.r.new_zeros(at.r.shape) if at.shift is None else at.shift
+    return *moments.quadratic_statistics(x.H, x.W, x.b, x.target, at), at.S, at.r, shift
 
 
-def forward(
-    H: Tensor,
-    W: Tensor,
-    b: Tensor | None,
-    target: Tensor,
-    pi: Tensor | None,
-    centred: bool,
-    size: int,
-    dtype: torch.dtype,
-    deterministic: bool,
-) -> tuple[Tensor, ...]:
-    """s, q, c, and for the way back P, S, r and the shift (of no entries where there is none)."""
-    with torch.autocast(H.device.type, enabled=False):
-        at = moments.moments(W, b, pi, centred, size, dtype)
-        shift = at.r.new_empty(0) if at.shift is None else at.shift
-        return *moments.statistics(H, W, b, target, at), at.S, at.r, shift
-
-
-def backward(
-    gs: Tensor,
-    gq: Tensor,
-    gc: Tensor,
-    H: Tensor,
-    W: Tensor,
-    b: Tensor | None,
-    target: Tensor,
-    pi: Tensor | None,
-    P: Tensor,
-    S: Tensor,
-    r: Tensor,
-    shift: Tensor,
-    size: int,
-    deterministic: bool,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """∂H, ∂W and ∂b, of no entries where not needed."""
-    at, g = Moments(S, r, shift if len(shift) else None), Gradients(gs, gq, gc)
-    dH, dW, db = empty_gradients(H, W, b, needs)
-    with torch.autocast(H.device.type, enabled=False):
-        if needs[0]:
-            dH = moments.hidden_gradient(W, target, P, at, g).to(H.dtype)
-        out = dW if needs[1] else None, db.zero_() if needs[2] else None
-        if needs[1] or needs[2]:
-            small = moments.small_gradient(H, at, g, len(W))
-            moments.dense_gradient(W, b, pi, at.shift, small, out, size, fresh=True)
-            scatter(out, H, target, gc, deterministic)
+def _backward(
+    g: Gradients,
+    x: Inputs,
+    kept: tuple[Tensor, ...],
+    how: Settings,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """∂H, ∂W and ∂b."""
+    H, W, b, target, pi = x
+    P, S, r, shift = kept
+    at = Moments(S, r, shift if how.centred else None, x.mass)
+    dH = moments.hidden_gradient(W, target, P, at, g).to(H.dtype) if needs[0] else None
+    dW = W.new_empty(W.shape) if needs[1] else None
+    db = b.new_zeros(b.shape) if b is not None and needs[2] else None
+    if needs[1] or needs[2]:
+        small, size = moments.small_gradient(H, at, g), chunk_size(W, how.class_chunk)
+        moments.dense_gradient(W, b, pi, at.shift, small, (dW, db), size, fresh=True)
+        scatter((dW, db), H, target, g.c, how.deterministic)
     return dH, dW, db
 
 
-gram = torch.library.custom_op(
-    "softsphere::gram",
-    forward,
-    mutates_args=(),
-    schema="(Tensor H, Tensor W, Tensor? b, Tensor target, Tensor? pi, bool centred, int size, "
-    "ScalarType dtype, bool deterministic) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-gram_backward = torch.library.custom_op(
-    "softsphere::gram_backward",
-    backward,
-    mutates_args=(),
-    schema="(Tensor gs, Tensor gq, Tensor gc, Tensor H, Tensor W, Tensor? b, Tensor target, "
-    "Tensor? pi, Tensor P, Tensor S, Tensor r, Tensor shift, int size, bool deterministic, "
-    "bool[] needs) -> (Tensor, Tensor, Tensor)",
-)
+def _cost(work: Workload) -> float:
+    products = 4 * (work.D + work.m) * work.n**2
+    return products + work.target_rows + _FLOPS_PER_INPUT * work.m * work.n + _OVERHEAD
 
 
-@gram.register_fake
-def _(
-    H: Tensor,
-    W: Tensor,
-    b: Tensor | None,
-    target: Tensor,
-    pi: Tensor | None,
-    centred: bool,
-    size: int,
-    dtype: torch.dtype,
-    deterministic: bool,
-) -> tuple[Tensor, ...]:
-    def new(*shape: int) -> Tensor:
-        return H.new_empty(shape, dtype=dtype)
-
-    (m, d), K = H.shape, target.shape[1]
-    n = d if b is None else d + 1
-    return new(m), new(m), new(m, K), new(m, d), new(n, n), new(n), new(n if centred else 0)
-
-
-@gram_backward.register_fake
-def _(
-    gs: Tensor, gq: Tensor, gc: Tensor, H: Tensor, W: Tensor, b: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return empty_gradients(H, W, b, rest[-1])
-
-
-def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    H, W, b, target, pi, _, ctx.size, ctx.dtype, ctx.deterministic = inputs
-    ctx.save_for_backward(H, W, b, target, pi, *output[3:])
-    ctx.mark_non_differentiable(*output[3:])
-    ctx.set_materialize_grads(False)
-
-
-def pull(ctx: Any, gs: Any, gq: Any, gc: Any, *_: None) -> tuple[Tensor | None, ...]:
-    saved, needs = ctx.saved_tensors, list(ctx.needs_input_grad[:3])
-    g = upstream(gs, gq, gc, saved[3], ctx.dtype)
-    grads = gram_backward(*g, *saved, ctx.size, ctx.deterministic, needs)
-    return *where_needed(grads, needs), *[None] * 6
-
-
-gram.register_autograd(pull, setup_context=save)
-differentiable_once(gram_backward)
+# kept: P (m, d), S (n, n), r (n) and the shift (n)
+_OPERATOR = LinearOperator("gram", _forward, _backward, keeps=("md", "nn", "n", "n"))
+GRAM = Engine("gram", _OPERATOR, _cost, chunks=("class_chunk",))

@@ -84,8 +84,10 @@ def output_options(H: Tensor, W: Tensor) -> dict[str, Any]:
     }
 
 
-def mean_output(H: Tensor, W: Tensor, b: Tensor | None, pi: Tensor | None) -> Tensor:
-    """Σ_k π_k o_ik / M (m), from Σ_k π_k W_k and so without the o."""
+def mean_output(
+    H: Tensor, W: Tensor, b: Tensor | None, pi: Tensor | None, mass: float | Tensor
+) -> Tensor:
+    """Σ_k π_k o_ik / M (m), from Σ_k π_k W_k and so without the outputs."""
     (D, d), acc = W.shape, accumulator(W.dtype)
     classes, columns = 32, 128
     across = triton.cdiv(d, columns)
@@ -104,10 +106,10 @@ def mean_output(H: Tensor, W: Tensor, b: Tensor | None, pi: Tensor | None) -> Te
             BN=classes,
             BD=columns,
         )
-    mean = H.to(acc) @ (partial.sum(0) / D)
+    mean = H.to(acc) @ (partial.sum(0) / mass)
     if b is None:
         return mean
-    return mean + (b if pi is None else b * pi).mean(dtype=acc)
+    return mean + ((b if pi is None else b * pi).sum(dtype=acc) / mass).to(acc)
 
 
 def sums(

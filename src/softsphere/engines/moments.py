@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from softsphere.engines.engine import Gradients, Inputs
 from softsphere.engines.products import multiplies, product, rounded
 from softsphere.engines.row_statistics import above_rounding
 from softsphere.engines.weight import (
@@ -32,13 +33,12 @@ from softsphere.engines.weight import (
 )
 
 __all__ = [
-    "Gradients",
     "Moments",
     "dense_gradient",
     "hidden_gradient",
     "moments",
+    "quadratic_statistics",
     "small_gradient",
-    "statistics",
 ]
 
 # Columns of a block of a symmetric product, of which only the upper blocks are formed.
@@ -46,46 +46,38 @@ BLOCK = 256
 
 
 class Moments(NamedTuple):
-    """S (n, n), r (n) and the shift (n) or None for zero; n = d, or d + 1 with a b."""
+    """S (n, n), r (n), the shift (n) or None for zero, and M; n = d, or d + 1 with a b."""
 
     S: Tensor
     r: Tensor
     shift: Tensor | None
+    mass: float | Tensor
 
 
-class Gradients(NamedTuple):
-    """Upstream gradients of s (m), q (m) and c (m, K)."""
-
-    s: Tensor
-    q: Tensor
-    c: Tensor
-
-
-def moments(
-    W: Tensor, b: Tensor | None, pi: Tensor | None, centred: bool, size: int, dtype: torch.dtype
-) -> Moments:
+def moments(x: Inputs, centred: bool, size: int, dtype: torch.dtype) -> Moments:
     """Sums of `size` rows in dtype, and sums of those in float64; 2 D d² FLOPs, or D d² + D d."""
-    d = W.shape[1]
+    _, W, b, _, pi = x
+    d, mass = W.shape[1], x.mass
     n = d + (b is not None)
-    shift = mean_row(W, b, pi, size, dtype) if centred else None
+    shift = mean_row(x, size, dtype) if centred else None
     S, r = W.new_zeros(n, n, dtype=torch.float64), W.new_zeros(n, dtype=torch.float64)
     as_is = shift is None and pi is None and multiplies(W, dtype)
     for part in chunks(len(W), size):
-        x, x1 = read(W, b, part, shift, dtype)
+        w, w1 = read(W, b, part, shift, dtype)
         weight = None if pi is None else pi[part].to(dtype)
-        y = x if weight is None else x * weight.unsqueeze(1)
-        factors = (W[part], W[part]) if as_is else (x, y)
+        y = w if weight is None else w * weight.unsqueeze(1)
+        factors = (W[part], W[part]) if as_is else (w, y)
         S[:d, :d] += upper_product(*factors, dtype)
         r[:d] += y.sum(0)
-        if x1 is not None:
-            y1 = x1 if weight is None else x1 * weight
-            S[:d, d] += x1 @ y
-            S[d, d] += x1 @ y1
+        if w1 is not None:
+            y1 = w1 if weight is None else w1 * weight
+            S[:d, d] += w1 @ y
+            S[d, d] += w1 @ y1
             r[d] += y1.sum()
     S = symmetric(S)
     if centred:
-        S = S - torch.outer(r, r / len(W))
-    return Moments(S.to(dtype), r.to(dtype), shift)
+        S = S - torch.outer(r, r / mass)
+    return Moments(S.to(dtype), r.to(dtype), shift, mass)
 
 
 def upper_product(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
@@ -104,7 +96,7 @@ def symmetric(upper: Tensor) -> Tensor:
     return upper.triu() + upper.triu(1).mT
 
 
-def statistics(
+def quadratic_statistics(
     H: Tensor, W: Tensor, b: Tensor | None, target: Tensor, at: Moments
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """s, q (m), c (m, K) and P (m, d), the rows S h without their last entry where there is a b."""
@@ -121,26 +113,26 @@ def statistics(
         return s, q, c, P
     size = H.abs() @ at.shift[:d].abs() + at.shift[d:].abs().sum()
     q = above_rounding(q, size.unsqueeze(1), len(W))
-    return torch.zeros_like(s), q, c - s.unsqueeze(1) / len(W), P
+    return torch.zeros_like(s), q, c - s.unsqueeze(1) / at.mass, P
 
 
-def by_sum(g: Gradients, at: Moments, num_classes: int) -> Tensor:
+def by_sum(g: Gradients, at: Moments) -> Tensor:
     """g_s; centred, what c − μ gives the outputs of all classes."""
-    return g.s if at.shift is None else -g.c.sum(1) / num_classes
+    return g.s if at.shift is None else -g.c.sum(1) / at.mass
 
 
 def hidden_gradient(W: Tensor, target: Tensor, P: Tensor, at: Moments, g: Gradients) -> Tensor:
     """∂H (m, d)."""
-    common = torch.outer(by_sum(g, at, len(W)), at.r[: W.shape[1]])
+    common = torch.outer(by_sum(g, at), at.r[: W.shape[1]])
     out = common.addcmul_(P, 2 * g.q.unsqueeze(1))
     add_target_rows(out, W, target, g.c, at.shift)
     return out
 
 
-def small_gradient(H: Tensor, at: Moments, g: Gradients, num_classes: int) -> tuple[Tensor, Tensor]:
+def small_gradient(H: Tensor, at: Moments, g: Gradients) -> tuple[Tensor, Tensor]:
     """A (n, n) and v (n): all there is of the gradient by [W b] but the rows of the targets."""
     d, n, H = H.shape[1], len(at.r), H.to(at.r.dtype)
-    s = by_sum(g, at, num_classes)
+    s = by_sum(g, at)
     A, v = at.r.new_zeros(n, n), at.r.new_zeros(n)
     A[:d, :d] = symmetric(upper_product(H, H * g.q.unsqueeze(1), H.dtype))
     v[:d] = s @ H
@@ -148,7 +140,7 @@ def small_gradient(H: Tensor, at: Moments, g: Gradients, num_classes: int) -> tu
         A[:d, d] = A[d, :d] = g.q @ H
         A[d, d], v[d] = g.q.sum(), s.sum()
     if at.shift is not None:
-        v = v - 2 * (A @ at.r) / num_classes
+        v = v - 2 * (A @ at.r) / at.mass
     return A, v
 
 

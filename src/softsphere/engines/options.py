@@ -7,27 +7,31 @@ from dataclasses import dataclass
 import torch
 
 from softsphere import checks
+from softsphere.engines.dispatch import ENGINES
 
-__all__ = ["ENGINES", "LinearSphericalOptions", "options_or_default"]
-
-ENGINES = ("auto", "dense", "chunked", "gram", "triton")
-
-# Who works in chunks of the weight's rows, and who in tiles of rows and classes.
-BY_CLASSES = ("auto", "chunked", "gram", "triton")
-BY_ROWS = ("auto", "chunked")
+__all__ = ["LinearSphericalOptions", "options_or_default"]
 
 
 @dataclass(frozen=True)
 class LinearSphericalOptions:
     """Options of `softsphere.LinearSphericalLoss` and `functional.linear_spherical_loss`.
 
-    engine: "auto" asks `softsphere.engines.choose`; a name is never replaced by another engine
-    row_chunk, class_chunk: rows of the input and of the weight in one piece of work (None: by
-        size); of the chunked engine, class_chunk also of gram and triton. With "auto", for when
-        one of those is chosen
-    accumulate_dtype: of sums over classes, at least: float32 or float64. Of what they are sums of,
-        too, but for the outputs of the dense engine, which have the dtype of the input
-    deterministic: no atomic additions on a GPU, which differ from run to run in the last digit
+    Args:
+        engine: "dense", "chunked", "gram", "triton", or "auto", which takes the engine that
+            `softsphere.engines.choose` returns. A named engine is never replaced by another one.
+        row_chunk: number of rows of the input in one piece of work; None leaves it to the engine.
+            Only the chunked engine has a use for it.
+        class_chunk: number of rows of the weight in one piece of work; None leaves it to the
+            engine. The chunked, the gram and the triton engine have a use for it. With "auto" both
+            apply if an engine is chosen that has a use for them.
+        accumulate_dtype: the least precise dtype in which sums over classes are taken, float32 or
+            float64. The summands have this dtype as well, except that the outputs of the dense
+            engine are computed in the dtype of the input.
+        deterministic: whether to avoid atomic additions on a GPU, whose results differ from run to
+            run in the last digit.
+
+    Raises ValueError or TypeError if an option is out of range, has a wrong type, or has no
+    meaning for the engine.
 
     >>> LinearSphericalOptions(engine="gram", accumulate_dtype=torch.float64).engine
     'gram'
@@ -40,16 +44,17 @@ class LinearSphericalOptions:
     deterministic: bool = False
 
     def __post_init__(self) -> None:
-        checks.one_of("engine", self.engine, ENGINES)
-        for name, engines in (("row_chunk", BY_ROWS), ("class_chunk", BY_CLASSES)):
+        checks.one_of("engine", self.engine, ("auto", *ENGINES))
+        for name in ("row_chunk", "class_chunk"):
             size = getattr(self, name)
             if size is None:
                 continue
             checks.at_least_one(name, size)
-            if self.engine not in engines:
+            able = ["auto", *(x.name for x in ENGINES.values() if name in x.chunks)]
+            if self.engine not in able:
                 raise ValueError(
                     f"{name} has no meaning for engine={self.engine!r}, got {size}; "
-                    f"leave it None, or use one of {', '.join(engines)}"
+                    f"leave it None, or use one of {', '.join(able)}"
                 )
         if self.accumulate_dtype not in (torch.float32, torch.float64):
             raise ValueError(
@@ -61,6 +66,7 @@ class LinearSphericalOptions:
 
 
 def options_or_default(options: LinearSphericalOptions | None) -> LinearSphericalOptions:
+    """Returns the options, or the default ones for None; raises TypeError for anything else."""
     if options is None:
         return LinearSphericalOptions()
     if not isinstance(options, LinearSphericalOptions):

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from softsphere.engines.engine import Inputs
+
 __all__ = [
     "accumulator",
     "add_target_rows",
@@ -45,10 +47,9 @@ def read(
     return rows - shift[:d], None if column is None else column - shift[d]
 
 
-def mean_row(
-    W: Tensor, b: Tensor | None, pi: Tensor | None, size: int, dtype: torch.dtype
-) -> Tensor:
+def mean_row(x: Inputs, size: int, dtype: torch.dtype) -> Tensor:
     """Σ_k π_k [W b]_k / M, rounded to dtype: (d), or (d + 1) with a b."""
+    W, b, pi = x.W, x.b, x.pi
     d = W.shape[1]
     total = W.new_zeros(d + (b is not None), dtype=torch.float64)
     for part in chunks(len(W), size):
@@ -56,7 +57,7 @@ def mean_row(
         total[:d] += rows.sum(0) if pi is None else pi[part].to(dtype) @ rows
         if column is not None:
             total[d] += (column if pi is None else column * pi[part]).sum()
-    return (total / len(W)).to(dtype)
+    return (total / x.mass).to(dtype)
 
 
 def target_outputs(

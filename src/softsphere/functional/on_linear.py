@@ -11,7 +11,7 @@ from torch import Tensor
 
 from softsphere import checks, losses
 from softsphere.engines import LinearSphericalOptions, options_or_default
-from softsphere.engines import dispatch as linear
+from softsphere.engines.dispatch import linear_statistics
 from softsphere.engines.weight import accumulator
 from softsphere.functional.conventions import Conventions, mixed_precision
 from softsphere.functional.on_logits import loss_on_logits, spherical_value
@@ -140,7 +140,7 @@ def loss_on_linear(
     assert isinstance(loss, losses.Spherical)
     if statistics is None:
         centred = loss.shift_invariant
-        x = linear.statistics(H, W, b, entries.t, conventions.pi, centred=centred, options=options)
+        x = linear_statistics(H, W, b, entries.t, conventions.pi, centred=centred, options=options)
     else:
         x = statistics(H, entries.t)
     rows = entries.weigh(spherical_value(loss, x, entries, conventions))

@@ -9,7 +9,11 @@ from torch import Tensor, nn
 
 from softsphere import losses
 from softsphere._torch import exporting, is_recorded, transformed
-from softsphere.engines import LinearSphericalOptions, chunked, gram
+from softsphere.engines import LinearSphericalOptions
+from softsphere.engines.chunked import CHUNKED
+from softsphere.engines.dispatch import settings
+from softsphere.engines.engine import Inputs
+from softsphere.engines.gram import GRAM
 from softsphere.engines.row_statistics import accumulator
 from softsphere.engines.weight import chunks
 from softsphere.heads.reader import Reader
@@ -72,8 +76,9 @@ class DenseReader(Reader):
         if not isinstance(self.loss, losses.Normalised):
             return self.log_normaliser_of_outputs(H)
         H = H[:, : self.in_features]
-        engine = gram if len(H) > self.in_features else chunked
+        engine = GRAM if len(H) > self.in_features else CHUNKED
         none = torch.empty(len(H), 0, dtype=torch.long, device=H.device)
         pi = None if self.pi is None else self.pi.to(H.dtype)
-        x = engine.statistics(H, self.W, self.b, none, pi, centred=False, options=self.options)
-        return self.loss.log_normaliser(x.s, x.q, x.mass)
+        x = Inputs(H, self.W, self.b, none, pi)
+        s, q, _ = engine.statistics(x, settings(x, self.options, centred=False))
+        return self.loss.log_normaliser(s, q, float(self.num_classes))

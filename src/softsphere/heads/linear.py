@@ -212,7 +212,7 @@ class LinearSphericalLoss(OutputLayer, WithPrior):
             self.conventions,
             target_values=target_values,
             options=self.options,
-            statistics=None if kept is None else kept.statistics,
+            statistics=None if kept is None else kept.statistics_of_batch,
         )
 
     def _layer(self) -> Affine:

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from _cases import CASES
 from _engines import ENGINES, SPHERICAL, layer
 from softsphere import FactoredSphericalLoss, LinearSphericalOptions, checks
-from softsphere.engines import dispatch as linear
 from softsphere.engines import moments, products
+from softsphere.engines.dispatch import linear_statistics
 from softsphere.engines.factored_statistics import factored_statistics
 from softsphere.functional import linear_spherical_loss, spherical_loss
 
@@ -109,7 +109,7 @@ def test_engines_agree_with_the_factored_layer(engine, prior, centred):
     head.load_state_dict({"weight": W.detach(), "bias": b.detach()})
     target = torch.randint(123, (11, 2))
     pi = None if counts is None else checks.prior(counts)
-    got = linear.statistics(H, W, b, target, pi, centred=centred, options=ENGINES[engine])
+    got = linear_statistics(H, W, b, target, pi, centred=centred, options=ENGINES[engine])
     rows = head._reader().rows_of(H.detach()).requires_grad_()
     want = factored_statistics(rows, head.weight, target, centred=centred)
     for key in ("s", "q", "c", "mass", "pi"):
@@ -177,7 +177,7 @@ def test_retained_graphs_and_two_upstream_gradients(engine):
 def test_expanded_upstream_gradients_are_read_and_left_alone(engine):
     H, W, b = layer(5, 123, 4)
     target = torch.tensor([[0, 2], [7, 1], [7, 7], [122, 5], [3, 9]])
-    x = linear.statistics(H, W, b, target, None, centred=False, options=ENGINES[engine])
+    x = linear_statistics(H, W, b, target, None, centred=False, options=ENGINES[engine])
     one = torch.tensor(0.5).double()
     outputs, inputs = [x.s, x.q, x.c], [H, W, b]
     expanded = [one.expand(y.shape) for y in outputs]
@@ -251,8 +251,8 @@ def test_accumulation_in_float64_of_float32(engine):
     H, W, b = layer(9, 123, 6, torch.float32)
     target = torch.randint(123, (9, 1))
     options = LinearSphericalOptions(engine=engine, accumulate_dtype=torch.float64)
-    x = linear.statistics(H, W, b, target, None, centred=True, options=options)
-    exact = linear.statistics(
+    x = linear_statistics(H, W, b, target, None, centred=True, options=options)
+    exact = linear_statistics(
         *(y.double() for y in (H, W, b)), target, None, centred=True, options=options
     )
     assert x.q.dtype == torch.float64
@@ -319,7 +319,7 @@ def test_sums_over_many_chunks_lose_nothing():
     torch.manual_seed(0)
     H, W = torch.rand(3, 4), torch.rand(20_000, 4)
     target, options = torch.zeros(3, 1).long(), LinearSphericalOptions("gram", class_chunk=1)
-    x = linear.statistics(H, W, None, target, None, centred=False, options=options)
+    x = linear_statistics(H, W, None, target, None, centred=False, options=options)
     o = H.double() @ W.double().T
     torch.testing.assert_close(x.q.double(), o.square().sum(1), rtol=5e-7, atol=0)
     torch.testing.assert_close(x.s.double(), o.sum(1), rtol=5e-7, atol=0)
@@ -332,7 +332,7 @@ def test_a_sum_of_squares_is_not_negative_where_it_is_all_rounding(engine):
     W = torch.outer(torch.randn(507), u)
     H = H - torch.outer(H @ u, u / u.dot(u))  # all outputs are zero, to rounding
     target = torch.zeros(200, 1, dtype=torch.long)
-    x = linear.statistics(H, W, None, target, None, centred=False, options=ENGINES[engine])
+    x = linear_statistics(H, W, None, target, None, centred=False, options=ENGINES[engine])
     assert (x.q >= 0).all() and x.q.max() < 1e-2
 
 

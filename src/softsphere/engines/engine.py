@@ -1,0 +1,138 @@
+"""What an engine is: its name, what a step costs, and how it finds the statistics of a layer.
+
+A new engine is one file that makes an `Engine`, and one line in `dispatch.ENGINES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Engine", "Gradients", "Inputs", "Settings", "Statistics", "Workload"]
+
+# The outputs of a step pass through memory several times: they are written, summed, and turned
+# into a gradient. For one output this takes as long as this many FLOPs of a matrix product.
+_FLOPS_PER_OUTPUT = 200
+
+
+class Inputs(NamedTuple):
+    """The tensors that an engine computes with.
+
+    H: (m, d)             the hidden rows
+    W: (D, d)             the weight
+    b: (D) or None        the bias
+    target: (m, K)        the target classes of each row
+    pi: (D) or None       the base measure π; zero for a class that takes no part
+    """
+
+    H: Tensor
+    W: Tensor
+    b: Tensor | None
+    target: Tensor
+    pi: Tensor | None
+
+    @property
+    def mass(self) -> float | Tensor:
+        """M = Σ π_k: the number D without a base measure, a float64 scalar tensor with one."""
+        return float(len(self.W)) if self.pi is None else self.pi.sum(dtype=torch.float64)
+
+
+class Settings(NamedTuple):
+    """How an engine computes.
+
+    centred: whether the statistics are those of o − μ, with μ = Σ π_k o_k / M the mean output of
+        the row; a loss that is invariant to a shift of its outputs asks for this
+    row_chunk, class_chunk: rows of H and of W in one piece of work; None leaves it to the engine
+    dtype: the dtype of sums, and of s, q and c
+    deterministic: whether atomic additions are avoided on a GPU
+    """
+
+    centred: bool
+    row_chunk: int | None
+    class_chunk: int | None
+    dtype: torch.dtype
+    deterministic: bool
+
+
+class Gradients(NamedTuple):
+    """Upstream gradients of s (m), q (m) and c (m, K)."""
+
+    s: Tensor
+    q: Tensor
+    c: Tensor
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The sizes that the cost of a step depends on; `bias` is 1 with a bias and 0 without.
+
+    triton: whether the triton package may be used
+    """
+
+    m: int
+    D: int
+    d: int
+    K: int
+    bias: int
+    dtype: torch.dtype
+    device: str
+    triton: bool
+
+    @property
+    def n(self) -> int:
+        """The width of [W b]."""
+        return self.d + self.bias
+
+    @property
+    def passes(self) -> int:
+        """The time that all outputs spend in memory, in FLOPs."""
+        return _FLOPS_PER_OUTPUT * self.m * self.D
+
+    @property
+    def target_rows(self) -> int:
+        """FLOPs for the rows of W at the targets, where an engine reads them apart."""
+        return 6 * self.m * self.K * self.n
+
+    @property
+    def outputs_bytes(self) -> int:
+        """Memory of the outputs, their gradient, and two tensors of float32 made of them."""
+        size = self.dtype.itemsize
+        return self.m * self.D * (2 * size + 2 * max(size, 4))
+
+
+Statistics = Callable[[Inputs, Settings], tuple[Tensor, Tensor, Tensor]]
+
+
+def _always(work: Workload) -> bool:
+    return True
+
+
+def _no_check(x: Inputs, how: Settings) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One way to find s (m), q (m) and c (m, K) of the outputs H Wᵀ + b.
+
+    name: the name that users write in `LinearSphericalOptions`
+    statistics: the function itself, differentiable with respect to H, W and b
+    cost: FLOPs of a step forward and backward, to which the time for anything else is added as
+        the FLOPs that would take as long
+    able: whether "auto" may choose the engine for this workload
+    chunks: which of "row_chunk" and "class_chunk" have a meaning for it
+    transforms: whether it works in forward mode and inside torch.func transforms
+    check: raises an error, before anything is computed, for what the engine cannot do
+    """
+
+    name: str
+    statistics: Statistics
+    cost: Callable[[Workload], float]
+    able: Callable[[Workload], bool] = _always
+    chunks: tuple[str, ...] = ()
+    transforms: bool = False
+    check: Callable[[Inputs, Settings], None] = _no_check

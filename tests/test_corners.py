@@ -114,11 +114,12 @@ WRONG = {
         lambda: SphericalLoss("softmax", ignore_index=1)(torch.zeros(2, 3), torch.ones(2, 3) / 3),
     ),
     "ignore_index must be an integer": (TypeError, lambda: TaylorSoftmaxLoss(ignore_index=1.5)),
-    "weight must be floating-point": (
+    "weight must be a floating-point tensor": (
         TypeError,
         lambda: TaylorSoftmaxLoss(weight=torch.ones(3).bool())(ZEROS, torch.tensor([0, 1])),
     ),
-    "order must be an even integer": (TypeError, lambda: TaylorSoftmaxLoss(torch.ones(3))),
+    "order must be an even integer": (TypeError, lambda: TaylorSoftmaxLoss(order=torch.ones(3))),
+    "weight must be a tensor": (TypeError, lambda: TaylorSoftmaxLoss(4)),
     "from 2 to 20, got 100": (ValueError, lambda: functional.taylor_softmax(ZEROS, order=100)),
 }  # fmt: skip
 

@@ -7,7 +7,7 @@ from torch.autograd import gradcheck, gradgradcheck
 import _oracle as oracle
 from _cases import CASES
 from softsphere import losses
-from softsphere.engines.row_statistics import statistics
+from softsphere.engines.row_statistics import output_statistics
 from softsphere.functional import log_prob, spherical_loss
 from softsphere.losses.bouchard_bound import best_xi
 from softsphere.stats import Stats
@@ -65,7 +65,7 @@ def test_derivatives_by_the_statistics_are_the_formulas_of_the_docstrings(name, 
     loss = CASES[name][0]
     o, target = outputs(), torch.tensor([[0, 2], [6, 1], [3, 4], [3, 0], [1, 2], [5, 6]])
     pi = None if prior is None else prior * 7 / prior.sum()
-    x = statistics(o, target, pi, centred=False)
+    x = output_statistics(o, target, pi, centred=False)
     s, q, c = (z.requires_grad_() for z in (x.s, x.q, x.c))
     y = torch.linspace(0.2, 1.3, 12, dtype=torch.float64).view(6, 2)
 

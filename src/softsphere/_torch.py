@@ -23,6 +23,8 @@ __all__ = [
     "transformed",
     "transforms_active",
     "usable_now",
+    "values_on_cpu",
+    "values_readable",
 ]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -41,6 +43,27 @@ def is_shared_with_others(x: Tensor) -> bool:
     # how a tensor of its own memory is counted differs between versions
     alone = torch.empty(1, device=x.device)
     return bool(count(x.untyped_storage()._cdata) > count(alone.untyped_storage()._cdata))
+
+
+def values_readable(x: Tensor) -> bool:
+    """Whether Python may look at the values of x.
+
+    It may not while x is traced or fake, inside torch.func.vmap, or in a subclass of Tensor that
+    handles its operations itself.
+    """
+    if torch.compiler.is_compiling() or x.is_meta or torch._C._len_torch_dispatch_stack():
+        return False
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_batchedtensor(x):
+            return False
+        x = functorch.get_unwrapped(x)
+    return type(x).__torch_dispatch__ is Tensor.__torch_dispatch__
+
+
+def values_on_cpu(x: Tensor) -> bool:
+    """Whether Python may look at the values of x without waiting for a device."""
+    return x.device.type == "cpu" and values_readable(x)
 
 
 def transforms_active() -> bool:

@@ -9,8 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from softsphere import checks, losses
+from softsphere.engines.row_statistics import accumulator
+from softsphere.functional.base_measure import check_mask
 from softsphere.functional.conventions import Conventions
-from softsphere.functional.on_logits import log_prob_checked, loss_on_logits, taylor
+from softsphere.functional.on_logits import loss_on_logits
+from softsphere.functional.probabilities import normalise, taylor
 
 __all__ = [
     "SoftMarginSoftmaxLoss",
@@ -22,14 +25,17 @@ __all__ = [
 
 
 class TopK(NamedTuple):
-    """As `torch.topk` returns them; values are log-probabilities where the loss has them."""
+    """The best classes, as `torch.topk` returns them.
+
+    The values are log-probabilities, or outputs for a loss that is not a distribution.
+    """
 
     values: Tensor
     indices: Tensor
 
 
 class WithPrior(nn.Module):
-    """A module whose buffer `prior`, normalised to Σ π = D, is float32 or wider at all times."""
+    """A module whose buffer `prior`, normalised to Σ π = D, is always in float32 or float64."""
 
     prior: Tensor | None
 
@@ -40,7 +46,7 @@ class WithPrior(nn.Module):
             if self.prior.dtype in (torch.float16, torch.bfloat16):
                 self.prior = before.to(self.prior.device)
             elif self.prior.dtype == torch.float64 != before.dtype and not self.prior.is_meta:
-                # what float32 had rounded would stay so
+                # Normalised again, since the sum was rounded to float32.
                 self.prior = checks.prior(self.prior)
         return self
 
@@ -50,14 +56,23 @@ class SphericalLoss(WithPrior):
 
     Args:
         loss: a name of `softsphere.losses.REGISTRY`, or a loss such as `losses.ZLoss(a=1, b=2)`.
-        weight: (C) class weights.
-        prior: (C) positive class frequencies or counts, the base measure π; kept normalised to
-            Σ π = C.
+        weight: (C), class weights.
+        prior: (C), positive class frequencies or counts, which are the base measure π. The buffer
+            `prior` holds them normalised to Σ π = C. It has no gradient.
         reduction, ignore_index, label_smoothing: as in `softsphere.functional.spherical_loss`,
-            which has the formulas and what is raised.
+            which has the formulas and lists what is raised.
 
-    Shapes: logits (C), (N, C) or (N, C, d1, …); target class indices or class probabilities; with
-    target_values (N, K) also K-sparse targets (N, K).
+    All of these can be read and assigned as attributes. They are checked when they are given and
+    again when they are used.
+
+    The soft margin of `losses.SoftMarginSoftmax` is used in training mode alone: after `.eval()`
+    the loss is the true negative log-likelihood.
+
+    Shapes: input (C), (N, C) or (N, C, d1, …), floating-point logits; target class indices or class
+    probabilities; with target_values (N, K) also K-sparse targets (N, K).
+
+    Do not mark classes that take no part by large negative logits, as is done with softmax. The
+    losses of this package grow again there; pass a boolean `mask` instead.
 
     >>> criterion = SphericalLoss("z_loss")
     >>> criterion(torch.tensor([[3.0, 0.0, 0.0]]), torch.tensor([0]))
@@ -70,11 +85,11 @@ class SphericalLoss(WithPrior):
     def __init__(
         self,
         loss: str | losses.Loss,
-        *,
         weight: Tensor | None = None,
+        *,
         prior: Tensor | None = None,
         reduction: str = "mean",
-        ignore_index: int = -100,
+        ignore_index: int | None = -100,
         label_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
@@ -87,6 +102,8 @@ class SphericalLoss(WithPrior):
             ignore_index=ignore_index,
             label_smoothing=label_smoothing,
         )
+        if weight is not None and given.pi is not None:
+            checks.class_vector("prior", given.pi, len(weight))
         self.register_buffer("weight", given.weight)
         self.register_buffer("prior", given.pi)
         self.reduction = given.reduction
@@ -106,36 +123,77 @@ class SphericalLoss(WithPrior):
         )
 
     def forward(
-        self, logits: Tensor, target: Tensor, target_values: Tensor | None = None
+        self,
+        input: Tensor,
+        target: Tensor,
+        target_values: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
-        """The loss of logits against target."""
+        """Computes the loss of the logits `input` against `target`.
+
+        Args:
+            target_values: (N, K), values of K-sparse targets (N, K).
+            mask: boolean, True for classes that take part, (C) or of the shape of the logits.
+        """
         return loss_on_logits(
-            logits, target, self.active_loss(), self.conventions, target_values=target_values
+            input,
+            target,
+            self.active_loss(),
+            self.conventions,
+            target_values=target_values,
+            mask=mask,
         )
 
     def active_loss(self) -> losses.Loss:
-        """The loss that forward computes."""
-        return self.loss
+        """The loss that `forward` computes: without a soft margin, except in training mode."""
+        if self.training or not isinstance(self.loss, losses.SoftMarginSoftmax):
+            return self.loss
+        return self.loss.plain
 
-    def log_prob(self, logits: Tensor) -> Tensor:
-        """log f_k, shaped as logits, classes where forward expects them.
+    def log_prob(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Returns log f_k, shaped as the logits, whose classes are where `forward` expects them.
 
-        Raises: TypeError for a loss that is not a distribution.
+        Classes that are masked out have log f_k = −∞. Half precision is computed in float32 and
+        rounded once.
+
+        Raises TypeError for a loss that is not a distribution.
         """
-        dim = checks.logits_shape(logits)
-        return log_prob_checked(logits, self.loss, dim, self.prior)
+        dim = checks.logits_shape(input)
+        result = normalise(torch.log_softmax, input, self.loss, dim, self.prior, mask)
+        return result.to(input.dtype)
 
-    def scores(self, logits: Tensor) -> Tensor:
-        """What ranks the classes: log-probabilities, or the outputs of a loss without them."""
-        return self.log_prob(logits) if self.loss.normalised else logits
+    def scores(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Returns what ranks the classes, in float32 or wider.
 
-    def predict(self, logits: Tensor) -> Tensor:
-        """The best class of each row. Not always the largest output: t(o) need not be monotone."""
-        return self.scores(logits).argmax(checks.logits_shape(logits))
+        These are log-probabilities, or the logits themselves for a loss that has none. They are −∞
+        for classes that are masked out, and for a score that is NaN, which ranks last.
+        """
+        dim = checks.logits_shape(input)
+        if self.loss.normalised:
+            scores = normalise(torch.log_softmax, input, self.loss, dim, self.prior, mask)
+        else:
+            scores = input.to(accumulator(input.dtype))
+            if mask is not None:
+                kept = check_mask(mask, input, dim)
+                scores = torch.where(kept, scores.movedim(dim, -1), -torch.inf).movedim(-1, dim)
+        return torch.where(scores.isnan(), -torch.inf, scores)
 
-    def topk(self, logits: Tensor, k: int) -> TopK:
-        """The k best classes of each row, best first."""
-        return TopK(*torch.topk(self.scores(logits), k, dim=checks.logits_shape(logits)))
+    def predict(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Returns the best class of each row.
+
+        It need not have the largest logit, since t(o) need not be monotone.
+        """
+        return self.scores(input, mask).argmax(checks.logits_shape(input))
+
+    def topk(self, input: Tensor, k: int, mask: Tensor | None = None) -> TopK:
+        """Returns the k best classes of each row, best first, and their scores.
+
+        Classes are ranked before the scores are rounded to the dtype of the logits.
+        """
+        dim = checks.logits_shape(input)
+        k = checks.number_of_best("k", k, input.shape[dim])
+        values, indices = torch.topk(self.scores(input, mask), k, dim=dim)
+        return TopK(values.to(input.dtype), indices)
 
     def extra_repr(self) -> str:
         given = [name for name in ("weight", "prior") if getattr(self, name) is not None]
@@ -146,7 +204,14 @@ class SphericalLoss(WithPrior):
 
 
 class TaylorSoftmaxLoss(SphericalLoss):
-    """Log-Taylor softmax of even order; 2 is spherical and the cheapest.
+    """The negative logarithm of Taylor softmax of an even order.
+
+    Order 2 is a spherical loss and the cheapest. Its first positional argument is `weight`, as in
+    `nn.CrossEntropyLoss`.
+
+    Args:
+        weight, prior, reduction, ignore_index, label_smoothing: as in `SphericalLoss`.
+        order: even, from 2 to 20.
 
     >>> TaylorSoftmaxLoss()(torch.tensor([[1.0, 0.0, -1.0]]), torch.tensor([0]))
     tensor(0.4700)
@@ -154,17 +219,17 @@ class TaylorSoftmaxLoss(SphericalLoss):
 
     def __init__(
         self,
-        order: int = 2,
-        *,
         weight: Tensor | None = None,
+        *,
+        order: int = 2,
         prior: Tensor | None = None,
         reduction: str = "mean",
-        ignore_index: int = -100,
+        ignore_index: int | None = -100,
         label_smoothing: float = 0.0,
     ) -> None:
         super().__init__(
             taylor(order),
-            weight=weight,
+            weight,
             prior=prior,
             reduction=reduction,
             ignore_index=ignore_index,
@@ -173,7 +238,11 @@ class TaylorSoftmaxLoss(SphericalLoss):
 
 
 class SphericalSoftmaxLoss(SphericalLoss):
-    """Log-spherical softmax with ε > 0.
+    """The negative logarithm of the spherical softmax.
+
+    Args:
+        weight, prior, reduction, ignore_index, label_smoothing: as in `SphericalLoss`.
+        eps: ε > 0.
 
     >>> SphericalSoftmaxLoss(eps=0.5)(torch.tensor([[1.0, 0.0, -1.0]]), torch.tensor([0]))
     tensor(0.8473)
@@ -181,17 +250,17 @@ class SphericalSoftmaxLoss(SphericalLoss):
 
     def __init__(
         self,
-        eps: float = 1.0,
-        *,
         weight: Tensor | None = None,
+        *,
+        eps: float = 1.0,
         prior: Tensor | None = None,
         reduction: str = "mean",
-        ignore_index: int = -100,
+        ignore_index: int | None = -100,
         label_smoothing: float = 0.0,
     ) -> None:
         super().__init__(
             losses.SphericalSoftmax(eps),
-            weight=weight,
+            weight,
             prior=prior,
             reduction=reduction,
             ignore_index=ignore_index,
@@ -200,9 +269,15 @@ class SphericalSoftmaxLoss(SphericalLoss):
 
 
 class SoftMarginSoftmaxLoss(SphericalLoss):
-    """Softmax (or Taylor softmax of an even order) whose target must win by a margin m ≥ 0.
+    """Softmax, or Taylor softmax of an even order, whose target must win by a margin m ≥ 0.
 
-    The margin is for training: after `.eval()` the loss is that of m = 0, the true likelihood.
+    The margin is used in training mode alone. After `.eval()` the loss is that of m = 0, the true
+    negative log-likelihood.
+
+    Args:
+        weight, prior, reduction, ignore_index, label_smoothing: as in `SphericalLoss`.
+        margin: m.
+        order: of the Taylor softmax; None for softmax.
 
     >>> SoftMarginSoftmaxLoss(margin=1.0).eval()(torch.zeros(1, 2), torch.tensor([0]))
     tensor(0.6931)
@@ -210,25 +285,20 @@ class SoftMarginSoftmaxLoss(SphericalLoss):
 
     def __init__(
         self,
+        weight: Tensor | None = None,
+        *,
         margin: float = 1.0,
         order: int | None = None,
-        *,
-        weight: Tensor | None = None,
         prior: Tensor | None = None,
         reduction: str = "mean",
-        ignore_index: int = -100,
+        ignore_index: int | None = -100,
         label_smoothing: float = 0.0,
     ) -> None:
         super().__init__(
             losses.SoftMarginSoftmax(margin, order),
-            weight=weight,
+            weight,
             prior=prior,
             reduction=reduction,
             ignore_index=ignore_index,
             label_smoothing=label_smoothing,
         )
-
-    def active_loss(self) -> losses.Loss:
-        if self.training or not isinstance(self.loss, losses.SoftMarginSoftmax):
-            return self.loss
-        return self.loss.plain

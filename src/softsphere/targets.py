@@ -1,4 +1,4 @@
-"""Targets as entries: which classes, with which values, and which rows count."""
+"""Targets as entries of a sparse vector: classes, values, and what each row counts for."""
 
 from __future__ import annotations
 
@@ -39,14 +39,15 @@ class Targets:
 def from_indices(
     target: Tensor,
     num_classes: int,
-    ignore_index: int,
+    ignore_index: int | None,
     weight: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Targets:
     """Class indices (...), one per row, which counts for its class weight (None: one)."""
     target = target.long()
-    ignored = target == ignore_index
-    checks.indices(target, ignored, num_classes, f"ignore_index = {ignore_index}")
+    ignored = _equals(target, ignore_index)
+    spared = "" if ignore_index is None else f" or ignore_index = {ignore_index}"
+    checks.indices(target, ignored, num_classes, spared)
     t = torch.where(ignored, 0, target)
     # gather, since indexing with a single index looks at its value, which fails inside vmap
     own = (
@@ -61,7 +62,7 @@ def from_sparse(
     target: Tensor,
     values: Tensor,
     num_classes: int,
-    ignore_index: int,
+    ignore_index: int | None,
     weight: Tensor | None = None,
 ) -> Targets:
     """K-sparse targets (..., K) with values, which add up where an index is repeated.
@@ -70,20 +71,28 @@ def from_sparse(
     """
     target = target.long()
     # A row without any targets is not an ignored row.
-    ignored = (target == ignore_index).all(-1) & (target.shape[-1] > 0)
+    ignored = _equals(target, ignore_index).all(-1) & (target.shape[-1] > 0)
     padding = (target == PADDING) | ignored.unsqueeze(-1)
-    checks.indices(
-        target, padding, num_classes, f"{PADDING} for padding, or a whole row of {ignore_index}"
-    )
+    spared = f" or {PADDING} for padding"
+    if ignore_index is not None:
+        spared += f", or a whole row of {ignore_index}"
+    checks.indices(target, padding, num_classes, spared)
     t = torch.where(padding, 0, target)
     y = torch.where(padding, 0.0, values if weight is None else values * weight[t])
-    return Targets(t, add_up(t, y, ~padding), ignored, (~ignored).to(values.dtype))
+    return Targets(t, _add_up(t, y, ~padding), ignored, (~ignored).to(values.dtype))
 
 
-def add_up(t: Tensor, y: Tensor, real: Tensor) -> Tensor:
-    """y (..., K) with the values of equal targets t summed at their first place, 0 at the rest."""
+def _equals(target: Tensor, index: int | None) -> Tensor:
+    if index is None:
+        return torch.zeros_like(target, dtype=torch.bool)
+    return target == index
+
+
+def _add_up(t: Tensor, y: Tensor, real: Tensor) -> Tensor:
+    """y (..., K) with the values of equal targets t summed at their first place, 0 elsewhere."""
     K = t.shape[-1]
-    apart = -1 - torch.arange(K, device=t.device)  # padding is equal to nothing
+    # Each padding entry gets a key of its own, so that it is equal to no other.
+    apart = -1 - torch.arange(K, device=t.device)
     key, order = torch.where(real, t, apart).sort(stable=True, dim=-1)
     first = torch.ones_like(key, dtype=torch.bool)
     first[..., 1:] = key[..., 1:] != key[..., :-1]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from softsphere.engines import row_statistics
 from softsphere.engines.engine import Engine, Inputs, Settings, Workload
+from softsphere.engines.row_statistics import output_statistics
 
 __all__ = ["DENSE", "LOGITS_LIMIT"]
 
@@ -20,7 +20,7 @@ def _statistics_of_outputs(x: Inputs, how: Settings) -> tuple[Tensor, Tensor, Te
     o = torch.nn.functional.linear(x.H, x.W, x.b)
     if how.dtype == torch.float64:
         o = o.double()
-    found = row_statistics.statistics(o, x.target, x.pi, centred=how.centred)
+    found = output_statistics(o, x.target, x.pi, centred=how.centred)
     return found.s, found.q, found.c
 
 

@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from softsphere._torch import transforms_active
+from softsphere._torch import forward_mode_active, transforms_active
 from softsphere.stats import Stats
 
-__all__ = ["dense_statistics", "statistics"]
+__all__ = ["above_rounding", "accumulator", "dense_statistics", "output_statistics"]
+
+# The number of outputs whose copies in a wider dtype are in memory at once.
+ON_CPU, ON_DEVICE = 1 << 20, 1 << 26
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -19,57 +21,61 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def statistics(o: Tensor, target: Tensor, pi: Tensor | None, *, centred: bool) -> Stats:
-    """Statistics of o (..., C) for targets (..., K); with pi (C) under that base measure.
+def output_statistics(
+    o: Tensor,
+    target: Tensor,
+    pi: Tensor | None,
+    *,
+    centred: bool,
+    mass: Tensor | None = None,
+) -> Stats:
+    """Statistics of o (..., C) for targets (..., K) under the base measure π, (C) or (..., C).
 
-    centred: of o − Σ π o / M, for losses that do not see a shift: s is 0 and q a true sum of
-    squares, where q − s²/M would have lost its digits.
+    centred: of o − Σ π o / M, for losses that are invariant to a shift. Then s is 0 and q a true
+        sum of squares, where q − s²/M would have lost its digits.
+    mass: M, () or (...), for the result; None means C.
     """
-    at = None if pi is None else pi[target]
-    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
-        # A function with a rule for forward-mode derivatives cannot be compiled, so those get
-        # plain operations.
-        x = dense_statistics(o, pi, centred=centred, y=None)
+    at = None if pi is None else _at_targets(pi, target)
+    of_each_row = pi is not None and (pi.dim() > 1 or (mass is not None and transforms_active()))
+    if forward_mode_active() or of_each_row:
+        # A function with a rule for forward-mode derivatives cannot be compiled, and one for a
+        # measure of each row would save it. Those get plain operations.
+        x = dense_statistics(o, pi, centred=centred, y=None, mass=mass)
         return Stats(x.s, x.q, x.c.gather(-1, target), x.mass, pi=at)
-    s, q, c = RowStatistics.apply(o, target, pi, centred)  # type: ignore[no-untyped-call]
-    return Stats(s, q, c, float(o.shape[-1]), pi=at)
+    s, q, c = _RowStatistics.apply(o, target, pi, centred)  # type: ignore[no-untyped-call]
+    return Stats(s, q, c, float(o.shape[-1]) if mass is None else mass, pi=at)
 
 
-def dense_statistics(o: Tensor, pi: Tensor | None, *, centred: bool, y: Tensor | None) -> Stats:
+def dense_statistics(
+    o: Tensor, pi: Tensor | None, *, centred: bool, y: Tensor | None, mass: Tensor | None = None
+) -> Stats:
     """The same with every class a target, c = o: for class probabilities and label smoothing."""
     o = o.to(accumulator(o.dtype))
+    total = float(o.shape[-1]) if mass is None else mass
     if not centred:
         weighted = o if pi is None else o * pi
-        s, q = weighted.sum(-1), (weighted * o).sum(-1)
-        return Stats(s, q, o, float(o.shape[-1]), y=y, pi=pi)
-    d, mean = centre(o, pi)
+        return Stats(weighted.sum(-1), (weighted * o).sum(-1), o, total, y=y, pi=pi)
+    d, mean = _centre(o, pi)
     q = above_rounding((d * d if pi is None else d * d * pi).sum(-1), mean, o.shape[-1])
-    return Stats(torch.zeros_like(q), q, d, float(o.shape[-1]), y=y, pi=pi)
+    return Stats(torch.zeros_like(q), q, d, total, y=y, pi=pi)
 
 
-class RowStatistics(torch.autograd.Function):
-    """s, q (...) and c (..., K) from o (..., C): saves o alone; the gradient is the one tensor.
+class _RowStatistics(torch.autograd.Function):
+    """s, q (...) and c (..., K) from o (..., C). It saves o alone, and its gradient is one tensor.
 
     ∂/∂o_k = π_k (gs + 2 gq (o_k − μ)) + Σ_j [k = t_j] gc_j − π_k Σ_j gc_j / M, where μ and the
-    last term are there only if centred, gs only if not.
+    last term are present only if centred, and gs only if not.
     """
 
     @staticmethod
     def forward(
         o: Tensor, target: Tensor, pi: Tensor | None, centred: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        dtype = accumulator(o.dtype)
-        # a copy, since the compiler of torch 2.11 loses the gradient of one that .to() gives back
-        c = o.gather(-1, target).to(dtype, copy=True)
-        if pi is None and not centred:
-            return o.sum(-1, dtype=dtype), sum_of_squares(o, dtype), c
-        if pi is not None and not centred:
-            d = o.to(dtype)
-            weighted = d * pi
-            return weighted.sum(-1), (weighted * d).sum(-1), c
-        d, mean = centre(o, pi)
-        q = sum_of_squares(d, dtype) if pi is None else (d * d * pi).sum(-1)
-        return torch.zeros_like(q), above_rounding(q, mean, o.shape[-1]), d.gather(-1, target)
+        parts = [_forward(o[part], target[part], pi, centred) for part in _parts(o)]
+        if len(parts) == 1:
+            return parts[0]
+        s, q, c = (torch.cat(x) for x in zip(*parts, strict=True))
+        return s, q, c
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -77,20 +83,21 @@ class RowStatistics(torch.autograd.Function):
         ctx.save_for_backward(o, target, pi)
 
     @staticmethod
-    def backward(ctx: Any, gs: Tensor, gq: Tensor, gc: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, gs: Tensor, gq: Tensor, gc: Tensor) -> tuple[Tensor | None, ...]:
         o, target, pi = ctx.saved_tensors
-        d = centre(o, pi)[0] if ctx.centred else o.to(gq.dtype)
-        base = -gc.sum(-1) / o.shape[-1] if ctx.centred else gs
-        grad = torch.addcmul(base.unsqueeze(-1), d, 2 * gq.unsqueeze(-1))
-        if pi is not None:
-            grad = grad * pi
-        # PyTorch 2.6 has no rule for the one in place inside vmap
-        add = grad.scatter_add if transforms_active() else grad.scatter_add_
-        return add(-1, target, gc).to(o.dtype), None, None, None
+        parts = _parts(o)
+        if len(parts) == 1 or torch.is_grad_enabled() or transforms_active():
+            grad = _backward(o, target, pi, ctx.centred, (gs, gq, gc))
+            return grad, None, None, None
+        grad = torch.empty_like(o)
+        for part in parts:
+            g = gs[part], gq[part], gc[part]
+            grad[part] = _backward(o[part], target[part], pi, ctx.centred, g)
+        return grad, None, None, None
 
     @staticmethod
     def vmap(
-        info: Any, in_dims: tuple[int | None, ...], o: Tensor, target: Tensor, pi: Any, centred: Any
+        info: Any, in_dims: tuple[int | None, ...], o: Tensor, target: Tensor, *rest: Any
     ) -> tuple[Any, tuple[int, int, int]]:
         if in_dims[2] is not None:
             raise ValueError("prior must be the same for all of a vmap: pass it with in_dims None")
@@ -99,34 +106,90 @@ class RowStatistics(torch.autograd.Function):
             return x.movedim(dim, 0) if dim is not None else x.expand(info.batch_size, *x.shape)
 
         o, target = batched(o, in_dims[0]), batched(target, in_dims[1])
-        out = RowStatistics.apply(o, target, pi, centred)  # type: ignore[no-untyped-call]
+        out = _RowStatistics.apply(o, target, *rest)  # type: ignore[no-untyped-call]
         return out, (0, 0, 0)
 
 
-def sum_of_squares(o: Tensor, dtype: torch.dtype) -> Tensor:
+def _forward(
+    o: Tensor, target: Tensor, pi: Tensor | None, centred: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = accumulator(o.dtype)
+    # a copy, since the compiler of torch 2.11 loses the gradient of one that .to() gives back
+    c = o.gather(-1, target).to(dtype, copy=True)
+    if pi is None and not centred:
+        return o.sum(-1, dtype=dtype), _sum_of_squares(o, dtype), c
+    if pi is not None and not centred:
+        d = o.to(dtype)
+        weighted = d * pi
+        return weighted.sum(-1), (weighted * d).sum(-1), c
+    d, mean = _centre(o, pi)
+    q = _sum_of_squares(d, dtype) if pi is None else (d * d * pi).sum(-1)
+    return torch.zeros_like(q), above_rounding(q, mean, o.shape[-1]), d.gather(-1, target)
+
+
+def _backward(
+    o: Tensor,
+    target: Tensor,
+    pi: Tensor | None,
+    centred: bool,
+    upstream: tuple[Tensor, Tensor, Tensor],
+) -> Tensor:
+    gs, gq, gc = upstream
+    d = _centre(o, pi)[0] if centred else o.to(gq.dtype)
+    base = -gc.sum(-1) / _mass(o, pi) if centred else gs
+    grad = torch.addcmul(base.unsqueeze(-1), d, 2 * gq.unsqueeze(-1))
+    if pi is not None:
+        grad = grad * pi
+    # PyTorch 2.6 has no rule for the operation in place inside vmap
+    add = grad.scatter_add if transforms_active() else grad.scatter_add_
+    return add(-1, target, gc).to(o.dtype)
+
+
+def _parts(o: Tensor) -> list[slice]:
+    """Slices of the first dimension of o, so that no part is larger than what is copied at once."""
+    size = ON_CPU if o.device.type == "cpu" else ON_DEVICE
+    if o.dim() < 2 or torch.compiler.is_compiling() or o.numel() <= size:
+        return [slice(None)]
+    step = max(1, size * o.shape[0] // o.numel())
+    return [slice(start, start + step) for start in range(0, o.shape[0], step)]
+
+
+def _at_targets(pi: Tensor, target: Tensor) -> Tensor:
+    return pi[target] if pi.dim() == 1 else pi.gather(-1, target)
+
+
+def _sum_of_squares(o: Tensor, dtype: torch.dtype) -> Tensor:
     """Σ o² over the last dimension, in parts: one sum of a million squares loses five digits."""
     parts = torch.split(o, 1 << 14, dim=-1)
     norms = [torch.linalg.vector_norm(part, dim=-1, dtype=dtype).square() for part in parts]
     return norms[0] if len(norms) == 1 else torch.stack(norms).sum(0)
 
 
-def centre(o: Tensor, pi: Tensor | None) -> tuple[Tensor, Tensor]:
+def _centre(o: Tensor, pi: Tensor | None) -> tuple[Tensor, Tensor]:
     """o − μ with μ = Σ π o / M, and μ (..., 1).
 
-    Twice, since the first mean is rounded to the digits of o, not of the rest.
+    It is subtracted twice, since the first mean is rounded to the digits of o, not of the rest.
     """
     d = o.to(accumulator(o.dtype))
-    mean = average(d, pi)
+    mean = _average(d, pi)
     d = d - mean
-    return d - average(d, pi), mean
+    return d - _average(d, pi), mean
 
 
-def average(d: Tensor, pi: Tensor | None) -> Tensor:
-    return (d if pi is None else d * pi).mean(-1, keepdim=True)
+def _average(d: Tensor, pi: Tensor | None) -> Tensor:
+    if pi is None:
+        return d.mean(-1, keepdim=True)
+    mean: Tensor = (d * pi).sum(-1) / _mass(d, pi)
+    return mean.unsqueeze(-1)
+
+
+def _mass(o: Tensor, pi: Tensor | None) -> Any:
+    """Σ π: (), or (...) for a measure of each row; the number of classes if π = 1."""
+    return o.shape[-1] if pi is None else pi.sum(-1, dtype=torch.float64).to(pi.dtype)
 
 
 def above_rounding(q: Tensor, mean: Tensor, num_classes: int) -> Tensor:
-    """q, or 0 where centring equal outputs has left nothing but rounding."""
+    """q, or 0 where centring equal outputs has left only rounding errors."""
     least = torch.finfo(q.dtype).eps * mean.squeeze(-1).abs() / 8
-    # so that what is not a number stays that
+    # written so that NaN stays NaN
     return torch.where(q <= num_classes * least * least, 0.0, q)

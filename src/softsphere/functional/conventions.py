@@ -6,6 +6,7 @@ They are those of `F.cross_entropy`, with a base measure added.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,14 +26,14 @@ class Conventions:
     weight: (C) class weights, or None.
     pi: (C) base measure, normalised to Σ π = C, or None for π = 1.
     reduction: "mean", "sum" or "none".
-    ignore_index: rows with this target have no loss.
+    ignore_index: rows with this target have no loss; None if every row has one.
     label_smoothing: α in (1−α)·ℓ(t) + (α/C)·Σ_k ℓ(k).
     """
 
     weight: Tensor | None = None
     pi: Tensor | None = None
     reduction: str = "mean"
-    ignore_index: int = -100
+    ignore_index: int | None = -100
     label_smoothing: float = 0.0
 
     @classmethod
@@ -43,33 +44,38 @@ class Conventions:
         weight: Tensor | None = None,
         pi: Tensor | None = None,
         reduction: str = "mean",
-        ignore_index: int = -100,
-        label_smoothing: float = 0.0,
+        ignore_index: Any = -100,
+        label_smoothing: Any = 0.0,
     ) -> Conventions:
         """Conventions that `loss` can follow; `pi` is normalised already.
 
         Raises ValueError or TypeError for a value that is wrong for every input.
         """
         checks.one_of("reduction", reduction, REDUCTIONS)
-        checks.index("ignore_index", ignore_index)
-        checks.label_smoothing(label_smoothing)
+        ignore_index = checks.ignore_index(ignore_index)
+        label_smoothing = checks.label_smoothing(label_smoothing)
         if label_smoothing and not loss.smoothable:
             raise ValueError(
                 f"label_smoothing has no meaning for {type(loss).__name__}, which is no "
                 "distribution over classes; leave it 0"
             )
+        if weight is not None:
+            checks.class_weights(weight)
+        checks.without_gradient("prior", pi)
         return cls(weight, pi, reduction, ignore_index, label_smoothing)
 
-    def fit(self, num_classes: int, dtype: torch.dtype) -> Conventions:
-        """The same with vectors in `dtype`.
+    def fit(self, num_classes: int, dtype: torch.dtype, input: Tensor) -> Conventions:
+        """The same with vectors in `dtype`, for an input of `num_classes` classes.
 
-        Raises ValueError or TypeError if they do not have one entry per class.
+        Raises ValueError or TypeError if they do not have one entry per class, or are on another
+        device than the input.
         """
         for name, vector in (("weight", self.weight), ("prior", self.pi)):
             if vector is not None:
                 checks.class_vector(name, vector, num_classes)
+                checks.same_device(name, vector, "input", input)
         w = None if self.weight is None else self.weight.to(dtype)
-        pi = None if self.pi is None else self.pi.to(dtype)
+        pi = None if self.pi is None else checks.narrowed_prior(self.pi, dtype)
         return Conventions(w, pi, self.reduction, self.ignore_index, self.label_smoothing)
 
     def entries(

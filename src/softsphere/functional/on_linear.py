@@ -42,7 +42,7 @@ def linear_spherical_loss(
     weight: Tensor | None = None,
     prior: Tensor | None = None,
     reduction: str = "mean",
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     label_smoothing: float = 0.0,
     options: LinearSphericalOptions | None = None,
 ) -> Tensor:
@@ -135,7 +135,7 @@ def loss_on_linear(
         result = loss_on_logits(o, target, loss, conventions, target_values=values)
         return result.view(leading) if conventions.reduction == "none" else result
     dtype = accumulator(H, W, options.accumulate_dtype)
-    conventions = conventions.fit(num_classes, dtype)
+    conventions = conventions.fit(num_classes, dtype, H)
     entries = conventions.entries(target, values, num_classes, dtype)
     assert isinstance(loss, losses.Spherical)
     if statistics is None:

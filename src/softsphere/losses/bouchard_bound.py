@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NoReturn
 import torch
 from torch import Tensor
 
-from softsphere import checks
+from softsphere._torch import values_on_cpu
 from softsphere.losses.base import Spherical, less_log_prior
 from softsphere.stats import Stats
 
@@ -64,7 +64,7 @@ def best_xi(v: Tensor, mass: float | Tensor) -> Tensor:
     solution is between max(ξ₀, a) and ξ₀ + a, a = √(v/4ρ). For M = 2 it is √v.
     """
     if isinstance(mass, Tensor):
-        if checks.values_on_cpu(mass) and bool((mass < 2).any()):
+        if values_on_cpu(mass) and bool((mass < 2).any()):
             _refuse_mass(float(mass.min()))
         two = mass == 2
         safe = torch.where(two, 3.0, mass)

@@ -1,0 +1,91 @@
+"""Every check of what a caller passed.
+
+An error names the argument, says what came, and how to mend it.
+"""
+
+from softsphere.checks.class_vectors import (
+    class_mask,
+    class_vector,
+    class_weights,
+    narrowed_prior,
+    prior,
+    without_gradient,
+)
+from softsphere.checks.inputs import (
+    LINEAR_NAMES,
+    K_dimensional,
+    along,
+    hidden,
+    linear,
+    logits_shape,
+    same_device,
+    same_dtype,
+)
+from softsphere.checks.kinds import dense, floating
+from softsphere.checks.labels import (
+    classes,
+    indices,
+    masked_targets,
+    probability_rows,
+    rows_target,
+    sparse_rows,
+    sparse_targets,
+    target_shape,
+)
+from softsphere.checks.settings import (
+    at_least_one,
+    even_order,
+    finite,
+    flag,
+    floating_dtype,
+    ignore_index,
+    integer,
+    label_smoothing,
+    non_negative,
+    number,
+    number_of_best,
+    one_of,
+    positive,
+    sizes,
+)
+
+__all__ = [
+    "LINEAR_NAMES",
+    "K_dimensional",
+    "along",
+    "at_least_one",
+    "class_mask",
+    "class_vector",
+    "class_weights",
+    "classes",
+    "dense",
+    "even_order",
+    "finite",
+    "flag",
+    "floating",
+    "floating_dtype",
+    "hidden",
+    "ignore_index",
+    "indices",
+    "integer",
+    "label_smoothing",
+    "linear",
+    "logits_shape",
+    "masked_targets",
+    "narrowed_prior",
+    "non_negative",
+    "number",
+    "number_of_best",
+    "one_of",
+    "positive",
+    "prior",
+    "probability_rows",
+    "rows_target",
+    "same_device",
+    "same_dtype",
+    "sizes",
+    "sparse_rows",
+    "sparse_targets",
+    "target_shape",
+    "without_gradient",
+]

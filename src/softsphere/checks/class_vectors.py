@@ -1,0 +1,105 @@
+"""Checks of vectors with one entry per class: weights, the prior, and masks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softsphere._torch import values_on_cpu, values_readable
+from softsphere.checks.kinds import dense, floating
+
+
+def class_vector(name: str, value: Any, num_classes: int) -> None:
+    """A floating-point tensor with one entry per class."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor with one entry a class, got {value!r}")
+    floating(name, value)
+    if value.shape != (num_classes,):
+        raise ValueError(
+            f"{name} must have shape ({num_classes},), one entry a class, got {tuple(value.shape)}"
+        )
+
+
+def class_weights(value: Any) -> None:
+    """A floating-point vector, for a number of classes that is not known yet."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"weight must be a tensor with one entry a class, got {value!r}")
+    floating("weight", value)
+    if value.dim() != 1:
+        raise ValueError(f"weight must have shape (num_classes,), got {tuple(value.shape)}")
+
+
+def without_gradient(name: str, value: Tensor | None) -> None:
+    """Raises ValueError for a tensor that requires a gradient where there is none."""
+    if value is not None and value.requires_grad:
+        raise ValueError(
+            f"{name} must not require a gradient, since losses have none with respect to it; "
+            f"pass {name}.detach()"
+        )
+
+
+def prior(value: Any, dtype: torch.dtype | None = None) -> Tensor:
+    """Returns class frequencies or counts, normalised to Σ π = D.
+
+    They are in float32, or in float64 if `dtype` is. Without a dtype they are in float64 if the
+    values are float64 or integers, which float32 could not hold, and else in float32.
+
+    Raises TypeError or ValueError unless all values are positive and finite and need no gradient.
+    """
+    if not isinstance(value, Tensor) or value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(f"prior must be a tensor of class frequencies or counts, got {value!r}")
+    dense("prior", value)
+    if value.dim() != 1 or value.numel() == 0:
+        raise ValueError(f"prior must have shape (num_classes,), got {tuple(value.shape)}")
+    without_gradient("prior", value)
+    wide = value.double()
+    if values_readable(value) and not bool(((wide > 0) & wide.isfinite()).all()):
+        raise ValueError(
+            "prior must be positive and finite for every class, got values from "
+            f"{value.min().item():g} to {value.max().item():g}; "
+            "give classes that were never seen a small count, such as counts + 1"
+        )
+    if dtype is None:
+        dtype = value.dtype if value.is_floating_point() else torch.float64
+    pi = wide * (value.numel() / wide.sum())
+    narrow = pi.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    if values_readable(value):
+        _refuse_zeros(pi, narrow)
+    return narrow
+
+
+def narrowed_prior(pi: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns a base measure in `dtype`. On a CPU, raises ValueError if an entry becomes zero."""
+    narrow = pi.to(dtype)
+    if dtype != pi.dtype and values_on_cpu(pi):
+        _refuse_zeros(pi, narrow)
+    return narrow
+
+
+def _refuse_zeros(pi: Tensor, narrow: Tensor) -> None:
+    if not bool((narrow > 0).all()):
+        raise ValueError(
+            f"prior spans more than {narrow.dtype} holds: its smallest share is "
+            f"{(pi.min() / pi.sum()).item():g}; give rare classes larger counts"
+        )
+
+
+def class_mask(mask: Any, shape: torch.Size, dim: int) -> Tensor:
+    """Returns a boolean mask (C), or of the shape of logits with its classes moved to the end."""
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        came = mask.dtype if isinstance(mask, Tensor) else repr(mask)
+        raise TypeError(
+            f"mask must be a boolean tensor, True where a class takes part, got {came}; "
+            "for a mask that is added to logits use mask == 0"
+        )
+    dense("mask", mask)
+    if mask.shape == shape:
+        return mask.movedim(dim, -1)
+    if mask.shape == shape[dim : dim + 1]:
+        return mask
+    raise ValueError(
+        f"mask must have shape ({shape[dim]},), one entry a class, or the shape of the logits "
+        f"{tuple(shape)}, got {tuple(mask.shape)}"
+    )

@@ -1,0 +1,110 @@
+"""Checks of logits, of hidden states and of the parameters of a linear layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from softsphere.checks.class_vectors import class_vector
+from softsphere.checks.kinds import floating
+
+# What errors call the rows, weight and bias of a linear layer.
+LINEAR_NAMES = ("input", "linear_weight", "linear_bias")
+
+LOGITS = "(C), (N, C) or (N, C, d1, …)"
+
+
+def logits_shape(input: Any) -> int:
+    """Returns the class dimension of logits of shape (C), (N, C) or (N, C, d1, …)."""
+    floating("input", input)
+    if input.dim() == 0:
+        raise ValueError(f"input must hold logits of shape {LOGITS}, got a scalar")
+    dim = 0 if input.dim() == 1 else 1
+    if input.shape[dim] == 0:
+        raise ValueError(
+            f"input must hold logits of at least one class, got shape {tuple(input.shape)}"
+        )
+    return dim
+
+
+def along(input: Any, dim: Any) -> None:
+    """Logits with a dimension `dim`. A tensor without dimensions has the dimensions 0 and −1."""
+    floating("input", input)
+    dims = max(input.dim(), 1)
+    if isinstance(dim, bool) or not isinstance(dim, int):
+        raise TypeError(f"dim must be an integer, got {dim!r}")
+    if not -dims <= dim < dims:
+        raise ValueError(
+            f"dim must be a dimension of input of shape {tuple(input.shape)}, got {dim}"
+        )
+
+
+def hidden(value: Any, in_features: int, name: str = "hidden") -> None:
+    """Floating-point rows of in_features numbers, with any leading shape."""
+    floating(name, value)
+    if value.dim() == 0 or value.shape[-1] != in_features:
+        raise ValueError(
+            f"{name} must have shape (…, in_features = {in_features}), got {tuple(value.shape)}"
+        )
+
+
+def linear(input: Any, weight: Any, bias: Any, names: tuple[str, str, str] = LINEAR_NAMES) -> None:
+    """Rows (…, d), a weight (D, d) with D ≥ 1 and a bias (D), which errors call by `names`."""
+    rows_name, weight_name, bias_name = names
+    floating(weight_name, weight)
+    if weight.dim() != 2 or len(weight) == 0:
+        raise ValueError(
+            f"{weight_name} must have shape (num_classes, in_features) with at least one class, "
+            f"got {tuple(weight.shape)}"
+        )
+    hidden(input, weight.shape[1], rows_name)
+    same_device(weight_name, weight, rows_name, input)
+    if bias is not None:
+        class_vector(bias_name, bias, len(weight))
+        same_device(bias_name, bias, rows_name, input)
+
+
+def K_dimensional(input: Any, weight: Tensor, bias: Any) -> None:
+    """Rows (N, d) or (d), a weight (C, d1, …, dK, d) and a bias (C, d1, …, dK)."""
+    floating("linear_weight", weight)
+    if weight.numel() == 0:
+        raise ValueError(
+            f"linear_weight must have at least one class, got shape {tuple(weight.shape)}"
+        )
+    hidden(input, weight.shape[-1], "input")
+    if input.dim() != 2:
+        raise ValueError(
+            f"input must have shape (N, in_features) for linear_weight of shape "
+            f"{tuple(weight.shape)}, got {tuple(input.shape)}"
+        )
+    if bias is not None:
+        floating("linear_bias", bias)
+        if bias.shape != weight.shape[:-1]:
+            raise ValueError(
+                f"linear_bias must have shape {tuple(weight.shape[:-1])}, got {tuple(bias.shape)}"
+            )
+
+
+def same_dtype(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    names: tuple[str, str, str] = LINEAR_NAMES,
+) -> None:
+    """The same dtype for all, as `F.linear` requires."""
+    rows_name, *rest = names
+    for name, x in zip(rest, (weight, bias), strict=True):
+        if x is not None and x.dtype != input.dtype:
+            raise TypeError(
+                f"{name} must have the dtype of {rows_name} {input.dtype}, got {x.dtype}; "
+                f"use {rows_name}.to({name}.dtype)"
+            )
+
+
+def same_device(name: str, value: Any, of: str, other: Tensor) -> None:
+    if isinstance(value, Tensor) and value.device != other.device:
+        raise ValueError(
+            f"{name} must be on the device of {of}, {other.device}, got {value.device}; "
+            f"use {name}.to({of}.device)"
+        )

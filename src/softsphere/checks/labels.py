@@ -1,0 +1,132 @@
+"""Checks of targets: class indices, class probabilities and K-sparse targets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softsphere._torch import values_on_cpu
+from softsphere.checks.kinds import dense, floating, is_integer
+
+
+def target_shape(logits: Tensor, dim: int, target: Any) -> None:
+    """Class indices with the shape of logits less its class dimension, or class probabilities."""
+    dense("target", target)
+    if target.is_floating_point():
+        floating("target", target)
+        if target.shape != logits.shape:
+            raise ValueError(
+                f"target of class probabilities must have the shape of logits "
+                f"{tuple(logits.shape)}, got {tuple(target.shape)}; class indices must be integers"
+            )
+        return
+    if not is_integer(target):
+        raise TypeError(
+            f"target must hold class indices (torch.int64) or class probabilities "
+            f"(floating-point), got {target.dtype}"
+        )
+    rows = logits.shape[:dim] + logits.shape[dim + 1 :]
+    if target.shape != rows:
+        raise ValueError(
+            f"target of class indices must have shape {tuple(rows)} for logits of shape "
+            f"{tuple(logits.shape)}, got {tuple(target.shape)}"
+        )
+
+
+def indices(target: Tensor, allowed: Tensor, num_classes: int, spared: str) -> None:
+    """Every index is in [0, C) except where `allowed`; `spared` says what is allowed.
+
+    Only on a CPU: a GPU's own gather asserts it, without a synchronisation.
+    """
+    if not values_on_cpu(target):
+        return
+    bad = ((target < 0) | (target >= num_classes)) & ~allowed
+    if bool(bad.any()):
+        raise ValueError(
+            f"target must be in [0, {num_classes}){spared}, got {target[bad][0].item()}"
+        )
+
+
+def masked_targets(chosen: Tensor) -> None:
+    """Raises ValueError if a target is a class that does not take part, on a CPU."""
+    if values_on_cpu(chosen) and bool(chosen.any()):
+        raise ValueError(
+            "target must be a class that takes part, got one whose mask is False; "
+            "leave it in the mask, or ignore the row by ignore_index"
+        )
+
+
+def _sparse_kinds(target: Any, values: Any) -> None:
+    """K-sparse targets are integers, with real values of the same shape."""
+    dense("target", target)
+    dense("target_values", values)
+    if not is_integer(target):
+        raise TypeError(f"target must hold class indices with target_values, got {target.dtype}")
+    if values.is_complex() or values.dtype == torch.bool:
+        raise TypeError(f"target_values must be real numbers, got {values.dtype}")
+    if target.shape != values.shape:
+        raise ValueError(
+            f"target_values must have the shape of target {tuple(target.shape)}, "
+            f"got {tuple(values.shape)}"
+        )
+
+
+def sparse_targets(o: Tensor, target: Any, values: Any) -> None:
+    """K-sparse targets (N, K) or (K), with real values of the same shape."""
+    _sparse_kinds(target, values)
+    if o.dim() > 2 or target.dim() != o.dim() or target.shape[:-1] != o.shape[:-1]:
+        raise ValueError(
+            "target with target_values must have shape (N, K) for logits (N, C), or (K) for (C); "
+            f"got {tuple(target.shape)}"
+        )
+
+
+def sparse_rows(rows: torch.Size, target: Any, values: Any) -> None:
+    """K-sparse targets (…, K) with values, for rows (…)."""
+    _sparse_kinds(target, values)
+    if target.dim() != len(rows) + 1 or target.shape[:-1] != rows:
+        raise ValueError(
+            f"target with target_values must have shape (…, K) for rows {tuple(rows)}, "
+            f"got {tuple(target.shape)}"
+        )
+
+
+def probability_rows(shape: tuple[int, ...], target: Tensor) -> None:
+    """Class probabilities, one row of them for each row of the input."""
+    dense("target", target)
+    if target.shape != shape:
+        raise ValueError(
+            f"target of class probabilities must have shape {shape}, got {tuple(target.shape)}; "
+            "class indices must be integers"
+        )
+
+
+def rows_target(rows: torch.Size, target: Any, name: str = "hidden") -> None:
+    """Class indices, one for each row."""
+    dense("target", target)
+    if not is_integer(target):
+        raise TypeError(
+            f"target must hold class indices (torch.int64), got {target.dtype}; dense class "
+            "probabilities need the logits: use SphericalLoss on them, or target_values"
+        )
+    if target.shape != rows:
+        raise ValueError(
+            f"target must have the leading shape of {name} {tuple(rows)}, got {tuple(target.shape)}"
+        )
+
+
+def classes(value: Any, num_classes: int, name: str = "classes") -> Tensor:
+    """Returns class indices of any integer dtype as int64, every one in [0, D)."""
+    if not is_integer(value):
+        came = value.dtype if isinstance(value, Tensor) else repr(value)
+        raise TypeError(f"{name} must be a tensor of class indices (torch.int64), got {came}")
+    dense(name, value)
+    found: Tensor = value.long()
+    if values_on_cpu(found) and found.numel():
+        low, high = int(found.min()), int(found.max())
+        if low < 0 or high >= num_classes:
+            bad = low if low < 0 else high
+            raise ValueError(f"{name} must be in [0, {num_classes}), got {bad}")
+    return found

@@ -1,4 +1,4 @@
-"""The `softsphere` command: the lab's, where the lab is installed."""
+"""The `softsphere` command, which needs what the extra [lab] installs."""
 
 from __future__ import annotations
 
@@ -6,18 +6,21 @@ import importlib.util
 import io
 import sys
 
-# What the extra [lab] brings.
+from softsphere_lab.interrupts import leaving_at_once
+
+# The packages that the extra [lab] installs.
 LAB = ("datasets", "matplotlib", "rich", "scipy", "sklearn", "typer")
 
 
 def main() -> int:
-    """Runs the command line. Returns the exit code."""
+    """Runs the command line and returns the exit code."""
     for stream in (sys.stdout, sys.stderr):
-        # a terminal without ± is no reason to lose the table
+        # a terminal that cannot show ± should show the rest of a table
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
-        return command()
+        with leaving_at_once():
+            return command()
     except KeyboardInterrupt:
         print("softsphere: stopped", file=sys.stderr)
         return 130
@@ -32,9 +35,9 @@ def command() -> int:
             file=sys.stderr,
         )
         return 2
-    from softsphere_lab.cli.app import main as lab_main
+    from softsphere_lab.cli.app import main as run_command_line
 
-    return lab_main()
+    return run_command_line()
 
 
 if __name__ == "__main__":

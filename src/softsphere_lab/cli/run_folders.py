@@ -13,6 +13,7 @@ from rich.markdown import Markdown
 from softsphere_lab.errors import LabError
 from softsphere_lab.experiments.experiment import Prepared
 from softsphere_lab.experiments.page import Told, told
+from softsphere_lab.interrupts import raise_interrupts
 from softsphere_lab.progress import print_plain, print_stopped, standard_console
 from softsphere_lab.records.folder import Record
 
@@ -49,6 +50,7 @@ def run_and_report(
     """Does what a run folder lacks, and reports what it has, also after a Ctrl-C."""
     record, prepared = open_record(prepared, place, out, resume)
     console = standard_console()
+    raise_interrupts()
     try:
         with record.alone():
             prepared.run(record, console, jobs)

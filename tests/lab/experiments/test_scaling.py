@@ -158,6 +158,6 @@ def test_what_a_machine_could_not_time_is_told_from_the_record_alone(tmp_path, m
     assert len(record.lines("left_out.jsonl")) == len(left_out(record)) == 4
     # another machine has other obstacles
     monkeypatch.setattr(scaling, "obstacle", lambda *_: None)
-    assert scaling.EXPERIMENT.finished(record) == ""
+    assert scaling.EXPERIMENT.unfinished(record) == ""
     (record.folder / METRICS).unlink()
-    assert scaling.EXPERIMENT.finished(record).startswith(f"not measured: {few} at D = 1,000")
+    assert scaling.EXPERIMENT.unfinished(record).startswith(f"not measured: {few} at D = 1,000")

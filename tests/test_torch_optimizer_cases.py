@@ -122,9 +122,6 @@ def same(mine: Run, theirs: Run) -> None:
     torch.testing.assert_close(mine.momentum(), theirs.momentum(), rtol=0, atol=atol)
 
 
-# --- each case ---------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("flag", [None, *OURS])
 @every_case
 @both_kinds
@@ -211,9 +208,6 @@ def test_a_tensor_as_the_rate_is_read_at_each_step(kind):
     same(*runs)
 
 
-# --- groups ------------------------------------------------------------------------------------
-
-
 def two_groups(**above: Any) -> Groups:
     return lambda model: [
         {"params": model.trunk.parameters()},
@@ -267,9 +261,6 @@ def test_a_group_may_be_added_later(kind, with_names):
         run.optimizer.add_param_group({"params": members(run.model.head), "lr": 0.2})
         run.go(range(3, 6))
     same(*runs)
-
-
-# --- state -------------------------------------------------------------------------------------
 
 
 def saved(state: Any) -> Any:
@@ -352,9 +343,6 @@ def test_copies_with_the_model_go_on_alone(kind, case, copied):
     other.go(range(3, 6))
     same(mine, theirs)
     same(other, theirs.go(range(3, 6)))
-
-
-# --- steps -------------------------------------------------------------------------------------
 
 
 @every_case
@@ -452,9 +440,6 @@ def test_state_hooks_see_and_replace_the_state(kind):
 def test_it_can_be_printed():
     mine, _ = twins("factored", lr=0.25)
     assert "lr: 0.25" in repr(mine.optimizer)
-
-
-# --- what is refused ---------------------------------------------------------------------------
 
 
 def aimed(params: Any, known: dict[int, nn.Parameter], factored: bool) -> Any:

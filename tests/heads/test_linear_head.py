@@ -1,4 +1,4 @@
-"""The linear output layer as a citizen of PyTorch: parameters, prediction, saving, errors."""
+"""The linear output layer as a citizen of PyTorch: parameters, saving, errors."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from _cases import CASES
-from _reading import read_in_chunks
 from softsphere import (
-    FactoredSphericalLoss,
     LinearSphericalLoss,
     LinearSphericalOptions,
     SphericalLoss,
@@ -21,7 +19,6 @@ from softsphere import (
 from softsphere.functional import linear_spherical_loss
 
 d, D = 6, 31
-NORMALISED = [name for name, (kind, _) in CASES.items() if kind.normalised]
 
 
 def layer(loss="taylor_softmax", dtype=torch.float64, **options):
@@ -103,76 +100,6 @@ def test_adam_trains_it_as_it_trains_the_logits():
     torch.testing.assert_close(head.weight, linear.weight, rtol=1e-7, atol=1e-7)
 
 
-# --- prediction --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("rows", [3, 17])
-@pytest.mark.parametrize("prior", [None, torch.arange(1.0, D + 1)], ids=["uniform", "prior"])
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("name", NORMALISED)
-def test_probabilities_are_those_of_the_logits(name, bias, prior, rows):
-    head = layer(CASES[name][0], bias=bias, prior=prior)
-    read_in_chunks(head, 7)
-    hidden, target = batch(rows)
-    criterion = SphericalLoss(CASES[name][0], prior=prior)
-    want = criterion.log_prob(F.linear(hidden, head.weight, head.bias)).detach()
-    tolerance = {"rtol": 1e-6, "atol": 1e-8}  # the prior is float32
-    got = head.log_prob(hidden)
-    torch.testing.assert_close(got, want, **tolerance)
-    torch.testing.assert_close(got.exp().sum(-1), torch.ones(rows).double(), **tolerance)
-    some = torch.tensor([0, 5, 5, D - 1])
-    torch.testing.assert_close(head.log_prob(hidden, some), want[:, some], **tolerance)
-    best = head.topk(hidden, 4)
-    torch.testing.assert_close(best.values, want.topk(4).values, **tolerance)
-    assert torch.equal(head.predict(hidden), want.argmax(-1))
-    own = want.gather(1, target.unsqueeze(1))
-    assert torch.equal(head.rank(hidden, target), 1 + (want > own).sum(1))
-
-
-def test_both_layers_predict_alike():
-    head = layer(prior=torch.arange(1.0, D + 1))
-    factored = FactoredSphericalLoss(d, D, prior=torch.arange(1.0, D + 1), dtype=torch.float64)
-    factored.load_state_dict(head.state_dict())
-    hidden, target = batch(2, 3)
-    torch.testing.assert_close(head.log_prob(hidden), factored.log_prob(hidden))
-    assert torch.equal(head.topk(hidden, 3).indices, factored.topk(hidden, 3).indices)
-    assert torch.equal(head.rank(hidden, target), factored.rank(hidden, target))
-    torch.testing.assert_close(head(hidden, target), factored(hidden, target), rtol=1e-6, atol=0)
-
-
-def test_ranking_without_probabilities():
-    head = layer("z_loss")
-    hidden, _ = batch(4)
-    logits = F.linear(hidden, head.weight, head.bias)
-    assert torch.equal(head.predict(hidden), logits.argmax(1))
-    torch.testing.assert_close(head.topk(hidden, 2).values, logits.topk(2).values)
-    with pytest.raises(TypeError, match="not a normalised distribution"):
-        head.log_prob(hidden)
-
-
-def test_prediction_in_bfloat16_is_computed_in_float32():
-    head = layer(dtype=torch.bfloat16)
-    wide = layer().double()
-    wide.load_state_dict({key: x.double() for key, x in head.state_dict().items()})
-    hidden = batch(4)[0].bfloat16()
-    assert head.log_prob(hidden).dtype == torch.float32
-    torch.testing.assert_close(
-        head.log_prob(hidden).double(), wide.log_prob(hidden.double()), rtol=1e-5, atol=1e-5
-    )
-
-
-def test_evaluation_has_a_loss_and_no_gradient():
-    head = layer().eval()
-    hidden, target = batch(4)
-    with torch.no_grad():
-        loss = head(hidden, target)
-    assert not loss.requires_grad
-    torch.testing.assert_close(loss, -head.log_prob(hidden)[range(4), target].mean())
-
-
-# --- parameters --------------------------------------------------------------------------------
-
-
 def test_borrowed_parameters_are_the_same_objects():
     linear, embedding = nn.Linear(d, D), nn.Embedding(D, d)
     head = LinearSphericalLoss.from_linear(linear, "z_loss", reduction="sum")
@@ -217,9 +144,9 @@ def test_its_representation_says_what_matters():
         assert part in text
 
 
-# --- what it refuses ---------------------------------------------------------------------------
-
 SMOOTHING = "label_smoothing needs the logits, got 0.1.*'dense'"
+
+
 PROBABILITIES = "target of class probabilities needs the logits.*'dense'"
 
 
@@ -260,6 +187,7 @@ WRONG = {
     },
     "label_smoothing has no meaning for ZLoss": {"loss": "z_loss", "label_smoothing": 0.1},
 }  # fmt: skip
+
 
 WRONG_TYPE = {
     "input must be a floating-point tensor, got torch.int64": {"input": HIDDEN.long()},

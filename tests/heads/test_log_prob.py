@@ -1,107 +1,38 @@
-"""Log-probabilities of both layers: gradients, empty batches, transforms, export, the compiler."""
+"""Log-probabilities of both layers: gradients, second derivatives, transforms."""
 
 from __future__ import annotations
-
-import inspect
-import io
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from _cases import CASES
+from _output_layers import (
+    CLOSE,
+    COUNTS,
+    LOSSES,
+    SOME,
+    SPHERICAL,
+    D,
+    Largest,
+    OnLogits,
+    all_or_some,
+    both,
+    d,
+    every_layer,
+    layer,
+    parts,
+    rows,
+    with_prior,
+)
 from _reading import read_in_chunks
 from _twin import DenseTwin
 from softsphere import (
     FactoredSphericalLoss,
     LinearSphericalLoss,
-    LinearSphericalOptions,
     SphericalLoss,
 )
-
-d, D = 6, 31
-SOME = torch.tensor([0, 5, 5, D - 1])
-COUNTS = torch.arange(1.0, D + 1)
-CLOSE = {"rtol": 1e-10, "atol": 1e-10}
-
-LOSSES = ("taylor_softmax", "spherical_softmax", "softmax", "taylor_4", "soft_margin")
-SPHERICAL = LOSSES[:2]
-EVERY = [(LinearSphericalLoss, x) for x in LOSSES] + [(FactoredSphericalLoss, x) for x in SPHERICAL]
-every_layer = pytest.mark.parametrize(
-    ("kind", "name"), EVERY, ids=[f"{kind.__name__}-{name}" for kind, name in EVERY]
-)
-both = pytest.mark.parametrize("kind", [LinearSphericalLoss, FactoredSphericalLoss])
-all_or_some = pytest.mark.parametrize("classes", [None, SOME], ids=["all", "some"])
-with_prior = pytest.mark.parametrize("prior", [None, COUNTS], ids=["uniform", "prior"])
-
-
-def layer(kind, name="taylor_softmax", engine="auto", dtype=torch.float64, **options):
-    """A layer, the factored one after some steps."""
-    torch.manual_seed(0)
-    if kind is LinearSphericalLoss:
-        options["options"] = LinearSphericalOptions(engine=engine)
-        return kind(d, D, CASES[name][0], dtype=dtype, **options)
-    head = kind(d, D, CASES[name][0], dtype=dtype, **options)
-    optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
-    for _ in range(5):
-        optimizer.zero_grad()
-        head(torch.randn(4, d, dtype=dtype), torch.randint(D, (4,))).backward()
-        optimizer.step()
-    optimizer.zero_grad()
-    return head
-
-
-def rows(*shape, seed=1, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, d, generator=generator, dtype=dtype).requires_grad_()
-
-
-class OnLogits(nn.Module):
-    """The criterion on the logits of an nn.Linear with the weight of a layer."""
-
-    def __init__(self, head):
-        super().__init__()
-        self.linear = nn.Linear(d, D, bias=head.bias is not None, dtype=head.weight.dtype)
-        state = head.state_dict()
-        self.linear.load_state_dict({name: state[name] for name in self.linear.state_dict()})
-        self.criterion = SphericalLoss(head.loss, prior=head.base_measure)
-
-    def forward(self, hidden, classes=None):
-        logits = self.linear(hidden)
-        found = self.criterion.log_prob(logits.flatten(0, -2)).view(logits.shape)
-        return found if classes is None else found[..., classes]
-
-
-def parts(head, grads):
-    """Gradients with respect to hidden, W and b, by those of hidden and the parameters."""
-    if not isinstance(head, FactoredSphericalLoss):
-        return list(grads)
-    hidden, G = grads
-    assert type(G) is torch.Tensor and G.shape == head.weight.shape
-    if head.base_measure is not None:
-        G = G * head.base_measure.sqrt().unsqueeze(1)
-    return [hidden, G[:, :d], *([G[:, d]] if head.bias is not None else [])]
-
-
-class Largest(TorchDispatchMode):
-    """How many numbers each new tensor had."""
-
-    def __init__(self):
-        super().__init__()
-        self.made = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        every = out if isinstance(out, (tuple, list)) else [out]
-        if not func.is_view and not func.name().endswith("_.Tensor"):
-            self.made += [x.numel() for x in every if isinstance(x, torch.Tensor)]
-        return out
-
-
-# --- gradients ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(3,), (2, 7)], ids=["few rows", "many rows"])
@@ -307,9 +238,6 @@ def test_gradients_of_bfloat16_are_computed_in_float32(classes):
         torch.testing.assert_close(x.float(), y, rtol=0, atol=2**-7 * float(y.abs().max()))
 
 
-# --- second derivatives and transforms ---------------------------------------------------------
-
-
 def second(log_prob, hidden, parameters):
     first = torch.autograd.grad(
         log_prob(hidden).square().sum(), [hidden, *parameters], create_graph=True
@@ -421,197 +349,3 @@ def test_transforms_do_not_lose_the_gradient_of_a_factored_weight(classes):
     log_p = torch.func.vmap(lambda h: head.log_prob(h, classes))(rows(3).detach())
     with pytest.raises(RuntimeError, match=r"torch\.func transforms"):
         log_p.sum().backward()
-
-
-# --- empty batches and errors ------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("leading", [(0,), (2, 0)])
-@every_layer
-def test_an_empty_batch_has_predictions_of_its_shape(kind, name, leading):
-    head = layer(kind, name, prior=COUNTS)
-    for context in (torch.enable_grad, torch.no_grad):
-        with context():
-            hidden = rows(*leading)
-            assert head.log_prob(hidden).shape == (*leading, D)
-            assert head.log_prob(hidden, SOME).shape == (*leading, len(SOME))
-            assert head.log_prob(hidden, SOME[:0]).shape == (*leading, 0)
-            assert head.predict(hidden).shape == leading
-            best = head.topk(hidden, 3)
-            assert best.values.shape == best.indices.shape == (*leading, 3)
-            assert head.rank(hidden, torch.zeros(leading, dtype=torch.long)).shape == leading
-
-
-@all_or_some
-@every_layer
-def test_an_empty_batch_has_a_gradient_of_zero(kind, name, classes):
-    head, hidden = layer(kind, name), rows(2, 0)
-    head.log_prob(hidden, classes).sum().backward()
-    assert hidden.grad.shape == hidden.shape
-    assert all(not x.grad.any() for x in head.parameters())
-
-
-@both
-def test_no_classes_at_all_and_a_single_row(kind):
-    head = layer(kind)
-    assert head.log_prob(rows(3), SOME[:0]).shape == (3, 0)
-    assert head.log_prob(rows()).shape == (D,)
-    assert head.predict(rows()).shape == ()
-
-
-@both
-def test_classes_are_a_list(kind):
-    for classes in (SOME.view(2, 2), SOME[0]):
-        with pytest.raises(ValueError, match=r"classes must have shape \(n,\)"):
-            layer(kind).log_prob(rows(3), classes)
-
-
-# --- export and the compiler -------------------------------------------------------------------
-
-
-ASKED = {
-    "log_prob": lambda head, hidden, some: head.log_prob(hidden),
-    "some": lambda head, hidden, some: head.log_prob(hidden, some),
-    "predict": lambda head, hidden, some: head.predict(hidden),
-    "topk": lambda head, hidden, some: head.topk(hidden, 3),
-}
-
-
-class Asked(nn.Module):
-    """A trunk, a layer and what is asked of it."""
-
-    def __init__(self, head, what):
-        super().__init__()
-        self.trunk, self.head = nn.Linear(d, d, dtype=head.weight.dtype), head
-        self.ask = ASKED[what]
-        self.register_buffer("some", SOME.clone())
-
-    def forward(self, hidden):
-        return self.ask(self.head, self.trunk(hidden), self.some)
-
-
-def exported(module, shape, strict):
-    sizes = {i: torch.export.Dim(f"n{i}") for i in range(len(shape))}
-    hidden = rows(*shape).detach()
-    return torch.export.export(module, (hidden,), dynamic_shapes=(sizes,), strict=strict)
-
-
-@pytest.mark.parametrize("strict", [False, True], ids=["traced", "strict"])
-@pytest.mark.parametrize("what", ASKED)
-@pytest.mark.parametrize("name", ["taylor_softmax", "softmax"])
-def test_an_exported_layer_takes_batches_of_any_size(name, what, strict):
-    module = Asked(layer(LinearSphericalLoss, name, prior=COUNTS), what)
-    program = exported(module, (4,), strict)
-    nodes = [node for node in program.graph.nodes if node.op == "call_function"]
-    assert all(node.target.__module__ != "torch.ops.softsphere" for node in nodes)
-    assert not list(program.graph_module.children())  # no context that was kept
-    for m in (1, 2, 7, 300):
-        hidden = rows(m, seed=m).detach()
-        torch.testing.assert_close(program.module()(hidden), module(hidden), **CLOSE)
-
-
-# torch 2.11 says so of what it loads
-@pytest.mark.filterwarnings("ignore:The given buffer is not writable")
-@pytest.mark.parametrize("strict", [False, True], ids=["traced", "strict"])
-def test_an_exported_layer_that_was_saved_takes_any_leading_shape(strict):
-    module = Asked(layer(LinearSphericalLoss), "log_prob")
-    kept = io.BytesIO()
-    torch.export.save(exported(module, (2, 3), strict), kept)
-    program = torch.export.load(io.BytesIO(kept.getvalue()))
-    for shape in ((1, 1), (5, 2), (0, 3)):
-        hidden = rows(*shape).detach()
-        torch.testing.assert_close(program.module()(hidden), module(hidden), **CLOSE)
-
-
-@pytest.mark.parametrize("strict", [False, True], ids=["traced", "strict"])
-@pytest.mark.parametrize("what", ["log_prob", "predict"])
-def test_a_factored_layer_names_what_can_be_exported(what, strict):
-    if strict and "reason" not in inspect.signature(torch.compiler.disable).parameters:
-        pytest.skip("before torch 2.7 there was no reason that could be given")
-    module = Asked(layer(FactoredSphericalLoss), what)
-    with pytest.raises(Exception, match="LinearSphericalLoss"):
-        exported(module, (4,), strict)
-
-
-def test_a_factored_layer_that_the_program_does_not_hold_names_what_can_be_exported():
-    module = Asked(layer(FactoredSphericalLoss), "log_prob")
-    module.head, hidden = nn.Identity(), module.head
-    module.forward = lambda x: hidden.log_prob(x)
-    with pytest.raises(RuntimeError, match=r"head\.to_linear\(\).*LinearSphericalLoss"):
-        exported(module, (4,), False)
-
-
-class ToLinear(nn.Module):
-    def __init__(self, head):
-        super().__init__()
-        self.linear = head.to_linear()
-        self.criterion = SphericalLoss(head.loss, prior=head.base_measure)
-
-    def forward(self, hidden):
-        return self.criterion.log_prob(self.linear(hidden))
-
-
-def same_state(head):
-    other = LinearSphericalLoss(d, D, head.loss, prior=COUNTS.double(), dtype=torch.float64)
-    other.load_state_dict(head.state_dict())
-    module = nn.Module()
-    module.head, module.forward = other, other.log_prob
-    return module
-
-
-@pytest.mark.parametrize("instead", [ToLinear, same_state])
-def test_what_a_factored_layer_names_can_be_exported(instead):
-    head = layer(FactoredSphericalLoss, prior=COUNTS)
-    program = exported(instead(head), (4,), False)
-    for m in (1, 9):
-        torch.testing.assert_close(program.module()(rows(m)), head.log_prob(rows(m)), **CLOSE)
-
-
-@pytest.fixture
-def _forget():
-    """The compiler counts what it has compiled of a function, whichever layer's it was."""
-    torch._dynamo.reset()
-
-
-@pytest.mark.usefixtures("_forget")
-@all_or_some
-@pytest.mark.parametrize(
-    ("kind", "name"),
-    [
-        (LinearSphericalLoss, "taylor_softmax"),
-        (LinearSphericalLoss, "softmax"),
-        (FactoredSphericalLoss, "taylor_softmax"),
-    ],
-)
-def test_a_compiled_layer_has_the_same_gradients(kind, name, classes):
-    head, whole = layer(kind, name, prior=COUNTS), kind is LinearSphericalLoss
-
-    def log_prob(hidden):
-        return head.log_prob(hidden, classes)
-
-    compiled = torch.compile(log_prob, backend="aot_eager", fullgraph=whole)
-    for m in (4, 14, 1):
-        results = []
-        for f in (compiled, log_prob):
-            hidden = rows(m)
-            log_p = f(hidden)
-            grads = torch.autograd.grad(log_p.square().sum(), [hidden, *head.parameters()])
-            results.append((log_p, *grads))
-        torch.testing.assert_close(*results, **CLOSE)
-        with torch.no_grad():
-            torch.testing.assert_close(compiled(hidden), log_prob(hidden), **CLOSE)
-
-
-@pytest.mark.usefixtures("_forget")
-@both
-def test_compiled_predictions(kind):
-    head = layer(kind, prior=COUNTS)
-
-    def predictions(hidden, target):
-        return head.predict(hidden), head.topk(hidden, 3), head.rank(hidden, target)
-
-    whole = kind is LinearSphericalLoss
-    compiled = torch.compile(predictions, backend="aot_eager", fullgraph=whole)
-    for m in (4, 9, 1):
-        given = rows(m), torch.arange(m)
-        torch.testing.assert_close(compiled(*given), predictions(*given), **CLOSE)

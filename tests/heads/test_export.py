@@ -1,0 +1,174 @@
+"""Predictions of both layers in exported and compiled programs."""
+
+from __future__ import annotations
+
+import inspect
+import io
+
+import pytest
+import torch
+from torch import nn
+
+from _output_layers import (
+    CLOSE,
+    COUNTS,
+    SOME,
+    D,
+    all_or_some,
+    both,
+    d,
+    layer,
+    rows,
+)
+from softsphere import (
+    FactoredSphericalLoss,
+    LinearSphericalLoss,
+    SphericalLoss,
+)
+
+ASKED = {
+    "log_prob": lambda head, hidden, some: head.log_prob(hidden),
+    "some": lambda head, hidden, some: head.log_prob(hidden, some),
+    "predict": lambda head, hidden, some: head.predict(hidden),
+    "topk": lambda head, hidden, some: head.topk(hidden, 3),
+}
+
+
+class Asked(nn.Module):
+    """A trunk, a layer and what is asked of it."""
+
+    def __init__(self, head, what):
+        super().__init__()
+        self.trunk, self.head = nn.Linear(d, d, dtype=head.weight.dtype), head
+        self.ask = ASKED[what]
+        self.register_buffer("some", SOME.clone())
+
+    def forward(self, hidden):
+        return self.ask(self.head, self.trunk(hidden), self.some)
+
+
+def exported(module, shape, strict):
+    sizes = {i: torch.export.Dim(f"n{i}") for i in range(len(shape))}
+    hidden = rows(*shape).detach()
+    return torch.export.export(module, (hidden,), dynamic_shapes=(sizes,), strict=strict)
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["traced", "strict"])
+@pytest.mark.parametrize("what", ASKED)
+@pytest.mark.parametrize("name", ["taylor_softmax", "softmax"])
+def test_an_exported_layer_takes_batches_of_any_size(name, what, strict):
+    module = Asked(layer(LinearSphericalLoss, name, prior=COUNTS), what)
+    program = exported(module, (4,), strict)
+    nodes = [node for node in program.graph.nodes if node.op == "call_function"]
+    assert all(node.target.__module__ != "torch.ops.softsphere" for node in nodes)
+    assert not list(program.graph_module.children())  # no context that was kept
+    for m in (1, 2, 7, 300):
+        hidden = rows(m, seed=m).detach()
+        torch.testing.assert_close(program.module()(hidden), module(hidden), **CLOSE)
+
+
+# torch 2.11 says so of what it loads
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable")
+@pytest.mark.parametrize("strict", [False, True], ids=["traced", "strict"])
+def test_an_exported_layer_that_was_saved_takes_any_leading_shape(strict):
+    module = Asked(layer(LinearSphericalLoss), "log_prob")
+    kept = io.BytesIO()
+    torch.export.save(exported(module, (2, 3), strict), kept)
+    program = torch.export.load(io.BytesIO(kept.getvalue()))
+    for shape in ((1, 1), (5, 2), (0, 3)):
+        hidden = rows(*shape).detach()
+        torch.testing.assert_close(program.module()(hidden), module(hidden), **CLOSE)
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["traced", "strict"])
+@pytest.mark.parametrize("what", ["log_prob", "predict"])
+def test_a_factored_layer_names_what_can_be_exported(what, strict):
+    if strict and "reason" not in inspect.signature(torch.compiler.disable).parameters:
+        pytest.skip("before torch 2.7 there was no reason that could be given")
+    module = Asked(layer(FactoredSphericalLoss), what)
+    with pytest.raises(Exception, match="LinearSphericalLoss"):
+        exported(module, (4,), strict)
+
+
+def test_a_factored_layer_that_the_program_does_not_hold_names_what_can_be_exported():
+    module = Asked(layer(FactoredSphericalLoss), "log_prob")
+    module.head, hidden = nn.Identity(), module.head
+    module.forward = lambda x: hidden.log_prob(x)
+    with pytest.raises(RuntimeError, match=r"head\.to_linear\(\).*LinearSphericalLoss"):
+        exported(module, (4,), False)
+
+
+class ToLinear(nn.Module):
+    def __init__(self, head):
+        super().__init__()
+        self.linear = head.to_linear()
+        self.criterion = SphericalLoss(head.loss, prior=head.base_measure)
+
+    def forward(self, hidden):
+        return self.criterion.log_prob(self.linear(hidden))
+
+
+def same_state(head):
+    other = LinearSphericalLoss(d, D, head.loss, prior=COUNTS.double(), dtype=torch.float64)
+    other.load_state_dict(head.state_dict())
+    module = nn.Module()
+    module.head, module.forward = other, other.log_prob
+    return module
+
+
+@pytest.mark.parametrize("instead", [ToLinear, same_state])
+def test_what_a_factored_layer_names_can_be_exported(instead):
+    head = layer(FactoredSphericalLoss, prior=COUNTS)
+    program = exported(instead(head), (4,), False)
+    for m in (1, 9):
+        torch.testing.assert_close(program.module()(rows(m)), head.log_prob(rows(m)), **CLOSE)
+
+
+@pytest.fixture
+def _forget():
+    """The compiler counts what it has compiled of a function, whichever layer's it was."""
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("_forget")
+@all_or_some
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        (LinearSphericalLoss, "taylor_softmax"),
+        (LinearSphericalLoss, "softmax"),
+        (FactoredSphericalLoss, "taylor_softmax"),
+    ],
+)
+def test_a_compiled_layer_has_the_same_gradients(kind, name, classes):
+    head, whole = layer(kind, name, prior=COUNTS), kind is LinearSphericalLoss
+
+    def log_prob(hidden):
+        return head.log_prob(hidden, classes)
+
+    compiled = torch.compile(log_prob, backend="aot_eager", fullgraph=whole)
+    for m in (4, 14, 1):
+        results = []
+        for f in (compiled, log_prob):
+            hidden = rows(m)
+            log_p = f(hidden)
+            grads = torch.autograd.grad(log_p.square().sum(), [hidden, *head.parameters()])
+            results.append((log_p, *grads))
+        torch.testing.assert_close(*results, **CLOSE)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(hidden), log_prob(hidden), **CLOSE)
+
+
+@pytest.mark.usefixtures("_forget")
+@both
+def test_compiled_predictions(kind):
+    head = layer(kind, prior=COUNTS)
+
+    def predictions(hidden, target):
+        return head.predict(hidden), head.topk(hidden, 3), head.rank(hidden, target)
+
+    whole = kind is LinearSphericalLoss
+    compiled = torch.compile(predictions, backend="aot_eager", fullgraph=whole)
+    for m in (4, 9, 1):
+        given = rows(m), torch.arange(m)
+        torch.testing.assert_close(compiled(*given), predictions(*given), **CLOSE)

@@ -1,0 +1,150 @@
+"""What a step of a factored layer costs, and how exact many of them are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from _factored import NAMES
+from softsphere import (
+    FactoredSphericalLoss,
+    SphericalLoss,
+)
+from softsphere.optim import FactoredSGD
+
+
+def flops(num_classes, m, name, **sgd):
+    """Of a step; mending, which is rare and has a cost of its own, is left out."""
+    head = FactoredSphericalLoss(16, num_classes, name)
+    optimizer = FactoredSGD(head.parameters(), lr=0.01, **sgd)
+    head.matrix.watch.after_step = lambda *_: None
+    hidden, target = torch.randn(m, 16, requires_grad=True), torch.randint(num_classes, (m,))
+    for _ in range(2):
+        with FlopCounterMode(display=False) as counter:
+            optimizer.zero_grad()
+            head(hidden, target).backward()
+            optimizer.step()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("m", [5, 40])
+@pytest.mark.parametrize("sgd", [{}, {"momentum": 0.9, "nesterov": True, "weight_decay": 1e-3}])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_costs_nothing_in_classes(name, m, sgd):
+    few, many = flops(100, m, name, **sgd), flops(50_000, m, name, **sgd)
+    assert few == many > 0
+
+
+@pytest.mark.parametrize("sgd", [{}, {"momentum": 0.9}], ids=["plain", "momentum"])
+def test_mending_costs_nothing_in_classes(sgd):
+    """Sixty steps of the loss that wears U out fastest, all that mends it counted."""
+    spent = []
+    for num_classes in (2_000, 100_000):
+        torch.manual_seed(0)
+        head = FactoredSphericalLoss(16, num_classes, "squared_error", dtype=torch.float64)
+        optimizer = FactoredSGD(head.parameters(), lr=0.05, **sgd)
+        hidden = torch.randn(60, 8, 16, dtype=torch.float64, requires_grad=True)
+        head.health()  # Q is made
+        with FlopCounterMode(display=False) as counter:
+            for rows in hidden:
+                optimizer.zero_grad()
+                head(rows, torch.randint(2_000, (8,))).backward()
+                optimizer.step()
+        assert head.health(0).renewed > 1
+        spent.append(counter.get_total_flops())
+    assert spent[1] == pytest.approx(spent[0], rel=0.05)
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers in a tensor that any operation made anew."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        name = func.__name__
+        if (
+            isinstance(result, torch.Tensor)
+            and result.untyped_storage().size()
+            and not (name.endswith("_.default") or func.is_view)
+        ):
+            self.numel = max(self.numel, result.numel())
+        return result
+
+
+def test_no_tensor_has_a_class_dimension():
+    classes, m = 20_000, 8
+    head = FactoredSphericalLoss(16, classes)
+    optimizer = FactoredSGD(head.parameters(), lr=0.01)
+    hidden, target = torch.randn(m, 16, requires_grad=True), torch.randint(classes, (m,))
+    head.health()  # Q is made
+    with Largest() as largest:
+        head(hidden, target).backward()
+        optimizer.step()
+    assert 0 < largest.numel < classes / 10
+
+
+# Rates at which the losses train, on the edge of what is stable for the squared error.
+RATES = {
+    "squared_error": 0.05,
+    "spherical_softmax": 0.5,
+    "taylor_softmax": 0.5,
+    "z_loss": 0.5,
+    "bohning_bound": 0.05,
+    "bouchard_bound": 0.02,
+}
+
+
+WITH_MOMENTUM = {"momentum": 0.9, "weight_decay": 0.01}
+
+
+@pytest.mark.parametrize("sgd", [{}, WITH_MOMENTUM], ids=["plain", "momentum"])
+@pytest.mark.parametrize("name", RATES)
+def test_float32_stays_as_near_as_the_dense_layer_over_many_steps(name, sgd):
+    """A thousand steps here; ten thousand in the slow test below."""
+    factored, dense = drift(name, 1_000, sgd)
+    assert factored <= 5 * dense
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sgd", [{}, WITH_MOMENTUM], ids=["plain", "momentum"])
+@pytest.mark.parametrize("name", RATES)
+def test_float32_stays_as_near_as_the_dense_layer_over_10_000_steps(name, sgd):
+    factored, dense = drift(name, 10_000, sgd)
+    assert factored <= 5 * dense
+
+
+def drift(name, steps, sgd):
+    """Relative error of W in float32, factored and dense, against a dense float64 run."""
+    torch.manual_seed(0)
+    classes, width, m = 200, 16, 8
+    head = FactoredSphericalLoss(width, classes, name, bias=False)
+    criterion = SphericalLoss(name)
+    lr = RATES[name] * (1 - sgd.get("momentum", 0.0))
+    exact = nn.Parameter(head.dense().double())
+    plain = nn.Parameter(head.dense())
+    optimizers = [
+        FactoredSGD(head.parameters(), lr=lr, **sgd),
+        torch.optim.SGD([exact], lr=lr, **sgd),
+        torch.optim.SGD([plain], lr=lr, **sgd),
+    ]
+    scale = torch.logspace(0.3, -0.7, width)
+    mixing = torch.randn(width, classes) / width**0.5
+    for _ in range(steps):
+        hidden = torch.randn(m, width) * scale
+        target = (hidden @ mixing).argmax(1)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        head(hidden, target).backward()
+        criterion(hidden.double() @ exact.T, target).backward()
+        criterion(hidden @ plain.T, target).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    exact, plain = exact.detach(), plain.detach()
+    size = exact.norm()
+    return float((head.dense() - exact).norm() / size), float((plain - exact).norm() / size)

@@ -1,0 +1,290 @@
+"""Predictions of both layers: log-probabilities, best classes and ranks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import _factored
+from _cases import CASES
+from _output_layers import (
+    COUNTS,
+    SOME,
+    D,
+    all_or_some,
+    both,
+    d,
+    every_layer,
+    layer,
+    rows,
+)
+from _reading import read_in_chunks
+from softsphere import (
+    FactoredSphericalLoss,
+    LinearSphericalLoss,
+    SphericalLoss,
+    losses,
+)
+
+
+@pytest.mark.parametrize("leading", [(0,), (2, 0)])
+@every_layer
+def test_an_empty_batch_has_predictions_of_its_shape(kind, name, leading):
+    head = layer(kind, name, prior=COUNTS)
+    for context in (torch.enable_grad, torch.no_grad):
+        with context():
+            hidden = rows(*leading)
+            assert head.log_prob(hidden).shape == (*leading, D)
+            assert head.log_prob(hidden, SOME).shape == (*leading, len(SOME))
+            assert head.log_prob(hidden, SOME[:0]).shape == (*leading, 0)
+            assert head.predict(hidden).shape == leading
+            best = head.topk(hidden, 3)
+            assert best.values.shape == best.indices.shape == (*leading, 3)
+            assert head.rank(hidden, torch.zeros(leading, dtype=torch.long)).shape == leading
+
+
+@all_or_some
+@every_layer
+def test_an_empty_batch_has_a_gradient_of_zero(kind, name, classes):
+    head, hidden = layer(kind, name), rows(2, 0)
+    head.log_prob(hidden, classes).sum().backward()
+    assert hidden.grad.shape == hidden.shape
+    assert all(not x.grad.any() for x in head.parameters())
+
+
+@both
+def test_no_classes_at_all_and_a_single_row(kind):
+    head = layer(kind)
+    assert head.log_prob(rows(3), SOME[:0]).shape == (3, 0)
+    assert head.log_prob(rows()).shape == (D,)
+    assert head.predict(rows()).shape == ()
+
+
+@both
+def test_classes_are_a_list(kind):
+    for classes in (SOME.view(2, 2), SOME[0]):
+        with pytest.raises(ValueError, match=r"classes must have shape \(n,\)"):
+            layer(kind).log_prob(rows(3), classes)
+
+
+def batch(*shape):
+    return rows(*shape).detach(), torch.randint(D, shape)
+
+
+NORMALISED = [name for name, (kind, _) in CASES.items() if kind.normalised]
+
+
+@pytest.mark.parametrize("m", [3, 17])
+@pytest.mark.parametrize("prior", [None, COUNTS], ids=["uniform", "prior"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("name", NORMALISED)
+def test_probabilities_are_those_of_the_logits(name, bias, prior, m):
+    head = layer(LinearSphericalLoss, name, bias=bias, prior=prior)
+    read_in_chunks(head, 7)
+    hidden, target = batch(m)
+    criterion = SphericalLoss(CASES[name][0], prior=prior)
+    want = criterion.log_prob(F.linear(hidden, head.weight, head.bias)).detach()
+    tolerance = {"rtol": 1e-6, "atol": 1e-8}  # the prior is float32
+    got = head.log_prob(hidden)
+    torch.testing.assert_close(got, want, **tolerance)
+    torch.testing.assert_close(got.exp().sum(-1), torch.ones(m).double(), **tolerance)
+    some = torch.tensor([0, 5, 5, D - 1])
+    torch.testing.assert_close(head.log_prob(hidden, some), want[:, some], **tolerance)
+    best = head.topk(hidden, 4)
+    torch.testing.assert_close(best.values, want.topk(4).values, **tolerance)
+    assert torch.equal(head.predict(hidden), want.argmax(-1))
+    own = want.gather(1, target.unsqueeze(1))
+    assert torch.equal(head.rank(hidden, target), 1 + (want > own).sum(1))
+
+
+def test_both_layers_predict_alike():
+    head = layer(LinearSphericalLoss, prior=COUNTS)
+    factored = FactoredSphericalLoss(d, D, prior=COUNTS, dtype=torch.float64)
+    factored.load_state_dict(head.state_dict())
+    hidden, target = batch(2, 3)
+    torch.testing.assert_close(head.log_prob(hidden), factored.log_prob(hidden))
+    assert torch.equal(head.topk(hidden, 3).indices, factored.topk(hidden, 3).indices)
+    assert torch.equal(head.rank(hidden, target), factored.rank(hidden, target))
+    torch.testing.assert_close(head(hidden, target), factored(hidden, target), rtol=1e-6, atol=0)
+
+
+def test_ranking_without_probabilities():
+    head = layer(LinearSphericalLoss, "z_loss")
+    hidden, _ = batch(4)
+    logits = F.linear(hidden, head.weight, head.bias)
+    assert torch.equal(head.predict(hidden), logits.argmax(1))
+    torch.testing.assert_close(head.topk(hidden, 2).values, logits.topk(2).values)
+    with pytest.raises(TypeError, match="not a normalised distribution"):
+        head.log_prob(hidden)
+
+
+def test_prediction_in_bfloat16_is_computed_in_float32():
+    head = layer(LinearSphericalLoss, dtype=torch.bfloat16)
+    wide = layer(LinearSphericalLoss)
+    wide.load_state_dict({key: x.double() for key, x in head.state_dict().items()})
+    hidden = batch(4)[0].bfloat16()
+    assert head.log_prob(hidden).dtype == torch.float32
+    torch.testing.assert_close(
+        head.log_prob(hidden).double(), wide.log_prob(hidden.double()), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_evaluation_has_a_loss_and_no_gradient():
+    head = layer(LinearSphericalLoss).eval()
+    hidden, target = batch(4)
+    with torch.no_grad():
+        loss = head(hidden, target)
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss, -head.log_prob(hidden)[range(4), target].mean())
+
+
+@pytest.mark.parametrize("prior", [False, True])
+@pytest.mark.parametrize("name", _factored.NAMES)
+def test_prediction_is_that_of_the_logits(name, prior):
+    """Also where the numerator is not monotone: outputs from −4 to 4, the best on either side."""
+    counts = torch.arange(1.0, D + 1).double() if prior else None
+    head = _factored.layer(name, prior=counts)
+    head.load_state_dict({**head.to_linear().state_dict(), "weight": 2 * torch.randn(D, d)},
+                         strict=False)  # fmt: skip
+    criterion = SphericalLoss(name, prior=counts)
+    hidden, target = torch.randn(7, d).double(), torch.randint(D, (7,))
+    o = head.to_linear()(hidden)
+    assert o.min() < -2
+    scores = criterion.scores(o).detach()
+    if losses.get(name).normalised:
+        torch.testing.assert_close(head.log_prob(hidden), scores)
+        some = torch.tensor([3, 0, 3, D - 1])
+        torch.testing.assert_close(head.log_prob(hidden, some), scores[:, some])
+    else:
+        with pytest.raises(TypeError, match="not a normalised distribution"):
+            head.log_prob(hidden)
+    read_in_chunks(head, 4)  # smaller than k, and not a divisor of D
+    best = head.topk(hidden, 9)
+    want = scores.topk(9, dim=1)
+    torch.testing.assert_close(best.values, want.values)
+    assert torch.equal(best.indices, want.indices)
+    assert torch.equal(head.predict(hidden), scores.argmax(1))
+    above = (scores > scores.gather(1, target.unsqueeze(1))).sum(1) + 1
+    assert torch.equal(head.rank(hidden, target), above)
+
+
+INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16,
+            torch.uint32, torch.uint64)  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+@both
+def test_classes_and_targets_may_be_of_any_integer_dtype(kind, dtype):
+    """As those of forward; uint8 is no mask."""
+    head, hidden = layer(kind, prior=COUNTS), rows(4)
+    target = torch.tensor([0, 1, 30, 5])
+    other = target.to(dtype)
+    torch.testing.assert_close(head(hidden, other), head(hidden, target), rtol=0, atol=0)
+    assert torch.equal(head.rank(hidden, other), head.rank(hidden, target))
+    assert head.rank(hidden, other).dtype == torch.int64
+    for context in (torch.no_grad, torch.enable_grad):
+        with context():
+            torch.testing.assert_close(
+                head.log_prob(hidden, other), head.log_prob(hidden, target), rtol=0, atol=0
+            )
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.complex64])
+@both
+def test_classes_and_targets_are_integers(kind, dtype):
+    head, hidden = layer(kind), rows(4)
+    wrong = torch.ones(4, dtype=dtype)
+    with pytest.raises(TypeError, match="target must hold class indices"):
+        head.rank(hidden, wrong)
+    with pytest.raises(TypeError, match="classes must be a tensor of class indices"):
+        head.log_prob(hidden, wrong)
+    with pytest.raises(TypeError, match="k must be an integer"):
+        head.topk(hidden, 2.0)
+
+
+def half_layer(dtype, W):
+    head = LinearSphericalLoss(W.shape[1], len(W), bias=False, dtype=dtype)
+    with torch.no_grad():
+        head.weight.copy_(W)
+    return head
+
+
+@pytest.mark.parametrize(("dtype", "step"), [(torch.bfloat16, 2**-7), (torch.float16, 2**-10)])
+def test_outputs_that_tie_when_rounded_are_ordered(dtype, step):
+    """Outputs 3 + j·step with spacing 2·step: exact in float32, equal in pairs when rounded."""
+    W = torch.tensor([[3.0, float(j)] for j in (2, 0, 3, 1)])
+    head, hidden = half_layer(dtype, W), torch.tensor([[1.0, step]], dtype=dtype)
+    rounded = (hidden @ head.weight.T)[0]
+    assert len(rounded.unique()) < 4
+    assert head.predict(hidden).tolist() == [2]
+    assert head.topk(hidden, 4).indices.tolist() == [[2, 0, 3, 1]]
+    assert [head.rank(hidden, torch.tensor([t])).item() for t in range(4)] == [2, 4, 1, 3]
+    log_p = head.log_prob(hidden)
+    assert log_p.dtype == torch.float32 and len(log_p.unique()) == 4
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@both
+def test_half_precision_ranks_by_scores_that_are_not_rounded(kind, dtype, autocast):
+    """Classes on a circle, so that rounded scores tie in most rows."""
+    torch.manual_seed(0)
+    many = 400
+    angle = torch.arange(many) * (2 * torch.pi / many)
+    W = (3 * torch.stack([angle.cos(), angle.sin()], 1)).to(dtype)
+    if kind is LinearSphericalLoss:
+        head = half_layer(dtype, W)
+    else:
+        head = kind(2, many, bias=False)
+        head.load_state_dict({"weight": W.float()})
+    hidden = F.normalize(torch.randn(50, 2)).to(dtype)
+    o = hidden.double() @ W.double().T
+    scores = (1 + o + o**2 / 2).log()
+    rounded = scores.to(dtype)
+    assert int((rounded == rounded.max(1, keepdim=True).values).sum()) > 100  # ties
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        best, three = head.predict(hidden), head.topk(hidden, 3)
+        log_p, rank = head.log_prob(hidden), head.rank(hidden, scores.topk(2).indices[:, 1])
+    near = {"rtol": 1e-5, "atol": 1e-5}  # of float32, a thousandth of a rounded score
+    torch.testing.assert_close(scores.gather(1, best[:, None])[:, 0], scores.amax(1), **near)
+    torch.testing.assert_close(scores.gather(1, three.indices), scores.topk(3).values, **near)
+    want = scores - scores.logsumexp(1, keepdim=True)
+    torch.testing.assert_close(log_p.double(), want, **near)
+    apart = scores.topk(3).values.diff().abs().amin(1) > 1e-4
+    assert int(apart.sum()) > 10
+    assert (rank[apart] == 2).all()
+
+
+@pytest.mark.parametrize("name", ["z_loss", "taylor_softmax", "squared_error"])
+@both
+def test_nan_scores_rank_last(kind, name):
+    torch.manual_seed(0)
+    head = kind(d, D, name, dtype=torch.float64)
+    state = {key: x.clone() for key, x in head.state_dict().items()}
+    state["weight"][[3, 17]] = torch.nan
+    head.load_state_dict(state)
+    read_in_chunks(head, 7)
+    hidden = rows(9).detach()
+    o = F.linear(hidden, state["weight"], state["bias"])
+    scores = (1 + o + o**2 / 2).log() if name == "taylor_softmax" else o
+    ranked = scores.nan_to_num(nan=-torch.inf)
+    assert torch.equal(head.predict(hidden), ranked.argmax(1))
+    every = head.topk(hidden, D)
+    assert torch.equal(every.indices[:, :-2], ranked.argsort(1, descending=True)[:, :-2])
+    assert every.indices[:, -2:].sort(1).values.tolist() == [[3, 17]] * 9
+    assert every.values[:, -2:].isnan().all()
+    if name != "taylor_softmax":
+        assert not every.values[:, :-2].isnan().any()
+    for target in (0, 3, 17, D - 1):
+        above = (ranked > ranked[:, [target]]).sum(1)
+        want = torch.full_like(above, D) if target in (3, 17) else 1 + above
+        assert torch.equal(head.rank(hidden, torch.full((9,), target)), want)
+
+
+@both
+def test_a_row_of_nan_has_some_class_and_the_last_rank(kind):
+    head, hidden = layer(kind), torch.full((2, d), torch.nan).double()
+    assert ((head.predict(hidden) >= 0) & (head.predict(hidden) < D)).all()
+    assert head.rank(hidden, torch.tensor([0, D - 1])).tolist() == [D, D]
+    assert head.topk(hidden, 2).values.isnan().all()

@@ -103,7 +103,8 @@ def adamw(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW
         {"params": matrices, "weight_decay": weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=lr)
+    # the same steps in fewer operations, a fifth of the time of a small network
+    return torch.optim.AdamW(groups, lr=lr, fused=True)
 
 
 class ClassifierRun(Run[Epoch]):

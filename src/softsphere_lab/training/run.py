@@ -18,10 +18,11 @@ from softsphere_lab.training.passes import Pass
 
 __all__ = ["Run"]
 
-# So many may have to be done again, and take long enough that writing a large state is no matter.
-# By the clock the state would be kept at other steps each time, and to be kept changes the last
-# digits of a factored layer.
-STEPS = 500
+# A run that was stopped may have to repeat at most STEPS steps of a long epoch; writing a large state
+# takes little beside them. Short epochs are kept only once they have FEWEST_STEPS together, since
+# writing the state would take longer than they do. Both count steps: by the clock, the state would
+# be kept at other steps each time, and keeping it changes the last digits of a factored layer.
+STEPS, FEWEST_STEPS = 500, 100
 
 E = TypeVar("E")
 
@@ -66,22 +67,29 @@ class Run(ABC, Generic[E]):
     def train(
         self, epochs: int, kept: Checkpoint, on_epoch: Callable[[int, int], None] = lambda *_: None
     ) -> None:
-        """To the last epoch, or until it diverges, from what is kept of it.
+        """Trains to the last epoch, or until it diverges, from the state that is kept if any.
 
-        The state is kept after each epoch, and in a long one after every STEPS.
+        The state is kept after each epoch, in a long one after every STEPS steps, and of short ones
+        after the first that ends FEWEST_STEPS steps after the last that was kept.
         """
         if state := kept.load():
             self.go_on(state)
+        since_kept = 0
 
         def after_step(step: int) -> None:
+            nonlocal since_kept
+            since_kept += 1
             if step % STEPS == 0:
                 kept.save(self.state())
 
         while len(self.history) < epochs and not self.diverged:
             self.epoch(after_step)
-            if not self.diverged:
+            if self.diverged:
+                return
+            if since_kept >= FEWEST_STEPS:
                 kept.save(self.state())
-                on_epoch(len(self.history), epochs)
+                since_kept = 0
+            on_epoch(len(self.history), epochs)
 
     def epoch(self, after_step: Callable[[int], None]) -> None:
         """What is left of a pass over the rows to train on, and a look at the validation part.

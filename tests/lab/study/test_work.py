@@ -88,7 +88,9 @@ def untimed(value):
 
 
 @pytest.mark.parametrize("case", RUNS)
-def test_a_run_that_is_stopped_after_an_epoch_ends_as_one_that_was_not(case, tmp_path):
+def test_a_run_that_is_stopped_after_an_epoch_ends_as_one_that_was_not(case, tmp_path, monkeypatch):
+    # also of epochs as short as these
+    monkeypatch.setattr(run, "FEWEST_STEPS", 1)
     asked, name = RUNS[case]
     lr = HARMFUL if "the best" in case else 3e-3
     task, data = Task(name, name, lr, 0, trial=False), asked.load()
@@ -120,6 +122,25 @@ class Stopping(Checkpoint):
         self.saves -= 1
         if not self.saves:
             raise KeyboardInterrupt
+
+
+class Counting(Checkpoint):
+    """Counts the epochs that are done whenever the state is kept."""
+
+    def __init__(self):
+        super().__init__()
+        self.epochs = []
+
+    def save(self, state):
+        self.epochs.append(len(state["history"]))
+
+
+def test_short_epochs_are_not_kept_one_by_one():
+    asked = replace(IMAGES, schedule=replace(IMAGES.schedule, epochs=40))
+    task, kept = Task("softmax", "softmax", 1e-3, 0, trial=False), Counting()
+    asked.train(task, asked.load(), kept, lambda *_: None)
+    # 6 steps each
+    assert kept.epochs == [17, 34]
 
 
 @pytest.mark.parametrize("case", RUNS)

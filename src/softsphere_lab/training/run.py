@@ -18,10 +18,10 @@ from softsphere_lab.training.passes import Pass
 
 __all__ = ["Run"]
 
-# A run that was stopped may have to repeat at most STEPS steps of a long epoch; writing a large state
-# takes little beside them. Short epochs are kept only once they have FEWEST_STEPS together, since
-# writing the state would take longer than they do. Both count steps: by the clock, the state would
-# be kept at other steps each time, and keeping it changes the last digits of a factored layer.
+# A run that was stopped may have to repeat at most STEPS steps of a long epoch, and writing a large
+# state takes little beside them. Short epochs are kept only once they have FEWEST_STEPS together,
+# since writing the state would take longer than they do. Both count steps: by the clock, the state
+# would be kept at other steps each time, and keeping it changes the last digits of a factored one.
 STEPS, FEWEST_STEPS = 500, 100
 
 E = TypeVar("E")

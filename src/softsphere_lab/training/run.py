@@ -82,7 +82,7 @@ class Run(ABC, Generic[E]):
             if step % STEPS == 0:
                 kept.save(self.state())
 
-        while len(self.history) < epochs and not self.diverged:
+        while len(self.history) < epochs:
             self.epoch(after_step)
             if self.diverged:
                 return

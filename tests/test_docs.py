@@ -8,6 +8,12 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
+def test_the_page_of_costs_is_that_of_the_measured_tables(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    costs = importlib.import_module("costs_page")
+    assert costs.PAGE.read_text() == costs.page()
+
+
 def test_the_page_of_engines_is_that_of_the_measured_grid(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     engines = importlib.import_module("engines_page")

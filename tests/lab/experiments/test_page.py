@@ -1,8 +1,7 @@
-"""The pages are what the code makes of the records, and the README quotes them."""
+"""The pages are what the code makes of the records."""
 
 from __future__ import annotations
 
-import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -109,26 +108,3 @@ def test_report_writes_the_page_and_its_pictures(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("")
     assert report(records, tmp_path / "file") == 2
     assert "--docs" in capsys.readouterr().err
-
-
-def test_the_readme_quotes_the_page_of_results():
-    page, readme = (ROOT / "docs" / "results.md").read_text(), (ROOT / "README.md").read_text()
-    quoted = re.findall(r"\d+\.\d+ ± \d+\.\d+|\d+\.\d+ to \d+\.\d+", readme)
-    assert quoted
-    assert [number for number in quoted if number not in page] == []
-
-
-def test_the_rows_of_the_readme_are_rows_of_the_page():
-    """The paper's number and p stand beside a result as they do there."""
-    page = [cells(line) for line in (ROOT / "docs" / "results.md").read_text().splitlines()]
-    rows = [row for row in map(cells, (ROOT / "README.md").read_text().splitlines())
-            if any(" ± " in cell for cell in row)]  # fmt: skip
-    assert rows
-    for row in rows:
-        told = {cell for cell in row if re.fullmatch(r"(< )?\d+\.\d+( ± \d+\.\d+)?", cell)}
-        assert any(told <= set(other) for other in page), row
-
-
-def cells(line: str) -> list[str]:
-    """Of a row of a table; none of another line."""
-    return [cell.strip() for cell in line.split("|")] if line.startswith("|") else []

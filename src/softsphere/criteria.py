@@ -139,9 +139,8 @@ class SphericalLoss(WithPrior):
             input,
             target,
             self.active_loss(),
-            self.conventions,
+            self.conventions.masked(mask),
             target_values=target_values,
-            mask=mask,
         )
 
     def active_loss(self) -> losses.Loss:

@@ -35,6 +35,12 @@ class Targets:
         """The losses of the rows times what each counts for; 0 for ignored rows."""
         return torch.where(self.ignored, 0.0, self.counted * rows)
 
+    def refuse_masked(self, mask: Tensor) -> None:
+        """Raises ValueError, on a CPU, for a target outside `mask`, (C) or (..., C)."""
+        taken = mask.expand(*self.t.shape[:-1], mask.shape[-1]).gather(-1, self.t)
+        left_out = ~taken & ~self.ignored.unsqueeze(-1)
+        checks.masked_targets(left_out if self.y is None else left_out & (self.y != 0))
+
 
 def from_indices(
     target: Tensor,

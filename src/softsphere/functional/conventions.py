@@ -28,6 +28,7 @@ class Conventions:
     reduction: "mean", "sum" or "none".
     ignore_index: rows with this target have no loss; None if every row has one.
     label_smoothing: α in (1−α)·ℓ(t) + (α/C)·Σ_k ℓ(k).
+    mask: True for classes that take part, not checked yet; None if all do.
     """
 
     weight: Tensor | None = None
@@ -35,6 +36,7 @@ class Conventions:
     reduction: str = "mean"
     ignore_index: int | None = -100
     label_smoothing: float = 0.0
+    mask: Any = None
 
     @classmethod
     def checked(
@@ -46,6 +48,7 @@ class Conventions:
         reduction: str = "mean",
         ignore_index: Any = -100,
         label_smoothing: Any = 0.0,
+        mask: Any = None,
     ) -> Conventions:
         """Conventions that `loss` can follow; `pi` is normalised already.
 
@@ -62,7 +65,12 @@ class Conventions:
         if weight is not None:
             checks.class_weights(weight)
         checks.without_gradient("prior", pi)
-        return cls(weight, pi, reduction, ignore_index, label_smoothing)
+        return cls(weight, pi, reduction, ignore_index, label_smoothing, mask)
+
+    def masked(self, mask: Any) -> Conventions:
+        """The same for the classes where `mask` is True."""
+        rest = self.reduction, self.ignore_index, self.label_smoothing, mask
+        return Conventions(self.weight, self.pi, *rest)
 
     def fit(self, num_classes: int, dtype: torch.dtype, input: Tensor) -> Conventions:
         """The same with vectors in `dtype`, for an input of `num_classes` classes.
@@ -76,7 +84,8 @@ class Conventions:
                 checks.same_device(name, vector, "input", input)
         w = None if self.weight is None else self.weight.to(dtype)
         pi = None if self.pi is None else checks.narrowed_prior(self.pi, dtype)
-        return Conventions(w, pi, self.reduction, self.ignore_index, self.label_smoothing)
+        rest = self.reduction, self.ignore_index, self.label_smoothing, self.mask
+        return Conventions(w, pi, *rest)
 
     def entries(
         self, target: Tensor, values: Tensor | None, num_classes: int, dtype: torch.dtype

@@ -13,6 +13,7 @@ from softsphere import checks, losses
 from softsphere.engines import LinearSphericalOptions, options_or_default
 from softsphere.engines.dispatch import linear_statistics
 from softsphere.engines.weight import accumulator
+from softsphere.functional.base_measure import BaseMeasure, restrict
 from softsphere.functional.conventions import Conventions, mixed_precision
 from softsphere.functional.on_logits import loss_on_logits, spherical_value
 from softsphere.stats import Stats
@@ -39,6 +40,7 @@ def linear_spherical_loss(
     *,
     linear_bias: Tensor | None = None,
     target_values: Tensor | None = None,
+    mask: Tensor | None = None,
     weight: Tensor | None = None,
     prior: Tensor | None = None,
     reduction: str = "mean",
@@ -46,26 +48,31 @@ def linear_spherical_loss(
     label_smoothing: float = 0.0,
     options: LinearSphericalOptions | None = None,
 ) -> Tensor:
-    r"""ℓ(W h + b, t): `spherical_loss(F.linear(input, W, b), target, …)` without the logits.
+    r"""Computes ℓ(W h + b, t): `spherical_loss` of a linear layer, without its logits.
 
     Args:
-        input: (…, d), floating-point, the rows h.
-        linear_weight: W (D, d).
-        target: class indices (…), one a row; (…, K) with target_values; or class probabilities
-            (…, D), which need engine "dense".
-        loss: a name of `softsphere.losses.REGISTRY`, or a loss; only the spherical ones can do
-            without the logits.
-        linear_bias: b (D).
-        target_values, weight, prior, reduction, ignore_index: as in `spherical_loss`; `weight` is
-            class weights.
-        label_smoothing: as there; needs engine "dense".
-        options: which engine, and how; None is `LinearSphericalOptions()`.
+        input: (…, d), the rows h, in a floating-point dtype.
+        linear_weight: (D, d), W. With (C, d1, …, dK, d) and an input (N, d) it is a K-dimensional
+            loss as in `F.linear_cross_entropy`: the logits have the shape (N, C, d1, …, dK), and
+            the target that of `spherical_loss`. This needs the logits.
+        target: class indices (…), one for each row; (…, K) with target_values; or class
+            probabilities (…, D), which need the logits.
+        loss: a name of `softsphere.losses.REGISTRY`, or a loss. One that is not spherical needs the
+            logits.
+        linear_bias: (D), b; or (C, d1, …, dK).
+        mask: (D), boolean, True for classes that take part. The others are left out as if their
+            rows of W were not there; those rows must be finite, and their gradient is 0.
+        target_values, weight, prior, reduction, ignore_index: as in `spherical_loss`. `weight` is
+            the class weights.
+        label_smoothing: as in `spherical_loss`. It needs the logits.
+        options: which engine computes the loss, and how; None means `LinearSphericalOptions()`.
 
-    Under autocast input, weight and bias are cast as `F.linear` casts them, and the statistics and
-    the loss are float32. There is no second derivative but by engine "dense".
+    What needs the logits is computed by the engine "dense", or by "auto". Under autocast, input,
+    weight and bias are cast as `F.linear` casts them, and the statistics and the loss are float32.
+    Only the engine "dense" has second derivatives.
 
-    Raises: ValueError or TypeError that names the argument, what came and what would do; where an
-    engine was named that cannot do what is asked, which can.
+    Raises ValueError or TypeError with the name of the argument, what came, and what would do. If
+    the named engine cannot compute what is asked for, the error says which one can.
 
     Source: Vincent, de Brébisson & Bouthillier 2015, arXiv:1412.7091; Krichene et al. 2018,
     arXiv:1807.07187 (the Gram identity).
@@ -74,7 +81,7 @@ def linear_spherical_loss(
     >>> linear_spherical_loss(torch.tensor([[1.0, 0.0]]), W, torch.tensor([0]), "taylor_softmax")
     tensor(0.4700)
     """
-    kind = losses.get(loss)
+    kind, chosen = losses.get(loss), options_or_default(options)
     conventions = Conventions.checked(
         kind,
         weight=weight,
@@ -82,15 +89,20 @@ def linear_spherical_loss(
         reduction=reduction,
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
+        mask=mask,
     )
+    layer = Affine(linear_weight, linear_bias)
+    checks.floating("linear_weight", linear_weight)
+    if linear_weight.dim() > 2:
+        if chosen.engine not in ("auto", "dense"):
+            raise ValueError(
+                f"linear_weight of shape {tuple(linear_weight.shape)} (a K-dimensional loss) needs "
+                f"the logits, got engine={chosen.engine!r}; use engine='dense' (or 'auto')"
+            )
+        o = _K_dimensional_logits(input, layer)
+        return loss_on_logits(o, target, kind, conventions, target_values=target_values)
     return loss_on_linear(
-        input,
-        Affine(linear_weight, linear_bias),
-        target,
-        kind,
-        conventions,
-        target_values=target_values,
-        options=options_or_default(options),
+        input, layer, target, kind, conventions, target_values=target_values, options=chosen
     )
 
 
@@ -101,31 +113,31 @@ def loss_on_linear(
     loss: losses.Loss,
     conventions: Conventions,
     *,
-    target_values: Tensor | None,
+    target_values: Any,
     options: LinearSphericalOptions,
     statistics: Statistics | None = None,
 ) -> Tensor:
     """`linear_spherical_loss` with conventions that are checked already.
 
-    statistics: used in place of an engine, by a caller that keeps something between calls.
+    statistics: takes the place of an engine, for a caller that keeps something between calls.
     """
     W, b, names = layer
     checks.linear(input, W, b, names)
     num_classes, leading = len(W), input.shape[:-1]
-    soft = target_values is None and isinstance(target, Tensor) and target.is_floating_point()
-    if target_values is not None:
-        checks.sparse_rows(leading, target, target_values)
-    elif soft:
-        checks.probability_rows((*leading, num_classes), target)
-    else:
-        checks.rows_target(leading, target, names[0])
+    soft = _check_target(input, num_classes, target, target_values, names[0])
+    mask = _check_mask(input, num_classes, conventions.mask, names[0])
+    if mask is not None and statistics is not None:
+        raise ValueError(
+            "mask cannot be used inside accumulate(), whose Gram matrix is that of all classes; "
+            "accumulate without this context"
+        )
     refusal = without_logits(loss, conventions.label_smoothing, soft)
     if refusal and (statistics or options.engine not in ("auto", "dense")):
         raise refusal
     m = math.prod(leading)
     H = input.reshape(m, W.shape[1])
     if statistics is None:
-        H, W, b = autocast(H), autocast(W), None if b is None else autocast(b)
+        H, W, b = _autocast(H), _autocast(W), None if b is None else _autocast(b)
     if statistics is None or not mixed_precision(H):
         checks.same_dtype(H, W, b, names)
     target = target.reshape(m, *target.shape[len(leading) :])
@@ -137,22 +149,66 @@ def loss_on_linear(
     dtype = accumulator(H, W, options.accumulate_dtype)
     conventions = conventions.fit(num_classes, dtype, H)
     entries = conventions.entries(target, values, num_classes, dtype)
+    base = BaseMeasure(conventions.pi)
+    if mask is not None:
+        entries.refuse_masked(mask)
+        base = restrict(conventions.pi, mask, dtype)
     assert isinstance(loss, losses.Spherical)
     if statistics is None:
         centred = loss.shift_invariant
-        x = linear_statistics(H, W, b, entries.t, conventions.pi, centred=centred, options=options)
+        x = linear_statistics(
+            H, W, b, entries.t, base.pi, centred=centred, options=options, mass=base.mass
+        )
     else:
         x = statistics(H, entries.t)
     rows = entries.weigh(spherical_value(loss, x, entries, conventions))
     return conventions.finish(rows.view(leading), entries.counted, input)
 
 
+def _check_target(input: Tensor, num_classes: int, target: Any, values: Any, name: str) -> bool:
+    """Whether the target holds class probabilities, after its checks."""
+    leading = input.shape[:-1]
+    for argument, x in (("target", target), ("target_values", values)):
+        checks.same_device(argument, x, name, input)
+    if values is not None:
+        checks.sparse_rows(leading, target, values)
+        return False
+    if isinstance(target, Tensor) and target.is_floating_point():
+        checks.probability_rows((*leading, num_classes), target)
+        return True
+    checks.rows_target(leading, target, name)
+    return False
+
+
+def _check_mask(input: Tensor, num_classes: int, mask: Any, name: str) -> Tensor | None:
+    if mask is None:
+        return None
+    checks.same_device("mask", mask, name, input)
+    if isinstance(mask, Tensor) and mask.dim() > 1:
+        raise ValueError(
+            f"mask must have shape ({num_classes},), one entry a class for all rows, got "
+            f"{tuple(mask.shape)}; a mask for each row needs the logits: use spherical_loss or "
+            "SphericalLoss on the logits of an nn.Linear"
+        )
+    return checks.class_mask(mask, torch.Size([num_classes]), 0)
+
+
+def _K_dimensional_logits(input: Any, layer: Affine) -> Tensor:
+    """Logits (N, C, d1, …, dK) of rows (N, d) for a weight (C, d1, …, dK, d)."""
+    W, b, _ = layer
+    checks.K_dimensional(input, W, b)
+    checks.same_dtype(_autocast(input), _autocast(W), None if b is None else _autocast(b))
+    flat = None if b is None else b.flatten()
+    o = torch.nn.functional.linear(input, W.flatten(0, -2), flat)
+    return o.view(len(input), *W.shape[:-1])
+
+
 def without_logits(loss: losses.Loss, label_smoothing: float, soft: bool) -> Exception | None:
-    """Why this cannot do without the logits, as what to raise for it."""
+    """The error to raise if this loss cannot be computed without the logits, or None."""
     if not isinstance(loss, losses.Spherical):
         return TypeError(
             f"loss must be spherical for an engine without logits, got {loss}; "
-            "only engine='dense' (or 'auto') can do with this one"
+            "use engine='dense' (or 'auto') for this one"
         )
     if label_smoothing:
         return ValueError(
@@ -167,8 +223,8 @@ def without_logits(loss: losses.Loss, label_smoothing: float, soft: bool) -> Exc
     return None
 
 
-def autocast(x: Tensor) -> Tensor:
-    """x as autocast gives it to `F.linear`."""
+def _autocast(x: Tensor) -> Tensor:
+    """x in the dtype to which autocast casts the arguments of `F.linear`."""
     if x.dtype == torch.float64 or not mixed_precision(x):
         return x
     return x.to(torch.get_autocast_dtype(x.device.type))

@@ -78,8 +78,9 @@ def spherical_loss(
         reduction=reduction,
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
+        mask=mask,
     )
-    return loss_on_logits(input, target, kind, conventions, target_values=target_values, mask=mask)
+    return loss_on_logits(input, target, kind, conventions, target_values=target_values)
 
 
 def loss_on_logits(
@@ -89,13 +90,13 @@ def loss_on_logits(
     conventions: Conventions,
     *,
     target_values: Any = None,
-    mask: Any = None,
 ) -> Tensor:
     """`spherical_loss` with conventions that are checked already."""
     dim = checks.logits_shape(input)
     o: Tensor = input.movedim(dim, -1)
     num_classes, dtype = o.shape[-1], accumulator(o.dtype)
     conventions = conventions.fit(num_classes, dtype, input)
+    mask = conventions.mask
     for name, x in (("target", target), ("target_values", target_values), ("mask", mask)):
         checks.same_device(name, x, "input", input)
     soft = False
@@ -124,8 +125,7 @@ def _entry_rows(
     """Losses (...) of class indices or K-sparse targets."""
     base = BaseMeasure(conventions.pi)
     if mask is not None:
-        left_out = ~mask.expand(o.shape).gather(-1, entries.t) & ~entries.ignored.unsqueeze(-1)
-        checks.masked_targets(left_out if entries.y is None else left_out & (entries.y != 0))
+        entries.refuse_masked(mask)
         of_rows = None if mask.dim() < o.dim() else entries.ignored
         base = restrict(conventions.pi, mask, entries.counted.dtype, of_rows)
         o = fill_masked(o, mask)
@@ -147,7 +147,11 @@ def spherical_value(
     """Losses (...) of the entries from their statistics, before class weights."""
     if isinstance(loss, losses.SquaredError) and entries.y is not None:
         conventions.refuse_weight()
-    return loss.value(Stats(x.s, x.q, x.c, x.mass, y=entries.y, pi=x.pi))
+    pi = x.pi
+    if conventions.mask is not None and pi is not None and entries.y is not None:
+        # Padding looks at class 0, which may be masked out: π = 0 has no logarithm.
+        pi = torch.where(entries.y == 0, 1.0, pi)
+    return loss.value(Stats(x.s, x.q, x.c, x.mass, y=entries.y, pi=pi))
 
 
 def _smoothed_rows(

@@ -197,9 +197,16 @@ class LinearSphericalLoss(OutputLayer, WithPrior):
             nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(
-        self, hidden: Tensor, target: Tensor, target_values: Tensor | None = None
+        self,
+        hidden: Tensor,
+        target: Tensor,
+        target_values: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
-        """The loss of hidden (…, d) against target; see `functional.linear_spherical_loss`."""
+        """The loss of hidden (…, d) against target; see `functional.linear_spherical_loss`.
+
+        mask: (D), boolean, True for classes that take part.
+        """
         layer = self._layer()
         kept = self.accumulation
         if kept is not None:
@@ -209,7 +216,7 @@ class LinearSphericalLoss(OutputLayer, WithPrior):
             layer,
             target,
             self.loss,
-            self.conventions,
+            self.conventions.masked(mask),
             target_values=target_values,
             options=self.options,
             statistics=None if kept is None else kept.statistics_of_batch,

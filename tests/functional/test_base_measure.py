@@ -1,0 +1,320 @@
+"""Masked classes: each loss is that of the logits of the classes that take part, alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import softsphere
+from _cases import CASES
+from _engines import ENGINES, SPHERICAL
+from softsphere import SphericalLoss, losses
+from softsphere.functional import (
+    linear_spherical_loss,
+    log_prob,
+    log_taylor_softmax,
+    spherical_loss,
+    spherical_softmax,
+    taylor_softmax,
+)
+
+ALL = sorted(CASES)
+C = 7
+PRIORS = {"uniform": None, "prior": torch.arange(1.0, 8.0, dtype=torch.float64)}
+NOTHINGS = [-torch.inf, torch.nan, torch.inf, -1e4]
+
+every_loss = pytest.mark.parametrize("name", ALL)
+both_priors = pytest.mark.parametrize("prior", PRIORS.values(), ids=PRIORS.keys())
+
+
+def problem(per_row: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits, targets that take part, and a mask."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, C, dtype=torch.float64, generator=generator)
+    target = torch.tensor([1, 2, 6, 3, 2])
+    if not per_row:
+        return logits, target, torch.tensor([False, True, True, True, False, True, True])
+    mask = torch.rand(5, C, generator=generator) < 0.6
+    for t in (target, (target + 1) % C):  # two classes at least
+        mask = mask.scatter(1, t[:, None], True)
+    return logits, target, mask
+
+
+def alone(logits: Tensor, target: Tensor, mask: Tensor, loss, prior, **options) -> list[Tensor]:
+    """Each row's loss and gradient, from the logits of its own classes alone."""
+    found = []
+    for row, t, kept in zip(logits, target, mask.expand(logits.shape), strict=True):
+        leaf = row[kept].clone().requires_grad_()
+        place = kept[:t].sum()
+        pi = None if prior is None else prior[kept]
+        given = {k: v[kept] if k == "weight" else v for k, v in options.items()}
+        value = spherical_loss(leaf, place, loss, prior=pi, reduction="sum", **given)
+        (slope,) = torch.autograd.grad(value, leaf)
+        found.append((value.detach(), torch.zeros(C).double().masked_scatter(kept, slope)))
+    return [torch.stack(x) for x in zip(*found, strict=True)]
+
+
+@pytest.mark.parametrize("nothing", NOTHINGS)
+@pytest.mark.parametrize("per_row", [False, True])
+@both_priors
+@every_loss
+def test_masked_classes_are_as_if_they_were_not_there(name, prior, per_row, nothing):
+    loss = CASES[name][0]
+    logits, target, mask = problem(per_row)
+    want, slopes = alone(logits, target, mask, loss, prior)
+    o = logits.masked_fill(~mask, nothing).requires_grad_()
+    got = spherical_loss(o, target, loss, mask=mask, prior=prior, reduction="none")
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+    (slope,) = torch.autograd.grad(got.sum(), o)
+    torch.testing.assert_close(slope, slopes, rtol=1e-9, atol=1e-10)
+    assert not slope[~mask.expand(o.shape)].any()
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+@both_priors
+@every_loss
+def test_smoothing_and_weights_see_the_classes_that_take_part(name, prior, per_row):
+    loss = CASES[name][0]
+    if not loss.smoothable:
+        pytest.skip("it has no label smoothing")
+    logits, target, mask = problem(per_row)
+    options = {"label_smoothing": 0.3, "weight": torch.linspace(0.5, 2, C).double()}
+    want, slopes = alone(logits, target, mask, loss, prior, **options)
+    o = logits.masked_fill(~mask, torch.nan).requires_grad_()
+    got = spherical_loss(o, target, loss, mask=mask, prior=prior, reduction="none", **options)
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+    (slope,) = torch.autograd.grad(got.sum(), o)
+    torch.testing.assert_close(slope, slopes, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+@pytest.mark.parametrize("per_row", [False, True])
+@every_loss
+def test_class_probabilities_and_sparse_targets(name, per_row, smoothing):
+    loss = CASES[name][0]
+    if smoothing and not loss.smoothable:
+        pytest.skip("it has no label smoothing")
+    logits, target, mask = problem(per_row)
+    o = logits.masked_fill(~mask, -torch.inf)
+    options = {"mask": mask, "reduction": "none"}
+    one_hot = nn.functional.one_hot(target, C).double()
+    soft = spherical_loss(o, one_hot, loss, label_smoothing=smoothing, **options)
+    if not isinstance(loss, losses.SquaredError) or not smoothing:
+        hard = spherical_loss(o, target, loss, label_smoothing=smoothing, **options)
+        torch.testing.assert_close(soft, hard)
+    padded = torch.stack([target, torch.full_like(target, -1)], 1)
+    values = torch.tensor([[1.0, 9.0]] * 5).double()
+    sparse = spherical_loss(o, padded, loss, target_values=values, **options)
+    torch.testing.assert_close(sparse, spherical_loss(o, target, loss, **options))
+
+
+@every_loss
+def test_ignored_rows_need_no_class(name):
+    loss = CASES[name][0]
+    logits, target, mask = problem(True)
+    want = spherical_loss(logits[1:], target[1:], loss, mask=mask[1:])
+    target[0], mask[0] = -100, False
+    o = logits.masked_fill(~mask, -torch.inf).requires_grad_()
+    got = spherical_loss(o, target, loss, mask=mask)
+    torch.testing.assert_close(got, want)
+    got.backward()
+    assert o.grad.isfinite().all() and not o.grad[0].any()
+
+
+@every_loss
+def test_shapes_of_criteria(name):
+    """(C), (N, C, d1) and a mask for all rows, by a criterion."""
+    criterion = SphericalLoss(CASES[name][0], reduction="none")
+    logits, target, mask = problem(True)
+    rows = criterion(logits, target, mask=mask)
+    one = criterion(logits[0], target[0], mask=mask[0])
+    torch.testing.assert_close(one, rows[0])
+    deep = criterion(logits.T.unsqueeze(0), target.unsqueeze(0), mask=mask.T.unsqueeze(0))
+    torch.testing.assert_close(deep, rows.unsqueeze(0))
+    shared = torch.tensor([False, True, True, True, False, True, True])
+    deep = criterion(logits.T.unsqueeze(0), target.unsqueeze(0), mask=shared)
+    torch.testing.assert_close(deep, criterion(logits, target, mask=shared).unsqueeze(0))
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+@every_loss
+def test_transforms_and_second_derivatives(name, per_row):
+    loss = CASES[name][0]
+    logits, target, mask = problem(per_row)
+    mask = mask.expand(logits.shape)
+
+    def one(o, t, m):
+        return spherical_loss(o, t, loss, mask=m)
+
+    o = logits.clone().requires_grad_()
+    rows = spherical_loss(o, target, loss, mask=mask, reduction="none")
+    torch.testing.assert_close(torch.func.vmap(one)(logits, target, mask), rows)
+    (slope,) = torch.autograd.grad(rows.sum(), o)
+    got = torch.func.vmap(torch.func.grad(one))(logits, target, mask)
+    torch.testing.assert_close(got, slope)
+    small = logits[:2].clone().requires_grad_()
+    assert torch.autograd.gradgradcheck(
+        lambda o: spherical_loss(o, target[:2], loss, mask=mask[:2]), small
+    )
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize("name", ["taylor_softmax", "z_loss", "bouchard_bound", "softmax"])
+def test_compile_with_a_mask(name, per_row):
+    torch.compiler.reset()
+    criterion = SphericalLoss(name, prior=torch.arange(1.0, 8.0))
+    logits, target, mask = problem(per_row)
+    a, b = (logits.float().masked_fill(~mask, -torch.inf).requires_grad_() for _ in range(2))
+    with torch._functorch.config.patch(ban_recompute_used_far_apart=False):
+        got = torch.compile(criterion, fullgraph=True, backend="aot_eager")(a, target, mask=mask)
+    want = criterion(b, target, mask=mask)
+    torch.testing.assert_close(got, want)
+    got.backward()
+    want.backward()
+    torch.testing.assert_close(a.grad, b.grad)
+
+
+@both_priors
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", SPHERICAL)
+def test_a_linear_layer_leaves_classes_out(name, engine, prior):
+    generator = torch.Generator().manual_seed(0)
+    H, W, b = (
+        torch.randn(*shape, dtype=torch.float64, generator=generator)
+        for shape in ((5, 3), (C, 3), (C,))
+    )
+    _, target, mask = problem(False)
+    leaves = [x.clone().requires_grad_() for x in (H, W, b)]
+    got = linear_spherical_loss(
+        leaves[0],
+        leaves[1],
+        target,
+        SPHERICAL[name],
+        linear_bias=leaves[2],
+        mask=mask,
+        prior=prior,
+        options=ENGINES[engine],
+    )
+    few = [H.clone().requires_grad_(), W[mask].requires_grad_(), b[mask].requires_grad_()]
+    logits = nn.functional.linear(*few)
+    place = (mask.cumsum(0) - 1)[target]
+    want = spherical_loss(
+        logits, place, SPHERICAL[name], prior=None if prior is None else prior[mask]
+    )
+    torch.testing.assert_close(got, want)
+    slopes, wanted = torch.autograd.grad(got, leaves), torch.autograd.grad(want, few)
+    torch.testing.assert_close(slopes[0], wanted[0])
+    for slope, x in zip(slopes[1:], wanted[1:], strict=True):
+        torch.testing.assert_close(slope[mask], x)
+        assert not slope[~mask].any()
+
+
+@pytest.mark.parametrize("name", ["softmax", "taylor_softmax"])
+def test_a_linear_layer_that_makes_logits_leaves_classes_out(name):
+    head = softsphere.LinearSphericalLoss(3, C, name, label_smoothing=0.1)
+    hidden, (_, target, mask) = torch.randn(5, 3), problem(False)
+    got = head(hidden, target, mask=mask)
+    logits = nn.functional.linear(hidden, head.weight, head.bias)
+    want = spherical_loss(logits, target, name, label_smoothing=0.1, mask=mask)
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+def test_probabilities_and_predictions(per_row):
+    logits, _, mask = problem(per_row)
+    o = logits.masked_fill(~mask, torch.nan).requires_grad_()
+    full = mask.expand(o.shape)
+    criterion = softsphere.TaylorSoftmaxLoss(prior=torch.arange(1.0, 8.0))
+    rows = criterion.log_prob(o, mask=mask)
+    assert rows[~full].eq(-torch.inf).all()
+    torch.testing.assert_close(rows.exp().sum(1), torch.ones(5).double())
+    (slope,) = torch.autograd.grad(rows[full].sum(), o)
+    assert slope.isfinite().all() and not slope[~full].any()
+    for row, kept, p in zip(logits, full, taylor_softmax(o, mask=mask), strict=True):
+        torch.testing.assert_close(p[kept], taylor_softmax(row[kept]))
+        assert not p[~kept].any()
+    torch.testing.assert_close(log_taylor_softmax(o, mask=mask).exp(), taylor_softmax(o, mask=mask))
+    assert not spherical_softmax(o.T, 0, mask=mask.T if per_row else mask).T[~full].any()
+    for name in ("taylor_softmax", "z_loss", "softmax"):
+        criterion = SphericalLoss(name)
+        best = criterion.topk(o, 2, mask=mask)
+        for row, kept, index in zip(logits, full, best.indices, strict=True):
+            want = criterion.topk(row[kept], 2).indices
+            torch.testing.assert_close(index, kept.nonzero().squeeze(1)[want])
+        assert torch.equal(criterion.predict(o, mask=mask), best.indices[:, 0])
+
+
+LOGITS, TARGET = torch.zeros(2, 3), torch.tensor([0, 1])
+KEPT = torch.tensor([True, True, False])
+WRONG = {
+    r"mask must be a boolean tensor, True where a class takes part, got torch.float32": (
+        TypeError,
+        lambda: spherical_loss(LOGITS, TARGET, "z_loss", mask=torch.zeros(2, 3)),
+    ),
+    r"mask must have shape \(3,\), one entry a class, or the shape of the logits \(2, 3\)": (
+        ValueError,
+        lambda: spherical_loss(LOGITS, TARGET, "z_loss", mask=torch.ones(2).bool()),
+    ),
+    "target must be a class that takes part": (
+        ValueError,
+        lambda: spherical_loss(LOGITS, TARGET + 1, "z_loss", mask=KEPT),
+    ),
+    "target must be a class that takes part, got one whose mask": (
+        ValueError,
+        lambda: spherical_loss(LOGITS, torch.ones(2, 3) / 3, "z_loss", mask=KEPT),
+    ),
+    "at least one class of each row": (
+        ValueError,
+        lambda: log_prob(LOGITS, "softmax", mask=torch.zeros(3).bool()),
+    ),
+    "a mask for each row needs the logits": (
+        ValueError,
+        lambda: linear_spherical_loss(
+            torch.zeros(2, 4), torch.zeros(3, 4), TARGET, "z_loss", mask=KEPT.expand(2, 3)
+        ),
+    ),
+    "needs at least 2 classes, got 1": (
+        ValueError,
+        lambda: spherical_loss(
+            LOGITS, TARGET * 0, "bouchard_bound", mask=torch.tensor([True, False, False])
+        ),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_wrong_masks(message):
+    kind, call = WRONG[message]
+    with pytest.raises(kind, match=message):
+        call()
+
+
+def test_accumulation_takes_no_mask():
+    head = softsphere.LinearSphericalLoss(4, 3)
+    with (
+        pytest.raises(ValueError, match="mask cannot be used inside accumulate"),
+        head.accumulate(),
+    ):
+        head(torch.zeros(2, 4), TARGET, mask=KEPT)
+
+
+@every_loss
+def test_minus_infinity_is_a_probability_of_zero_or_an_error(name):
+    loss = CASES[name][0]
+    logits, target, mask = problem(False)
+    o = logits.masked_fill(~mask, -torch.inf)
+    exponential = getattr(loss, "order", None) is None
+    if isinstance(loss, losses.OnLogits) and exponential:
+        want = spherical_loss(o, target, loss, mask=mask)
+        torch.testing.assert_close(spherical_loss(o, target, loss), want)
+        torch.testing.assert_close(log_prob(o, loss), log_prob(o, loss, mask=mask))
+        return
+    with pytest.raises(ValueError, match=r"got −inf; .*mask=…"):
+        spherical_loss(o, target, loss)
+    if loss.normalised:
+        for call in (lambda: log_prob(o, loss), lambda: SphericalLoss(loss).predict(o)):
+            with pytest.raises(ValueError, match=r"got −inf; .*mask=…"):
+                call()
+    else:
+        assert mask[SphericalLoss(loss).predict(o)].all()

@@ -223,7 +223,7 @@ def test_what_it_refuses():
     with pytest.raises(RuntimeError, match="was called after it; call backward inside"):
         loss.backward()
     refused = {
-        "is of the gram engine, got engine='chunked'": {
+        "uses the gram engine, got engine='chunked'": {
             "options": LinearSphericalOptions(engine="chunked")
         },
         "label_smoothing needs the logits": {"label_smoothing": 0.1},

@@ -211,7 +211,11 @@ WRONG = {
         "label_smoothing has no meaning",
     ),
     "smoothing": ({"label_smoothing": 1.5}, ValueError, "label_smoothing must be between"),
-    "complex weights": ({"weight": torch.ones(D) + 1j}, TypeError, "weight must be floating"),
+    "complex weights": (
+        {"weight": torch.ones(D) + 1j},
+        TypeError,
+        "weight must be a floating-point tensor",
+    ),
     "options": ({"options": {"engine": "gram"}}, TypeError, "options must be Linear"),
 }
 
@@ -273,3 +277,33 @@ def test_a_dtype_that_differs_is_named_as_the_layer_names_it():
     head = LinearSphericalLoss(d, D)
     with pytest.raises(TypeError, match=r"weight must have the dtype of hidden torch.float64"):
         head(torch.ones(2, d).double(), torch.tensor([0, 1]))
+
+
+@pytest.mark.parametrize("ask", [x for x in ASKED if x != "accumulate"])
+@both
+def test_tensors_on_different_devices_are_named(kind, ask):
+    head, away = kind(d, D), torch.empty(2, d, device="meta")
+    with pytest.raises(ValueError, match=r"must be on the device of .*(meta.*cpu|cpu.*meta)"):
+        ASKED[ask](head, away)
+
+
+@both
+def test_targets_on_another_device_are_named(kind):
+    head, hidden, away = (
+        kind(d, D),
+        torch.ones(2, d),
+        torch.zeros(2, dtype=torch.long, device="meta"),
+    )
+    for ask in (head, head.rank):
+        with pytest.raises(ValueError, match="target must be on the device of hidden"):
+            ask(hidden, away)
+    with pytest.raises(ValueError, match="classes must be on the device of hidden"):
+        head.log_prob(hidden, away)
+
+
+@both
+def test_no_row_is_ignored_with_none(kind):
+    head, hidden = kind(d, D, ignore_index=None), torch.ones(2, d)
+    head(hidden, torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match=r"target must be in \[0, 30\)"):
+        head(hidden, torch.tensor([0, -100]))

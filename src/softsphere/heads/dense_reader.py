@@ -16,6 +16,7 @@ from softsphere.engines.engine import Inputs
 from softsphere.engines.gram import GRAM
 from softsphere.engines.row_statistics import accumulator
 from softsphere.engines.weight import chunks
+from softsphere.functional.on_linear import Affine
 from softsphere.heads.reader import Reader
 
 __all__ = ["DenseReader"]
@@ -26,13 +27,13 @@ class DenseReader(Reader):
 
     def __init__(
         self,
-        W: Tensor,
-        b: Tensor | None,
+        layer: Affine,
         pi: Tensor | None,
         loss: losses.Loss,
         options: LinearSphericalOptions,
     ) -> None:
-        super().__init__(loss, W.shape[1], W.shape[0], pi)
+        W, b, _ = layer
+        super().__init__(loss, W.shape[1], W.shape[0], pi, W.device)
         self.W, self.b, self.options = W, b, options
         self.dtype = accumulator(W.dtype)
 

@@ -29,7 +29,7 @@ class FactoredReader(Reader):
     """A reader of a factored [W b] (D, w)."""
 
     def __init__(self, weight: FactoredTensor, in_features: int, loss: losses.Loss) -> None:
-        super().__init__(loss, in_features, weight.shape[0], weight.matrix.arrays.pi)
+        super().__init__(loss, in_features, weight.shape[0], weight.matrix.arrays.pi, weight.device)
         self.weight = weight
 
     @property

@@ -1,4 +1,4 @@
-"""A factored layer in a state_dict: weight, bias and prior, as a dense layer has them."""
+"""The factored weight of a layer, and its state_dict with weight, bias and prior as tensors."""
 
 from __future__ import annotations
 
@@ -6,32 +6,122 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from softsphere import checks
+from softsphere.matrix import FactoredTensor
 from softsphere.matrix.factored_matrix import FactoredMatrix
+from softsphere.matrix.upkeep import uninterrupted
 
-__all__ = ["LayerState", "saved"]
+__all__ = ["FactoredState"]
 
 
-def saved(matrix: FactoredMatrix, has_bias: bool) -> dict[str, Tensor]:
-    """Returns weight (D, d), bias (D) and prior (D), ordinary tensors.
+class FactoredState(nn.Module):
+    """A layer with a factored weight whose state_dict is that of an `nn.Linear`, and its prior."""
 
-    Weight and bias are the memory of the layer itself. When the layer is stepped they become
-    copies, if somebody still holds them.
-    """
-    matrix.canonical_()
-    W = matrix.arrays
-    state = {"weight": W.V.lend(0)}
-    if has_bias:
-        state["bias"] = W.V.lend(1).squeeze(1)
-    if W.pi is not None:
-        state["prior"] = W.pi.clone()
-    return state
+    in_features: int
+    num_classes: int
+    has_bias: bool
+    weight: nn.Parameter
+
+    @property
+    def factored_weight(self) -> FactoredTensor:
+        """The parameter `weight`.
+
+        Raises: TypeError or ValueError if it was replaced by one that this layer cannot use.
+        """
+        weight: Tensor = self.weight
+        if not isinstance(weight, FactoredTensor):
+            raise TypeError(
+                "the weight of a FactoredSphericalLoss must be a softsphere.matrix.FactoredTensor, "
+                f"got {type(weight).__name__}; load other values by load_state_dict, or use "
+                "LinearSphericalLoss, whose weight may be any tensor"
+            )
+        wanted = (self.num_classes, self.in_features + self.has_bias)
+        if tuple(weight.shape) != wanted:
+            raise ValueError(f"weight must have shape {wanted}, got {tuple(weight.shape)}")
+        return weight
+
+    @property
+    def matrix(self) -> FactoredMatrix:
+        """The matrix that holds [W b] in factors."""
+        return self.factored_weight.matrix
+
+    def _saved(self) -> dict[str, Tensor]:
+        """Returns weight (D, d), bias (D) and prior (D), ordinary tensors.
+
+        Weight and bias are the memory of the layer itself. When the layer is stepped they become
+        copies, if somebody still holds them.
+        """
+        self.matrix.canonical_()
+        W = self.matrix.arrays
+        state = {"weight": W.V.lend(0)}
+        if self.has_bias:
+            state["bias"] = W.V.lend(1).squeeze(1)
+        if W.pi is not None:
+            state["prior"] = W.pi.clone()
+        return state
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        for name, value in self._saved().items():
+            destination[prefix + name] = value
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        shapes: dict[str, tuple[int, ...]] = {"weight": (self.num_classes, self.in_features)}
+        if self.has_bias:
+            shapes["bias"] = (self.num_classes,)
+        own = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
+        adopt = bool(local_metadata.get("assign_to_params_buffers", False)) and "weight" in own
+        dtype = own["weight"].dtype if adopt else self.weight.dtype
+        state = _Entries(own, shapes, self.matrix.arrays.pi, dtype)
+        missing, errors = state.missing(), state.errors(prefix)
+        missing_keys += [prefix + name for name in missing]
+        unexpected_keys += [prefix + name for name in state.unexpected()]
+        error_msgs += errors
+        if missing or errors:
+            return
+        with torch.no_grad():
+            (self._adopt if adopt else self._assign)(state.columns(), state.prior())
+
+    def _adopt(self, columns: list[Tensor], pi: Tensor | None) -> None:
+        """Makes a new parameter that takes the given tensors as they are."""
+        weight, *bias = columns
+        bias = [x.to(weight.device, weight.dtype) for x in bias]
+        pi = None if pi is None else pi.to(weight.device, weight.dtype)
+        made = FactoredTensor(weight, bias[0] if bias else None, pi)
+        for j in range(len(columns)):
+            made.matrix.arrays.V.lend(j)
+        self.weight = nn.Parameter(made, self.weight.requires_grad)
+
+    def _assign(self, columns: list[Tensor], pi: Tensor | None) -> None:
+        """Writes weight (D, d) and bias (D) into the parameter. Momentum beside it stays."""
+        W = self.matrix.arrays
+        with uninterrupted():
+            for block, values in zip(self._writable(), columns, strict=True):
+                block.copy_(values.view(block.shape))
+            W.pi = None if pi is None else pi.to(W.device, W.dtype)
+            self.matrix.reset_()
+
+    def _writable(self) -> list[Tensor]:
+        """The memory of weight and bias, to be overwritten, followed by `FactoredMatrix.reset_`."""
+        W = self.matrix.arrays
+        if W.blocks > 1:
+            self.matrix.canonical_()
+        W.V.own()
+        return W.V.blocks[: 1 + self.has_bias]
 
 
 @dataclass(frozen=True)
-class LayerState:
+class _Entries:
     """The entries of a state_dict that belong to one factored layer, by their names in it.
 
     given: the entries.

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from softsphere import checks, losses
 from softsphere.criteria import WithPrior
 from softsphere.engines import LinearSphericalOptions, options_or_default
-from softsphere.engines.accumulation import Accumulation
-from softsphere.engines.pending import refuse_step
 from softsphere.engines.row_statistics import accumulator
 from softsphere.functional.conventions import Conventions
-from softsphere.functional.on_linear import Affine, loss_on_linear, without_logits
+from softsphere.functional.on_linear import Affine, loss_on_linear
+from softsphere.heads.accumulating import AccumulatingLayer
 from softsphere.heads.adoption import DTYPES, Tie, plain_parameters
 from softsphere.heads.dense_reader import DenseReader
 from softsphere.heads.prediction import OutputLayer
@@ -31,28 +26,34 @@ BUFFERS = ("class_weight", "prior")
 NAMES = ("hidden", "weight", "bias")
 
 
-class LinearSphericalLoss(OutputLayer, WithPrior):
-    r"""Linear output layer and loss in one, without the logits, for any optimizer.
+class LinearSphericalLoss(AccumulatingLayer, OutputLayer, WithPrior):
+    r"""A linear output layer and its loss in one module, without the logits, for any optimizer.
 
-    loss = head(hidden, target) is ℓ(W h + b, t), W and b being the parameters `weight` and `bias`,
-    named, shaped and initialised as those of `nn.Linear`. Their gradients are dense and in `.grad`.
+    loss = head(hidden, target) is ℓ(W h + b, t), reduced over the rows. The parameters `weight` and
+    `bias` are W and b, with the names, shapes and initial values of `nn.Linear`. Their gradients
+    are dense tensors in `.grad`.
 
     Args:
         in_features: d.
         num_classes: D.
-        loss: a name or a loss; one that is not spherical makes the logits.
+        loss: the name of a loss, or a loss. One that is not spherical computes the logits.
         bias: whether there is a b.
-        prior: (D) positive class frequencies or counts, the base measure π.
-        weight: (D) class weights, kept as `class_weight`.
+        prior: (D), positive class frequencies or counts, the base measure π. The buffer `prior`
+            holds them in the dtype of the weight, in float32 for half precision.
+        weight: (D), class weights, kept as the buffer `class_weight`.
         reduction, ignore_index: as in `nn.CrossEntropyLoss`.
-        label_smoothing: as there; makes the logits.
-        options: which engine, and how; see `LinearSphericalOptions`.
-        device, dtype: of weight and bias.
+        label_smoothing: as there. It needs the logits, which are then computed.
+        options: which engine computes the loss, and how; see `LinearSphericalOptions`.
+        device, dtype: of weight and bias. The dtype is float16, bfloat16, float32 or float64.
 
-    Shapes: hidden (…, d); target (…) class indices, (…, K) with target_values (…, K), or class
-    probabilities (…, D), which make the logits.
-    A step of the gram engine costs 4 D d² + 4 m d² FLOPs for m rows, where logits cost 6 m D d;
-    `softsphere.engines.choose` says which is taken.
+    Shapes: hidden (…, d); target (…), class indices of any integer dtype, or (…, K) with
+    target_values (…, K), or class probabilities (…, D), for which the logits are computed. The
+    sizes are those of `weight` whenever they are used, so that a weight may be resized.
+
+    A step of the gram engine takes 4 D d² + 4 m d² FLOPs for m rows, where a step on logits takes
+    6 m D d. `softsphere.engines.choose` tells which engine is taken.
+
+    Raises: ValueError or TypeError that names the argument, says what came and what would do.
 
     Source: Vincent, de Brébisson & Bouthillier 2015, arXiv:1412.7091; Krichene et al. 2018,
     arXiv:1807.07187 (the Gram identity).
@@ -78,7 +79,7 @@ class LinearSphericalLoss(OutputLayer, WithPrior):
         *,
         weight: Tensor | None = None,
         reduction: str = "mean",
-        ignore_index: int = -100,
+        ignore_index: int | None = -100,
         label_smoothing: float = 0.0,
         options: LinearSphericalOptions | None = None,
         device: torch.device | str | None = None,
@@ -90,29 +91,28 @@ class LinearSphericalLoss(OutputLayer, WithPrior):
         checks.flag("bias", bias)
         _check_dtype(dtype)
         self.loss = losses.get(loss)
+        self.options = options_or_default(options)
+        made: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.weight = nn.Parameter(torch.empty(num_classes, in_features, **made))
         given = Conventions.checked(
             self.loss,
+            weight=weight,
+            pi=None if prior is None else checks.prior(prior, accumulator(self.weight.dtype)),
             reduction=reduction,
             ignore_index=ignore_index,
             label_smoothing=label_smoothing,
         )
         self.reduction, self.ignore_index = given.reduction, given.ignore_index
         self.label_smoothing = given.label_smoothing
-        self.options = options_or_default(options)
-        made: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.weight = nn.Parameter(torch.empty(num_classes, in_features, **made))
-        pi = None if prior is None else checks.prior(prior, accumulator(self.weight.dtype))
-        for name, value in (("weight", weight), ("prior", pi)):
+        vectors = (("class_weight", "weight", given.weight), ("prior", "prior", given.pi))
+        for buffer, name, value in vectors:
             if value is not None:
                 checks.class_vector(name, value, num_classes)
-        for name, value in zip(BUFFERS, (weight, pi), strict=True):
-            # from_linear moves it to the device of the weight that it shares.
-            at = value if value is None or self.weight.is_meta else value.to(self.weight.device)
-            self.register_buffer(name, at)
-        self.register_parameter(
-            "bias", nn.Parameter(torch.empty(num_classes, **made)) if bias else None
-        )
-        self.accumulation: Accumulation | None = None
+                # from_linear moves it from there to the device of the weight that it shares.
+                value = value if self.weight.is_meta else value.to(self.weight.device)
+            self.register_buffer(buffer, value)
+        b = nn.Parameter(torch.empty(num_classes, **made)) if bias else None
+        self.register_parameter("bias", b)
         self._tie = Tie()
         self.reset_parameters()
 
@@ -147,21 +147,28 @@ class LinearSphericalLoss(OutputLayer, WithPrior):
         *,
         weight: Tensor | None = None,
         reduction: str = "mean",
-        ignore_index: int = -100,
+        ignore_index: int | None = -100,
         label_smoothing: float = 0.0,
         options: LinearSphericalOptions | None = None,
     ) -> LinearSphericalLoss:
-        """Returns a layer that shares the parameters of `linear`, such as a language model's
-        `lm_head`; or the weight of an `nn.Embedding`, whose rows are then the classes (tied
-        weights), its padding row among them.
+        """Returns an output layer that shares the parameters of another layer.
 
-        The layer must compute W h + b and no more. Hooks, adapters and parametrizations that it is
-        given later are not seen. As long as `linear` exists, a loss or prediction warns when the
-        two no longer have the same parameters.
+        The layer may be an `nn.Linear`, such as a language model's `lm_head`. It may also be an
+        `nn.Embedding`, the rows of whose weight are then the classes (tied weights); a padding row
+        is a class like any other.
 
-        Raises: TypeError or ValueError, with what can be done, for a layer that wraps or overrides
-        nn.Linear (LoRA, quantisation), has hooks or a parametrization, or merely has a weight; and
-        for an nn.Embedding with max_norm.
+        It must compute W h + b and nothing else. Hooks, adapters and parametrizations that it is
+        given later have no effect on the loss. As long as the layer exists, losses and predictions
+        warn if the two no longer have the same parameters (not inside compiled graphs).
+
+        Args:
+            linear: the layer.
+            loss, prior, weight, reduction, ignore_index, label_smoothing, options: as in
+                `LinearSphericalLoss`.
+
+        Raises: TypeError or ValueError, with what can be done instead, for a layer that wraps or
+        overrides nn.Linear (LoRA, quantisation), has hooks or a parametrization, or merely has a
+        weight; and for an nn.Embedding with max_norm.
 
         >>> embedding = nn.Embedding(1000, 8)
         >>> LinearSphericalLoss.from_linear(embedding).weight is embedding.weight
@@ -190,7 +197,7 @@ class LinearSphericalLoss(OutputLayer, WithPrior):
         return head
 
     def reset_parameters(self) -> None:
-        """The initial values of `nn.Linear`: uniform within ±1/√d."""
+        """Draws the initial values of `nn.Linear`, uniform within ±1/√d."""
         bound = 1 / math.sqrt(self.in_features)
         nn.init.uniform_(self.weight, -bound, bound)
         if self.bias is not None:
@@ -203,9 +210,12 @@ class LinearSphericalLoss(OutputLayer, WithPrior):
         target_values: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """The loss of hidden (…, d) against target; see `functional.linear_spherical_loss`.
+        """Computes the loss of hidden (…, d) against target.
 
-        mask: (D), boolean, True for classes that take part.
+        See `functional.linear_spherical_loss` for the targets, the dtypes and what is raised.
+
+        Args:
+            mask: (D), boolean, True for classes that take part.
         """
         layer = self._layer()
         kept = self.accumulation
@@ -246,64 +256,7 @@ class LinearSphericalLoss(OutputLayer, WithPrior):
         return Affine(W, b, NAMES)
 
     def _reader(self) -> DenseReader:
-        layer = self._layer()
-        return DenseReader(layer.weight, layer.bias, self.prior, self.loss, self.options)
-
-    @contextmanager
-    def accumulate(self) -> Iterator[None]:
-        """Gradient accumulation at the price of one batch: gram's work in D once for all of them.
-
-        Inside, the Gram matrix of the weight is computed once, and a backward leaves its small
-        share and keeps its rows of hidden; at the end autograd delivers the gradients that all of
-        them come to, in one piece and by way of all hooks. Until then `weight.grad` and `bias.grad`
-        are pending: zero_grad forgets them, and whatever else reads them raises. Step the optimizer
-        after it. If an exception leaves it, nothing is added. Under autocast the weight is taken as
-        it is, not rounded.
-
-        DistributedDataParallel reduces the gradients of this layer at the end. Run forward and
-        backward of every micro-batch but the last under its no_sync().
-
-        Raises: RuntimeError where it is nested, where the weight is changed or its gradient read
-        inside, where backward is called after it, asks for second derivatives or, with hooks or a
-        process group, is for some tensors only; and under data-parallel wrappers that shard the
-        weight, look for unused parameters or have it in another layer, too. ValueError or TypeError
-        for what the gram engine cannot do.
-
-        >>> head = LinearSphericalLoss(8, 1000)
-        >>> with head.accumulate():
-        ...     for _ in range(4):
-        ...         (head(torch.randn(2, 8), torch.tensor([1, 5])) / 4).backward()
-        >>> head.weight.grad.shape
-        torch.Size([1000, 8])
-        """
-        if self.accumulation is not None:
-            raise RuntimeError("accumulate() cannot be nested; leave the one that is open first")
-        for name, x, dim in (("weight", self.weight, 2), ("bias", self.bias, 1)):
-            _check_accumulable(name, x, dim)
-        W, b, _ = self._layer()
-        if self.options.engine not in ("auto", "gram"):
-            raise ValueError(
-                f"accumulate() is of the gram engine, got engine={self.options.engine!r}; "
-                "use engine='gram' or 'auto'"
-            )
-        refusal = without_logits(self.loss, self.label_smoothing, soft=False)
-        if refusal:
-            raise refusal
-        self.accumulation = kept = Accumulation(
-            W,
-            b,
-            self.prior,
-            centred=self.loss.shift_invariant,
-            options=self.options,
-        )
-        optimizers = register_optimizer_step_pre_hook(refuse_step)
-        try:
-            yield
-            kept.finish()
-        finally:
-            optimizers.remove()
-            kept.close()
-            self.accumulation = None
+        return DenseReader(self._layer(), self.prior, self.loss, self.options)
 
     @property
     def base_measure(self) -> Tensor | None:
@@ -322,14 +275,10 @@ class LinearSphericalLoss(OutputLayer, WithPrior):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        # The state of an nn.Linear has neither, and leaves them as they are.
+        # The state of an nn.Linear has neither buffer, and leaves them as they are.
         for name in BUFFERS:
             if prefix + name in missing_keys:
                 missing_keys.remove(prefix + name)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # a copy is not in the middle of anything
-        return {**self.__dict__, "accumulation": None}
 
     def extra_repr(self) -> str:
         given = [name for name in BUFFERS if getattr(self, name) is not None]
@@ -346,21 +295,3 @@ def _check_dtype(dtype: Any) -> None:
     """Raises TypeError for a dtype in which there are no such weights."""
     if dtype is not None and dtype not in DTYPES:
         raise TypeError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype!r}")
-
-
-def _check_accumulable(name: str, x: Any, dim: int) -> None:
-    """Raises RuntimeError if accumulate() cannot compute with x or add to its gradient."""
-    if x is None:
-        return
-    if not x.is_leaf:
-        raise RuntimeError(
-            f"accumulate() adds to {name}.grad, but the {name} is computed from something else "
-            "(a parametrization); remove that, or accumulate without this context"
-        )
-    if is_traceable_wrapper_subclass(x) or x.dim() != dim:
-        wanted = "(num_classes, in_features)" if dim == 2 else "(num_classes,)"
-        raise RuntimeError(
-            f"accumulate() needs the whole {name} as a plain tensor of shape {wanted}, got "
-            f"{type(x).__name__} of shape {tuple(x.shape)}, as sharding wrappers make it "
-            "(fully_shard); accumulate without this context"
-        )

@@ -88,11 +88,12 @@ class OutputLayer(nn.Module, ABC):
         derivatives where there are none.
         """
         reader = self._reader()
-        checks.hidden(hidden, reader.in_features)
+        reader.check(hidden)
         if not self.loss.normalised:
             self.loss.log_numerator(hidden)  # raises, since there is none
         if classes is not None:
             classes = checks.classes(classes, reader.num_classes)
+            checks.same_device("classes", classes, "hidden", hidden)
             if classes.dim() != 1:
                 raise ValueError(f"classes must have shape (n,), got {tuple(classes.shape)}")
         H = reader.rows_of(hidden)
@@ -124,10 +125,8 @@ class OutputLayer(nn.Module, ABC):
         Raises: ValueError or TypeError for arguments of a wrong shape or kind.
         """
         reader = self._reader()
-        checks.hidden(hidden, reader.in_features)
-        checks.at_least_one("k", k)
-        if k > reader.num_classes:
-            raise ValueError(f"k must be from 1 to num_classes = {reader.num_classes}, got {k}")
+        reader.check(hidden)
+        k = checks.number_of_best("k", k, reader.num_classes)
         H = reader.rows_of(hidden)
         best, index = reader.topk(H, k)
         best = best - reader.log_normaliser(H).unsqueeze(1)
@@ -145,7 +144,7 @@ class OutputLayer(nn.Module, ABC):
         Raises: ValueError or TypeError for hidden states of a wrong shape or kind.
         """
         reader = self._reader()
-        checks.hidden(hidden, reader.in_features)
+        reader.check(hidden)
         _, index = reader.topk(reader.rows_of(hidden), 1)
         return index.view(hidden.shape[:-1])
 
@@ -165,9 +164,10 @@ class OutputLayer(nn.Module, ABC):
         Raises: ValueError or TypeError for arguments of a wrong shape or kind.
         """
         reader = self._reader()
-        checks.hidden(hidden, reader.in_features)
+        reader.check(hidden)
         checks.rows_target(hidden.shape[:-1], target)
         target = checks.classes(target, reader.num_classes, "target")
+        checks.same_device("target", target, "hidden", hidden)
         return reader.rank(reader.rows_of(hidden), target.reshape(-1)).view(target.shape)
 
 

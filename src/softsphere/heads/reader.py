@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from softsphere import checks
 from softsphere._torch import exporting
 from softsphere.losses import Loss
 
@@ -31,10 +32,28 @@ class Reader(ABC):
         in_features: d.
         num_classes: D.
         pi: base measure (D), or None for π = 1.
+        device: of the weight.
     """
 
-    def __init__(self, loss: Loss, in_features: int, num_classes: int, pi: Tensor | None) -> None:
+    def __init__(
+        self,
+        loss: Loss,
+        in_features: int,
+        num_classes: int,
+        pi: Tensor | None,
+        device: torch.device,
+    ) -> None:
         self.loss, self.in_features, self.num_classes, self.pi = loss, in_features, num_classes, pi
+        self.device = device
+
+    def check(self, hidden: Tensor) -> None:
+        """Raises ValueError or TypeError unless hidden (…, d) can be multiplied with W."""
+        checks.hidden(hidden, self.in_features)
+        if hidden.device != self.device:
+            raise ValueError(
+                f"hidden must be on the device of the weight, {self.device}, got {hidden.device}; "
+                "use hidden.to(head.weight.device)"
+            )
 
     @abstractmethod
     def rows_of(self, hidden: Tensor) -> Tensor:
@@ -66,7 +85,7 @@ class Reader(ABC):
         if not self.loss.normalised:
             return o
         log_t = self.loss.log_numerator(o)
-        return log_t if pi is None else log_t + pi.to(log_t.dtype).log()
+        return log_t if pi is None else log_t + pi.log().to(log_t.dtype)
 
     def scores_of(self, H: Tensor, classes: Tensor) -> Tensor:
         """The scores of the given classes (n): (m, n)."""

@@ -178,6 +178,7 @@ def _log_numerators(o: Tensor, loss: losses.Loss, pi: Tensor | None) -> Tensor:
         )
     if pi is None:
         return log_t
+    checks.without_gradient("prior", pi)
     checks.class_vector("prior", pi, o.shape[-1])
     checks.same_device("prior", pi, "input", o)
     return log_t + checks.narrowed_prior(pi, log_t.dtype).log()

@@ -12,6 +12,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils import _pytree as pytree
 
 __all__ = [
     "eager",
@@ -20,6 +21,7 @@ __all__ = [
     "gradients_wanted",
     "is_recorded",
     "is_shared_with_others",
+    "saveable_in_exports",
     "transformed",
     "transforms_active",
     "usable_now",
@@ -116,6 +118,13 @@ def _runs_in_this_backward(node: Any) -> bool:
         return bool(torch._C._will_engine_execute_node(node))
     except RuntimeError:  # a leaf that torch.autograd.grad has been asked for
         return True
+
+
+def saveable_in_exports(kind: type[Any]) -> None:
+    """Lets torch.export.save save programs that return a named tuple of this kind."""
+    register = getattr(pytree, "_register_namedtuple", None)
+    if register is not None:
+        register(kind, serialized_type_name=f"softsphere.{kind.__name__}")
 
 
 def eager(reason: str) -> Callable[[Function], Function]:

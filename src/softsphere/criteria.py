@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from softsphere import checks, losses
+from softsphere._torch import saveable_in_exports
 from softsphere.engines.row_statistics import accumulator
 from softsphere.functional.base_measure import check_mask
 from softsphere.functional.conventions import Conventions
@@ -32,6 +33,9 @@ class TopK(NamedTuple):
 
     values: Tensor
     indices: Tensor
+
+
+saveable_in_exports(TopK)
 
 
 class WithPrior(nn.Module):

@@ -25,6 +25,7 @@ from softsphere import (
     LinearSphericalLoss,
     SphericalLoss,
 )
+from softsphere.criteria import TopK
 
 ASKED = {
     "log_prob": lambda head, hidden, some: head.log_prob(hidden),
@@ -67,7 +68,7 @@ def test_an_exported_layer_takes_batches_of_any_size(name, what, strict):
         torch.testing.assert_close(program.module()(hidden), module(hidden), **CLOSE)
 
 
-# torch 2.11 says so of what it loads
+# torch 2.11 warns about what it loads.
 @pytest.mark.filterwarnings("ignore:The given buffer is not writable")
 @pytest.mark.parametrize("strict", [False, True], ids=["traced", "strict"])
 def test_an_exported_layer_that_was_saved_takes_any_leading_shape(strict):
@@ -78,6 +79,22 @@ def test_an_exported_layer_that_was_saved_takes_any_leading_shape(strict):
     for shape in ((1, 1), (5, 2), (0, 3)):
         hidden = rows(*shape).detach()
         torch.testing.assert_close(program.module()(hidden), module(hidden), **CLOSE)
+
+
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable")
+@pytest.mark.parametrize("strict", [False, True], ids=["traced", "strict"])
+@pytest.mark.parametrize("of", ["layer", "criterion"])
+def test_a_saved_program_returns_the_best_classes_by_name(of, strict):
+    module = Asked(layer(LinearSphericalLoss), "topk")
+    if of == "criterion":
+        module.head = SphericalLoss("taylor_softmax")
+    kept = io.BytesIO()
+    torch.export.save(exported(module, (4,), strict), kept)
+    got = torch.export.load(io.BytesIO(kept.getvalue())).module()(rows(7).detach())
+    assert type(got) is TopK
+    want = module(rows(7).detach())
+    torch.testing.assert_close(got.values, want.values, **CLOSE)
+    assert torch.equal(got.indices, want.indices)
 
 
 @pytest.mark.parametrize("strict", [False, True], ids=["traced", "strict"])

@@ -123,7 +123,7 @@ def loss_and_network(name: str) -> str:
 
 def picture(results: Results, path: Path) -> None:
     """Draws the perplexity by depth, a panel for each activation."""
-    groups: dict[str, list[pictures.Line]] = {}
+    groups: dict[str, list[pictures.Curve]] = {}
     for activation in ACTIVATIONS:
         for loss in COMPARED:
             own = {
@@ -133,7 +133,7 @@ def picture(results: Results, path: Path) -> None:
             }
             if own:
                 groups.setdefault(activation, []).append(
-                    pictures.over(label(loss), own, PERPLEXITY)
+                    pictures.curve_over(label(loss), own, PERPLEXITY)
                 )
     pictures.panels(
         groups,

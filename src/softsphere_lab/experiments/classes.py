@@ -117,11 +117,12 @@ def curve_told(kind: str, curve: Curve, p: Mapping[str, float]) -> str:
 
 def picture(results: Results, path: Path) -> None:
     """Draws the ratio against D."""
-    drawn: list[pictures.Line] = []
+    drawn = []
     for kind, curve in curves(results).items():
         x = sorted(curve)
-        drawn.append((label(kind), x, [curve[D][0] for D in x], [curve[D][1:] for D in x]))
-    pictures.lines(
+        middle, ends = [curve[D][0] for D in x], [curve[D][1:] for D in x]
+        drawn.append(pictures.Curve(label(kind), x, middle, ends, {}))
+    pictures.ratios_over_classes(
         drawn,
         "classes D (the commonest words; all others are one)",
         "test perplexity, in times softmax's",

@@ -14,8 +14,8 @@ from rich.console import Console
 
 from softsphere_lab.errors import LabError
 from softsphere_lab.experiments.experiment import Prepared, Reproduction
+from softsphere_lab.experiments.scaling_picture import draw_step_times
 from softsphere_lab.records.folder import Record
-from softsphere_lab.report import figures
 from softsphere_lab.report import grids as tables
 from softsphere_lab.report.results import Section
 from softsphere_lab.timing import processes as timing
@@ -23,7 +23,7 @@ from softsphere_lab.timing.clock import Effort, milliseconds
 from softsphere_lab.timing.setting import Setting
 from softsphere_lab.timing.training_steps import FACTORED, LAYERS, obstacle
 
-__all__ = ["EXPERIMENT", "METRICS", "PLANS", "Plan", "figure", "finding", "markdown", "measure"]
+__all__ = ["EXPERIMENT", "METRICS", "PLANS", "Plan", "finding", "markdown", "measure"]
 
 METRICS, LEFT_OUT = "metrics.jsonl", "left_out.jsonl"
 Lines = list[dict[str, Any]]
@@ -165,69 +165,16 @@ def ratio(times: float) -> str:
     return f"{times:,.0f}" if times >= 10 else f"{times:.2g}"
 
 
-def figure(lines: Lines, path: Path) -> None:
-    """Milliseconds a step against D, both logarithmic; names beside the lines' ends."""
-    import matplotlib.pyplot as plt
-
+def picture(lines: Lines, left: Lines, path: Path) -> None:
+    """Draws the step times. left: the lines of what could not be timed."""
     times = by_layer(lines)
-    picture = plt.figure(figsize=(8.4, 4.6), layout="constrained")
-    axes = picture.subplots()
-    ends = {}
-    for name, own in times.items():
-        taken = [1e3 * seconds for seconds in own.values()]
-        ours = name.endswith("(ours)")
-        (line,) = axes.plot(
-            list(own), taken, marker="o", linewidth=2.6 if ours else 1.4, zorder=3 if ours else 2
-        )
-        ends[name] = (max(own), taken[-1], line.get_color())
-    axes.set(xscale="log", yscale="log", xlabel="classes D", ylabel="milliseconds a training step")
-    axes.set_xticks(sorted({line["D"] for line in lines}), minor=False)
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.xaxis.minorticks_off()
-    axes.yaxis.set_major_formatter("{x:,g}")
-    seconds = [line["seconds"] for line in lines]
-    # powers of ten alone would say little, where there are one or two
-    axes.yaxis.set_minor_formatter("{x:g}" if max(seconds) < 30 * min(seconds) else "")
-    axes.autoscale_view()
-    # heights as shares of the axes, as those of the names are
-    heights = {
-        name: axes.transAxes.inverted().transform(axes.transData.transform((x, y)))[1]
-        for name, (x, y, _) in ends.items()
-    }
-    order = sorted(ends, key=heights.__getitem__)
-    for name, height in zip(order, spread([heights[name] for name in order]), strict=True):
-        x, y, colour = ends[name]
-        axes.annotate(
-            name,
-            (x, y),
-            xytext=(1.04, height),
-            textcoords="axes fraction",
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.7, "linestyle": ":"},
-            color=colour,
-            va="center",
-            fontsize=9,
-        )
-    d, m = lines[0]["d"], lines[0]["m"]
-    axes.set_title(f"One step of an output layer, d = {d}, m = {m}, float32", fontsize=11)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    figures.save(picture, path)
-
-
-def spread(heights: Sequence[float], gap: float = 0.055) -> list[float]:
-    """Ascending heights moved apart by at least the gap, and none above 1 where they have room.
-
-    >>> [round(x, 3) for x in spread([0.2, 0.2, 0.99, 1.0], 0.1)]
-    [0.2, 0.3, 0.9, 1.0]
-    """
-    apart: list[float] = []
-    for height in heights:
-        apart.append(max(height, apart[-1] + gap) if apart else height)
-    ceiling = 1.0
-    for i in reversed(range(len(apart))):
-        apart[i] = min(apart[i], ceiling)
-        ceiling = apart[i] - gap
-    return apart
+    reasons: dict[str, list[str]] = {}
+    for line in left:
+        if line["D"] not in times.get(line["layer"], {}):
+            said = f"at D = {line['D']:,}, since {line['reason']}"
+            reasons.setdefault(said, []).append(line["layer"])
+    title = f"One step of an output layer, d = {lines[0]['d']}, m = {lines[0]['m']}, float32"
+    draw_step_times(times, reasons, title, path)
 
 
 class Scaling(Reproduction):
@@ -284,7 +231,10 @@ class Scaling(Reproduction):
             return None
         table, found = markdown(lines), finding(lines)
         return Section(
-            f"{table}\n{found}\n", table, found, pictures={"steps": partial(figure, lines)}
+            f"{table}\n{found}\n",
+            table,
+            found,
+            pictures={"steps": partial(picture, lines, record.lines(LEFT_OUT))},
         )
 
 

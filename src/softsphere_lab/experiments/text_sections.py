@@ -71,7 +71,7 @@ def text_section(results: Results) -> Section:
         table=quality,
         finding=found,
         note=NOTE,
-        pictures={"curves": partial(pictures.curves, results)},
+        pictures={"curves": partial(pictures.learning_curves, results)},
     )
 
 

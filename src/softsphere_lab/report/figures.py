@@ -1,34 +1,24 @@
-"""Pictures, as pure functions of a record."""
+"""Pictures of training runs: losses compared on images, and engines side by side."""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
-from matplotlib.figure import Figure
+from matplotlib.axes import Axes
 
-from softsphere_lab.records.folder import write_bytes
+from softsphere_lab.report import canvas
 from softsphere_lab.report.summary import Row
 
 __all__ = ["comparison", "side_by_side"]
 
-mpl.use("Agg")
-
-# More names than these cover the curves.
-MOST_INSIDE = 6
-
-
-def distinguishable(count: int) -> list[Any]:
-    """Colours that are all different."""
-    for name in ("tab10", "tab20"):
-        colours = mpl.colormaps[name](range(mpl.colormaps[name].N))
-        if count <= len(colours):
-            return list(colours[:count])
-    return list(mpl.colormaps["turbo"](np.linspace(0, 1, count)))
+# The ranges over the seeds of more losses than these hide each other.
+MOST_RANGES = 4
+# Heights in a loss's row of its seeds and of the paper's number; the mean is in the middle.
+SEEDS_BELOW, PAPER_ABOVE = 0.24, 0.3
 
 
 def comparison(
@@ -39,115 +29,126 @@ def comparison(
     named: Callable[[Row], str] = lambda row: row.setting,
     reported: Mapping[str, float] | None = None,
 ) -> None:
-    """Learning curves (mean and range over seeds) beside the final errors of every seed.
+    """Draws learning curves (means over the seeds) beside the final errors of every seed.
 
-    named: what a loss is called. reported: errors in per cent to stand beside those of some losses.
+    named: what a loss is called. reported: the paper's errors in per cent, by loss.
     """
     import matplotlib.pyplot as plt
 
-    epochs = [line for line in lines if "epoch" in line]
-    finals = [line for line in lines if "final" in line]
-    colours = dict(zip([row.loss for row in rows], distinguishable(len(rows)), strict=True))
-    crowded = len(rows) > MOST_INSIDE
-    size = (11, 4.2 if not crowded else 2.6 + 0.28 * len(rows))
+    size = (11, 3.4 + 0.34 * len(rows))
     figure, (curves, points) = plt.subplots(1, 2, figsize=size, layout="constrained")
+    colours = dict(zip([row.loss for row in rows], canvas.distinguishable(len(rows)), strict=True))
+    _learning_curves(curves, lines, rows, colours, named)
+    _final_errors(points, lines, rows, colours, named, reported or {})
+    for axes in (curves, points):
+        canvas.tidy(axes)
+    figure.suptitle(title, fontsize=12)
+    handles, names = curves.get_legend_handles_labels()
+    others, other_names = points.get_legend_handles_labels()
+    canvas.legend_below(figure, 4, handles=[*handles, *others], labels=[*names, *other_names])
+    # an error of zero has no place on a logarithmic axis
+    canvas.log_scale(curves, "y")
+    canvas.save(figure, path)
 
-    for row in rows:
-        # by seed: one that was cut off and done again counts once
+
+def _learning_curves(
+    axes: Axes,
+    lines: list[dict[str, Any]],
+    rows: list[Row],
+    colours: Mapping[str, Any],
+    named: Callable[[Row], str],
+) -> None:
+    """Validation errors by epoch: means over the seeds, and for few losses their ranges."""
+    for row, marker in zip(rows, canvas.markers(len(rows)), strict=True):
+        # by seed, so that one that was cut off and done again counts once
         by_epoch: dict[int, dict[int, float]] = {}
-        for line in epochs:
-            if line["loss"] == row.loss:
+        for line in lines:
+            if "epoch" in line and line["loss"] == row.loss:
                 by_epoch.setdefault(line["epoch"], {})[line["seed"]] = 100 * line["valid_error"]
         x = sorted(by_epoch)
-        errors = [list(by_epoch[e].values()) for e in x]
-        mean = [np.mean(each) for each in errors]
-        curves.plot(x, mean, color=colours[row.loss], label=named(row), linewidth=1.8)
-        curves.fill_between(
-            x,
-            [min(each) for each in errors],
-            [max(each) for each in errors],
-            color=colours[row.loss],
-            alpha=0.12,
-            linewidth=0,
-        )
-    # an error of zero has no place on a logarithmic axis
-    scale = "log" if epochs and all(line["valid_error"] > 0 for line in epochs) else "linear"
-    curves.set(xlabel="epoch", ylabel="validation error, %", yscale=scale)
-    curves.yaxis.set_major_formatter(mpl.ticker.FormatStrFormatter("%g"))
-    curves.yaxis.set_minor_formatter(mpl.ticker.FormatStrFormatter("%g"))
-    curves.tick_params(axis="y", which="minor", labelsize=8)
-    curves.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
-    if crowded:
-        figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
-    else:
-        curves.legend(frameon=False, fontsize=9)
-    curves.grid(alpha=0.25)
+        errors = [list(by_epoch[epoch].values()) for epoch in x]
+        style = {"color": colours[row.loss], "marker": marker, "markersize": 3.5}
+        axes.plot(x, [np.mean(each) for each in errors], label=named(row), linewidth=1.6, **style)
+        if len(rows) <= MOST_RANGES:
+            low, high = ([f(each) for each in errors] for f in (min, max))
+            axes.fill_between(x, low, high, color=colours[row.loss], alpha=0.1, linewidth=0)
+    ranges = "mean and range over the seeds" if len(rows) <= MOST_RANGES else "mean over the seeds"
+    axes.set(xlabel="epoch", ylabel=f"validation error, %  ({ranges})")
+    canvas.integers(axes.xaxis)
 
-    for place, row in enumerate(reversed(rows)):
-        own = [line["final"] for line in finals if line["loss"] == row.loss]
-        values = [100 * final["test_error"] for final in own if not final["diverged"]]
-        shift = np.linspace(-0.14, 0.14, len(values)) if len(values) > 1 else [0.0]
-        points.scatter(values, place + np.asarray(shift), s=16, color=colours[row.loss], alpha=0.5)
-        points.errorbar(
-            row.error,
-            place,
-            xerr=None if np.isnan(row.error_half) else row.error_half,
-            fmt="D",
-            color=colours[row.loss],
-            markersize=6,
-            capsize=4,
+
+def _final_errors(
+    axes: Axes,
+    lines: list[dict[str, Any]],
+    rows: list[Row],
+    colours: Mapping[str, Any],
+    named: Callable[[Row], str],
+    reported: Mapping[str, float],
+) -> None:
+    """A row for each loss: mean and interval, its seeds below it, the paper's number above."""
+    places = {row.loss: place for place, row in enumerate(reversed(rows))}
+    for row in rows:
+        place, colour = places[row.loss], colours[row.loss]
+        finals = [x["final"] for x in lines if "final" in x and x["loss"] == row.loss]
+        values = [100 * final["test_error"] for final in finals if not final["diverged"]]
+        axes.scatter(values, _side_by_side_heights(values, place), s=14, color=colour, alpha=0.6)
+        half = None if math.isnan(row.error_half) else row.error_half
+        axes.errorbar(row.error, place, xerr=half, fmt="D", color=colour, markersize=5.5, capsize=4)
+    known = {loss: reported[loss] for loss in places if loss in reported}
+    if known:
+        heights = [places[loss] + PAPER_ABOVE for loss in known]
+        axes.scatter(
+            list(known.values()), heights, s=36, marker="x", color="black", label="paper's number"
         )
-    others = {
-        place: reported[row.loss]
-        for place, row in enumerate(reversed(rows))
-        if reported and row.loss in reported
-    }
-    if others:
-        points.scatter(
-            list(others.values()),
-            list(others),
-            s=60,
-            marker="x",
-            color="black",
-            label="paper",
-        )
-        points.legend(frameon=False, fontsize=9)
-    points.set_yticks(range(len(rows)), [named(row) for row in reversed(rows)])
-    points.set(xlabel="test error, %  (seeds; mean and 95 % interval)")
-    points.grid(axis="x", alpha=0.25)
-    for axes in (curves, points):
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title, fontsize=12)
-    save(figure, path)
+    told = [_with_diverged(row, named(row)) for row in rows]
+    axes.set_yticks([places[row.loss] for row in rows], told)
+    axes.set_ylim(-0.6, len(rows) - 0.4)
+    axes.set(xlabel="test error, %  (mean and 95 % interval; the seeds below)")
+
+
+def _side_by_side_heights(values: Sequence[float], place: float) -> list[float]:
+    """Heights below a row's middle at which equal values do not cover each other."""
+    step, seen, heights = 0.06, dict[float, int](), []
+    for value in values:
+        count = seen[round(value, 3)] = seen.get(round(value, 3), 0) + 1
+        # 0, 1, −1, 2, −2 steps from the height of the seeds
+        heights.append(place - SEEDS_BELOW + step * (count // 2) * (-1 if count % 2 else 1))
+    return heights
+
+
+def _with_diverged(row: Row, name: str) -> str:
+    """The name of a loss, with its runs that diverged, which no mean has."""
+    if not row.diverged:
+        return name
+    many = "all" if row.diverged == row.seeds else f"{row.diverged} of {row.seeds}"
+    return f"{name}\n({many} runs diverged)"
 
 
 def side_by_side(lines: list[dict[str, Any]], title: str, path: Path) -> None:
-    """Validation loss by epoch of each engine, one upon the other, and the time of a step."""
+    """Draws the validation loss by epoch of each engine, and the time of a step.
+
+    The curves lie upon each other, so each is narrower than the one below it.
+    """
     import matplotlib.pyplot as plt
 
     figure, (curves, bars) = plt.subplots(
         1, 2, figsize=(9, 3.8), layout="constrained", width_ratios=(3, 2)
     )
     engines = list(dict.fromkeys(line["engine"] for line in lines))
+    names = []
     for place, engine in enumerate(engines):
         own = [line for line in lines if line["engine"] == engine and "epoch" in line]
-        # each is narrower and dashed otherwise, so that the one before can be seen under it
-        width = 6 * 0.6**place
-        style = (
-            {"linewidth": width, "alpha": 0.5}
-            if not place
-            else {"lw": width, "ls": (0, (4, place))}
-        )
-        curves.plot(
-            [line["epoch"] for line in own],
-            [line["valid_loss"] for line in own],
-            marker="o",
-            label=engine,
-            **style,
-        )
-        milliseconds = 1000 * np.mean([line["step_seconds"] for line in own])
-        drawn = bars.barh(place, milliseconds, color=f"C{place}", height=0.5)
-        bars.bar_label(drawn, fmt=" %.1f ms", fontsize=9)
+        style: dict[str, Any] = {"linewidth": 6 * 0.6**place, "markersize": 13 * 0.65**place}
+        style |= {"linestyle": (0, (4, place))} if place else {"alpha": 0.5}
+        losses = [line["valid_loss"] for line in own]
+        curves.plot([line["epoch"] for line in own], losses, marker="o", label=engine, **style)
+        diverged = any(line["final"].get("diverged") for line in lines
+                       if line["engine"] == engine and "final" in line)  # fmt: skip
+        names.append(f"{engine}\n(diverged)" if diverged else engine)
+        if own:
+            milliseconds = 1000 * np.mean([line["step_seconds"] for line in own])
+            drawn = bars.barh(place, milliseconds, color=f"C{place}", height=0.5)
+            bars.bar_label(drawn, fmt=" %.1f ms", fontsize=9)
     curves.set(xlabel="epoch", ylabel="validation loss")
     # differences in the last digits are not to fill the picture
     low, high = curves.get_ylim()
@@ -155,23 +156,12 @@ def side_by_side(lines: list[dict[str, Any]], title: str, path: Path) -> None:
     curves.set_ylim(low - room, high + room)
     curves.ticklabel_format(useOffset=False)
     curves.set_xticks(sorted({line["epoch"] for line in lines if "epoch" in line}))
-    curves.legend(frameon=False)
-    bars.set_yticks(range(len(engines)), engines)
+    bars.set_yticks(range(len(engines)), names)
     bars.invert_yaxis()
-    bars.set(xlabel="milliseconds a whole step")
-    bars.margins(x=0.2)
+    bars.set(xlabel="milliseconds of a whole step")
+    bars.margins(x=0.25)
     for axes in (curves, bars):
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
+        canvas.tidy(axes)
     figure.suptitle(title, fontsize=11)
-    save(figure, path)
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Writes a picture whole, and closes it."""
-    import matplotlib.pyplot as plt
-
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=140, metadata={"Software": None})
-    plt.close(figure)
-    write_bytes(path, buffer.getvalue())
+    canvas.legend_below(figure, len(engines), handles=curves.get_lines())
+    canvas.save(figure, path)

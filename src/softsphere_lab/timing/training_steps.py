@@ -162,5 +162,5 @@ def obstacle(name: str, setting: Setting) -> str | None:
     room = SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     least = _least_bytes(name, setting)
     if least > room:
-        return f"it takes {least / 1e9:.0f} GB, of which there are {room / 1e9:.0f}"
+        return f"it takes {least / 1e9:.3g} GB, and may take {room / 1e9:.3g} GB here"
     return None

@@ -8,6 +8,7 @@ from matplotlib.text import Text
 from softsphere_lab.experiments import scaling
 from softsphere_lab.experiments.scaling import METRICS, PLANS, Plan, finding, left_out, markdown
 from softsphere_lab.records.folder import Record
+from softsphere_lab.report import canvas
 from softsphere_lab.timing import processes as timing
 from softsphere_lab.timing.setting import Setting
 from softsphere_lab.timing.training_steps import FACTORED, LAYERS
@@ -60,7 +61,7 @@ def test_the_smoke_plan_from_end_to_end(tmp_path):
     assert all(0 < line["seconds"] < 1 for line in lines)
     assert "1,000 to 5,000 classes" in finding(lines)
     assert markdown(lines).count("\n") == 2 + len(plan.layers)
-    scaling.figure(lines, tmp_path / "scaling.png")
+    scaling.picture(lines, [], tmp_path / "scaling.png")
     assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -132,14 +133,17 @@ def test_the_finding_is_what_the_lines_say():
 
 def test_names_beside_the_lines_do_not_cover_each_other(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(scaling.figures, "save", lambda picture, path: drawn.append(picture))
-    close = [line(f"layer {i} (ours)", D, 0.001 + 1e-6 * i) for i in range(8) for D in (10, 99)]
-    scaling.figure([*LINES, *close], tmp_path / "unused.png")
+    monkeypatch.setattr(canvas, "save", lambda picture, path: drawn.append(picture))
+    close = [line(f"layer {i} (ours)", D, 0.001 + 1e-6 * i) for i in range(8) for D in (10, 10_000)]
+    scaling.picture([*LINES, *close], [], tmp_path / "unused.png")
     (picture,) = drawn
     picture.draw_without_rendering()
     # of the words alone: their box has the line to the curve's end besides
     boxes = [Text.get_window_extent(text) for text in picture.axes[0].texts]
-    assert len(boxes) == 13
+    assert len(boxes) == 12
+    # of the one that ends before the others do
+    (legend,) = picture.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["softmax"]
     width, height = picture.get_size_inches() * picture.dpi
     for i, box in enumerate(boxes):
         assert box.x1 <= width and box.y1 <= height and box.y0 >= 0

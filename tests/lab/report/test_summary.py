@@ -9,7 +9,7 @@ import math
 import pytest
 from scipy import stats
 
-from softsphere_lab.report import figures, summary
+from softsphere_lab.report import canvas, figures, summary
 from softsphere_lab.report.results import Results
 
 
@@ -155,7 +155,7 @@ def test_tables_hold_every_row_and_every_number():
 
 @pytest.mark.parametrize("count", [1, 10, 11, 20, 21, 60])
 def test_every_loss_has_a_colour_of_its_own(count):
-    assert len({tuple(colour) for colour in figures.distinguishable(count)}) == count
+    assert len({tuple(colour) for colour in canvas.distinguishable(count)}) == count
 
 
 def test_a_picture_of_many_losses_can_be_drawn(tmp_path):

@@ -90,6 +90,12 @@ def check(figure):
                 assert not curve.intersects_bbox(box, filled=False), "a name lies on a curve"
             points, at = labels.obstacles(axes)[1], box
             assert not any(at.overlaps(point) for point in points), "a name lies on a point"
+        for line in axes.get_lines():
+            curve = line.get_path().transformed(line.get_transform())
+            for name in axes.texts:
+                if arrow := getattr(name, "arrow_patch", None):
+                    leader = arrow.get_path().transformed(arrow.get_transform())
+                    assert not leader.intersects_path(curve, filled=False), "a line is crossed"
     for legend in legends(figure):
         box = legend.get_window_extent()
         for axes in figure.axes:

@@ -1,4 +1,8 @@
-"""(s, q, c) of H Wᵀ from the kept Q and w̄ of a factored W, with its structured gradient."""
+"""(s, q, c) of H Wᵀ from what a factored W keeps, with its structured gradient.
+
+A factored matrix keeps its mean row r = w̄/M and G = Σ_k π_k (w_k − r)(w_k − r)ᵀ. A large common
+part of the rows of W, which a bias may cancel in the outputs, never enters a sum of squares.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from softsphere.engines.row_statistics import above_rounding
 from softsphere.matrix import FactoredTensor, StructuredGradient
 from softsphere.matrix.gradient import GradientFactors
 from softsphere.matrix.tensors import Content
@@ -34,11 +39,12 @@ def factored_statistics(
 
 
 class _FactoredStatistics(torch.autograd.Function):
-    """s = H w̄, q = Σ H∘(H Q), c = H·W[t].
+    """s = M μ, q = q_c + M μ², c = μ + H·(W[t] − r), with μ = H r and q_c = Σ H∘(H G).
 
-    ∂H_i = g_s w̄ + 2 g_q (HQ)_i + Σ_j g_c W[t_j], and with respect to W (under Π) the structured
-    gradient J H with L = 2 g_q H, s = g_s and entries g_c/π_t. Centred, Q is Q − w̄w̄ᵀ/M and
-    g_s = −Σ_j g_c/M.
+    The gradient with respect to H_i is 2 g_q (HG)_i + Σ_j g_c (W[t_j] − r) + p r, where
+    p = M (g_s + 2 g_q μ) + Σ_j g_c. The gradient with respect to W (under Π) is the structured
+    gradient J H with L = 2 g_q H, s = g_s and the entries g_c/π_t. Centred, the statistics are 0,
+    q_c and c − μ, and p is 0.
     """
 
     @staticmethod
@@ -48,16 +54,18 @@ class _FactoredStatistics(torch.autograd.Function):
         matrix = weight.matrix
         ctx.block, ctx.edition, ctx.centred = weight.block, matrix.edition, centred
         W, d = matrix.arrays, matrix.arrays.width
-        sums = W.small("colsum")[:d]
-        P = H @ (W.centred_gram() if centred else W.small("gram")[:d, :d])
-        s = H @ sums
+        P = H @ W.small("centred_gram")[:d, :d]
+        # μ may be a small difference of large numbers; in float64 it costs next to nothing.
+        mu = (H.double() @ W.mean[:d]).to(H.dtype)
         q = (P * H).sum(-1).clamp_min(0)
-        at_rows = W.rows(target.flatten(), slice(0, d))
+        at_rows = W.centred_rows(target.flatten())
         c = (at_rows.view(*target.shape, d) * H.unsqueeze(1)).sum(-1)
-        ctx.save_for_backward(H, target, P, s, at_rows)
+        ctx.save_for_backward(H, target, P, mu, at_rows)
         if centred:
-            return torch.zeros_like(s), q, c - s.unsqueeze(1) / W.mass
-        return s, q, c
+            size = H.abs() @ W.small("mean")[:d].abs()
+            return torch.zeros_like(mu), above_rounding(q, size.unsqueeze(1), W.num_rows), c
+        s = W.mass * mu
+        return s, q + s * mu, c + mu.unsqueeze(1)
 
     @staticmethod
     def backward(
@@ -65,7 +73,7 @@ class _FactoredStatistics(torch.autograd.Function):
     ) -> tuple[Tensor | None, StructuredGradient | None, None, None]:
         if torch.is_grad_enabled():
             raise RuntimeError(TWICE)
-        H, target, P, s, at_rows = ctx.saved_tensors
+        H, target, P, mu, at_rows = ctx.saved_tensors
         matrix = ctx.block.matrix
         if matrix.edition != ctx.edition:
             raise RuntimeError(
@@ -73,12 +81,14 @@ class _FactoredStatistics(torch.autograd.Function):
                 "call backward before the optimizer's step, or compute the loss again"
             )
         W, d = matrix.arrays, matrix.arrays.width
-        if ctx.centred:
-            gs = -gc.sum(1) / W.mass
-        twice = 2 * gq.unsqueeze(1)
-        back = torch.addcmul(torch.outer(gs, W.small("colsum")[:d]), twice, P)
-        back += (gc.unsqueeze(2) * at_rows.view(*target.shape, d)).sum(1)
-        by_hidden = back if ctx.needs_input_grad[0] else None
+        twice, by_target = 2 * gq.unsqueeze(1), gc.sum(1)
+        of_targets = gc.unsqueeze(2) * at_rows.view(*target.shape, d)
+        back = torch.addcmul(of_targets.sum(1), twice, P)
+        by_hidden = None
+        if ctx.needs_input_grad[0]:
+            by_mean = W.mass * (gs + 2 * gq * mu) + by_target
+            r = W.small("mean")[:d]
+            by_hidden = back.clone() if ctx.centred else torch.addr(back, by_mean, r)
         if not ctx.needs_input_grad[1]:
             return by_hidden, None, None, None
         # Copies, since the caller may write into these tensors later.
@@ -87,7 +97,7 @@ class _FactoredStatistics(torch.autograd.Function):
             x = x / W.pi[rows]
         m, K = target.shape
         cols = None if K == 1 else torch.arange(m, device=H.device).repeat_interleave(K)
-        by_one = gs - 2 * gq * s / W.mass if ctx.centred else gs.clone()
-        value = GradientFactors(H.clone(), twice * H, by_one, rows, cols, x, back.clone(), at_rows)
+        by_one = -by_target / W.mass - 2 * gq * mu if ctx.centred else gs.clone()
+        value = GradientFactors(H.clone(), twice * H, by_one, rows, cols, x, back, at_rows)
         by_weight = StructuredGradient(Content(value, ctx.block, ctx.edition))
         return by_hidden, by_weight, None, None

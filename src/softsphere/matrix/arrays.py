@@ -14,8 +14,9 @@ from softsphere.matrix.rows import Rows
 
 __all__ = ["Arrays"]
 
-SMALL = ("U", "U_inv", "omega", "gram", "colsum")
-CENTRED = "centred"
+SMALL = ("U", "U_inv", "omega", "centred_gram", "colsum")
+# The mean row is estimated from this many rows, to be taken off before they are multiplied.
+SAMPLE = 256
 
 
 class Arrays:
@@ -81,7 +82,7 @@ class Arrays:
 
     def changed(self) -> None:
         """The factors have changed; what was rounded from them is not theirs any more."""
-        self.rounded.forget(*SMALL, CENTRED)
+        self.rounded.forget(*SMALL, "mean")
 
     def renamed(self) -> None:
         """W has changed."""
@@ -114,29 +115,58 @@ class Arrays:
 
     @property
     def gram(self) -> Tensor:
-        """Q (w, w)."""
+        """Q = Wᵀ Π W (w, w), as a new tensor."""
+        return torch.addr(self.centred_gram, self.colsum, self.mean)
+
+    @property
+    def centred_gram(self) -> Tensor:
+        """G = Q − M r rᵀ (w, w), the Gram matrix of the rows less their mean row r."""
         return self.sums()[0]
 
     @property
     def colsum(self) -> Tensor:
-        """w̄ (w)."""
+        """w̄ = Wᵀ π (w)."""
         return self.sums()[1]
 
+    @property
+    def mean(self) -> Tensor:
+        """r = w̄ / M (w), the mean row under π, as a new tensor."""
+        return self.colsum / self.mass
+
     def sums(self) -> tuple[Tensor, Tensor]:
-        """Q and w̄, kept from one change of W to the next. O(D w²) for the first time."""
+        """G and w̄, kept from one change of W to the next. O(D w²) for the first time."""
         if self.known is None:
             self.known = self.computed_sums()
         return self.known
 
     @full
     def computed_sums(self) -> tuple[Tensor, Tensor]:
-        """Q and w̄ from the rows of W."""
-        gram, colsum = torch.zeros_like(self.U), torch.zeros_like(self.omega)
+        """G and w̄ from the rows of W.
+
+        A large common row would cost G its digits, so an estimate of it is taken off before the
+        rows are multiplied, and what is left of it afterwards.
+        """
+        gram, rest = torch.zeros_like(self.U), torch.zeros_like(self.omega)
+        step = max(1, self.num_rows // SAMPLE)
+        sample = self.rows(torch.arange(0, self.num_rows, step, device=self.device))
+        # so written, it is exact where all rows are equal
+        near_mean = sample[0] + torch.cat([x.mean(0) for x in self.split(sample - sample[0])])
         for part, rows in self.chunks():
-            weighted = rows if self.pi is None else rows * self.pi[part].unsqueeze(1)
-            gram += product(weighted.mT, rows)
-            colsum += weighted.sum(0, dtype=torch.float64)
-        return (gram + gram.mT) / 2, colsum
+            shifted = self.split(rows - near_mean)
+            pi = None if self.pi is None else self.pi[part].unsqueeze(1)
+            weighted = shifted if pi is None else [x * pi for x in shifted]
+            gram += torch.cat([torch.cat([product(x.mT, y) for y in shifted], 1) for x in weighted])
+            rest += torch.cat([x.sum(0, dtype=torch.float64) for x in weighted])
+        # not addr, which may round the last columns otherwise than the first
+        gram = (gram + gram.mT) / 2 - torch.outer(rest, rest / self.mass)
+        return gram, rest + self.mass * near_mean
+
+    def split(self, rows: Tensor) -> list[Tensor]:
+        """The blocks of rows (n, w), each by itself.
+
+        Sums of one block then have the same digits whether another one stands beside it or not.
+        """
+        return [x.contiguous() for x in rows.split(self.width, 1)]
 
     def small(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """One of the small arrays in a dtype (that of V); to be read before the next step only."""
@@ -145,16 +175,6 @@ class Arrays:
             return exact
         return self.rounded.get(name, self.dtype, lambda: getattr(self, name))
 
-    def centred_gram(self) -> Tensor:
-        """Q − w̄w̄ᵀ/M of the first block, the gram of W less its mean row, in the dtype of V."""
-        d = self.width
-
-        def make() -> Tensor:
-            gram, sums = self.gram[:d, :d], self.colsum[:d]
-            return torch.addr(gram, sums, sums / self.mass, alpha=-1)
-
-        return self.rounded.get(CENTRED, self.dtype, make)
-
     def block(self, j: int) -> slice:
         """The columns of block j."""
         return slice(j * self.width, (j + 1) * self.width)
@@ -162,6 +182,12 @@ class Arrays:
     def rows(self, index: Tensor, columns: slice = slice(None)) -> Tensor:
         """W[index]: (n, w)."""
         return self.outputs(self.coordinates(index), columns)
+
+    @full
+    def centred_rows(self, index: Tensor) -> Tensor:
+        """W[index] of the first block less the mean row, which is taken off in float64: (n, d)."""
+        rows = self.rows(index, self.block(0))
+        return (rows - self.mean[: self.width]).to(rows.dtype)
 
     @full
     def outputs(self, coordinates: Tensor, columns: slice = slice(None)) -> Tensor:
@@ -186,9 +212,9 @@ class Arrays:
 
     @full
     def times(self, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """(slice of rows, W x there) for x (w, p) in V's dtype. O(D w p) for each generation."""
-        each = self.generations.maps_in(x.dtype) @ (self.small("U") @ x)
-        flat, shift = each.transpose(0, 1).flatten(1), self.small("omega") @ x
+        """(slice of rows, W x there) for x (w, p), in float64. O(D w p) for each generation."""
+        each = self.generations.maps @ (self.U @ x)
+        flat, shift = each.transpose(0, 1).flatten(1), self.omega @ x
         for part in self.V.chunks():
             made = self.generations.made[part].long()
             by_each = self.V.times(part, flat).view(len(made), len(each), -1)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 __all__ = ["GradientFactors"]
 
-ARRAYS = ("H", "L", "s", "rows", "cols", "x", "back", "at_rows")
+ARRAYS = ("H", "L", "s", "rows", "cols", "x", "centred_back", "at_rows")
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,14 @@ class GradientFactors:
     s: (r)                 b = Hᵀ s
     rows, cols, x: (n)     E has the value x_j at (rows_j, cols_j), cols in [0, r); entries at one
                            place add up. X_j = x_j H[cols_j] goes to row rows_j. cols None: 0 … r−1
-    back: (r, d) or None   Jᵀ Π W, if it is known already: the gradient of what was multiplied
-    at_rows: (n, d) or None   W[rows], if it is known already
+    centred_back: (r, d) or None   J_cᵀ Π W_c if it is known, where J_c and W_c are J and W with
+                           their mean rows under π taken off
+    at_rows: (n, d) or None   W_c[rows] if it is known
     rho: ρ                 a multiple of W itself, as weight decay adds it
 
-    W is the matrix that the gradient was taken at, so it only makes sense with that; `back` and
-    `at_rows` are what saves asking it twice. Closed under sums, scaling and right multiplication.
+    W is the matrix that the gradient was taken at, so the factors mean something only beside it.
+    `centred_back` and `at_rows` save computing the same again for the step. The form is closed
+    under sums, scaling and multiplication from the right.
     """
 
     H: Tensor
@@ -38,7 +40,7 @@ class GradientFactors:
     rows: Tensor
     cols: Tensor | None
     x: Tensor
-    back: Tensor | None = None
+    centred_back: Tensor | None = None
     at_rows: Tensor | None = None
     rho: float = 0.0
 
@@ -105,7 +107,7 @@ class GradientFactors:
             torch.cat([self.rows, other.rows]),
             cols,
             torch.cat([self.x, other.x]),
-            both(self.back, other.back),
+            both(self.centred_back, other.centred_back),
             both(self.at_rows, other.at_rows),
             self.rho + other.rho,
         )

@@ -120,12 +120,13 @@ class Rows:
         return zip(self.blocks, values.split([x.shape[1] for x in self.blocks], 1), strict=True)
 
     def times(self, part: slice, x: Tensor) -> Tensor:
-        """V[part] x for x (w, p)."""
+        """V[part] x for x (w, p), in the dtype of x."""
         pieces = x.split([block.shape[1] for block in self.blocks])
-        out: Tensor = self.blocks[0][part] @ pieces[0]
-        for block, piece in zip(self.blocks[1:], pieces[1:], strict=True):
-            out += block[part] @ piece
-        return out
+        products = [
+            block[part].to(x.dtype) @ piece
+            for block, piece in zip(self.blocks, pieces, strict=True)
+        ]
+        return torch.stack(products).sum(0)
 
     def chunk_size(self) -> int:
         """Rows whose bytes are CHUNK_BYTES, at least one."""

@@ -7,12 +7,17 @@ for T⁻¹ and (·)₊ for the new values,
     U₊ = U κ + (U L̂ᵀ) R             N = S⁻¹ (R κ⁻¹ U⁻¹),   S = I + R κ⁻¹ L̂ᵀ
     ω₊ = κᵀω + Rᵀ(L̂ω + s)           U⁻¹₊ = κ⁻¹U⁻¹ − κ⁻¹L̂ᵀ N      R U⁻¹₊ = N
     V₊[t_j] = V[t_j] + x_j N[i_j]
-    Q₊ = κᵀQκ + Rᵀ Z + Zᵀ R,        Z = (JᵀΠW) κ + ½ (JᵀΠJ) R
-    w̄₊ = κᵀw̄ + Rᵀ (JᵀΠ1)
+    G₊ = κᵀGκ + Rᵀ Z + Zᵀ R,        Z = (J_cᵀΠW_c) κ + ½ (J_cᵀΠJ_c) R
+    w̄₊ = κᵀw̄ + Rᵀ (Jᵀπ)
 
-so a step of r factors is five products of r w² and five of r² w. With r above a share of w the pair
+where J = W Lᵀ + 1 sᵀ + E. J_c and W_c are J and W with their mean rows under π taken off, so that a
+large common row costs no digits. With e = Eᵀπ,
+
+    G = W_cᵀΠW_c    J_cᵀΠW_c = LG + EᵀΠW_c    J_cᵀΠJ_c = J_cᵀΠW_c Lᵀ + L (EᵀΠW_c)ᵀ + EᵀΠE − eeᵀ/M
+
+A step of r factors is five products of r w² and five of r² w. With r above a share of w the pair
 (L̂, R) is replaced by (I, L̂ᵀR) wherever T alone is meant. Increments are computed in the dtype of V
-and added to float64, so what is rounded is the change and not the whole.
+and added to float64, so only the change is rounded.
 """
 
 from __future__ import annotations
@@ -87,7 +92,7 @@ class Update:
 
 
 # How often κ acts on each small array.
-POWER = {"U": 1, "U_inv": -1, "gram": 2, "omega": 1, "colsum": 1}
+POWER = {"U": 1, "U_inv": -1, "centred_gram": 2, "omega": 1, "colsum": 1}
 
 
 def under(blocks: Blocks, W: Arrays) -> dict[str, Tensor]:
@@ -95,7 +100,7 @@ def under(blocks: Blocks, W: Arrays) -> dict[str, Tensor]:
     return {
         "U": blocks.times(W.U),
         "U_inv": blocks.times(W.U_inv, inverse=True, left=True),
-        "gram": blocks.times(blocks.times(W.gram).mT),
+        "centred_gram": blocks.times(blocks.times(W.centred_gram).mT),
         "omega": blocks.times(W.omega),
         "colsum": blocks.times(W.colsum),
     }
@@ -148,12 +153,12 @@ def entries_gram(gradient: GradientFactors, pi: Tensor | None) -> Tensor:
 
 @dataclass(frozen=True)
 class Rest:
-    """What F = 1 sᵀ + E makes with W (r, width), with ones (r), and e = Eᵀπ (r)."""
+    """What E makes with W less its mean row (r, width), and e = Eᵀπ (r)."""
 
     of_weight: Tensor
-    of_one: Tensor
     e: Tensor
     pi: Tensor | None
+    mass: float
 
     @classmethod
     def of(
@@ -163,43 +168,55 @@ class Rest:
         width: int,
         coordinates: Tensor | None = None,
     ) -> Rest:
-        """Fᵀ Π W and Fᵀ Π 1; `width` columns of W, whose rows may have their coordinates known."""
+        """Eᵀ Π W_c, of `width` columns of W, whose rows may have their coordinates known."""
         g, dtype = gradient, gradient.H.dtype
         if g.at_rows is not None and width == g.at_rows.shape[1]:
             at_rows = g.at_rows
         else:
             at = W.coordinates(g.rows) if coordinates is None else coordinates
-            at_rows = W.outputs(at, slice(0, width)).to(dtype)
+            at_rows = (W.outputs(at, slice(0, width)) - W.mean[:width]).to(dtype)
         pi = None if W.pi is None else W.pi[g.rows].to(dtype)
         of_W = to_columns(g, at_rows if pi is None else at_rows * pi.unsqueeze(1))
-        of_W = torch.addr(of_W, g.s, W.small("colsum", dtype)[:width])
         e = to_columns(g, torch.ones_like(g.x) if pi is None else pi)
-        return cls(of_W, e + W.mass * g.s, e, pi)
+        return cls(of_W, e, pi, W.mass)
 
     def gram(self, gradient: GradientFactors) -> Tensor:
-        """Fᵀ Π F: (r, r)."""
-        own = torch.addr(entries_gram(gradient, self.pi), self.of_one, gradient.s)
-        return torch.addr(own, gradient.s, self.e)
+        """E_cᵀ Π E_c: (r, r)."""
+        return torch.addr(entries_gram(gradient, self.pi), self.e, self.e, alpha=-1 / self.mass)
 
     def times(self, gradient: GradientFactors, R: Tensor) -> Tensor:
-        """Fᵀ Π F R: (r, w)."""
-        own = torch.addr(entries_times(gradient, self.pi, R), self.of_one, gradient.s @ R)
-        return torch.addr(own, gradient.s, self.e @ R)
+        """E_cᵀ Π E_c R: (r, w)."""
+        own = entries_times(gradient, self.pi, R)
+        return torch.addr(own, self.e, self.e @ R, alpha=-1 / self.mass)
+
+    def sums(self, W: Arrays, gradient: GradientFactors) -> Tensor:
+        """Jᵀ π: (r)."""
+        g = gradient
+        colsum = W.small("colsum", g.H.dtype)[: W.width]
+        return self.e + W.mass * g.s + g.L @ colsum
+
+
+def times_centred(W: Arrays, gradient: GradientFactors, rest: Rest) -> Tensor:
+    """J_cᵀ Π W_c: (r, d)."""
+    g, d = gradient, W.width
+    if g.centred_back is not None:
+        return g.centred_back
+    return rest.of_weight + g.L @ W.small("centred_gram", g.H.dtype)[:d, :d]
 
 
 def times_weight(W: Arrays, gradient: GradientFactors) -> Tensor:
     """Jᵀ Π W: (r, d)."""
     g, d = gradient, W.width
-    if g.back is not None:
-        return g.back
-    return Rest.of(W, g, d).of_weight + g.L @ W.small("gram", g.H.dtype)[:d, :d]
+    rest = Rest.of(W, g, d)
+    return torch.addr(times_centred(W, g, rest), rest.sums(W, g), W.small("mean", g.H.dtype)[:d])
 
 
 def gram_times(W: Arrays, gradient: GradientFactors) -> Tensor:
     """Jᵀ Π J H: (r, d), by which Hᵀ Jᵀ Π J H is the Gram matrix of J H."""
     g, d = gradient, W.width
-    rest, back = Rest.of(W, g, d), times_weight(W, g)
-    own = rest.times(g, g.H)
+    rest = Rest.of(W, g, d)
+    back, sums = times_centred(W, g, rest), rest.sums(W, g)
+    own = torch.addr(rest.times(g, g.H), sums, sums @ g.H, alpha=1 / W.mass)
     if g.rank > d:
         return own + back @ g.A + g.L @ (rest.of_weight.mT @ g.H)
     return own + (back @ g.L.mT + g.L @ rest.of_weight.mT) @ g.H
@@ -232,7 +249,7 @@ def plan(
 def compute(W: Arrays, gradient: GradientFactors, blocks: Blocks, flag: Tensor | None) -> Update:
     """The update in the dtype of the gradient."""
     g, d, w, dtype = gradient, W.width, W.V.width, gradient.H.dtype
-    Q, U, U_inv = (W.small(name, dtype) for name in ("gram", "U", "U_inv"))
+    G, U, U_inv = (W.small(name, dtype) for name in ("centred_gram", "U", "U_inv"))
     R = spread_out(g.H, blocks.spread)
     carried = None if W.generations.alone else W.coordinates(g.rows)
     rest = Rest.of(W, g, w, carried)
@@ -249,8 +266,8 @@ def compute(W: Arrays, gradient: GradientFactors, blocks: Blocks, flag: Tensor |
     LN = L_T.mT @ N if thin else N
 
     if thin:
-        back = g.back if g.back is not None and w == d else of_W + g.L @ Q[:d]
-        # JᵀΠJ = (JᵀΠW)Lᵀ + L(FᵀΠW)ᵀ + FᵀΠF
+        back = g.centred_back if g.centred_back is not None and w == d else of_W + g.L @ G[:d]
+        # J_cᵀΠJ_c = (J_cᵀΠW_c)Lᵀ + L(EᵀΠW_c)ᵀ + E_cᵀΠE_c
         if len(g.rows) <= 2 * w:
             JJ = torch.addmm(rest.gram(g), g.L, of_W[:, :d].mT).addmm_(back[:, :d], g.L.mT)
             JJR = JJ @ R
@@ -261,7 +278,7 @@ def compute(W: Arrays, gradient: GradientFactors, blocks: Blocks, flag: Tensor |
         to_rows = g.x.unsqueeze(1) * at_entries(g, N)
     else:
         C = of_W.mT @ R
-        RB = R_T.mT @ Q[:d] + C.mT
+        RB = R_T.mT @ G[:d] + C.mT
         half = RB[:, :d] @ R_T + R_T.mT @ C[:d] + R.mT @ rest.times(g, R)
         half = blocks.times(RB) + 0.5 * half
         after = blocks.times(U_inv, inverse=True, left=True) - blocks.columns(LN)
@@ -269,9 +286,9 @@ def compute(W: Arrays, gradient: GradientFactors, blocks: Blocks, flag: Tensor |
     to_small = {
         "U": (U[:, :d] @ L_T.mT if thin else U[:, :d]) @ R_T,
         "U_inv": -blocks.columns(LN),
-        "gram": half + half.mT,
+        "centred_gram": half + half.mT,
         "omega": (g.L @ W.small("omega", dtype)[:d] + g.s) @ R,
-        "colsum": (rest.of_one + g.L @ W.small("colsum", dtype)[:d]) @ R,
+        "colsum": rest.sums(W, g) @ R,
     }
     scaled = under(blocks, W) if W.blocks > 1 else {}
     seen = (N, half, to_rows, to_small["omega"], to_small["colsum"])

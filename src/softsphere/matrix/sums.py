@@ -44,7 +44,7 @@ def multiple(W: FactoredTensor, alpha: float) -> GradientFactors:
     """alpha W as a gradient."""
     zero = none(W.block)
     return GradientFactors(
-        zero.H, zero.L, zero.s, zero.rows, zero.cols, zero.x, zero.back, zero.at_rows, alpha
+        zero.H, zero.L, zero.s, zero.rows, zero.cols, zero.x, zero.centred_back, zero.at_rows, alpha
     )
 
 

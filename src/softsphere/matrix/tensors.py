@@ -82,7 +82,7 @@ class FactoredTensor(Wrapper):
         """Whether each number is finite: (D, w), without memory for them if all are."""
         W = self.matrix.arrays
         W.check()
-        if bool(W.gram.diagonal().isfinite().all()):
+        if bool((W.centred_gram.diagonal() + W.colsum).isfinite().all()):
             return torch.ones((), dtype=torch.bool, device=self.device).expand(self.shape)
         return self.to_dense().isfinite()
 

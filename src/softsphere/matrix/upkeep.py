@@ -227,7 +227,11 @@ def measures(W: Arrays, seed: int) -> tuple[float, float, float, float]:
 
 def block_sizes(W: Arrays) -> Tensor:
     """‖W_b‖ of the block of each column: errors count relative to the block that they are in."""
-    squares = W.gram.diagonal().clamp_min(0).unflatten(0, (W.blocks, -1)).sum(1)
+    return spread_over_columns(W, W.gram)
+
+
+def spread_over_columns(W: Arrays, gram: Tensor) -> Tensor:
+    squares = gram.diagonal().clamp_min(0).unflatten(0, (W.blocks, -1)).sum(1)
     floor = 1e-6 * squares.max().clamp_min(1e-300)
     return torch.maximum(squares, floor).sqrt().repeat_interleave(W.width)
 
@@ -266,19 +270,25 @@ def inverse_drift(W: Arrays, seed: int = 0) -> float:
 
 
 def gram_drift(W: Arrays, probes: int) -> float:
-    """The largest relative error of xᵀQx against ‖W x‖² under Π, over random x. O(D w probes)."""
+    """The largest relative error of xᵀGx against ‖W_c x‖² under Π, over random x. O(D w probes).
+
+    W_c is W less its mean row. What the rounding of V can make of ‖W_c x‖² is no error.
+    """
     if probes < 1:
         return math.nan
-    x = torch.randn(len(W.U), probes, generator=torch.Generator().manual_seed(0)).to(
-        W.device, W.dtype
-    )
-    x = x / block_sizes(W).to(x).unsqueeze(1)
-    exact = torch.zeros(probes, dtype=torch.float64, device=x.device)
+    x = torch.randn(len(W.U), probes, generator=torch.Generator().manual_seed(0))
+    x = x.to(W.device, torch.float64) / spread_over_columns(W, W.centred_gram).unsqueeze(1)
+    common = W.mean @ x
+    squares, rest = torch.zeros_like(common), torch.zeros_like(common)
     for part, outputs in W.times(x):
-        squares = outputs.double().square()
-        exact += (squares if W.pi is None else squares * W.pi[part].unsqueeze(1)).sum(0)
-    kept = (x.double() * (W.gram @ x.double())).sum(0)
-    return float(((kept - exact).abs() / exact.clamp_min(1e-300)).max())
+        shifted = outputs - common
+        weighted = shifted if W.pi is None else shifted * W.pi[part].unsqueeze(1)
+        squares += (weighted * shifted).sum(0)
+        rest += weighted.sum(0)
+    exact = squares - rest.square() / W.mass
+    kept = (x * (W.centred_gram @ x)).sum(0)
+    unseen = W.mass * (torch.finfo(W.dtype).eps * (W.mean.abs() @ x.abs())).square()
+    return float(((kept - exact).abs() / (exact + unseen).clamp_min(1e-300)).max())
 
 
 def reinvert(W: Arrays) -> None:

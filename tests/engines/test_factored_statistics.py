@@ -1,0 +1,87 @@
+"""The factored layer where all rows of W have a large part in common, beside a dense float64 W."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from _twin import DenseTwin
+from softsphere import FactoredSphericalLoss, losses
+
+D, d, m = 600, 8, 8
+RATES = {"taylor_softmax": 30.0, "z_loss": 10.0}
+EPS = torch.finfo(torch.float32).eps
+
+
+def layer_with_common_row(
+    loss: str, common: float, prior: bool, D: int = D
+) -> FactoredSphericalLoss:
+    """A float32 layer with a first column of `common`, which its bias leaves 1 of."""
+    torch.manual_seed(0)
+    weight, bias = 0.1 * torch.randn(D, d), torch.full((D,), 1 - common)
+    weight[:, 0] = common
+    head = FactoredSphericalLoss(d, D, loss=loss, prior=torch.rand(D) + 0.2 if prior else None)
+    head.load_state_dict({"weight": weight, "bias": bias}, strict=False)
+    return head
+
+
+def twin_of(head: FactoredSphericalLoss, rate: float) -> DenseTwin:
+    dense = head.dense()
+    return DenseTwin(dense[:, :-1], dense[:, -1], head.base_measure, lr=rate)
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    hidden = 0.1 * torch.randn(m, d)
+    hidden[:, 0] = 1.0
+    return hidden, torch.randint(D, (m,))
+
+
+@pytest.mark.parametrize("prior", [False, True])
+@pytest.mark.parametrize("common", [1.0, 300.0, 1000.0])
+@pytest.mark.parametrize("loss", RATES)
+def test_a_large_common_row_costs_no_more_digits_than_rounding_the_outputs(loss, common, prior):
+    head = layer_with_common_row(loss, common, prior)
+    twin, kind = twin_of(head, RATES[loss]), losses.get(loss)
+    optimizer = torch.optim.SGD(head.parameters(), lr=RATES[loss])
+    first = twin.W.detach()
+    rounding = EPS * (1 + 2 * common)  # of one output in float32
+    for _ in range(100):
+        hidden, target = batch()
+        inputs = hidden.clone().requires_grad_(), hidden.double().requires_grad_()
+        optimizer.zero_grad()
+        twin.sgd.zero_grad()
+        value, want = head(inputs[0], target), twin.loss(kind, inputs[1], target).mean()
+        value.backward()
+        want.backward()
+        assert float(value.detach() - want.detach()) == pytest.approx(0, abs=50 * rounding)
+        error = (inputs[0].grad - inputs[1].grad).norm() / inputs[1].grad.norm()
+        assert error < 500 * rounding
+        norms = head.weight.grad.norm(), twin.parameter.grad.norm().float()
+        torch.testing.assert_close(*norms, rtol=50 * rounding, atol=0)
+        optimizer.step()
+        twin.sgd.step()
+    moved = (twin.W.detach() - first).norm()
+    assert (head.dense() - twin.W.detach()).norm() / moved < 50 * rounding
+    assert head.health().gram_drift < 1e-4
+
+
+@pytest.mark.parametrize("prior", [False, True])
+@pytest.mark.parametrize("common", [1.0, 300.0, 1000.0])
+def test_probabilities_sum_to_one_beside_a_large_common_row(common, prior):
+    head = layer_with_common_row("taylor_softmax", common, prior, many := 20_000)
+    # of given classes, so that the normaliser is that of the kept Gram matrix
+    total = head.log_prob(batch()[0], torch.arange(many)).double().exp().sum(1)
+    torch.testing.assert_close(total, torch.ones(m).double(), rtol=0, atol=50 * EPS * common)
+
+
+def test_equal_outputs_are_equal_whatever_they_are():
+    head = FactoredSphericalLoss(d, D, loss="z_loss")
+    row = torch.randn(1, d) * 300
+    head.load_state_dict({"weight": row.repeat(D, 1), "bias": torch.full((D,), 7.0)})
+    hidden = torch.randn(m, d, requires_grad=True)
+    value = head(hidden, torch.randint(D, (m,)))
+    assert float(value.detach()) == pytest.approx(math.log1p(math.exp(4.0)))
+    value.backward()
+    assert not hidden.grad.any()

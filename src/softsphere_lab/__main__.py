@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import io
 import sys
-
-from softsphere_lab.interrupts import leaving_at_once
 
 # The packages that the extra [lab] installs.
 LAB = ("datasets", "matplotlib", "rich", "scipy", "sklearn", "typer")
@@ -14,11 +10,10 @@ LAB = ("datasets", "matplotlib", "rich", "scipy", "sklearn", "typer")
 
 def main() -> int:
     """Runs the command line and returns the exit code."""
-    for stream in (sys.stdout, sys.stderr):
-        # a terminal that cannot show ± should show the rest of a table
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
     try:
+        # imported here, so that an interrupt meanwhile ends in one line too
+        from softsphere_lab.interrupts import leaving_at_once
+
         with leaving_at_once():
             return command()
     except KeyboardInterrupt:
@@ -28,6 +23,13 @@ def main() -> int:
 
 def command() -> int:
     """Imports what the command needs, which takes seconds, and runs it."""
+    import importlib.util
+    import io
+
+    for stream in (sys.stdout, sys.stderr):
+        # a terminal that cannot show ± should show the rest of a table
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     missing = [name for name in LAB if importlib.util.find_spec(name) is None]
     if missing:
         print(
@@ -35,9 +37,14 @@ def command() -> int:
             file=sys.stderr,
         )
         return 2
-    from softsphere_lab.cli.app import main as run_command_line
-
     return run_command_line()
+
+
+def run_command_line() -> int:
+    """Imports the command line and runs it."""
+    from softsphere_lab.cli.app import main as run
+
+    return run()
 
 
 if __name__ == "__main__":

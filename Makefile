@@ -5,8 +5,9 @@ BIN := .venv/bin
 OLDEST := .venv-oldest/bin
 
 .PHONY: demo test test-oldest clean
+# One thread: the network is so small that several would only wait for each other.
 demo: .venv/.ready
-	$(BIN)/softsphere compare --tune
+	OMP_NUM_THREADS=1 $(BIN)/softsphere compare --tune
 
 test: .venv/.ready
 	$(BIN)/ruff format --check .

@@ -1,7 +1,8 @@
-"""The command line's options: those of several commands, and checks that name the option."""
+"""Options that several commands have, and checks that name the option."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -14,29 +15,21 @@ __all__ = [
     "DataDir",
     "Device",
     "Epochs",
+    "Jobs",
     "Resume",
     "at_least_one",
     "folder",
     "positive",
+    "share_cores",
     "usable",
 ]
 
-# What torch counts the examples of a batch with.
+# torch counts the examples of a batch with 32 bits.
 MOST = 2**31 - 1
 
 
-def at_least_one(option: str, value: int, most: int = MOST) -> int:
-    return at_least(option, value, 1, most)
-
-
-def positive(option: str, value: float | None) -> float | None:
-    if value is not None and not 0 < value <= torch.finfo(torch.float32).max:
-        raise LabError(f"{option} must be a positive number of float32, got {value}")
-    return value
-
-
 def folder(text: str) -> Path:
-    """A path, which "" is not although Python reads it as the current folder."""
+    """Reads a path. Python takes an empty one for the current folder, which nobody means."""
     if not text:
         raise typer.BadParameter("must not be empty")
     return Path(text)
@@ -52,13 +45,31 @@ DataDir = Annotated[
     ),
 ]
 Resume = Annotated[
-    bool, typer.Option("--resume", help="Do only what is missing in --out, or the last run.")
+    bool,
+    typer.Option(
+        "--resume", help="Do only what is missing in --out, or in the last run with these options."
+    ),
 ]
+Jobs = Annotated[int, typer.Option(help="Number of processes, each with its share of the cores.")]
 Epochs = Annotated[int, typer.Option(help="Passes over the training part.")]
 
 
+def at_least_one(option: str, value: int, most: int = MOST) -> int:
+    """Returns a number that is at least one. Raises LabError if it is not, or too large."""
+    if not 1 <= value <= most:
+        raise LabError(f"{option} must be at least 1 and at most {most}, got {value}")
+    return value
+
+
+def positive(option: str, value: float | None) -> float | None:
+    """Returns a number if it is positive in float32, and None for None."""
+    if value is not None and not 0 < value <= torch.finfo(torch.float32).max:
+        raise LabError(f"{option} must be a positive number of float32, got {value}")
+    return value
+
+
 def usable(device: str) -> str:
-    """A device that a number can be put on and read back from."""
+    """Returns a device if a number can be put on it and read back."""
     try:
         torch.ones(1, device=device).item()
     except (RuntimeError, AssertionError, ImportError) as error:
@@ -67,7 +78,7 @@ def usable(device: str) -> str:
     return device
 
 
-def at_least(option: str, value: int, least: int, most: int = MOST) -> int:
-    if not least <= value <= most:
-        raise LabError(f"{option} must be at least {least} and at most {most}, got {value}")
-    return value
+def share_cores(jobs: int) -> None:
+    """Gives each process its share of the threads, as the record will say."""
+    at_least_one("--jobs", jobs, max(1, os.cpu_count() or 1))
+    torch.set_num_threads(max(1, torch.get_num_threads() // jobs))

@@ -11,10 +11,12 @@ from softsphere_lab.cli.arguments import (
     DataDir,
     Device,
     Epochs,
+    Jobs,
     Resume,
     at_least_one,
     folder,
     positive,
+    share_cores,
     usable,
 )
 from softsphere_lab.cli.run_folders import Place, run_and_report
@@ -71,6 +73,7 @@ def compare(
         ),
     ] = None,
     resume: Resume = False,
+    jobs: Jobs = 1,
 ) -> None:
     """Train one network with each loss and each seed, and say which loss is better."""
     given = positive("--lr", lr)
@@ -88,11 +91,12 @@ def compare(
         tune=tune,
         data_dir=data_dir,
     )
+    share_cores(jobs)
     prepared = COMPARISON.prepare(study)
     if tune and given is not None:
         typer.echo(fixed_rate_told(study, given))
     place = Place(Path("runs"), "%Y%m%d-%H%M%S", f"compare-{dataset}")
-    run_and_report(prepared, place, out, resume)
+    run_and_report(prepared, place, out, resume, jobs)
 
 
 def fixed_rate_told(study: Classification, rate: float) -> str:

@@ -250,6 +250,7 @@ WRONG = {
     "far too large a batch": (["--batch-size", str(2**31)], "at most 2147483647"),
     "seeds as a word": (["--seeds", "many"], "--seeds"),
     "epochs": (["--epochs", "-3"], "at least 1"),
+    "jobs": (["--jobs", "5000"], "--jobs must be at least 1 and at most"),
     "batch": (["--batch-size", "0"], "at least 1"),
     "rate": (["--lr", "-1"], "positive"),
     "rate nan": (["--lr", "nan"], "positive"),

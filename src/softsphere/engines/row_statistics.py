@@ -13,7 +13,7 @@ from softsphere.stats import Stats
 __all__ = ["above_rounding", "accumulator", "dense_statistics", "output_statistics"]
 
 # The number of outputs whose copies in a wider dtype are in memory at once.
-ON_CPU, ON_DEVICE = 1 << 20, 1 << 26
+ON_CPU, ON_DEVICE = 1 << 20, 1 << 24
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -71,7 +71,7 @@ class _RowStatistics(torch.autograd.Function):
     def forward(
         o: Tensor, target: Tensor, pi: Tensor | None, centred: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        parts = [_forward(o[part], target[part], pi, centred) for part in _parts(o)]
+        parts = [_forward(o[part], target[part], pi, centred) for part in _parts(o, pi, centred)]
         if len(parts) == 1:
             return parts[0]
         s, q, c = (torch.cat(x) for x in zip(*parts, strict=True))
@@ -85,7 +85,7 @@ class _RowStatistics(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gs: Tensor, gq: Tensor, gc: Tensor) -> tuple[Tensor | None, ...]:
         o, target, pi = ctx.saved_tensors
-        parts = _parts(o)
+        parts = _parts(o, pi, ctx.centred)
         if len(parts) == 1 or torch.is_grad_enabled() or transforms_active():
             grad = _backward(o, target, pi, ctx.centred, (gs, gq, gc))
             return grad, None, None, None
@@ -145,10 +145,13 @@ def _backward(
     return add(-1, target, gc).to(o.dtype)
 
 
-def _parts(o: Tensor) -> list[slice]:
-    """Slices of the first dimension of o, so that no part is larger than what is copied at once."""
+def _parts(o: Tensor, pi: Tensor | None, centred: bool) -> list[slice]:
+    """Slices of the first dimension of o: all of it where nothing is copied, or parts whose copies
+    are small."""
+    copied = centred or pi is not None or accumulator(o.dtype) != o.dtype
     size = ON_CPU if o.device.type == "cpu" else ON_DEVICE
-    if o.dim() < 2 or torch.compiler.is_compiling() or o.numel() <= size:
+    whole = not copied or o.dim() < 2 or o.numel() <= size
+    if whole or torch.compiler.is_compiling():
         return [slice(None)]
     step = max(1, size * o.shape[0] // o.numel())
     return [slice(start, start + step) for start in range(0, o.shape[0], step)]

@@ -12,11 +12,11 @@ from softsphere_lab.experiments import text_pictures as pictures
 from softsphere_lab.experiments.experiment import StudyReproduction
 from softsphere_lab.experiments.text_sections import PERPLEXITY, table_beside_softmax, text_setup
 from softsphere_lab.models.output_layers import Output
+from softsphere_lab.models.text_networks import ACTIVATIONS
 from softsphere_lab.report.measures import NOTE, REFERENCE, p_values, ratio, shown_below
 from softsphere_lab.report.paper import label
 from softsphere_lab.report.results import Results, Section
 from softsphere_lab.study.search import Axis
-from softsphere_lab.training.language import ACTIVATIONS
 from softsphere_lab.training.language_run import Setup
 
 __all__ = ["EXPERIMENT"]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from softsphere_lab.data import images as data
 from softsphere_lab.data.images import Images
-from softsphere_lab.models import networks
+from softsphere_lab.models import image_networks
 from softsphere_lab.records.checkpoint import Checkpoint
 from softsphere_lab.records.folder import Line
 from softsphere_lab.study.protocol import OnEpoch, Study, Task
@@ -99,7 +99,7 @@ class Classification(Study):
 
     def check_network(self, images: Images) -> None:
         """Raises LabError if the images cannot pass through the network."""
-        networks.suited(self.schedule.model, images.shape, images.num_classes)
+        image_networks.suited(self.schedule.model, images.shape, images.num_classes)
 
     def train(
         self, task: Task, data: Images, kept: Checkpoint, on_epoch: OnEpoch

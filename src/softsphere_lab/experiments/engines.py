@@ -12,8 +12,9 @@ from softsphere.heads import LinearSphericalLoss
 from softsphere_lab.data.text import Text
 from softsphere_lab.experiments.experiment import StudyReproduction
 from softsphere_lab.experiments.side_by_side import SideBySide, side_by_side_section
-from softsphere_lab.training import language
+from softsphere_lab.models.text_networks import LSTM
 from softsphere_lab.training.engine_run import EngineRun
+from softsphere_lab.training.text_parts import window_parts
 
 __all__ = ["EXPERIMENT", "Engines"]
 
@@ -34,7 +35,7 @@ class Engines(SideBySide):
         torch.manual_seed(self.seed)
         D, device, dtype = len(data.words), self.device, self.torch_dtype
         # drawn in float32 whatever the dtype, so that runs in both begin with the same weights
-        model = language.LSTM(D, self.embedding, self.width).to(device, dtype)
+        model = LSTM(D, self.embedding, self.width).to(device, dtype)
         linear = nn.Linear(self.width, D).to(device, dtype)
         head = LinearSphericalLoss.from_linear(
             linear,
@@ -46,7 +47,7 @@ class Engines(SideBySide):
             model,
             head,
             [torch.optim.AdamW([*model.parameters(), *head.parameters()], lr=self.lr)],
-            language.window_parts(data, self.length, device),
+            window_parts(data, self.length, device),
             batch_size=self.batch_size,
             seed=self.seed,
         )

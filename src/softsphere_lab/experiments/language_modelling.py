@@ -14,8 +14,8 @@ from softsphere_lab.records.folder import Line
 from softsphere_lab.study.protocol import OnEpoch, Study, Task
 from softsphere_lab.study.search import Axis, Space
 from softsphere_lab.study.spec import axes_config
-from softsphere_lab.training.language import perplexity
 from softsphere_lab.training.language_run import Data, Epoch, Final, LanguageRun, Setup
+from softsphere_lab.training.text_parts import perplexity
 
 __all__ = ["LanguageModelling"]
 

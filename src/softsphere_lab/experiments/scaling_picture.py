@@ -7,7 +7,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 
-from softsphere_lab.report import canvas, labels
+from softsphere_lab.report import canvas, point_names
 
 __all__ = ["draw_step_times"]
 
@@ -35,7 +35,7 @@ def draw_step_times(
         (curves[name],) = axes.plot(
             list(own), taken, marker="o", linewidth=2.6 if ours else 1.4, zorder=3 if ours else 2
         )
-        ends.append(labels.Name(name, max(own), taken[-1], curves[name].get_color()))
+        ends.append(point_names.Name(name, max(own), taken[-1], curves[name].get_color()))
     axes.set(xscale="log", xlabel="classes D", ylabel="milliseconds of a training step")
     axes.set_xticks(sorted({D for own in times.values() for D in own}), minor=False)
     axes.xaxis.set_major_formatter("{x:,.0f}")
@@ -56,7 +56,7 @@ def draw_step_times(
     canvas.save(figure, path)
 
 
-def _beside_the_axes(axes: Axes, names: Sequence[labels.Name]) -> None:
+def _beside_the_axes(axes: Axes, names: Sequence[point_names.Name]) -> None:
     """Writes names right of the axes, moved apart, with a dotted line to where each curve ends."""
     axes.set(yscale="log")
     axes.autoscale_view()
@@ -64,7 +64,7 @@ def _beside_the_axes(axes: Axes, names: Sequence[labels.Name]) -> None:
     to_shares = axes.transData + axes.transAxes.inverted()
     heights = {name: float(to_shares.transform((name.x, name.y))[1]) for name in names}
     order = sorted(names, key=heights.__getitem__)
-    for name, height in zip(order, labels.spread([heights[n] for n in order]), strict=True):
+    for name, height in zip(order, point_names.spread([heights[n] for n in order]), strict=True):
         axes.annotate(
             name.text,
             (name.x, name.y),

@@ -12,12 +12,12 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from softsphere_lab.records.folder import Line
-from softsphere_lab.report import canvas, labels
+from softsphere_lab.report import canvas, point_names
 from softsphere_lab.report.inference import interval
 from softsphere_lab.report.measures import Metric, values
 from softsphere_lab.report.paper import label
 from softsphere_lab.report.results import Results
-from softsphere_lab.training.language import perplexity
+from softsphere_lab.training.text_parts import perplexity
 
 __all__ = ["Curve", "curve_over", "learning_curves", "panels", "ratios_over_classes"]
 
@@ -110,7 +110,9 @@ def _after_one_epoch(
         _, seconds, mean = _learned(results, name)
         axes.plot(seconds, mean, color=colour, marker="o", linestyle="none")
         if math.isfinite(mean[-1]):
-            beside.append(labels.Name(_with_diverged(results, name), seconds[-1], mean[-1], colour))
+            beside.append(
+                point_names.Name(_with_diverged(results, name), seconds[-1], mean[-1], colour)
+            )
     axes.set(xlabel="seconds of training", ylabel="validation perplexity")
     # names stand beside the outermost points too
     axes.margins(0.12)
@@ -119,7 +121,7 @@ def _after_one_epoch(
     figure.suptitle(title, fontsize=12)
     canvas.log_scale(axes, "x")
     canvas.log_scale(axes, "y")
-    labels.place(axes, beside)
+    point_names.place(axes, beside)
     canvas.save(figure, path)
 
 

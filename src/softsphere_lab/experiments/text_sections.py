@@ -25,7 +25,7 @@ from softsphere_lab.report.measures import (
 )
 from softsphere_lab.report.paper import label, reported_cell
 from softsphere_lab.report.results import Results, Section
-from softsphere_lab.training.language import MOST_NLL, perplexity
+from softsphere_lab.training.text_parts import MOST_NLL, perplexity
 
 __all__ = [
     "MRR",

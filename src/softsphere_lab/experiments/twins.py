@@ -13,8 +13,9 @@ from softsphere.optim import FactoredSGD
 from softsphere_lab.data.text import Text
 from softsphere_lab.experiments.experiment import StudyReproduction
 from softsphere_lab.experiments.side_by_side import SideBySide, side_by_side_section
-from softsphere_lab.training import language
+from softsphere_lab.models.text_networks import ngram_network
 from softsphere_lab.training.engine_run import EngineRun
+from softsphere_lab.training.text_parts import ngram_parts
 
 __all__ = ["FLOAT32", "FLOAT64", "Twins"]
 
@@ -66,7 +67,7 @@ class Twins(SideBySide):
         torch.manual_seed(self.seed)
         D, device, dtype = len(data.words), self.device, self.torch_dtype
         # drawn in float32 whatever the dtype, so that runs in both begin with the same weights
-        model = language.mlp(D, self.n - 1, self.embedding, (2 * self.width, self.width)).to(
+        model = ngram_network(D, self.n - 1, self.embedding, (2 * self.width, self.width)).to(
             device, dtype
         )
         head, optimizer = self.output_layer(engine, nn.Linear(self.width, D), data.counts)
@@ -75,7 +76,7 @@ class Twins(SideBySide):
             model,
             head,
             [trunk, optimizer],
-            language.ngram_parts(data, self.n, device),
+            ngram_parts(data, self.n, device),
             batch_size=self.batch_size,
             seed=self.seed,
         )

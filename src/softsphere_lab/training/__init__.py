@@ -1,1 +1,1 @@
-"""Training runs that can be left after any step and resumed."""
+"""Training runs, which can be stopped after any step and resumed."""

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from softsphere_lab.training.language import Examples, mean_loss
 from softsphere_lab.training.run import Run
+from softsphere_lab.training.text_parts import Examples, mean_loss
 
 __all__ = ["EngineEpoch", "EngineFinal", "EngineRun"]
 

@@ -1,4 +1,4 @@
-"""One run: a network, a loss, a seed. The same initial weights and data order for every loss."""
+"""One run: a network, a loss and a seed, which decides the initial weights and the data order."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from softsphere.criteria import SphericalLoss
 from softsphere.losses import Loss
 from softsphere_lab.data.augment import flip_and_crop
 from softsphere_lab.data.images import Images, Split
-from softsphere_lab.models.networks import build
+from softsphere_lab.models.image_networks import build
 from softsphere_lab.records.checkpoint import Checkpoint
 from softsphere_lab.training.rates import cosine
 from softsphere_lab.training.run import Run
@@ -23,10 +23,11 @@ __all__ = ["Epoch", "Final", "Schedule", "train"]
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how: AdamW, its rate rising for a share of the steps, then a falling cosine.
+    """How a network is trained: by AdamW, whose rate falls along a cosine after a warm-up.
 
-    weight_decay: of matrices and filters, not of vectors. augment: each training image is shifted
-    and mirrored at random. bfloat16: products and convolutions of all layers but the last.
+    warm_up: the share of the steps in which the rate rises. weight_decay: of matrices and filters,
+    not of vectors. augment: whether training images are shifted and mirrored at random. bfloat16:
+    whether all layers but the last compute in bfloat16.
     """
 
     model: str
@@ -41,7 +42,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Epoch:
-    """Metrics after one pass; error is a share of the examples, nll None without a likelihood."""
+    """Metrics after one pass. Errors are shares of the images; nll is None without a likelihood."""
 
     epoch: int
     train_loss: float
@@ -52,7 +53,7 @@ class Epoch:
 
 @dataclass(frozen=True)
 class Final:
-    """What a run ends with: the test set, read once, at the epoch best on validation data."""
+    """The end of a run, with the weights of the epoch that was best on validation data."""
 
     best_epoch: int
     valid_error: float
@@ -63,8 +64,8 @@ class Final:
     diverged: bool
 
 
-class Network(nn.Module):
-    """A network as a schedule has it; its last layer is float32 whatever the others compute in."""
+class _Network(nn.Module):
+    """A network on the device of a schedule, whose last layer always computes in float32."""
 
     def __init__(self, schedule: Schedule, shape: tuple[int, ...], num_classes: int) -> None:
         super().__init__()
@@ -81,8 +82,10 @@ class Network(nn.Module):
         return outputs
 
 
-def evaluate(model: nn.Module, criterion: SphericalLoss, part: Split) -> tuple[float, float | None]:
-    """Error and, for a distribution, mean negative log-likelihood."""
+def _evaluate(
+    model: nn.Module, criterion: SphericalLoss, part: Split
+) -> tuple[float, float | None]:
+    """The error and the mean negative log-likelihood, which is None without probabilities."""
     model.eval()
     wrong, nll = 0, 0.0
     with torch.no_grad():
@@ -95,8 +98,8 @@ def evaluate(model: nn.Module, criterion: SphericalLoss, part: Split) -> tuple[f
     return wrong / len(part), nll / len(part) if criterion.loss.normalised else None
 
 
-def adamw(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """Vectors are biases and scales, which decay only harms."""
+def _adamw(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW without decay of vectors, which are biases and scales and would only suffer from it."""
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() <= 1]
     groups = [
@@ -107,20 +110,20 @@ def adamw(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW
     return torch.optim.AdamW(groups, lr=lr, fused=True)
 
 
-class ClassifierRun(Run[Epoch]):
-    """A network under training."""
+class _ClassifierRun(Run[Epoch]):
+    """A network and its criterion under training."""
 
     epoch_type = Epoch
 
     def __init__(self, data: Images, loss: Loss, lr: float, seed: int, schedule: Schedule) -> None:
         torch.manual_seed(seed)
         self.data, self.schedule = data, schedule
-        self.model = Network(schedule, data.shape, data.num_classes)
+        self.model = _Network(schedule, data.shape, data.num_classes)
         self.criterion = SphericalLoss(loss)
         steps = schedule.epochs * math.ceil(len(data.train) / schedule.batch_size)
         super().__init__(
             {"model": self.model},
-            [adamw(self.model, lr, schedule.weight_decay)],
+            [_adamw(self.model, lr, schedule.weight_decay)],
             lambda step: cosine(step, steps, schedule.warm_up),
             rows=len(data.train),
             batch_size=schedule.batch_size,
@@ -135,14 +138,14 @@ class ClassifierRun(Run[Epoch]):
         return loss
 
     def look(self, epoch: int, train_loss: float, seconds: float) -> tuple[Epoch, float]:
-        error, nll = evaluate(self.model, self.criterion, self.data.valid)
+        error, nll = _evaluate(self.model, self.criterion, self.data.valid)
         return Epoch(epoch, train_loss, error, nll, seconds), error
 
     def final(self, read_test: bool) -> Final:
-        """The end, with the weights of the best epoch."""
+        """Returns the end of the run, with the weights of the best epoch."""
         self.put(self.kept)
         test_error, test_nll = (
-            evaluate(self.model, self.criterion, self.data.test) if read_test else (None, None)
+            _evaluate(self.model, self.criterion, self.data.test) if read_test else (None, None)
         )
         errors = [epoch.valid_error for epoch in self.history] or [1.0]
         return Final(
@@ -167,11 +170,13 @@ def train(
     kept: Checkpoint | None = None,
     on_epoch: Callable[[int, int], None] = lambda *_: None,
 ) -> tuple[list[Epoch], Final]:
-    """Trains one network; the epoch with the lowest validation error is the one that counts.
+    """Trains one network. Returns all epochs, and the end with the lowest validation error.
 
-    A loss that stops being finite ends the run as diverged, with what was best before.
-    kept: where the state of a run under way goes, and comes from.
+    A run whose loss is no longer finite has diverged, and ends with its best epoch before.
+
+    read_test: whether the test set is looked at. kept: where the state of an unfinished run is
+    written to and read from. on_epoch: called with the number of the epoch and of all epochs.
     """
-    run = ClassifierRun(data, loss, lr, seed, schedule)
+    run = _ClassifierRun(data, loss, lr, seed, schedule)
     run.train(schedule.epochs, kept or Checkpoint(), on_epoch)
     return run.history, run.final(read_test)

@@ -1,4 +1,4 @@
-"""One run: a language model, an output layer, a seed. The same data order for every layer."""
+"""One run: a language model, an output layer and a seed; the data order is that of the seed."""
 
 from __future__ import annotations
 
@@ -12,26 +12,34 @@ from torch import Tensor, nn
 from softsphere_lab.data.similarity import Pair, spearman
 from softsphere_lab.data.text import Text
 from softsphere_lab.models.output_layers import Output, Ranks, layer
-from softsphere_lab.training import language
+from softsphere_lab.models.text_networks import LSTM, ngram_network
 from softsphere_lab.training.rates import cosine
 from softsphere_lab.training.run import Run
+from softsphere_lab.training.text_parts import (
+    Examples,
+    mean_loss,
+    ngram_parts,
+    perplexity,
+    rows_at_once,
+    window_parts,
+)
 
 __all__ = ["Data", "Epoch", "Final", "LanguageRun", "Setup"]
 
-# Where a word's rank is among the ten best.
+# A rank up to this one counts as being among the best.
 TOP = 10
-# AdamW moves a weight by about its rate a step, whatever its size: from a spread of 1, which is
-# PyTorch's, the embeddings of rare words would stay the noise that they began with.
+# AdamW moves a weight by about its rate in a step, whatever the weight's size. Embeddings of rare
+# words that begin with PyTorch's standard deviation of 1 would stay the noise that they are.
 EMBEDDING_STD = 0.1
 
 
 @dataclass(frozen=True)
 class Setup:
-    """Network and training of every loss: AdamW, its rate falling to zero along a cosine.
+    """The network and the training of every loss: AdamW, its rate falling to zero along a cosine.
 
-    n: words of an n-gram; hidden: width of all its layers but the last; width: d, of the last.
-    length: words of a window of the LSTM. batch_size: words in a step. train, held: words of the
-    training part, and of each of the others, that are used; None for all.
+    n: the words of an n-gram. hidden: the width of all layers but the last; width: d, that of the
+    last. length: the words of a window of the LSTM. batch_size: the words of a step. train, held:
+    how many words of the training part, and of each of the others, are used; None means all.
     """
 
     n: int = 5
@@ -51,7 +59,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Data:
-    """A text and pairs of words that people have compared."""
+    """A text, and pairs of words whose similarity people have judged."""
 
     text: Text
     pairs: dict[str, list[Pair]]
@@ -59,9 +67,9 @@ class Data:
 
 @dataclass(frozen=True)
 class Epoch:
-    """Metrics after one pass; valid_nll None without probabilities, and then valid_mrr is not.
+    """Metrics after one pass over the text. seconds: of training alone.
 
-    seconds: of training alone.
+    valid_nll is None for a loss without probabilities, and valid_mrr is None for all others.
     """
 
     epoch: int
@@ -73,10 +81,11 @@ class Epoch:
 
 @dataclass(frozen=True)
 class Final:
-    """What a run ends with: the test part, read once, at the epoch best on validation data.
+    """The end of a run, with the weights of the epoch that was best on validation data.
 
-    mrr: mean of 1 / rank of the word that came. simlex999, wordsim353: Spearman's correlation of
-    the embeddings' cosines with people's judgement; None with too few pairs of known words.
+    The test part is read once. mrr: the mean of 1 / rank of the word that came. simlex999,
+    wordsim353: Spearman's correlation of the embeddings' cosines with people's judgement, None with
+    too few pairs of known words.
     """
 
     engine: str
@@ -103,12 +112,12 @@ class LanguageRun(Run[Epoch]):
     def __init__(self, data: Text, output: Output, lr: float, seed: int, setup: Setup) -> None:
         torch.manual_seed(seed)
         self.output = output
-        self.examples = examples(data, output, setup)
-        self.model = network(len(data.words), output, setup).to(setup.device)
+        self.examples = _examples(data, output, setup)
+        self.model = _network(len(data.words), output, setup).to(setup.device)
         counts = data.counts if output.classes is None else data.cut(output.classes).counts
         self.head, own = layer(output, setup.width, counts, setup.device)
         parameters = [*self.model.parameters(), *([] if own else self.head.parameters())]
-        # decay is off, so that this is Adam; fused, since most of the numbers are of the embeddings
+        # without decay this is Adam; it is fused, since the embeddings have most of the parameters
         shared = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0, fused=True)
         _, y = self.examples["train"]
         rows = max(1, setup.batch_size * len(y) // y.numel())
@@ -133,21 +142,21 @@ class LanguageRun(Run[Epoch]):
         if nll is None:
             mrr = self.ranking("valid")["mrr"]
             return Epoch(epoch, train_loss, None, mrr, seconds), -mrr
-        if not math.isfinite(language.perplexity(nll)):
+        if not math.isfinite(perplexity(nll)):
             return None
         return Epoch(epoch, train_loss, nll, None, seconds), nll
 
     def nll(self, part: str) -> float | None:
-        """Mean negative log-likelihood of a word, None for what is not a distribution."""
+        """Returns the mean negative log-likelihood of a word, or None without probabilities."""
         if not self.output.normalised:
             return None
-        return language.mean_loss(self.model, self.head, *self.examples[part])
+        return mean_loss(self.model, self.head, *self.examples[part])
 
     def ranking(self, part: str) -> dict[str, float]:
-        """How far up the words that came are: shares of first and first ten, mean of 1 / rank."""
+        """Returns how often the right word is first, how often in the first ten, and the MRR."""
         self.model.eval()
         x, y = self.examples[part]
-        size = max(1, 1024 * len(y) // y.numel())
+        size = rows_at_once(y)
         rank = cast(Ranks, self.head).rank
         with torch.no_grad():
             pairs = zip(torch.split(x, size), torch.split(y, size), strict=True)
@@ -160,10 +169,10 @@ class LanguageRun(Run[Epoch]):
         }
 
     def final(self, data: Data, read_test: bool) -> Final:
-        """The end, with the weights of the best epoch."""
+        """Returns the end of the run, with the weights of the best epoch."""
         self.put(self.kept)
         ranking = self.ranking("test") if read_test else {}
-        embedding = embedding_of(self.model).weight.detach().cpu()
+        embedding = _embedding_of(self.model).weight.detach().cpu()
         alike = {
             name: spearman(data.text.words, embedding, data.pairs.get(name, []))
             for name in ("simlex999", "wordsim353")
@@ -187,29 +196,29 @@ class LanguageRun(Run[Epoch]):
         )
 
 
-def examples(data: Text, output: Output, setup: Setup) -> language.Examples:
-    """What the network reads is of the whole vocabulary; what it tells is of the classes."""
+def _examples(data: Text, output: Output, setup: Setup) -> Examples:
+    """Inputs are of the whole vocabulary, targets of the classes of the output layer."""
 
-    def parts(of: Text) -> language.Examples:
+    def parts(of: Text) -> Examples:
         if output.lstm:
-            return language.window_parts(of, setup.length, setup.device)
-        return language.ngram_parts(of, setup.n, setup.device)
+            return window_parts(of, setup.length, setup.device)
+        return ngram_parts(of, setup.n, setup.device)
 
     read = parts(data)
     if output.classes is None:
         return read
-    told = parts(data.cut(output.classes))
-    return {name: (read[name][0], told[name][1]) for name in read}
+    predicted = parts(data.cut(output.classes))
+    return {name: (read[name][0], predicted[name][1]) for name in read}
 
 
-def network(vocabulary: int, output: Output, setup: Setup) -> nn.Module:
+def _network(vocabulary: int, output: Output, setup: Setup) -> nn.Module:
     """The layers below the output layer."""
     model: nn.Module
     if output.lstm:
-        model = language.LSTM(vocabulary, setup.embedding, setup.width)
+        model = LSTM(vocabulary, setup.embedding, setup.width)
     else:
         depth = output.depth or setup.depth
-        model = language.mlp(
+        model = ngram_network(
             vocabulary,
             setup.n - 1,
             setup.embedding,
@@ -217,10 +226,10 @@ def network(vocabulary: int, output: Output, setup: Setup) -> nn.Module:
             activation=output.activation or setup.activation,
             dropout=setup.dropout,
         )
-    nn.init.normal_(embedding_of(model).weight, std=EMBEDDING_STD)
+    nn.init.normal_(_embedding_of(model).weight, std=EMBEDDING_STD)
     return model
 
 
-def embedding_of(model: nn.Module) -> nn.Embedding:
-    """The embedding of the words that a model reads."""
+def _embedding_of(model: nn.Module) -> nn.Embedding:
+    """The embedding of the words of the input."""
     return next(layer for layer in model.modules() if isinstance(layer, nn.Embedding))

@@ -1,4 +1,4 @@
-"""One pass over the rows to train on, which can be left after any step and gone on with."""
+"""One pass over the training rows, which can be stopped after any step and resumed."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ __all__ = ["Pass"]
 
 @dataclass
 class Pass:
-    """An epoch under way.
+    """An unfinished epoch.
 
-    order: (N) the rows as they come. done: how many of them were trained on. total: the sum of
-    their losses, float64. seconds: of training alone.
+    order: (N) the row numbers in the order in which they come. done: how many of them were trained
+    on. total: the sum of their losses, in float64. seconds: of training alone.
     """
 
     order: Tensor
@@ -28,22 +28,22 @@ class Pass:
 
     @classmethod
     def begin(cls, rows: int, generator: torch.Generator, device: torch.device) -> Pass:
-        """All rows, in a random order."""
+        """Returns a pass over all rows in random order."""
         zero = torch.zeros((), dtype=torch.float64, device=device)
         return cls(torch.randperm(rows, generator=generator), 0, zero, 0.0)
 
     def state(self) -> dict[str, Any]:
-        """What `again` takes."""
+        """Returns what `again` takes."""
         return asdict(self)
 
     @classmethod
     def again(cls, state: dict[str, Any], device: torch.device) -> Pass:
-        """The pass that had this state, on that device."""
+        """Returns the pass that had this state, on that device."""
         return cls(**{**state, "total": state["total"].to(device)})
 
     @property
     def loss(self) -> float:
-        """The mean over all rows, once they are done."""
+        """The mean loss over all rows, once they are done."""
         return float(self.total) / len(self.order)
 
     def train(
@@ -53,14 +53,14 @@ class Pass:
         optimizers: Sequence[torch.optim.Optimizer],
         after_step: Callable[[int], None],
     ) -> None:
-        """Steps until no row is left.
+        """Takes steps until no row is left.
 
-        loss_of: the mean loss of rows, by their indices. after_step: told the number of the step
-        in the pass; its time does not count.
+        loss_of: returns the mean loss of the rows with those numbers. after_step: called with the
+        number of the step in the pass; its time is not counted.
         """
         device, step = self.total.device, self.done // batch_size
         while self.done < len(self.order):
-            start = clock(device)
+            start = _clock(device)
             index = self.order[self.done : self.done + batch_size]
             loss = loss_of(index.to(device))
             for optimizer in optimizers:
@@ -70,13 +70,13 @@ class Pass:
                 optimizer.step()
             self.total += loss.detach().double() * len(index)
             self.done += len(index)
-            self.seconds += clock(device) - start
+            self.seconds += _clock(device) - start
             step += 1
             after_step(step)
 
 
-def clock(device: torch.device) -> float:
-    """Seconds, once a GPU has done what it was asked for."""
+def _clock(device: torch.device) -> float:
+    """The time in seconds, once a GPU has done its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

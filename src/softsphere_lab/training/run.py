@@ -1,4 +1,4 @@
-"""A training run that can be left after any step, and gone on with as if it never had been."""
+"""A training run that can be stopped after any step and resumed as if it had not been."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ E = TypeVar("E")
 
 
 class Run(ABC, Generic[E]):
-    """Modules under training, the epoch best on validation data, and all it takes to go on.
+    """Modules under training, with the best epoch on validation data and all it takes to resume.
 
-    E, epoch_type: what is told of an epoch, a dataclass of numbers.
+    E, epoch_type: a dataclass of the metrics of an epoch.
     """
 
     epoch_type: ClassVar[type]
@@ -46,7 +46,7 @@ class Run(ABC, Generic[E]):
         seed: int,
         device: torch.device,
     ) -> None:
-        """rate: what the optimizers' rates are multiplied by in a step. rows: to train on."""
+        """rate: returns the factor of the learning rates in a step. rows: how many to train on."""
         self.modules, self.optimizers = modules, optimizers
         self.rates = [torch.optim.lr_scheduler.LambdaLR(each, rate) for each in optimizers]
         self.rows, self.batch_size, self.device = rows, batch_size, device
@@ -58,11 +58,11 @@ class Run(ABC, Generic[E]):
 
     @abstractmethod
     def loss_of(self, index: Tensor) -> Tensor:
-        """The mean loss of rows to train on, by their indices."""
+        """Returns the mean loss of the training rows with those numbers."""
 
     @abstractmethod
     def look(self, epoch: int, train_loss: float, seconds: float) -> tuple[E, float] | None:
-        """What is told of an epoch, and how bad it is on validation data; None if it diverged."""
+        """Returns an epoch and how bad it is on validation data, or None if it diverged."""
 
     def train(
         self, epochs: int, kept: Checkpoint, on_epoch: Callable[[int, int], None] = lambda *_: None
@@ -73,7 +73,7 @@ class Run(ABC, Generic[E]):
         after the first that ends FEWEST_STEPS steps after the last that was kept.
         """
         if state := kept.load():
-            self.go_on(state)
+            self.resume(state)
         since_kept = 0
 
         def after_step(step: int) -> None:
@@ -92,9 +92,9 @@ class Run(ABC, Generic[E]):
             on_epoch(len(self.history), epochs)
 
     def epoch(self, after_step: Callable[[int], None]) -> None:
-        """What is left of a pass over the rows to train on, and a look at the validation part.
+        """Trains on what is left of a pass over the rows, and looks at the validation part.
 
-        A loss, or what `look` makes of it, that is no finite number ends the run as diverged.
+        The run has diverged if its loss is not finite or `look` returns None.
         """
         under_way = self.under_way or Pass.begin(self.rows, self.order, self.device)
         self.under_way = under_way
@@ -125,16 +125,16 @@ class Run(ABC, Generic[E]):
             self.kept = copy.deepcopy(self.weights())
 
     def weights(self) -> dict[str, Any]:
-        """As they are now, not copied."""
+        """Returns the weights as they are now, not copied."""
         return {name: module.state_dict() for name, module in self.modules.items()}
 
     def put(self, weights: Mapping[str, Any]) -> None:
-        """Puts weights where they came from."""
+        """Sets all weights to those that `weights` returned."""
         for name, module in self.modules.items():
             module.load_state_dict(weights[name])
 
     def state(self) -> dict[str, Any]:
-        """What `go_on` takes."""
+        """Returns what `resume` takes."""
         return {
             "now": self.weights(),
             "optimizers": [each.state_dict() for each in self.optimizers],
@@ -147,8 +147,8 @@ class Run(ABC, Generic[E]):
             "kept": self.kept,
         }
 
-    def go_on(self, state: Mapping[str, Any]) -> None:
-        """From a state."""
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Goes back to a state."""
         self.put(state["now"])
         for optimizer, its in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(its)

@@ -12,7 +12,7 @@ from matplotlib.text import Text
 
 from softsphere_lab.experiments.earlier import record_at
 from softsphere_lab.experiments.page import told
-from softsphere_lab.report import canvas, figures, labels
+from softsphere_lab.report import canvas, figures, point_names
 from softsphere_lab.report.paper import label
 from softsphere_lab.report.results import Results
 from softsphere_lab.report.summary import summarise
@@ -88,7 +88,7 @@ def check(figure):
                     continue
                 curve = line.get_path().transformed(line.get_transform())
                 assert not curve.intersects_bbox(box, filled=False), "a name lies on a curve"
-            points, at = labels.obstacles(axes)[1], box
+            points, at = point_names.obstacles(axes)[1], box
             assert not any(at.overlaps(point) for point in points), "a name lies on a point"
         for line in axes.get_lines():
             curve = line.get_path().transformed(line.get_transform())
@@ -221,8 +221,8 @@ def test_names_of_points_close_together_find_places(drawn):
         axes.plot([0, 1], [0.5, 0.5])
         axes.plot(*zip(*points, strict=True), "o")
         axes.set(xlim=(-1, 1.2), ylim=(-0.5, 0.7))
-        named = [labels.Name(f"name {i}", x, y, "C0") for i, (x, y) in enumerate(points)]
-        labels.place(axes, named)
+        named = [point_names.Name(f"name {i}", x, y, "C0") for i, (x, y) in enumerate(points)]
+        point_names.place(axes, named)
         figure.savefig(path)
 
     check(drawn(draw))

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from softsphere_lab.errors import LabError
-from softsphere_lab.models import networks as models
+from softsphere_lab.models import image_networks as models
 
 SHAPES = [(1, 8, 8), (1, 28, 28), (3, 32, 32), (3, 9, 13)]
 

@@ -1,4 +1,4 @@
-"""Small networks whose last layer gives the outputs o; the same for every loss."""
+"""Small networks for images; the last layer computes the outputs o, whatever the loss."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from softsphere_lab.errors import LabError
 __all__ = ["MODELS", "build", "known", "suited"]
 
 
-def mlp(shape: tuple[int, ...], num_classes: int, width: int = 256) -> nn.Sequential:
+def _mlp(shape: tuple[int, ...], num_classes: int, width: int = 256) -> nn.Sequential:
     """Two hidden ReLU layers with dropout."""
     return nn.Sequential(
         nn.Flatten(),
@@ -30,7 +30,7 @@ def mlp(shape: tuple[int, ...], num_classes: int, width: int = 256) -> nn.Sequen
     )
 
 
-def cnn(shape: tuple[int, ...], num_classes: int, width: int = 32) -> nn.Sequential:
+def _cnn(shape: tuple[int, ...], num_classes: int, width: int = 32) -> nn.Sequential:
     """Two blocks of two 3 × 3 convolutions with batch normalisation, and one hidden layer."""
 
     def block(inputs: int, outputs: int) -> list[nn.Module]:
@@ -56,7 +56,7 @@ def cnn(shape: tuple[int, ...], num_classes: int, width: int = 32) -> nn.Sequent
     )
 
 
-def lenet(shape: tuple[int, ...], num_classes: int, width: int = 16) -> nn.Sequential:
+def _lenet(shape: tuple[int, ...], num_classes: int, width: int = 16) -> nn.Sequential:
     """Two 5 × 5 convolutions, each with pooling, and one hidden layer with dropout."""
     channels, height, across = shape
     return nn.Sequential(
@@ -75,7 +75,7 @@ def lenet(shape: tuple[int, ...], num_classes: int, width: int = 16) -> nn.Seque
 
 
 class Residual(nn.Module):
-    """x + f(x), f a 3 × 3 convolution with batch normalisation and ReLU."""
+    """x + f(x), where f is a 3 × 3 convolution with batch normalisation and ReLU."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -87,10 +87,10 @@ class Residual(nn.Module):
         return x + cast(Tensor, self.f(x))
 
 
-def resnet(shape: tuple[int, ...], num_classes: int, width: int = 64) -> nn.Sequential:
-    """A 4 × 4 convolution that halves the image, two blocks that halve it again, and its maximum.
+def _resnet(shape: tuple[int, ...], num_classes: int, width: int = 64) -> nn.Sequential:
+    """A 4 × 4 convolution that halves the image, two blocks that halve it again, and a maximum.
 
-    Each block is a 3 × 3 convolution, which doubles the channels, and a residual one.
+    Each block has a 3 × 3 convolution that doubles the channels, and a residual one.
     """
 
     def block(inputs: int, outputs: int) -> list[nn.Module]:
@@ -115,30 +115,30 @@ def resnet(shape: tuple[int, ...], num_classes: int, width: int = 64) -> nn.Sequ
 
 
 MODELS: dict[str, Callable[[tuple[int, ...], int], nn.Sequential]] = {
-    "mlp": mlp,
-    "cnn": cnn,
-    "lenet": lenet,
-    "resnet": resnet,
-    "narrow_resnet": partial(resnet, width=32),
+    "mlp": _mlp,
+    "cnn": _cnn,
+    "lenet": _lenet,
+    "resnet": _resnet,
+    "narrow_resnet": partial(_resnet, width=32),
 }
 
 
 def known(name: str) -> str:
-    """The name, where there is such a network."""
+    """Returns the name of a network. Raises LabError if there is no such network."""
     if name not in MODELS:
         raise LabError(f"--model must be one of {', '.join(MODELS)}, got {name!r}")
     return name
 
 
 def build(name: str, shape: tuple[int, ...], num_classes: int) -> nn.Sequential:
-    """The network of that name for images of that shape (channels, height, width)."""
+    """Returns the network of that name for images of shape (channels, height, width)."""
     return MODELS[name](shape, num_classes)
 
 
 def suited(name: str, shape: tuple[int, ...], num_classes: int) -> None:
-    """Raises LabError where images of that shape cannot pass through the network."""
+    """Raises LabError if images of that shape cannot pass through the network."""
     with torch.device("meta"), torch.no_grad(), warnings.catch_warnings():
-        # a layer without weights is warned of before the forward fails
+        # PyTorch warns of layers without weights before the forward pass fails
         warnings.simplefilter("ignore")
         try:
             build(name, shape, num_classes).eval()(torch.empty(1, *shape))

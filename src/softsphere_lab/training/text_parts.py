@@ -1,0 +1,65 @@
+"""The parts of a text as examples to train and test on, and the loss on one of them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from softsphere_lab.data.text import Text, ngrams, windows
+
+__all__ = [
+    "MOST_NLL",
+    "Examples",
+    "mean_loss",
+    "ngram_parts",
+    "perplexity",
+    "rows_at_once",
+    "window_parts",
+]
+
+# Inputs and targets of the parts "train", "valid" and "test".
+Examples = dict[str, tuple[Tensor, Tensor]]
+PARTS = ("train", "valid", "test")
+# The largest negative log-likelihood whose exponential is a finite number.
+MOST_NLL = 700.0
+# How many words are evaluated at a time.
+WORDS = 1024
+
+
+def ngram_parts(text: Text, n: int, device: str) -> Examples:
+    """Returns the n-grams of each part: contexts (N, n − 1) and the word after each (N)."""
+    pairs = {name: ngrams(getattr(text, name), n, text.end) for name in PARTS}
+    return {name: (x.to(device), y.to(device)) for name, (x, y) in pairs.items()}
+
+
+def window_parts(text: Text, length: int, device: str) -> Examples:
+    """Returns windows of each part (N, length) and the word after each of their words."""
+    pairs = {name: windows(getattr(text, name), length, text.end) for name in PARTS}
+    return {name: (x.to(device), y.to(device)) for name, (x, y) in pairs.items()}
+
+
+def rows_at_once(y: Tensor) -> int:
+    """Returns how many rows of targets make some WORDS words, at least 1."""
+    return max(1, WORDS * len(y) // y.numel())
+
+
+def mean_loss(model: nn.Module, head: nn.Module, x: Tensor, y: Tensor) -> float:
+    """Returns the mean loss over all words of y, in evaluation mode."""
+    model.eval()
+    head.eval()
+    size, total = rows_at_once(y), 0.0
+    with torch.no_grad():
+        for part, target in zip(x.split(size), y.split(size), strict=True):
+            total += float(head(model(part), target)) * target.numel()
+    return total / y.numel()
+
+
+def perplexity(nll: float) -> float:
+    """Returns exp of a mean negative log-likelihood, infinity where it is too large for a float.
+
+    >>> perplexity(0.0), perplexity(1e4)
+    (1.0, inf)
+    """
+    return math.exp(nll) if nll < MOST_NLL else math.inf

@@ -18,7 +18,7 @@ from softsphere.matrix.refusals import stale
 __all__ = ["FactoredSGD"]
 
 BUFFER = "momentum_buffer"
-# The square of what a step makes has to be a number in float32.
+# Squares of what a step computes must not overflow in float32.
 LARGEST_RATE = 1e18
 ALGORITHMS: dict[str, type[torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
@@ -30,22 +30,23 @@ class FactoredSGD(torch.optim.Optimizer):
     """`torch.optim.SGD` that also steps factored weights with momentum, exactly.
 
     A `FactoredTensor`, the weight of a FactoredSphericalLoss, is stepped in O(m d² + m² d) for m
-    rows; its momentum is a second matrix of its size, kept factored beside it. Ordinary parameters
-    are stepped by PyTorch's own code, so that one optimizer can train a whole model: by SGD with
-    the options of their group, or by AdamW in a group that has ``"algorithm": "adamw"`` and the
-    options of `torch.optim.AdamW`, whose defaults hold for what the group does not say.
+    rows. Its momentum is a second matrix of its size, which is kept in factors beside it. With a
+    prior the matrix that is stepped is diag(√π) [W b].
 
-    With a prior the matrix that is stepped is diag(√π) [W b].
+    Ordinary parameters are stepped by PyTorch's own code, so that one optimizer can train a whole
+    model. A group uses SGD with its options, unless it has ``"algorithm": "adamw"``. Then it uses
+    AdamW with its options, and the defaults of `torch.optim.AdamW` for those that it lacks.
 
     Args:
-        params: parameters, named parameters, or groups of them, as of every optimizer.
+        params: parameters, named parameters, or groups of them, as for every optimizer.
         lr, momentum, dampening, weight_decay, nesterov, maximize, foreach: as in `torch.optim.SGD`.
-            Good rates for a factored weight grow with its number of classes D.
+            Good learning rates for a factored weight grow with its number of classes D. The largest
+            is 1e18.
         differentiable, fused: must be False or None.
 
-    Raises: ValueError or TypeError for what `torch.optim.SGD` refuses; from `step`,
-    softsphere.matrix.SingularStepError where a step cannot be taken, with no factored weight and
-    no ordinary parameter changed.
+    Raises: ValueError or TypeError for what `torch.optim.SGD` refuses. `step` raises
+    softsphere.matrix.SingularStepError if a step cannot be taken. Then no factored weight and no
+    ordinary parameter has changed.
 
     Source: `torch.optim.SGD`; Vincent et al. 2016, arXiv:1606.08061, for the factored step.
 
@@ -83,7 +84,7 @@ class FactoredSGD(torch.optim.Optimizer):
             )
         for name, value in (("differentiable", differentiable), ("fused", fused)):
             if value:
-                raise ValueError(f"{name} must be False: FactoredSGD has no such form")
+                raise ValueError(f"{name} must be False: FactoredSGD has no such implementation")
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -95,11 +96,15 @@ class FactoredSGD(torch.optim.Optimizer):
             "differentiable": differentiable,
             "fused": fused,
         }
-        check_options(defaults)
+        _check_options(defaults)
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: Any) -> None:
-        """A group of parameters, checked before it is taken."""
+        """Adds a group of parameters, after checks of its options.
+
+        Raises: ValueError or TypeError for options that SGD or AdamW refuses, and for a factored
+        weight in a group with the algorithm "adamw".
+        """
         if not isinstance(param_group, dict) or "params" not in param_group:
             raise TypeError("a param group must be a dict with the key 'params'")
         group = dict(param_group)
@@ -122,11 +127,11 @@ class FactoredSGD(torch.optim.Optimizer):
                     "whose algorithm is 'sgd'"
                 )
             options = {k: v for k, v in group.items() if k not in ("params", "algorithm")}
-            # PyTorch's own checks and defaults; its parameters are not ours to hold
+            # An optimizer that is thrown away makes PyTorch's own checks and fills in defaults.
             filled = torch.optim.AdamW([{**options, "params": plain}]).param_groups[0]
             group = {**{k: v for k, v in filled.items() if k != "params"}, **group}
         else:
-            check_options({**self.defaults, **group})
+            _check_options({**self.defaults, **group})
         super().add_param_group(group)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -139,23 +144,35 @@ class FactoredSGD(torch.optim.Optimizer):
                 group.setdefault(name, None)
 
     def state_dict(self) -> dict[str, Any]:
-        """As of every optimizer; the momentum of a factored weight is an ordinary (D, w) tensor,
-        that of [W b]."""
+        """Returns the state of the optimizer, as for every optimizer.
+
+        The momentum of a factored weight is in it as an ordinary tensor (D, w), that of [W b].
+        """
         packed = super().state_dict()
-        packed["state"] = {key: unpacked(state) for key, state in packed["state"].items()}
+        packed["state"] = {key: _unpacked(state) for key, state in packed["state"].items()}
         return packed
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step of every parameter that has a gradient."""
+        """Steps every parameter that has a gradient.
+
+        Args:
+            closure: recomputes the loss and its gradients, and returns the loss.
+
+        Returns: the loss of the closure, or None.
+
+        Raises: SingularStepError, TypeError or RuntimeError, before anything has changed, for a
+        factored weight that cannot be stepped: because its gradient is not finite, is dense, or
+        belongs to an earlier weight.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            check_rate(group["lr"])
+            _check_rate(group["lr"])
             if group["algorithm"] == "sgd":
-                check_options(group)
+                _check_options(group)
         ours = [
             (p, group)
             for group in self.param_groups
@@ -163,39 +180,33 @@ class FactoredSGD(torch.optim.Optimizer):
             if isinstance(p, FactoredTensor) and p.grad is not None
         ]
         once([p for p, _ in ours])
-        steps = [self.planned(p, group) for p, group in ours]
+        steps = [self._planned(p, group) for p, group in ours]
         for take in steps:
             take()
         for group in self.param_groups:
             rest = [p for p in group["params"] if not isinstance(p, FactoredTensor)]
             if rest:
-                self.step_plain(group, rest)
+                self._step_plain(group, rest)
         return loss
 
-    def step_plain(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        """A step of ordinary parameters by PyTorch's own optimizer, which borrows our state."""
+    def _step_plain(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        """Steps ordinary parameters by PyTorch's own optimizer, with the state of this one."""
         kind = ALGORITHMS[group["algorithm"]]
         inner = kind.__new__(kind)
-        inner.__setstate__(
-            {
-                "defaults": group,
-                "state": self.state,
-                "param_groups": [{**group, "params": params}],
-            }
-        )
-        # less the hooks of all optimizers, which see the step of this one
+        groups = [{**group, "params": params}]
+        inner.__setstate__({"defaults": group, "state": self.state, "param_groups": groups})
+        # Without the hooks that all optimizers share. They see the step of this one.
         step: Any = kind.step
         step = step.__wrapped__ if getattr(step, "hooked", False) else step
         step(inner)
 
-    def planned(self, p: FactoredTensor, group: dict[str, Any]) -> Callable[[], None]:
-        """What steps a factored weight when it is called.
+    def _planned(self, p: FactoredTensor, group: dict[str, Any]) -> Callable[[], None]:
+        """Returns a function that steps a factored weight.
 
-        W ← W − lr·g, or with B ← momentum·B + (1 − dampening)·g what SGD makes of B, where
-        g = G + weight_decay·W.
+        The step is W ← W − lr·g with g = G + weight_decay·W, or with momentum what SGD makes of W
+        and B ← momentum·B + (1 − dampening)·g.
         """
-        lr, mu, decay = (float(group[name]) for name in ("lr", "momentum", "weight_decay"))
-        matrix, sign = p.matrix, -1.0 if group["maximize"] else 1.0
+        mu, matrix = float(group["momentum"]), p.matrix
         grad = p.grad
         if not isinstance(grad, StructuredGradient):
             raise TypeError(
@@ -213,24 +224,12 @@ class FactoredSGD(torch.optim.Optimizer):
         if not mu and not started:
             if matrix.arrays.blocks > 1 and (matrix.beside is None or matrix.beside() is None):
                 matrix.part_()
-            base = identity(matrix.arrays.blocks)
-            base[0][0] -= lr * decay
-            spread = [-lr * sign] + [0.0] * (matrix.arrays.blocks - 1)
-            return matrix.plan(gradient, Blocks(frozen(base), tuple(spread)))
-        share = (1 - float(group["dampening"])) if started else 1.0
-        if not mu:
-            base, spread = [[1 - lr * decay, 0.0], [0.0, 1.0]], [-lr * sign, 0.0]
-        elif group["nesterov"]:
-            spread = [-lr * (1 + mu) * sign, sign]
-            base = [[1 - lr * (1 + mu) * decay, decay], [-lr * mu * mu, mu]]
-        else:
-            spread = [-lr * share * sign, share * sign]
-            base = [[1 - lr * share * decay, share * decay], [-lr * mu, mu]]
-        blocks = Blocks(frozen(base), tuple(spread))
+            return matrix.plan(gradient, _plain_step(group, matrix.arrays.blocks))
+        blocks = _momentum_step(group, started)
         if isinstance(buffer, FactoredTensor) and buffer.matrix is matrix:
             return matrix.plan(gradient, blocks)
-        # new, or from a state_dict, a copy or another device: to be kept beside the weight
-        values = unpacked(state)[BUFFER] if started else None
+        # The momentum is new, or from a state_dict, a copy or another device.
+        values = _unpacked(state)[BUFFER] if started else None
         if values is not None and values.shape != p.shape:
             raise ValueError(
                 f"the momentum of a factored weight must have shape {tuple(p.shape)}, got "
@@ -241,15 +240,37 @@ class FactoredSGD(torch.optim.Optimizer):
         step = matrix.plan(gradient, blocks)
 
         def take() -> None:
-            # not before: a step that is refused has not begun the momentum
+            # Not before: a step that is refused must not begin the momentum.
             step()
             state[BUFFER] = FactoredTensor.alias(owner)
 
         return take
 
 
-def unpacked(state: dict[str, Any]) -> dict[str, Any]:
-    """The state of a parameter with its momentum as an ordinary tensor, in memory of its own."""
+def _plain_step(group: dict[str, Any], count: int) -> Blocks:
+    """W ← (1 − lr·weight_decay) W − lr·G, without a change of what is kept beside W."""
+    lr, decay = float(group["lr"]), float(group["weight_decay"])
+    diagonal = (1 - lr * decay, *[1.0] * (count - 1))
+    base = tuple(tuple(diagonal[a] * (a == b) for b in range(count)) for a in range(count))
+    return Blocks(base, (lr if group["maximize"] else -lr, *[0.0] * (count - 1)))
+
+
+def _momentum_step(group: dict[str, Any], started: bool) -> Blocks:
+    """W and B after a step of SGD, as combinations of W, B and G."""
+    lr, mu, decay = (float(group[name]) for name in ("lr", "momentum", "weight_decay"))
+    sign = -1.0 if group["maximize"] else 1.0
+    share = (1 - float(group["dampening"])) if started else 1.0
+    if not mu:
+        return Blocks(((1 - lr * decay, 0.0), (0.0, 1.0)), (-lr * sign, 0.0))
+    if group["nesterov"]:
+        base = ((1 - lr * (1 + mu) * decay, decay), (-lr * mu * mu, mu))
+        return Blocks(base, (-lr * (1 + mu) * sign, sign))
+    base = ((1 - lr * share * decay, share * decay), (-lr * mu, mu))
+    return Blocks(base, (-lr * share * sign, share * sign))
+
+
+def _unpacked(state: dict[str, Any]) -> dict[str, Any]:
+    """The state of a parameter, with its momentum as an ordinary tensor in memory of its own."""
     buffer = state.get(BUFFER)
     if not isinstance(buffer, FactoredTensor):
         return state
@@ -257,16 +278,8 @@ def unpacked(state: dict[str, Any]) -> dict[str, Any]:
     return {**state, BUFFER: dense}
 
 
-def identity(k: int) -> list[list[float]]:
-    return [[float(a == b) for b in range(k)] for a in range(k)]
-
-
-def frozen(base: list[list[float]]) -> tuple[tuple[float, ...], ...]:
-    return tuple(tuple(row) for row in base)
-
-
-def check_rate(lr: Any) -> None:
-    """Raises ValueError for a learning rate that no step can have."""
+def _check_rate(lr: Any) -> None:
+    """Raises ValueError for a learning rate that is negative, too large, or no number."""
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"Tensor lr must be 1-element, got {lr.numel()} elements")
     value = float(lr)
@@ -274,9 +287,9 @@ def check_rate(lr: Any) -> None:
         raise ValueError(f"Invalid learning rate: lr must be from 0 to {LARGEST_RATE:g}, got {lr}")
 
 
-def check_options(options: dict[str, Any]) -> None:
-    """The checks of torch.optim.SGD, and that every number is one."""
-    check_rate(options["lr"])
+def _check_options(options: dict[str, Any]) -> None:
+    """Raises ValueError for options that torch.optim.SGD refuses, or that are not finite."""
+    _check_rate(options["lr"])
     for name in ("momentum", "dampening", "weight_decay"):
         value = float(options[name])
         if not math.isfinite(value) or (value < 0 and name != "dampening"):

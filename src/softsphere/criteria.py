@@ -149,9 +149,7 @@ class SphericalLoss(WithPrior):
 
     def active_loss(self) -> losses.Loss:
         """The loss that `forward` computes: without a soft margin, except in training mode."""
-        if self.training or not isinstance(self.loss, losses.SoftMarginSoftmax):
-            return self.loss
-        return self.loss.plain
+        return self.loss if self.training else self.loss.plain
 
     def log_prob(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
         """Returns log f_k, shaped as the logits, whose classes are where `forward` expects them.

@@ -225,7 +225,7 @@ class LinearSphericalLoss(AccumulatingLayer, OutputLayer, WithPrior):
             hidden,
             layer,
             target,
-            self.loss,
+            self.loss if self.training else self.loss.plain,
             self.conventions.masked(mask),
             target_values=target_values,
             options=self.options,

@@ -29,6 +29,11 @@ class Loss:
     upper_bound: ClassVar[bool] = False
     smoothable: ClassVar[bool] = True
 
+    @property
+    def plain(self) -> Loss:
+        """The loss outside training: this one, unless it has a part for training alone."""
+        return self
+
     def log_numerator(self, o: Tensor) -> Tensor:
         """log t(o), elementwise, where f_k = π_k t(o_k) / Σ_j π_j t(o_j).
 

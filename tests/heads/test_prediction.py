@@ -288,3 +288,22 @@ def test_a_row_of_nan_has_some_class_and_the_last_rank(kind):
     assert ((head.predict(hidden) >= 0) & (head.predict(hidden) < D)).all()
     assert head.rank(hidden, torch.tensor([0, D - 1])).tolist() == [D, D]
     assert head.topk(hidden, 2).values.isnan().all()
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_a_prior_of_another_dtype_than_the_weight_is_not_rounded_away(wide):
+    """Its smallest share is none in float32; in float64 the scores are those of float64."""
+    head = layer(LinearSphericalLoss, dtype=torch.float64 if wide else torch.float32)
+    counts = COUNTS.double()
+    if not wide:
+        counts[3] = 1e-60
+    pi = counts * D / counts.sum()
+    head.prior = pi.float() if wide else pi
+    hidden = rows(4, dtype=head.weight.dtype).detach()
+    o = F.linear(hidden, head.weight, head.bias).detach()
+    log_t = (1 + o + o**2 / 2).log() + head.prior.to(torch.float64).log()
+    want = (log_t - log_t.logsumexp(1, keepdim=True)).to(o.dtype)
+    close = {"rtol": 1e-10, "atol": 1e-10} if wide else {"rtol": 1e-5, "atol": 1e-5}
+    for context in (torch.enable_grad, torch.no_grad):
+        with context():
+            torch.testing.assert_close(head.log_prob(hidden).detach(), want, **close)

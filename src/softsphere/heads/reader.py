@@ -85,7 +85,11 @@ class Reader(ABC):
         if not self.loss.normalised:
             return o
         log_t = self.loss.log_numerator(o)
-        return log_t if pi is None else log_t + pi.log().to(log_t.dtype)
+        if pi is None:
+            return log_t
+        # The wider dtype, in which neither π nor its logarithm loses digits.
+        wide = torch.promote_types(pi.dtype, log_t.dtype)
+        return log_t + pi.to(wide).log().to(log_t.dtype)
 
     def scores_of(self, H: Tensor, classes: Tensor) -> Tensor:
         """The scores of the given classes (n): (m, n)."""

@@ -245,3 +245,15 @@ class Machine(RuleBasedStateMachine):
 
 TestMachine = Machine.TestCase
 TestMachine.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+def test_a_pivot_that_rounding_could_have_left_is_singular():
+    """‖h‖² of ones is exact in any order, so S = 1 − lr ‖h‖² is 200 eps on every machine."""
+    width = 512
+    matrix = FactoredMatrix(torch.zeros(3, width).double())
+    h, none = torch.ones(1, width).double(), torch.empty(0, dtype=torch.long)
+    step = GradientFactors(h, h, h.new_zeros(1), none, none, h.new_empty(0))
+    left = 200 * torch.finfo(torch.float64).eps
+    with pytest.raises(SingularStepError, match="singular"):
+        matrix.add_(step, alpha=-(1 - left) / width)
+    matrix.add_(step, alpha=-(1 - 8 * left) / width)

@@ -19,7 +19,7 @@ from softsphere.heads.factored_state import FactoredState
 from softsphere.heads.prediction import OutputLayer
 from softsphere.losses import Spherical
 from softsphere.matrix import FactoredTensor, Health, StructuredGradient
-from softsphere.matrix.upkeep import uninterrupted
+from softsphere.matrix.interrupts import uninterrupted
 
 __all__ = ["FactoredSphericalLoss"]
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from softsphere import checks
 from softsphere.matrix import FactoredTensor
 from softsphere.matrix.factored_matrix import FactoredMatrix
-from softsphere.matrix.upkeep import uninterrupted
+from softsphere.matrix.interrupts import uninterrupted
 
 __all__ = ["FactoredState"]
 

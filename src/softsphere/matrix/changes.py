@@ -10,10 +10,10 @@ from torch import Tensor
 
 from softsphere.matrix.blocks import Blocks
 from softsphere.matrix.copies import copied
+from softsphere.matrix.interrupts import uninterrupted
 from softsphere.matrix.reading import root
 from softsphere.matrix.refusals import refusal, stale
 from softsphere.matrix.tensors import FactoredTensor, Operand, Part, StructuredGradient
-from softsphere.matrix.upkeep import uninterrupted
 from softsphere.matrix.wrapper import Wrapper
 
 aten = torch.ops.aten

@@ -1,0 +1,36 @@
+"""A Ctrl-C waits until what must not be left half written has been written."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+__all__ = ["uninterrupted"]
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Delays SIGINT until the block has ended, so that the factors are never left half written.
+
+    Outside the main thread, where Python handles no signals, this does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held: list[tuple[int, FrameType | None]] = []
+    old = signal.getsignal(signal.SIGINT)
+    if old is None:  # the handler was not set by Python
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda number, frame: held.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, old)
+        if held and callable(old):
+            old(*held[-1])
+        elif held and old == signal.SIG_DFL:
+            signal.raise_signal(signal.SIGINT)

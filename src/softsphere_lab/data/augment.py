@@ -9,12 +9,12 @@ __all__ = ["flip_and_crop"]
 
 
 def flip_and_crop(x: Tensor, generator: torch.Generator, padding: int = 4) -> Tensor:
-    """Each image mirrored with probability ½ and shifted by up to padding pixels in each direction.
+    """Mirrors each image with probability ½ and shifts it by up to `padding` pixels.
 
-    x: (N, C, H, W), of any dtype; generator: where the chances come from, on any device;
-    padding: how many reflected pixels an image gets at each side before H × W are cut out of it.
-    Returns: the shape, dtype and device of x, laid out in memory as channels_last.
-    Raises: ValueError where the images are too small to be reflected that far.
+    x: (N, C, H, W), of any dtype. generator: the source of chance, on any device. padding: how many
+    reflected pixels an image gets at each side before H × W pixels are cut out of it.
+    Returns images with the shape, dtype and device of x, in the memory format channels_last.
+    Raises ValueError if the images are too small to be reflected that far.
     """
     count, _, height, width = x.shape
     if not 0 <= padding < min(height, width):
@@ -28,7 +28,7 @@ def flip_and_crop(x: Tensor, generator: torch.Generator, padding: int = 4) -> Te
         return drawn.to(x.device)
 
     def reflected(size: int) -> Tensor:
-        """For each image, where its pixels come from along one axis: (N, size)."""
+        """Returns where the pixels of each image come from along one axis, as (N, size)."""
         shifted = torch.arange(size, device=x.device) + chances(2 * padding + 1) - padding
         return size - 1 - (size - 1 - shifted.abs()).abs()
 

@@ -1,4 +1,4 @@
-"""Where texts come from: public sets by name or from a folder, and a small generated one."""
+"""Where texts come from: public sets, sentences in a folder, and a small generated text."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ __all__ = ["CORPORA", "Corpus", "read"]
 PARTS = ("train", "validation", "test")
 PTB = "ptb-text-only/ptb_text_only"
 WIKIPEDIA = "wikimedia/wikipedia"
-# Articles of the three parts; the hub has all of Wikipedia in one.
+# The number of articles of each part; the hub has all of Wikipedia in one part.
 ARTICLES = (4200, 128, 128)
 WORD = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]")
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """The sequences of words of each part, a line each.
+    """The lines of each part.
 
-    split: the words of a line; fewest: how often the training part must have a word for it not to
-    be the unknown one.
+    split: returns the words of a line. fewest: how often a word must occur in the training part;
+    rarer words are the unknown word.
     """
 
     parts: dict[str, list[str]]
@@ -37,46 +37,47 @@ class Corpus:
     fewest: int = 1
 
 
-def ptb(folder: Path | None) -> Corpus:
-    """The Penn Treebank in Mikolov's form, whose words and unknown words are marked already."""
+def _ptb(folder: Path | None) -> Corpus:
+    """The Penn Treebank in Mikolov's form, which already marks the unknown words."""
     if folder is not None:
-        return sentences("ptb", folder, instead(PTB))
+        return _sentences("ptb", folder, instead(PTB))
     import datasets
 
     with public(PTB, "ptb", PARTS):
-        # the main branch holds a script, which the client runs no more; this one what it made
+        # the main branch has a script, which the client no longer runs; this branch has its output
         parts = datasets.load_dataset(PTB, revision="refs/convert/parquet")
         rows = {part: parts[part] for part in PARTS}
-    return Corpus(columns(rows, "sentence", PTB))
+    return Corpus(_columns(rows, "sentence", PTB))
 
 
-def sentences(name: str, folder: Path, otherwise: str = "") -> Corpus:
-    """Any folder of rows whose column sentence has words between spaces."""
+def _sentences(name: str, folder: Path, otherwise: str = "") -> Corpus:
+    """Text from a folder, whose column "sentence" has words with spaces between them."""
     parts = local(folder, name, PARTS, otherwise)
-    return Corpus(columns(parts, "sentence", f"--data-dir {folder}: {name}"))
+    return Corpus(_columns(parts, "sentence", f"--data-dir {folder}: {name}"))
 
 
 def wikipedia(folder: Path | None) -> Corpus:
-    r"""English Wikipedia, lower case: a paragraph a line, words seen three times or more.
+    r"""English Wikipedia in lower case, one paragraph in each line.
 
-    Words are what \w+(?:['’]\w+)* finds, and each other character that is no space.
+    Words are the matches of \w+(?:['’]\w+)* and all other characters but spaces. Words that occur
+    less than three times are the unknown word.
 
-    The hub has all articles in one part: the first 4,200 of them are trained on and the next 128
-    and 128 held out. They are not those that a folder may hold, nor are the numbers of one to be
-    compared with those of the other.
+    The hub has all articles in one part: the first 4,200 of them are trained on, and the next 128
+    and 128 are held out. A folder may have other articles, so results on one are not to be compared
+    with results on the other.
     """
     if folder is None:
-        texts = first_articles()
+        texts = _first_articles()
     else:
         rows = local(folder, "wikipedia", PARTS, instead(WIKIPEDIA))
-        texts = columns(rows, "text", f"--data-dir {folder}: wikipedia")
+        texts = _columns(rows, "text", f"--data-dir {folder}: wikipedia")
     return Corpus(
         {part: list(paragraphs(texts[part])) for part in PARTS}, split=WORD.findall, fewest=3
     )
 
 
-def first_articles() -> dict[str, list[str]]:
-    """The texts of the hub's first articles, without the rest being loaded."""
+def _first_articles() -> dict[str, list[str]]:
+    """The texts of the hub's first articles; the others are not loaded."""
     import datasets
 
     with public(WIKIPEDIA, "wikipedia", PARTS):
@@ -90,8 +91,8 @@ def paragraphs(texts: Iterable[str]) -> Iterable[str]:
     return (line for text in texts for line in text.lower().split("\n") if line.strip())
 
 
-def columns(parts: Any, column: str, source: str) -> dict[str, list[str]]:
-    """A column of text of every part. source: what an error calls the set."""
+def _columns(parts: Any, column: str, source: str) -> dict[str, list[str]]:
+    """A column of text of every part. source: the name of the set in errors."""
     texts = {}
     for part in PARTS:
         if column not in parts[part].column_names:
@@ -106,8 +107,9 @@ def columns(parts: Any, column: str, source: str) -> dict[str, list[str]]:
     return texts
 
 
-# Of the generated text: its words, the words that often follow each, how often one of those does,
-# how often a sentence ends, and the words of its parts with the ends of sentences.
+# The generated text: its number of words; how many words often follow each word, and with which
+# probability one of them does; the probability that a sentence ends after a word; and the number of
+# words of each part, with the ends of sentences.
 WORDS = 340
 FOLLOWERS = 4
 FOLLOWS = 0.8
@@ -116,11 +118,11 @@ SIZES = (6000, 1000, 1000)
 
 
 def generated(folder: Path | None) -> Corpus:
-    """A first-order Markov chain of 340 words w0, w1, … whose frequencies fall about as 1 / rank.
+    """A first-order Markov chain of 340 words w0, w1, … whose frequencies are about 1 / rank.
 
-    Four words in five are one of four that follow the last word often, the others are drawn
-    anew. The same on every machine: it is made of random.Random(0).random() alone, whose sequence
-    Python promises to keep.
+    Four words in five are one of the four that often follow the last word; the others are drawn
+    without regard to it. The text is the same on every machine, since all chance comes from
+    random.Random(0).random(), whose sequence Python promises to keep.
     """
     uniform = random.Random(0).random
     heights = list(accumulate(1 / rank for rank in range(1, WORDS + 1)))
@@ -148,29 +150,29 @@ def generated(folder: Path | None) -> Corpus:
 
 
 CORPORA: dict[str, Callable[[Path | None], Corpus]] = {
-    "ptb": ptb,
+    "ptb": _ptb,
     "wikipedia": wikipedia,
     "generated": generated,
 }
 
 
 def read(name: str, folder: Path | None) -> Corpus:
-    """The corpus of that name, or the sentences of that name in the folder.
+    """Returns the corpus of that name, or the sentences of that name in the folder.
 
     folder: see `text.load`.
-    Raises: LabError for an unknown set, and for one that cannot be had, saying what would do.
+    Raises LabError for an unknown set and for one that cannot be read, and says what would help.
     """
     if name == "generated" and folder is not None:
         raise LabError("--dataset generated is made, not read; leave --data-dir out")
-    corpus = found(name, chosen(folder))
+    corpus = _found(name, chosen(folder))
     for part, lines in corpus.parts.items():
         if not lines:
             raise LabError(f"--dataset {name}: the {part} part must have words, got none")
     return corpus
 
 
-def found(name: str, folder: Path | None) -> Corpus:
-    """The corpus of that name; those that are not public are in the folder."""
+def _found(name: str, folder: Path | None) -> Corpus:
+    """The corpus of that name; all but the public ones are in the folder."""
     if name in CORPORA:
         return CORPORA[name](folder)
     known = ", ".join(CORPORA)
@@ -179,4 +181,4 @@ def found(name: str, folder: Path | None) -> Corpus:
             f"--dataset must be one of {known}, or a set in a folder given by --data-dir, "
             f"got {name!r}"
         )
-    return sentences(name, folder, f"; or give --dataset one of {known}")
+    return _sentences(name, folder, f"; or give --dataset one of {known}")

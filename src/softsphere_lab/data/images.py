@@ -1,4 +1,4 @@
-"""Data sets of images as tensors: scikit-learn's digits, or public sets by name or folder."""
+"""Data sets of images as tensors: scikit-learn's digits, and public sets by name or folder."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from softsphere_lab.errors import LabError
 __all__ = ["DATASETS", "VARIABLE", "Images", "Split", "load"]
 
 VALIDATION_SHARE = 0.1
-# A tenth of fewer images would hold none.
+# With fewer images the validation part would be empty.
 FEWEST_IMAGES = 10
-# One of the 255 steps between black and white.
+# The least difference between two pixels of 8 bits.
 GREY_STEP = 1 / 255
 PARTS = ("train", "test")
 
@@ -45,8 +45,8 @@ class Split:
 class Images:
     """A data set whose validation part was held out of its training part.
 
-    sha256: of the pixels and labels as they were read, so that it knows nothing of the rounding of
-    the standardisation, which differs between machines.
+    sha256: of the pixels and labels as they were read. The rounding of the standardisation differs
+    between machines and has no part in it.
     """
 
     train: Split
@@ -64,7 +64,7 @@ class Images:
         return Images(train, valid, test, self.num_classes, self.sha256)
 
     def fingerprint(self) -> dict[str, Any]:
-        """What tells this data from other data of the same name, as JSON."""
+        """Returns what distinguishes this data from other data of the same name, for a record."""
         return {
             "train": len(self.train) + len(self.valid),
             "test": len(self.test),
@@ -75,7 +75,7 @@ class Images:
 
 @dataclass(frozen=True)
 class Hub:
-    """Where a public set lives and what its columns are called."""
+    """The name of a public set on the hub, its columns, and its number of classes."""
 
     name: str
     image: str
@@ -91,7 +91,7 @@ HUBS = {
 
 
 def digits() -> tuple[Split, Split, int]:
-    """scikit-learn's 1,797 digits of 8 × 8: four fifths to train on, one to test on."""
+    """Returns scikit-learn's 1,797 digits of 8 × 8, a fifth of them to test on."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -102,8 +102,8 @@ def digits() -> tuple[Split, Split, int]:
     return Split(images[train], labels[train]), Split(images[test], labels[test]), 10
 
 
-def from_hub(name: str, data_dir: Path | None) -> tuple[Split, Split, int]:
-    """The public copy of a set, or the same schema from a local folder."""
+def _from_hub(name: str, data_dir: Path | None) -> tuple[Split, Split, int]:
+    """Reads the public copy of a set, or one with the same columns from a local folder."""
     import datasets
 
     hub = HUBS[name]
@@ -113,15 +113,15 @@ def from_hub(name: str, data_dir: Path | None) -> tuple[Split, Split, int]:
     else:
         parts = local(data_dir, name, PARTS, instead(hub.name))
     source = hub.name if data_dir is None else f"--data-dir {data_dir}: {name}"
-    train, test = (split(parts[part], hub, f"{source}/{part}") for part in PARTS)
+    train, test = (as_split(parts[part], hub, f"{source}/{part}") for part in PARTS)
     if train.x.shape[1:] != test.x.shape[1:]:
         sizes = [tuple(part.x.shape[1:]) for part in (train, test)]
         raise LabError(f"{source}: images must be of one size, got {sizes[0]} and {sizes[1]}")
     return train, test, hub.num_classes
 
 
-def split(part: Any, hub: Hub, source: str) -> Split:
-    """A part of a set as tensors, pixels in [0, 1]. source: what an error calls it."""
+def as_split(part: Any, hub: Hub, source: str) -> Split:
+    """Returns a part of a set as tensors, pixels in [0, 1]. source: its name in errors."""
     import datasets
 
     columns = part.column_names
@@ -131,15 +131,15 @@ def split(part: Any, hub: Hub, source: str) -> Split:
         raise LabError(
             f"{source} must have columns {hub.image} and {hub.label}, got {', '.join(columns)}"
         )
-    labels = checked_labels(part[label][:], hub, source, label)
+    labels = _checked_labels(part[label][:], hub, source, label)
     with reading(f"{source}: cannot read the images in column {image}"):
         part = part.select_columns([image]).cast_column(image, datasets.Image())
         pictures = part[image][:]
-    return Split(pixels(pictures, source), labels)
+    return Split(_pixels(pictures, source), labels)
 
 
-def checked_labels(values: list[Any], hub: Hub, source: str, column: str) -> Tensor:
-    """The labels, of enough images, each that of a class."""
+def _checked_labels(values: list[Any], hub: Hub, source: str, column: str) -> Tensor:
+    """Returns the labels. Raises LabError if there are too few or one is not a class."""
     if len(values) < FEWEST_IMAGES:
         raise LabError(f"{source} must have at least {FEWEST_IMAGES} images, got {len(values)}")
     for row, value in enumerate(values):
@@ -151,8 +151,8 @@ def checked_labels(values: list[Any], hub: Hub, source: str, column: str) -> Ten
     return torch.tensor(values)
 
 
-def pixels(pictures: list[Any], source: str) -> Tensor:
-    """The images (N, channels, height, width) in [0, 1], all of one size and of 8 bits."""
+def _pixels(pictures: list[Any], source: str) -> Tensor:
+    """Returns images (N, channels, height, width) in [0, 1], if they have one size and 8 bits."""
     for row, picture in enumerate(pictures):
         if picture is None:
             raise LabError(f"{source}: there is no image in row {row}")
@@ -171,18 +171,18 @@ def pixels(pictures: list[Any], source: str) -> Tensor:
 
 DATASETS: dict[str, Callable[[Path | None], tuple[Split, Split, int]]] = {
     "digits": lambda _: digits(),
-    **{name: lambda folder, name=name: from_hub(name, folder) for name in HUBS},  # type: ignore[misc]
+    **{name: lambda folder, name=name: _from_hub(name, folder) for name in HUBS},  # type: ignore[misc]
 }
 
 
 def load(name: str, data_dir: Path | None = None) -> Images:
-    """The set of that name, standardised per channel, a tenth of its training part held out.
+    """Returns the set of that name, standardised per channel.
 
-    The tenth is the same in every run and for every seed.
+    A tenth of the training part is held out for validation, the same in every run.
 
-    data_dir: a folder with NAME/train.parquet and NAME/test.parquet in the schema of the public
+    data_dir: a folder with NAME/train.parquet and NAME/test.parquet with the columns of the public
     copy; by default the environment variable SOFTSPHERE_DATA, and without it the public hub.
-    Raises: LabError for an unknown set, and for one that cannot be had, saying what would do.
+    Raises LabError for an unknown set and for one that cannot be read, and says what would help.
     """
     if name not in DATASETS:
         raise LabError(f"--dataset must be one of {', '.join(DATASETS)}, got {name!r}")
@@ -194,7 +194,7 @@ def load(name: str, data_dir: Path | None = None) -> Images:
     held = round(len(train) * VALIDATION_SHARE)
     valid, train = train.take(order[:held]), train.take(order[held:])
     mean = train.x.mean((0, 2, 3), keepdim=True)
-    # a channel that is the same in every image has no spread to divide by
+    # the standard deviation of a channel that is the same in every image is zero
     std = train.x.std((0, 2, 3), keepdim=True).clamp_min(GREY_STEP)
 
     def standardised(part: Split) -> Split:

@@ -1,4 +1,4 @@
-"""How well embeddings of words agree with what people say of their similarity."""
+"""How well embeddings of words agree with people's judgement of their similarity."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from softsphere_lab.errors import LabError
 
 __all__ = ["FEWEST_PAIRS", "Pair", "Similarity", "load_pairs", "spearman"]
 
-# Two words, and how similar people say that they are.
+# Two words and their similarity in the judgement of people.
 Pair = tuple[str, str, float]
 
 FILES = {
     "simlex999": "word-similarity/simlex999.txt",
     "wordsim353": "word-similarity/wordsim353.tsv",
 }
-# Any two pairs are ranked alike or the other way round.
+# The rank correlation of two pairs is always 1 or −1.
 FEWEST_PAIRS = 3
-# Cosines of parallel embeddings differ by rounding alone, which is nothing to rank.
+# Cosines of parallel embeddings differ by rounding alone, and are not ranked by it.
 ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
 class Similarity:
-    """Spearman's rank correlation, None where there is none to give.
+    """Spearman's rank correlation, or None where it is not defined.
 
-    pairs: that there are; covered: of them, those both of whose words have an embedding.
+    pairs: how many there are. covered: for how many of them both words have an embedding.
     """
 
     correlation: float | None
@@ -44,34 +44,35 @@ class Similarity:
 
 
 def load_pairs(folder: Path | None = None) -> dict[str, list[Pair]]:
-    """The pairs of simlex999 and wordsim353, of those that the folder has.
+    """Returns the pairs of simlex999 and of wordsim353, as far as the folder has them.
 
-    folder: with word-similarity/simlex999.txt and wordsim353.tsv, two words and a score a line with
-    tabs between and comments behind #; by default the environment variable SOFTSPHERE_DATA.
-    Raises: LabError naming the file and the line that is not what it should be.
+    folder: has word-similarity/simlex999.txt and wordsim353.tsv, which have two words and a score
+    in each line, with tabs between them, and comments that begin with #. The default is the
+    environment variable SOFTSPHERE_DATA.
+    Raises LabError with the file and the line that is not of this form.
     """
     folder = chosen(folder)
     if folder is None:
         return {}
     paths = {name: folder / file for name, file in FILES.items()}
-    return {name: read(path) for name, path in paths.items() if path.is_file()}
+    return {name: _read(path) for name, path in paths.items() if path.is_file()}
 
 
-def read(path: Path) -> list[Pair]:
+def _read(path: Path) -> list[Pair]:
     """The pairs of a file."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise LabError(f"--data-dir: cannot read {path} ({error})") from error
     return [
-        parsed(line, f"{path}, line {number}")
+        _parsed(line, f"{path}, line {number}")
         for number, line in enumerate(lines, 1)
         if line.strip() and not line.startswith("#")
     ]
 
 
-def parsed(line: str, place: str) -> Pair:
-    """Two words and their score. place: what an error calls the line."""
+def _parsed(line: str, place: str) -> Pair:
+    """Two words and their score. place: the name of the line in errors."""
     fields = [field.strip() for field in line.split("\t")]
     if len(fields) != 3 or not all(fields):
         raise LabError(
@@ -87,14 +88,14 @@ def parsed(line: str, place: str) -> Pair:
 
 
 def spearman(words: Sequence[str], embeddings: Tensor, pairs: Sequence[Pair]) -> Similarity:
-    """The correlation of the cosine similarity of two words with their score, over the pairs.
+    """Returns the correlation of the cosine similarity of two words with their score.
 
-    None for fewer than FEWEST_PAIRS covered, where the cosines or the scores are all the same, and
-    where a cosine is not finite. The case of letters does not count; of words that differ by it
-    alone the first has its say. The unknown word is none.
+    It is None if fewer than FEWEST_PAIRS pairs are covered, if the cosines or the scores are all
+    the same, and if a cosine is not finite. Letters of either case are the same; the first of
+    several such words counts. The unknown word is not a word.
 
-    words: D; embeddings: (D, d), of any dtype and device.
-    Raises: ValueError where there is not an embedding a word.
+    words: D words. embeddings: (D, d), of any dtype and device.
+    Raises ValueError if the number of embeddings is not that of the words.
 
     >>> import torch
     >>> people = [("cat", "dog", 9.0), ("cat", "car", 2.0), ("dog", "car", 1.0), ("a", "b", 5.0)]
@@ -121,7 +122,7 @@ def spearman(words: Sequence[str], embeddings: Tensor, pairs: Sequence[Pair]) ->
     rows = embeddings.detach()
     cosines = cosine_similarity(rows[left].double(), rows[right].double(), dim=1).cpu().numpy()
     correlation = None
-    # neither holds of what is not a number
+    # NaN fails both comparisons
     if np.ptp(cosines) > ROUNDING and np.ptp(scores) > 0:
         correlation = float(stats.spearmanr(cosines, scores).statistic)
     return Similarity(correlation, len(pairs), len(known))

@@ -1,4 +1,4 @@
-"""Where public sets are read from: a local folder, or the hub; and what tells two sets apart."""
+"""Where public sets are read from (a local folder or the hub), and what tells two sets apart."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ VARIABLE = "SOFTSPHERE_DATA"
 
 
 def chosen(folder: Path | None) -> Path | None:
-    """The folder of --data-dir, by default that of the environment; None means the hub."""
+    """Returns the folder of --data-dir, by default that of the environment; None means the hub."""
     default = os.environ.get(VARIABLE)
     return folder or (Path(default) if default else None)
 
 
-def parquet_files(folder: Path, name: str, parts: Sequence[str]) -> dict[str, list[str]] | None:
-    """The files of each part: anywhere in folder/name, or right in the folder itself."""
+def _parquet_files(folder: Path, name: str, parts: Sequence[str]) -> dict[str, list[str]] | None:
+    """The files of each part, from anywhere in folder/name or from the folder itself."""
     for root, pattern in ((folder / name, "**/{}*.parquet"), (folder, "{}*.parquet")):
         files = {part: sorted(map(str, root.glob(pattern.format(part)))) for part in parts}
         if all(files.values()):
@@ -34,18 +34,18 @@ def parquet_files(folder: Path, name: str, parts: Sequence[str]) -> dict[str, li
 
 
 def local(folder: Path, name: str, parts: Sequence[str], otherwise: str = "") -> Any:
-    """The parts of a set in a folder, by name.
+    """Returns the parts of a set in a folder, by name.
 
-    otherwise: what else would do where the folder lacks it.
+    otherwise: what an error says would help if the folder lacks the set.
     """
     import datasets
 
     if not folder.is_dir():
         raise LabError(f"--data-dir {folder}: there is no such folder")
-    files = parquet_files(folder, name, parts)
+    files = _parquet_files(folder, name, parts)
     if files is None:
         raise LabError(
-            f"--data-dir {folder} has no {listed(name, '{}*.parquet', parts)}{otherwise}"
+            f"--data-dir {folder} has no {_listed(name, '{}*.parquet', parts)}{otherwise}"
         )
     datasets.disable_progress_bars()
     with reading(f"--data-dir {folder}: cannot read {name}"):
@@ -53,14 +53,14 @@ def local(folder: Path, name: str, parts: Sequence[str], otherwise: str = "") ->
 
 
 def instead(hub: str) -> str:
-    """That the hub has the set too."""
+    """Returns the end of an error: that the hub has the set too."""
     return f"; leave it (and the environment variable {VARIABLE}) out to load {hub} from the hub"
 
 
 @contextmanager
 def public(hub: str, name: str, parts: Sequence[str]) -> Iterator[None]:
-    """Names the local copy that would do where the hub fails."""
-    copy = listed(name, "{}.parquet", parts)
+    """Adds to an error of the hub which local copy would help."""
+    copy = _listed(name, "{}.parquet", parts)
     with reading(
         f"cannot load {hub} from the hub",
         f"; give a local copy with --data-dir FOLDER that holds {copy}",
@@ -70,7 +70,7 @@ def public(hub: str, name: str, parts: Sequence[str]) -> Iterator[None]:
 
 @contextmanager
 def reading(failed: str, otherwise: str = "") -> Iterator[None]:
-    """Makes one line of an error of the client, which raises dozens of kinds."""
+    """Turns any error of the client, which raises dozens of kinds, into a LabError of one line."""
     try:
         yield
     except Exception as error:
@@ -78,14 +78,14 @@ def reading(failed: str, otherwise: str = "") -> Iterator[None]:
         raise LabError(f"{failed} {cause}{otherwise}") from error
 
 
-def listed(name: str, file: str, parts: Sequence[str]) -> str:
+def _listed(name: str, file: str, parts: Sequence[str]) -> str:
     """The files of a set, in words."""
     *others, last = (f"{name}/{file.format(part)}" for part in parts)
     return f"{', '.join(others)} and {last}"
 
 
 def digest(*contents: Tensor | bytes) -> str:
-    """The first twelve digits of the SHA-256 of the contents: bytes, and the tensors' values."""
+    """Returns the first twelve digits of the SHA-256 of bytes and of the values of tensors."""
     sha = hashlib.sha256()
     for content in contents:
         sha.update(content if isinstance(content, bytes) else content.contiguous().numpy().data)

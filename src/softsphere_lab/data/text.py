@@ -1,4 +1,4 @@
-"""Texts of words as numbers: a vocabulary, commonest words first, and n-grams of a text."""
+"""Texts as numbers of words: the vocabulary, commonest words first, n-grams and windows."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ UNKNOWN = "<unk>"
 
 @dataclass(frozen=True)
 class Text:
-    """Word numbers of the three parts (tokens), commonest first, and how often each occurs.
+    """The word numbers of the three parts; words that are commoner have lower numbers.
 
-    words: the vocabulary, with the unknown word; counts: (D) in the training part, of the unknown
-    word 1 at least, so that a prior made of them is positive.
+    words: the vocabulary, the unknown word included. counts: (D) how often each word occurs in the
+    training part; at least 1 for the unknown word, so that a prior made of them is positive.
     """
 
     words: list[str]
@@ -39,15 +39,15 @@ class Text:
 
     @property
     def end(self) -> int:
-        """The number of the end of a sentence; of the unknown word where a cut took it."""
+        """The number of the end of a sentence, or of the unknown word if a cut removed it."""
         return self.words.index(END if END in self.words else UNKNOWN)
 
     def cut(self, D: int) -> Text:
-        """The text in D classes: the D − 1 commonest words, all others the unknown one.
+        """Returns the text in D classes: the D − 1 commonest words, and one for all others.
 
-        The end of a sentence is a word; of words that are as common the lower numbers stay, and
-        the unknown word comes after them.
-        Raises: LabError where D is not from 2 to the words that there are.
+        The end of a sentence counts as a word. Of equally common words those with lower numbers
+        stay, and the unknown word comes after them.
+        Raises LabError unless D is from 2 to the number of words.
         """
         if not 2 <= D <= len(self.words):
             raise LabError(f"a text of {len(self.words)} words can be cut to 2 or more, got {D}")
@@ -69,11 +69,11 @@ class Text:
         )
 
     def first(self, tokens: int) -> Text:
-        """The text with so many words to train on, counted anew; its vocabulary as it was.
+        """Returns the text with the first so many words to train on, and the same vocabulary.
 
-        A word that is not among them counts 1, so that frequencies stay positive.
-
-        Raises: LabError where tokens is not from 1 to the words that there are.
+        Words are counted again. A word that does not occur counts 1, so that all frequencies are
+        positive.
+        Raises LabError unless tokens is from 1 to the number of words to train on.
         """
         if not 1 <= tokens <= len(self.train):
             raise LabError(
@@ -85,11 +85,11 @@ class Text:
         return replace(self, train=train, counts=counts.to(self.counts.dtype))
 
     def held(self, tokens: int) -> Text:
-        """The text with so many words at most to validate on, and to test on."""
+        """Returns the text with at most so many words to validate on and to test on."""
         return replace(self, valid=self.valid[:tokens], test=self.test[:tokens])
 
     def fingerprint(self) -> dict[str, Any]:
-        """What tells this text from other texts of the same name, as JSON."""
+        """Returns what distinguishes this text from others of the same name, for a record."""
         return {
             "train": len(self.train),
             "valid": len(self.valid),
@@ -100,15 +100,15 @@ class Text:
 
 
 def load(name: str, folder: Path | None = None) -> Text:
-    """The text of that name; a word that the training part lacks, or has too seldom, is <unk>.
+    """Returns the text of that name. Words that are too rare in its training part are <unk>.
 
     folder: with NAME/train.parquet, NAME/validation.parquet and NAME/test.parquet in the schema of
-    the public copy, or with a column sentence; by default the environment variable
+    the public copy, or with a column "sentence"; by default the environment variable
     SOFTSPHERE_DATA, and without it the public hub.
-    Raises: LabError for an unknown set, and for one that cannot be had, saying what would do.
+    Raises LabError for an unknown set and for one that cannot be read, and says what would help.
     """
     corpus = read(name, folder)
-    text = counted(corpus)
+    text = text_of(corpus)
     often = text.counts >= corpus.fewest
     often[text.words.index(UNKNOWN)] = True
     seen = int(often.sum())
@@ -118,8 +118,8 @@ def load(name: str, folder: Path | None = None) -> Text:
     return replace(text, counts=text.counts.clamp_min(1))
 
 
-def counted(corpus: Corpus) -> Text:
-    """The text with every word of its training part in the vocabulary."""
+def text_of(corpus: Corpus) -> Text:
+    """Returns the text with every word of its training part in the vocabulary."""
     number: defaultdict[str, int] = defaultdict(count().__next__)
 
     def words(part: str) -> Iterator[str]:
@@ -143,15 +143,15 @@ def counted(corpus: Corpus) -> Text:
 
 
 def ngrams(tokens: Tensor, n: int, end: int) -> tuple[Tensor, Tensor]:
-    """Contexts (N, n − 1) and next words (N); the text begins after ends of sentences."""
+    """Returns contexts (N, n − 1) and next words (N); the first context is ends of sentences."""
     padded = torch.cat([torch.full((n - 1,), end), tokens])
     return padded.unfold(0, n - 1, 1)[:-1], tokens
 
 
 def windows(tokens: Tensor, length: int, end: int) -> tuple[Tensor, Tensor]:
-    """Words (N, length), one after the other, and the word after each (N, length).
+    """Returns the words of consecutive windows (N, length) and the word after each (N, length).
 
-    The text begins after the end of a sentence; what does not fill a window is left out.
+    The first word read is the end of a sentence. A rest that does not fill a window is left out.
     """
     whole = len(tokens) // length * length
     before = torch.cat([torch.tensor([end]), tokens])[:whole]

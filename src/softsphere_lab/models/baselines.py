@@ -1,4 +1,4 @@
-"""Output layers that ours are compared with, in cost and in quality; classes commonest first."""
+"""Output layers that those of the library are compared with; classes come commonest first."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor, nn
 
 from softsphere import checks
 
-__all__ = ["AdaptiveSoftmax", "Baseline", "HierarchicalSoftmax"]
+__all__ = ["AdaptiveSoftmax", "Baseline", "HierarchicalSoftmax", "default_cutoffs"]
 
-# What log-probabilities of some rows and their intermediate results may have together.
+# The most that log-probabilities of some rows and their intermediate results may take.
 MOST_BYTES = 64 << 20
 CUTOFFS = (2_000, 20_000, 200_000, 2_000_000)
 
 
 class Baseline(nn.Module, ABC):
-    """A distribution over D classes with the face of our heads: the loss of hidden and target."""
+    """A distribution over D classes that is called like the library's output layers."""
 
     def __init__(self, in_features: int, num_classes: int) -> None:
         super().__init__()
@@ -32,20 +32,20 @@ class Baseline(nn.Module, ABC):
 
     @abstractmethod
     def mean_loss(self, H: Tensor, target: Tensor) -> Tensor:
-        """The mean of −log p_t over rows H (m, d) with their targets (m)."""
+        """Returns the mean of −log p_t over rows H (m, d) with targets (m)."""
 
     @abstractmethod
     def every_log_prob(self, H: Tensor) -> Tensor:
-        """log p_k of rows H (m, d): (m, D)."""
+        """Returns log p_k of rows H (m, d) as (m, D)."""
 
     def forward(self, hidden: Tensor, target: Tensor) -> Tensor:
-        """The mean negative log-likelihood of targets (…) after hidden (…, d)."""
+        """Returns the mean negative log-likelihood of targets (…) given hidden rows (…, d)."""
         self.check(hidden, target)
         return self.mean_loss(hidden.reshape(-1, self.in_features), target.reshape(-1))
 
     @torch.no_grad()
     def log_prob(self, hidden: Tensor, classes: Tensor | None = None) -> Tensor:
-        """log p_k: (…, D), or (…, n) of the given classes (n) alone."""
+        """Returns log p_k of all classes (…, D), or of the given classes (n) as (…, n)."""
         checks.hidden(hidden, self.in_features)
         if classes is None:
             result = self.every_log_prob(hidden.reshape(-1, self.in_features))
@@ -57,7 +57,7 @@ class Baseline(nn.Module, ABC):
 
     @torch.no_grad()
     def rank(self, hidden: Tensor, target: Tensor) -> Tensor:
-        """1 + the number of classes that are better than the target: (…)."""
+        """Returns 1 + the number of classes with a higher probability than the target, as (…)."""
         self.check(hidden, target)
         size = self.rows_at_once(hidden)
         portions = hidden.reshape(-1, self.in_features).split(size)
@@ -65,7 +65,7 @@ class Baseline(nn.Module, ABC):
         for H, t in zip(portions, target.reshape(-1).split(size), strict=True):
             log_p = self.every_log_prob(H)
             own = t.unsqueeze(1)
-            # so that what is not a number is behind all that is
+            # a NaN score ranks last
             better = ~(log_p <= log_p.gather(1, own))
             above.append(better.scatter(1, own, False).sum(1))
         return torch.cat(above).view(target.shape) + 1
@@ -76,7 +76,7 @@ class Baseline(nn.Module, ABC):
         checks.classes(target, self.num_classes, "target")
 
     def rows_at_once(self, hidden: Tensor) -> int:
-        """As many as leave three tensors of their scores within MOST_BYTES; one if none do."""
+        """Returns how many rows fit MOST_BYTES with three tensors of their scores, at least one."""
         return max(1, MOST_BYTES // (3 * hidden.element_size() * self.num_classes))
 
 
@@ -84,18 +84,18 @@ class HierarchicalSoftmax(Baseline):
     r"""Two-level softmax: p_t = p(cluster of t | h) p(t | its cluster, h), each a softmax.
 
     There are C = ⌈√D⌉ clusters of at most C classes. Class t is leaf ⌊t / C⌋ of cluster t mod C, so
-    that each cluster has one of the C commonest classes and its share of the rarer ones: clusters
-    are alike in mass, and all their rows are trained about equally often.
+    that each cluster has one of the C commonest classes and its share of the rarer ones. All
+    clusters then have about the same probability and are trained about equally often.
 
     Args:
         in_features: d.
         num_classes: D, at least 2. Leaves beyond D have probability exactly zero.
-        bias: whether both levels have one.
-        sparse: whether the leaves' gradients are sparse, for `SGD` and `SparseAdam` alone; a step
-            then touches the targets' clusters and nothing else of W.
+        bias: whether both levels have a bias.
+        sparse: whether the gradients of the leaves are sparse, for `SGD` and `SparseAdam` alone. A
+            step then touches the clusters of the targets only.
 
     Shapes: hidden (…, d); target (…) class indices.
-    A step gathers m √D rows of width d. Dense gradients cost O(D d) besides.
+    A step gathers m √D rows of width d. Dense gradients cost another O(D d).
 
     Source: Goodman 2001, arXiv:cs/0108006.
 
@@ -113,13 +113,13 @@ class HierarchicalSoftmax(Baseline):
         self.clusters = math.isqrt(num_classes - 1) + 1
         self.leaves = -(-num_classes // self.clusters)
         self.top = nn.Linear(in_features, self.clusters, bias)
-        # a row a cluster, as a sparse gradient wants it
+        # one row for each cluster, as a sparse gradient needs it
         self.weight = nn.Parameter(torch.empty(self.clusters, self.leaves * in_features))
         self.bias = nn.Parameter(torch.empty(self.clusters, self.leaves)) if bias else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """The initial values of `nn.Linear` at both levels."""
+        """Draws the initial values of `nn.Linear` at both levels."""
         self.top.reset_parameters()
         bound = 1 / math.sqrt(self.in_features)
         for values in (self.weight, self.bias):
@@ -127,7 +127,7 @@ class HierarchicalSoftmax(Baseline):
                 nn.init.uniform_(values, -bound, bound)
 
     def absent(self, cluster: Tensor) -> Tensor:
-        """Which leaves of the clusters (n) are no classes: (n, leaves)."""
+        """Returns which leaves of the clusters (n) are no classes, as (n, leaves)."""
         leaf = torch.arange(self.leaves, device=cluster.device)
         return leaf * self.clusters + cluster.unsqueeze(1) >= self.num_classes
 
@@ -152,7 +152,7 @@ class HierarchicalSoftmax(Baseline):
 
 
 class AdaptiveSoftmax(Baseline):
-    r"""`nn.AdaptiveLogSoftmaxWithLoss` for any leading shape and with ranks.
+    r"""`nn.AdaptiveLogSoftmaxWithLoss` for rows of any leading shape, with ranks.
 
     The commonest classes and the clusters of the others share one softmax; the i-th cluster has a
     softmax of its own over ⌊d / 4ⁱ⌋ projected numbers.
@@ -161,7 +161,7 @@ class AdaptiveSoftmax(Baseline):
         in_features: d.
         num_classes: D, at least 2.
         cutoffs: the first class of each cluster; see `default_cutoffs`.
-        bias: whether the first softmax has one; those of the clusters have none.
+        bias: whether the first softmax has a bias; those of the clusters have none.
 
     Shapes: hidden (…, d); target (…) class indices.
 
@@ -184,7 +184,7 @@ class AdaptiveSoftmax(Baseline):
             in_features,
             num_classes,
             default_cutoffs(in_features, num_classes) if cutoffs is None else list(cutoffs),
-            div_value=shrinkage(in_features),
+            div_value=_shrinkage(in_features),
             head_bias=bias,
         )
 
@@ -199,21 +199,21 @@ class AdaptiveSoftmax(Baseline):
         return self.layer.log_prob(H)
 
 
-def shrinkage(in_features: int) -> float:
-    """How many times narrower each cluster is than the one before; 4 where d allows it."""
+def _shrinkage(in_features: int) -> float:
+    """How many times narrower each cluster is than the one before: 4, or d if that is less."""
     return float(min(4, in_features))
 
 
 def default_cutoffs(in_features: int, num_classes: int) -> list[int]:
-    """2,000 and ten times as many each time, below D.
+    """Returns 2,000 and ten times as many each time, as far as they are below D.
 
-    No cluster is so far out that nothing is left of its width, as it could not tell its classes
-    apart. Few classes are all in the first softmax: the one cluster that there must be has the last
-    of them alone, with probability one in it.
+    There are only as many clusters as have a width of at least 1, since a cluster without width
+    could not tell its classes apart. Few classes are all in the first softmax: PyTorch demands one
+    cluster, which then has the last class alone.
 
     >>> default_cutoffs(128, 100_000), default_cutoffs(8, 100_000), default_cutoffs(128, 1000)
     ([2000, 20000], [2000], [999])
     """
-    factor = shrinkage(in_features)
+    factor = _shrinkage(in_features)
     wide_enough = [c for i, c in enumerate(CUTOFFS, 1) if in_features // factor**i >= 1]
     return [c for c in wide_enough if c < num_classes] or [num_classes - 1]

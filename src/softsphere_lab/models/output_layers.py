@@ -1,4 +1,4 @@
-"""Output layers of language models: what is compared, by name, and how each is trained."""
+"""Output layers of language models: the names that are compared, and how each is built."""
 
 from __future__ import annotations
 
@@ -22,31 +22,33 @@ __all__ = ["Output", "Ranks", "layer"]
 
 
 class Ranks(Protocol):
-    """What all output layers can do besides giving the loss."""
+    """What all output layers can do besides computing the loss."""
 
     def rank(self, hidden: Tensor, target: Tensor) -> Tensor: ...
 
 
-# Softmax at less cost, by approximation or by another distribution: no losses of the registry.
+# Softmax at less cost, by an approximation or another distribution. Not losses of the library.
 BASELINES: dict[str, Callable[[int, int], nn.Module]] = {
     "adaptive_softmax": AdaptiveSoftmax,
     "hierarchical_softmax": HierarchicalSoftmax,
 }
 
 
-# What a loss's weights begin with, in those of nn.Linear. The outputs that squared error asks for
-# are some 1/D: from the usual ones its first steps shrink the hidden layer until no ReLU is left.
+# The initial weights of a loss, as a multiple of those of nn.Linear. The outputs that minimise
+# squared error are about 1/D. From the usual weights, its first steps would shrink the hidden layer
+# until no ReLU is active.
 SMALLER = {"squared_error": 0.01}
 
 
 @dataclass(frozen=True)
 class Output:
-    """One thing that is compared: a loss, with its layer and what differs in the network below.
+    """One entry of a comparison: a loss, its layer, and what differs in the network below.
 
-    loss: a spec of a loss, or a name in BASELINES. prior: word frequencies as the base measure.
-    factored: the layer is stepped by FactoredSGD, at rate · D; else AdamW steps it. lstm: instead
-    of the n-gram model. depth, activation: of the n-gram model. classes: the commonest words that
-    are told apart, None for all.
+    loss: a loss with its numbers, or a key of BASELINES. prior: whether word frequencies are the
+    base measure. factored: whether FactoredSGD steps the layer, with the learning rate rate · D;
+    otherwise AdamW steps it. lstm: whether the network is the LSTM and not the n-gram model. depth,
+    activation: those of the n-gram model. classes: how many of the commonest words are told apart;
+    None means all.
     """
 
     loss: str
@@ -59,7 +61,7 @@ class Output:
     classes: int | None = None
 
     def __str__(self) -> str:
-        """What `parse` reads back.
+        """Returns the name that `parse` reads.
 
         >>> str(Output("softmax", prior=True, depth=2))
         'softmax prior depth=2'
@@ -75,7 +77,8 @@ class Output:
 
     @classmethod
     def parse(cls, text: str) -> Output:
-        """
+        """Reads a name. Raises LabError if it has a word that is not known.
+
         >>> output = Output.parse("spherical_softmax:eps=0.1 factored rate=0.01")
         >>> output.loss, output.factored, output.rate, output.classes
         ('spherical_softmax:eps=0.1', True, 0.01, None)
@@ -93,17 +96,17 @@ class Output:
 
     @property
     def spec(self) -> LossSpec | None:
-        """The loss with its numbers; None for a baseline."""
+        """The loss with its numbers, or None for a baseline."""
         return None if self.loss in BASELINES else LossSpec.parse(self.loss)
 
     @property
     def normalised(self) -> bool:
-        """Whether it gives probabilities."""
+        """Whether it has probabilities."""
         return self.spec is None or self.spec.loss().normalised
 
     @property
     def engine(self) -> str:
-        """How the layer is computed, for the record."""
+        """How the layer is computed, as the record says it."""
         if self.spec is None:
             return self.loss
         if self.factored:
@@ -111,12 +114,12 @@ class Output:
         return "gram" if isinstance(self.spec.loss(), Spherical) else "logits"
 
     def axes(self, rates: Axis) -> dict[str, Axis]:
-        """What a search chooses from: a loss's own numbers, and the rate of a factored layer."""
+        """Returns what a search chooses: a loss's own numbers, and the rate of a factored layer."""
         axes = {} if self.spec is None else self.spec.axes(True)
         return {**axes, "rate": rates} if self.factored and self.rate is None else axes
 
     def at(self, values: Mapping[str, float]) -> Output:
-        """The same with values for what is searched for.
+        """Returns the same output layer with the values that a search chose.
 
         >>> str(Output("spherical_softmax", factored=True).at({"eps": 0.1, "rate": 0.01}))
         'spherical_softmax:eps=0.1 factored rate=0.01'
@@ -129,10 +132,12 @@ class Output:
 def layer(
     output: Output, width: int, counts: Tensor, device: str
 ) -> tuple[nn.Module, torch.optim.Optimizer | None]:
-    """The layer, and the optimizer that is its own; None where AdamW steps it with the rest.
+    """Returns the layer and its own optimizer, which is None if AdamW steps it with the network.
 
-    output: of which nothing is left to search for. counts: (D) of the classes. Every layer but the
-    baselines begins with the weights of the same nn.Linear, squared error with smaller ones.
+    Every layer but the baselines begins with the weights of the same nn.Linear; squared error
+    begins with smaller ones.
+
+    output: a layer with nothing left to search for. counts: (D) how often each class occurs.
     """
     D = len(counts)
     if output.spec is None:

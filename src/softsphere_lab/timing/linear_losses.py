@@ -40,7 +40,7 @@ LOSS = "taylor_softmax"
 ENGINES = ("dense", "chunked", "gram")
 
 
-def by_engine(engine: str) -> LinearLoss:
+def _by_engine(engine: str) -> LinearLoss:
     """The library's linear layer, by one of its engines."""
     options = LinearSphericalOptions(engine=engine)
 
@@ -60,7 +60,7 @@ def softmax(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(hidden, weight), target)
 
 
-def core(chunk: int | None) -> LinearLoss:
+def _core(chunk: int | None) -> LinearLoss:
     """PyTorch's own fused softmax: with a chunk of rows, or with the one that it chooses."""
     options = None if chunk is None else nn.LinearCrossEntropyOptions(batch_chunk_size=chunk)
 
@@ -70,7 +70,7 @@ def core(chunk: int | None) -> LinearLoss:
     return loss
 
 
-def liger(accumulate: bool) -> LinearLoss:
+def _liger(accumulate: bool) -> LinearLoss:
     """Liger-Kernel's fused softmax. accumulate: whether it sums gradients in float32."""
     from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
 
@@ -85,7 +85,7 @@ def liger(accumulate: bool) -> LinearLoss:
     return loss
 
 
-def cut_cross_entropy(exact: bool) -> LinearLoss:
+def _cut_cross_entropy(exact: bool) -> LinearLoss:
     """Apple's. exact: no block is skipped; older releases say so by a threshold of None."""
     from cut_cross_entropy import LinearCrossEntropyImpl, linear_cross_entropy
 
@@ -110,8 +110,8 @@ def _fused(*chunks: int) -> dict[str, Callable[[], LinearLoss]]:
     if not hasattr(F, "linear_cross_entropy"):
         return {}
     return {
-        **{f"core, chunk {n}": partial(core, n) for n in chunks},
-        "core, automatic": lambda: core(None),
+        **{f"core, chunk {n}": partial(_core, n) for n in chunks},
+        "core, automatic": lambda: _core(None),
     }
 
 
@@ -119,14 +119,14 @@ def _fused(*chunks: int) -> dict[str, Callable[[], LinearLoss]]:
 SOFTMAX: Mapping[str, Callable[[], LinearLoss]] = {**_plain(), **_fused(64, 256, 1024)}
 GPU_SOFTMAX: Mapping[str, Callable[[], LinearLoss]] = {
     **_plain(),
-    "Liger": partial(liger, False),
-    "Liger, float32 sums": partial(liger, True),
-    "cut cross-entropy": partial(cut_cross_entropy, False),
-    "cut cross-entropy, exact": partial(cut_cross_entropy, True),
+    "Liger": partial(_liger, False),
+    "Liger, float32 sums": partial(_liger, True),
+    "cut cross-entropy": partial(_cut_cross_entropy, False),
+    "cut cross-entropy, exact": partial(_cut_cross_entropy, True),
     **_fused(1024, 4096),
 }
 LOSSES: Mapping[str, Callable[[], LinearLoss]] = {
-    **{name: partial(by_engine, name) for name in (*ENGINES, "auto", "triton")},
+    **{name: partial(_by_engine, name) for name in (*ENGINES, "auto", "triton")},
     "logits": lambda: through_logits,
     **GPU_SOFTMAX,
     **SOFTMAX,

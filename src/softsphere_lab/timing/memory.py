@@ -44,12 +44,12 @@ class PeakMemory(threading.Thread):
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
-        self.before = self.most = anonymous_bytes()
+        self.before = self.most = _anonymous_bytes()
         self.start()
 
     def run(self) -> None:
         while True:
-            self.most = max(self.most, anonymous_bytes())
+            self.most = max(self.most, _anonymous_bytes())
             time.sleep(0.002)
 
     def over(self, size: int) -> float:
@@ -57,6 +57,6 @@ class PeakMemory(threading.Thread):
         return (self.most - self.before) / size
 
 
-def anonymous_bytes() -> int:
+def _anonymous_bytes() -> int:
     status = Path("/proc/self/status").read_text()
     return 1024 * int(status.split("RssAnon:")[1].split()[0])

@@ -117,7 +117,7 @@ def test_a_spoiled_set_is_one_line_that_names_what_is_wrong(case, part):
     pictures, labels, words = SPOILED[case]
     rows = datasets.Dataset.from_dict({"image": list(pictures), "label": list(labels)})
     with pytest.raises(LabError, match=words) as caught:
-        data.split(rows, data.HUBS["mnist"], f"--data-dir sets: mnist/{part}")
+        data.as_split(rows, data.HUBS["mnist"], f"--data-dir sets: mnist/{part}")
     said = str(caught.value)
     assert said.startswith(f"--data-dir sets: mnist/{part}") and "\n" not in said
 

@@ -174,7 +174,7 @@ LINES = st.lists(st.lists(WORDS, max_size=6).map(" ".join), min_size=1, max_size
 @given(lines=st.tuples(LINES, LINES, LINES), share=st.floats(0, 1))
 def test_a_cut_is_that_of_the_definition(lines, share):
     corpus = corpora.Corpus(dict(zip(PARTS, lines, strict=True)))
-    words = text.counted(corpus)
+    words = text.text_of(corpus)
     D = 2 + round(share * (len(words.words) - 2))
     cut = words.cut(D)
     counts, parts = naive(words, D)
@@ -188,7 +188,7 @@ def test_a_cut_is_that_of_the_definition(lines, share):
 
 def small() -> text.Text:
     lines = ["c b b a a a", "b a"]
-    return text.counted(corpora.Corpus(dict.fromkeys(PARTS, lines)))
+    return text.text_of(corpora.Corpus(dict.fromkeys(PARTS, lines)))
 
 
 def test_the_unknown_word_of_a_cut_lands_where_its_count_is():

@@ -184,14 +184,6 @@ def test_state_and_copies():
     assert "TaylorSoftmax()" in repr(criterion)
 
 
-def test_margin_is_for_training():
-    logits, target = problem((5, 7))
-    criterion = softsphere.SoftMarginSoftmaxLoss(margin=2.0)
-    plain = nn.functional.cross_entropy(logits, target)
-    assert criterion(logits, target) > plain + 0.1
-    torch.testing.assert_close(criterion.eval()(logits, target), plain)
-
-
 def test_predictions_follow_probabilities_not_outputs():
     criterion = softsphere.TaylorSoftmaxLoss()
     logits = torch.tensor([[0.5, -9.0, 0.0]])
@@ -200,3 +192,23 @@ def test_predictions_follow_probabilities_not_outputs():
     assert top.indices.tolist() == [[1, 0, 2]]
     torch.testing.assert_close(top.values.exp().sum(), torch.tensor(1.0))
     assert softsphere.SphericalLoss("z_loss").predict(logits).item() == 0
+
+
+MARGINS = {
+    "SoftMarginSoftmaxLoss": lambda: softsphere.SoftMarginSoftmaxLoss(margin=2.0),
+    "SphericalLoss": lambda: softsphere.SphericalLoss(losses.SoftMarginSoftmax(2.0)),
+    "LinearSphericalLoss": lambda: softsphere.LinearSphericalLoss(
+        7, 7, losses.SoftMarginSoftmax(2.0), bias=False, dtype=torch.float64
+    ),
+}
+
+
+@pytest.mark.parametrize("form", MARGINS)
+def test_a_margin_is_for_training_in_every_form(form):
+    logits, target = problem((5, 7))
+    module = MARGINS[form]()
+    if form == "LinearSphericalLoss":
+        nn.init.eye_(module.weight)
+    plain = nn.functional.cross_entropy(logits, target)
+    assert module(logits, target) > plain + 0.1
+    torch.testing.assert_close(module.eval()(logits, target), plain)

@@ -116,7 +116,7 @@ class SphericalLoss(WithPrior):
 
     @property
     def conventions(self) -> Conventions:
-        """The attributes, checked as they are now."""
+        """The settings as they are now, checked."""
         return Conventions.checked(
             self.loss,
             weight=self.weight,

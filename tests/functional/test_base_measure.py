@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 import softsphere
 from _cases import CASES
-from _engines import ENGINES, SPHERICAL
 from softsphere import SphericalLoss, losses
 from softsphere.functional import (
     linear_spherical_loss,
@@ -175,51 +174,6 @@ def test_compile_with_a_mask(name, per_row):
     torch.testing.assert_close(a.grad, b.grad)
 
 
-@both_priors
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("name", SPHERICAL)
-def test_a_linear_layer_leaves_classes_out(name, engine, prior):
-    generator = torch.Generator().manual_seed(0)
-    H, W, b = (
-        torch.randn(*shape, dtype=torch.float64, generator=generator)
-        for shape in ((5, 3), (C, 3), (C,))
-    )
-    _, target, mask = problem(False)
-    leaves = [x.clone().requires_grad_() for x in (H, W, b)]
-    got = linear_spherical_loss(
-        leaves[0],
-        leaves[1],
-        target,
-        SPHERICAL[name],
-        linear_bias=leaves[2],
-        mask=mask,
-        prior=prior,
-        options=ENGINES[engine],
-    )
-    few = [H.clone().requires_grad_(), W[mask].requires_grad_(), b[mask].requires_grad_()]
-    logits = nn.functional.linear(*few)
-    place = (mask.cumsum(0) - 1)[target]
-    want = spherical_loss(
-        logits, place, SPHERICAL[name], prior=None if prior is None else prior[mask]
-    )
-    torch.testing.assert_close(got, want)
-    slopes, wanted = torch.autograd.grad(got, leaves), torch.autograd.grad(want, few)
-    torch.testing.assert_close(slopes[0], wanted[0])
-    for slope, x in zip(slopes[1:], wanted[1:], strict=True):
-        torch.testing.assert_close(slope[mask], x)
-        assert not slope[~mask].any()
-
-
-@pytest.mark.parametrize("name", ["softmax", "taylor_softmax"])
-def test_a_linear_layer_that_makes_logits_leaves_classes_out(name):
-    head = softsphere.LinearSphericalLoss(3, C, name, label_smoothing=0.1)
-    hidden, (_, target, mask) = torch.randn(5, 3), problem(False)
-    got = head(hidden, target, mask=mask)
-    logits = nn.functional.linear(hidden, head.weight, head.bias)
-    want = spherical_loss(logits, target, name, label_smoothing=0.1, mask=mask)
-    torch.testing.assert_close(got, want)
-
-
 @pytest.mark.parametrize("per_row", [False, True])
 def test_probabilities_and_predictions(per_row):
     logits, _, mask = problem(per_row)
@@ -288,15 +242,6 @@ def test_wrong_masks(message):
     kind, call = WRONG[message]
     with pytest.raises(kind, match=message):
         call()
-
-
-def test_accumulation_takes_no_mask():
-    head = softsphere.LinearSphericalLoss(4, 3)
-    with (
-        pytest.raises(ValueError, match="mask cannot be used inside accumulate"),
-        head.accumulate(),
-    ):
-        head(torch.zeros(2, 4), TARGET, mask=KEPT)
 
 
 @every_loss

@@ -1,4 +1,4 @@
-"""Corners of the linear layer: transforms, prediction, moves, and changes in accumulate()."""
+"""The loss of a linear layer: transforms, moves, prediction, and changes inside accumulate()."""
 
 from __future__ import annotations
 
@@ -26,9 +26,6 @@ def layer(name="taylor_softmax", engine="gram", dtype=torch.float64, **options):
 
 def rows(m=4, dtype=torch.float64):
     return torch.randn(m, d, generator=torch.Generator().manual_seed(1), dtype=dtype)
-
-
-# --- transforms --------------------------------------------------------------------------------
 
 
 def test_forward_mode_is_that_of_the_logits_or_refused():
@@ -78,9 +75,6 @@ def test_auto_compiles_for_rows_that_vary(dynamic):
     compiled = torch.compile(head, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for m in (4, 3, 2):
         torch.testing.assert_close(compiled(rows(m), t[:m]), head(rows(m), t[:m]))
-
-
-# --- prediction and moves ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", [LinearSphericalLoss, FactoredSphericalLoss])
@@ -133,9 +127,6 @@ def test_many_targets_a_row_need_no_table_of_pairs():
         assert entries.t[row][kept].unique().numel() == int(kept.sum())
         got[entries.t[row][kept]] = entries.y[row][kept]
         torch.testing.assert_close(got, want)
-
-
-# --- accumulate() ------------------------------------------------------------------------------
 
 
 def replaced(head):

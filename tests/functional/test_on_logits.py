@@ -1,4 +1,4 @@
-"""Corners that were wrong once: offsets, saturation, equal outputs, tracing, many classes."""
+"""Losses on logits: offsets, saturation, equal outputs, tracing and many classes."""
 
 from __future__ import annotations
 

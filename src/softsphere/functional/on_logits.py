@@ -215,7 +215,7 @@ def _refuse_minus_infinity(o: Tensor, rows: Tensor, mask: Tensor | None) -> None
     if not values_on_cpu(rows) or bool(rows.isfinite().all()):
         return
     infinite = o.isneginf() if mask is None else o.isneginf() & mask
-    if bool(infinite.any()):
+    if bool((infinite.any(-1) & ~rows.isfinite()).any()):
         raise ValueError(
             "input must hold finite logits for this loss, got −inf; for classes that do not take "
             "part pass mask=…, True for those that do"

@@ -32,7 +32,12 @@ class _NormalisedOnLogits(OnLogits):
 
 @dataclass(frozen=True)
 class Softmax(_NormalisedOnLogits):
-    """ℓ = log Σ_k π_k e^{o_k} − log π_t − o_t, the reference for all others."""
+    """ℓ = log Σ_k π_k e^{o_k} − log π_t − o_t, the reference for all others.
+
+    >>> import torch
+    >>> Softmax().at(torch.tensor([[1.0, 0.0, -1.0]]), torch.tensor([0]), None)
+    tensor([0.4076])
+    """
 
     shift_invariant: ClassVar[bool] = True
     upper_bound: ClassVar[bool] = True
@@ -48,8 +53,16 @@ class HigherTaylorSoftmax(_NormalisedOnLogits):
     t is positive everywhere, with minima ½ (n = 2), 0.2704 (4) and 0.1493 (6). For |o| > 1 it is
     computed as n log|o| + log(t(o)/|o|ⁿ), so that no power overflows, and in float64, since the
     terms of a negative o cancel.
-    Raises TypeError or ValueError unless n is even and from 2 to 20.
+
+    Args:
+        order: n, even and from 2 to 20.
+
+    Raises TypeError or ValueError for any other order.
     Source: Banerjee et al. 2020, arXiv:2011.11538, eq. (7).
+
+    >>> import torch
+    >>> HigherTaylorSoftmax(4).at(torch.tensor([[1.0, 0.0, -1.0]]), torch.tensor([0]), None)
+    tensor([0.4094])
     """
 
     order: int = 4
@@ -75,8 +88,17 @@ class SoftMarginSoftmax(OnLogits):
 
     The target must win by a margin m ≥ 0. With m = 0 it is softmax itself, or Taylor softmax of
     order n. The margin is used in training alone: probabilities are those of m = 0.
-    Raises ValueError unless m ≥ 0 and n, if given, is even.
+
+    Args:
+        margin: m.
+        order: n, even and from 2 to 20; None for softmax.
+
+    Raises ValueError or TypeError unless m ≥ 0 and n is such a number or None.
     Source: Banerjee et al. 2020, arXiv:2011.11538, eqs. (9) and (11).
+
+    >>> import torch
+    >>> SoftMarginSoftmax(1.0).at(torch.tensor([[1.0, 0.0, -1.0]]), torch.tensor([0]), None)
+    tensor([0.8620])
     """
 
     margin: float = 1.0

@@ -20,8 +20,11 @@ class SphericalSoftmax(Normalised):
     It is even in o: only the size of an output matters. ε > 0 is a hyper-parameter. The pull on
     the target, 2c/(c² + ε), has its maximum 1/√ε at c = √ε and is zero at c = 0.
 
+    Args:
+        eps: ε.
+
     Partials: s' = 0, q' = 1/(q + Mε), c' = −2c/(c² + ε).
-    Raises ValueError unless ε > 0.
+    Raises ValueError unless ε > 0 and finite.
     Source: de Brébisson & Vincent 2015, arXiv:1511.05042, §3.1.
 
     >>> import torch

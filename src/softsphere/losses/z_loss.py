@@ -24,10 +24,13 @@ class ZLoss(Spherical):
     only ranking metrics apply. It is not the penalty log²Z on the normaliser of softmax that the
     code of large models calls "z-loss".
 
+    Args:
+        a, b: the steepness of the softplus, and the z at which it bends.
+
     Partials, with g = −sigmoid(a(b − z)): c' = g/σ, q' = −g z/(2Mσ²),
     s' = g(−1/(Mσ) + zμ/(Mσ²)).
     Convention: where all outputs are equal (σ = 0, up to rounding), z and its gradient are 0.
-    Raises ValueError unless a > 0 and b is finite.
+    Raises ValueError unless a > 0 and both are finite.
     Source: de Brébisson & Vincent 2016, arXiv:1604.08859, eq. (4).
 
     >>> import torch

@@ -1,4 +1,4 @@
-"""A small factored layer, and steps of it."""
+"""A small factored layer, and functions that train it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def layer(name="taylor_softmax", dtype=torch.float64, **options):
 
 
 def train(head, steps, lr=0.5, m=4, seed=1, **sgd):
-    """Some steps; returns the optimizer."""
+    """Takes some steps and returns the optimizer."""
     optimizer = FactoredSGD(head.parameters(), lr=lr, **sgd)
     go_on(head, optimizer, steps, m, seed)
     return optimizer
@@ -38,6 +38,6 @@ def go_on(head, optimizer, steps, m=4, seed=1):
 
 
 def unscaled(head):
-    """The gradient with respect to [W b] less its factor π, by the parameter's own."""
+    """The gradient with respect to [W b] without its factor π, from that of the parameter."""
     G, pi = head.weight.grad.to_dense(), head.matrix.arrays.pi
     return G if pi is None else G / pi.sqrt().unsqueeze(1)

@@ -51,7 +51,7 @@ with_prior = pytest.mark.parametrize("prior", [None, COUNTS], ids=["uniform", "p
 
 
 def layer(kind, name="taylor_softmax", engine="auto", dtype=torch.float64, **options):
-    """A layer, the factored one after some steps."""
+    """A layer. A factored one has taken some steps."""
     torch.manual_seed(0)
     if kind is LinearSphericalLoss:
         options["options"] = LinearSphericalOptions(engine=engine)
@@ -88,7 +88,7 @@ class OnLogits(nn.Module):
 
 
 def parts(head, grads):
-    """Gradients with respect to hidden, W and b, by those of hidden and the parameters."""
+    """Gradients with respect to hidden, W and b, from those of hidden and the parameters."""
     if not isinstance(head, FactoredSphericalLoss):
         return list(grads)
     hidden, G = grads
@@ -99,7 +99,7 @@ def parts(head, grads):
 
 
 class Largest(TorchDispatchMode):
-    """How many numbers each new tensor had."""
+    """Records the number of entries of each new tensor."""
 
     def __init__(self):
         super().__init__()

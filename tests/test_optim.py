@@ -82,7 +82,7 @@ def test_a_grad_scaler_changes_nothing(recipe):
                     nn.utils.clip_grad_norm_([*trunk.parameters(), *head.parameters()], 0.05)
                 )
             else:
-                # torch's own clips what it sees, and the layer by as much
+                # PyTorch's own function clips everything together.
                 every = [*trunk.parameters(), *head.parameters()]
                 norms.append(nn.utils.clip_grad_norm_(every, 0.05))
         for optimizer in (above, below):
@@ -123,7 +123,7 @@ def test_clipping_counts_no_gradient_that_was_zeroed():
 
 @pytest.mark.parametrize("momentum", [0.5, 0.7])
 def test_less_momentum_than_before_is_mended_in_time(momentum):
-    """The second block shrinks by the new momentum a step, long before the old period is over."""
+    """The second block shrinks with the new momentum, long before the old period is over."""
     torch.manual_seed(0)
     width, classes, m = 16, 400, 8
     head = FactoredSphericalLoss(width, classes, bias=False)
@@ -184,13 +184,13 @@ def test_a_step_that_cannot_be_taken_changes_nothing():
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_an_interrupt_leaves_a_usable_layer():
-    """One Ctrl-C a step, at a time that moves through it."""
+    """There is one Ctrl-C in each step, every time a little later."""
     head = layer()
     optimizer = FactoredSGD(head.parameters(), lr=0.5, momentum=0.9)
     go_on(head, optimizer, 1)
     caught = 0
     old = signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
-    # a process that was started in the background ignores Ctrl-C
+    # A process that was started in the background ignores Ctrl-C.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         for trial in range(300):
@@ -207,7 +207,7 @@ def test_an_interrupt_leaves_a_usable_layer():
         signal.signal(signal.SIGINT, before)
         torch.set_grad_enabled(True)
     assert caught > 20
-    # a step half written would be off in the first digits
+    # Half a step would be wrong in the first digits.
     W = head.matrix.arrays.to_dense()
     torch.testing.assert_close(head.matrix.arrays.gram, W.T @ W, rtol=1e-5, atol=1e-5)
     assert head.health().inverse_drift < 1e-5

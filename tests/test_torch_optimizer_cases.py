@@ -1,11 +1,11 @@
-"""PyTorch's own cases for SGD, and what its tests ask of every optimizer, for FactoredSGD.
+"""FactoredSGD under PyTorch's own cases for SGD and its tests for every optimizer.
 
-The cases are read from the installed torch, so that a new one joins by itself. Each run has a twin
-under torch.optim.SGD: one of the same ordinary layers, whose numbers must be equal to the last bit,
-or one with a dense output layer in the place of the factored one, equal to 1e-10.
+The cases are read from the installed torch, so that new ones are included. Each run has a twin
+under torch.optim.SGD. A twin of ordinary layers must have the same numbers to the last bit. A twin
+with a dense output layer in place of the factored one must have them to 1e-10.
 
-Left out of PyTorch's own: fused and differentiable steps, which are refused; capturable steps,
-which no SGD has; tests of memory, of GPUs and of the choice of foreach.
+Some of PyTorch's tests are left out: fused and differentiable steps, which are refused; capturable
+steps, which SGD does not have; tests of memory, of GPUs and of the choice of foreach.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def test_parameters_of_every_kind_in_one_optimizer(case, flag):
     runs = []
     for method in (FactoredSGD, SGD):
         generator = torch.Generator().manual_seed(1)
-        # clone() keeps strides as far as it can
+        # clone() keeps strides only as far as it can.
         params = [nn.Parameter(x.clone()) for x in (*starts, torch.ones(2))]
         options = {**copy.deepcopy(CASES[case]), **({flag: True} if flag else {})}
         stepper = method(params, **options)
@@ -174,7 +174,7 @@ def test_sparse_gradients_of_ordinary_parameters():
         chain = [make(stepper) for make in schedulers]
         with torch.sparse.check_sparse_tensor_invariants():
             for i in range(20):
-                # as PyTorch's own test has it, an index twice
+                # PyTorch's own test has an index twice as well.
                 p.grad = torch.sparse_coo_tensor([[i % 2] * 2], [0.3, i + 0.1], (2,))
                 stepper.step()
                 for scheduler in chain:
@@ -471,7 +471,7 @@ def test_wrong_arguments_are_refused_as_by_sgd(kind, error):
 
 
 one = nn.Parameter(torch.ones(2))
-# Of the checks in torch.optim that its list of errors leaves out.
+# Checks in torch.optim that its list of errors leaves out.
 MORE = {
     "no parameters": lambda method: method([]),
     "an unordered set": lambda method: method([{"params": {one}}]),

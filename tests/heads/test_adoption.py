@@ -1,4 +1,4 @@
-"""From which layers an output layer can be made, and what is told when the two come apart."""
+"""Which layers an output layer can be made from, and the warning when the two come apart."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def training_for_quantisation(layer):
         return torch.ao.nn.qat.Linear(d, D, qconfig=config)
 
 
-# Layers that compute something else than W h + b, or lack a weight; a word of what is told.
+# Layers that compute something else than W h + b or have no weight, and a part of the error.
 REFUSED = {
     "no layer": (lambda: torch.zeros(D, d), "nn.Linear or an nn.Embedding.*got Tensor"),
     "no weight": (nn.ReLU, "nn.Linear or an nn.Embedding.*got ReLU"),
@@ -213,7 +213,7 @@ def test_a_refusal_computes_no_parametrization():
     assert all(torch.equal(layer.state_dict()[name], x) for name, x in before.items())
 
 
-# Layers that compute W h + b, however they came about.
+# Layers that compute W h + b.
 ACCEPTED = {
     "linear": lambda: nn.Linear(d, D),
     "no bias": lambda: nn.Linear(d, D, bias=False),

@@ -1,4 +1,4 @@
-"""Checkpoints by other means than torch.save, for every kind of layer alike."""
+"""Checkpoints that are not made by torch.save, for every kind of layer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def trained(kind: str) -> Subject:
 
 
 def goes_on(one: Subject, two: Subject) -> None:
-    """Both take the same steps from here."""
+    """Checks that both take the same steps from now on."""
     assert torch.equal(one.W, two.W)
     two.generator.set_state(one.generator.get_state())
     one.train(3)
@@ -47,7 +47,7 @@ def test_safetensors_of_a_model(kind, tmp_path):
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("kind", KINDS)
 def test_distributed_checkpoints_of_model_and_optimizer(kind, tmp_path):
-    """Into a fresh head and a fresh optimizer, momentum too."""
+    """They are loaded into a new head and a new optimizer, with the momentum."""
     one, two = Subject(kind), Subject(kind)
     optimizers = [with_momentum(s, weight_decay=0.01) for s in (one, two)]
     one.train(3, optimizers[0])
@@ -89,7 +89,7 @@ def test_saving_copies_nothing_until_the_layer_is_stepped(key):
 
 
 def test_a_change_behind_the_factors_is_refused():
-    """V in the middle of training is not W: nobody could say what the change means."""
+    """During training V is not W, so that a change of V has no meaning for W."""
     subject = trained("factored")
     subject.head.matrix.arrays.V.blocks[0].mul_(2)
     with pytest.raises(RuntimeError, match="changed in place by other means"):

@@ -36,7 +36,7 @@ ASKED = {
 
 
 class Asked(nn.Module):
-    """A trunk, a layer and what is asked of it."""
+    """A trunk and a layer, one of whose methods is called."""
 
     def __init__(self, head, what):
         super().__init__()
@@ -143,7 +143,7 @@ def test_what_a_factored_layer_names_can_be_exported(instead):
 
 @pytest.fixture
 def _forget():
-    """The compiler counts what it has compiled of a function, whichever layer's it was."""
+    """Resets the compiler, which limits how often it compiles one function for all layers."""
     torch._dynamo.reset()
 
 

@@ -19,7 +19,7 @@ from softsphere.optim import FactoredSGD
 SPHERICAL = {name: case[0] for name, case in CASES.items() if isinstance(case[0], losses.Spherical)}
 
 
-# What a run varies: each of these with every loss.
+# Every loss is run with each of these.
 SETTINGS = {
     "plain": {},
     "prior": {"prior": True},
@@ -44,7 +44,7 @@ SETTINGS = {
 
 
 def batches(steps, m, d, D, K, classes, ignored):
-    """Seeded batches, their widths decaying so that some directions wear more than others."""
+    """Seeded batches. The columns of hidden shrink, so that some directions wear out first."""
     scale = torch.logspace(0, -1, d, dtype=torch.float64)
     for step in range(steps):
         hidden = torch.randn(m, d, dtype=torch.float64) * scale + 0.2
@@ -273,7 +273,7 @@ def test_inside_a_compiled_model():
 @pytest.mark.parametrize("renewed", [0, 3])
 @pytest.mark.parametrize("way", ["autocast", "medium"])
 def test_reduced_precision_around_the_layer_does_not_round_it(way, renewed):
-    """What is read, saved and stepped is the same; autocast would round V when it is rewritten."""
+    """Autocast would round V when it is rewritten. What is read and saved stays the same."""
     heads = [layer(dtype=torch.float32) for _ in range(2)]
     optimizers = [FactoredSGD(head.parameters(), lr=0.5) for head in heads]
     for head, optimizer in zip(heads, optimizers, strict=True):

@@ -17,7 +17,7 @@ from softsphere.optim import FactoredSGD
 
 
 def flops(num_classes, m, name, **sgd):
-    """Of a step; mending, which is rare and has a cost of its own, is left out."""
+    """The FLOPs of a step without the repairs, which are rare and tested below."""
     head = FactoredSphericalLoss(16, num_classes, name)
     optimizer = FactoredSGD(head.parameters(), lr=0.01, **sgd)
     head.matrix.watch.after_step = lambda *_: None
@@ -40,7 +40,7 @@ def test_a_step_costs_nothing_in_classes(name, m, sgd):
 
 @pytest.mark.parametrize("sgd", [{}, {"momentum": 0.9}], ids=["plain", "momentum"])
 def test_mending_costs_nothing_in_classes(sgd):
-    """Sixty steps of the loss that wears U out fastest, all that mends it counted."""
+    """Sixty steps of the loss that wears U out fastest, with all repairs counted."""
     spent = []
     for num_classes in (2_000, 100_000):
         torch.manual_seed(0)
@@ -59,7 +59,7 @@ def test_mending_costs_nothing_in_classes(sgd):
 
 
 class Largest(TorchDispatchMode):
-    """The most numbers in a tensor that any operation made anew."""
+    """The number of entries of the largest tensor that an operation made."""
 
     def __init__(self):
         super().__init__()
@@ -89,7 +89,7 @@ def test_no_tensor_has_a_class_dimension():
     assert 0 < largest.numel < classes / 10
 
 
-# Rates at which the losses train, on the edge of what is stable for the squared error.
+# Rates at which the losses train. That of the squared error is barely stable.
 RATES = {
     "squared_error": 0.05,
     "spherical_softmax": 0.5,
@@ -106,7 +106,7 @@ WITH_MOMENTUM = {"momentum": 0.9, "weight_decay": 0.01}
 @pytest.mark.parametrize("sgd", [{}, WITH_MOMENTUM], ids=["plain", "momentum"])
 @pytest.mark.parametrize("name", RATES)
 def test_float32_stays_as_near_as_the_dense_layer_over_many_steps(name, sgd):
-    """A thousand steps here; ten thousand in the slow test below."""
+    """These are a thousand steps. The slow test below takes ten thousand."""
     factored, dense = drift(name, 1_000, sgd)
     assert factored <= 5 * dense
 
@@ -120,7 +120,7 @@ def test_float32_stays_as_near_as_the_dense_layer_over_10_000_steps(name, sgd):
 
 
 def drift(name, steps, sgd):
-    """Relative error of W in float32, factored and dense, against a dense float64 run."""
+    """The relative errors of W, factored and dense in float32, against a dense float64 run."""
     torch.manual_seed(0)
     classes, width, m = 200, 16, 8
     head = FactoredSphericalLoss(width, classes, name, bias=False)

@@ -1,4 +1,4 @@
-"""The linear output layer as a citizen of PyTorch: parameters, saving, errors."""
+"""The linear output layer: losses, parameters, saving, errors."""
 
 from __future__ import annotations
 

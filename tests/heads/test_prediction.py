@@ -142,7 +142,7 @@ def test_evaluation_has_a_loss_and_no_gradient():
 @pytest.mark.parametrize("prior", [False, True])
 @pytest.mark.parametrize("name", _factored.NAMES)
 def test_prediction_is_that_of_the_logits(name, prior):
-    """Also where the numerator is not monotone: outputs from −4 to 4, the best on either side."""
+    """The numerator is not monotone: with outputs from −4 to 4 the best may be on either side."""
     counts = torch.arange(1.0, D + 1).double() if prior else None
     head = _factored.layer(name, prior=counts)
     head.load_state_dict({**head.to_linear().state_dict(), "weight": 2 * torch.randn(D, d)},
@@ -176,7 +176,7 @@ INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torc
 @pytest.mark.parametrize("dtype", INTEGERS)
 @both
 def test_classes_and_targets_may_be_of_any_integer_dtype(kind, dtype):
-    """As those of forward; uint8 is no mask."""
+    """They are as in forward. In particular uint8 is not a mask."""
     head, hidden = layer(kind, prior=COUNTS), rows(4)
     target = torch.tensor([0, 1, 30, 5])
     other = target.to(dtype)
@@ -292,7 +292,7 @@ def test_a_row_of_nan_has_some_class_and_the_last_rank(kind):
 
 @pytest.mark.parametrize("wide", [False, True])
 def test_a_prior_of_another_dtype_than_the_weight_is_not_rounded_away(wide):
-    """Its smallest share is none in float32; in float64 the scores are those of float64."""
+    """The smallest share of one prior is zero in float32. The other prior is float32 itself."""
     head = layer(LinearSphericalLoss, dtype=torch.float64 if wide else torch.float32)
     counts = COUNTS.double()
     if not wide:

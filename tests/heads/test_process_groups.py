@@ -1,4 +1,4 @@
-"""A factored layer under wrappers for many processes: refused, with what to do."""
+"""Wrappers for several processes refuse a factored layer, and say what to do."""
 
 from __future__ import annotations
 

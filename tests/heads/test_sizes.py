@@ -1,4 +1,4 @@
-"""Sizes, dtypes and options of both layers: what is asked when, and what is refused at once."""
+"""Sizes, dtypes and options of both layers, and what is refused at construction."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def new_parameter(head, size=MORE):
 
 
 def embedding_grows(head, size=MORE):
-    """resize_token_embeddings of a tied embedding."""
+    """What resize_token_embeddings does to a tied embedding."""
     words = nn.Embedding(D, d)
     tied = LinearSphericalLoss.from_linear(words)
     words.weight.data = torch.randn(size, d)

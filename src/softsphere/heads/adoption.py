@@ -144,8 +144,8 @@ class Tie:
         """Warns where the layer and the head no longer have the same parameters.
 
         It is a warning, since whoever replaces a parameter may mean to train the two apart.
-        Parameters that torch.func.functional_call has put in place are not looked at, nor is a head
-        with a parametrization.
+        Tensors that torch.func.functional_call has put in place of parameters are not looked at.
+        Neither is a head with a parametrization.
         """
         layer = None if self._layer is None else self._layer()
         if layer is None or transforms_active() or parametrize.is_parametrized(head):

@@ -26,10 +26,7 @@ __all__ = [
 
 
 class TopK(NamedTuple):
-    """The best classes, as `torch.topk` returns them.
-
-    The values are log-probabilities, or outputs for a loss that is not a distribution.
-    """
+    """The best classes with their log-probabilities, or outputs if the loss has none."""
 
     values: Tensor
     indices: Tensor
@@ -207,8 +204,7 @@ class SphericalLoss(WithPrior):
 class TaylorSoftmaxLoss(SphericalLoss):
     """The negative logarithm of Taylor softmax of an even order.
 
-    Order 2 is a spherical loss and the cheapest. Its first positional argument is `weight`, as in
-    `nn.CrossEntropyLoss`.
+    Order 2 is a spherical loss and the cheapest.
 
     Args:
         weight, prior, reduction, ignore_index, label_smoothing: as in `SphericalLoss`.

@@ -62,7 +62,7 @@ class HigherTaylorSoftmax(_NormalisedOnLogits):
 
     >>> import torch
     >>> HigherTaylorSoftmax(4).at(torch.tensor([[1.0, 0.0, -1.0]]), torch.tensor([0]), None)
-    tensor([0.4094])
+    tensor([0.4106])
     """
 
     order: int = 4

@@ -1,4 +1,4 @@
-"""What went wrong for a reason the user can mend: the command line prints it in one line."""
+"""The error of a mistake that the user can mend. The command line prints it in one line."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ __all__ = ["LabError"]
 
 
 class LabError(Exception):
-    """Names what came and what would do; never a bug of ours."""
+    """Says what was given and what would work. It is never raised for a bug of the lab."""

@@ -1,1 +1,1 @@
-"""The `softsphere` command."""
+"""The commands of `softsphere`."""

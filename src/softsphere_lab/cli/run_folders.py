@@ -8,7 +8,6 @@ from pathlib import Path
 
 import typer
 from rich.console import Console
-from rich.markdown import Markdown
 
 from softsphere_lab.errors import LabError
 from softsphere_lab.experiments.experiment import Prepared
@@ -16,6 +15,7 @@ from softsphere_lab.experiments.page import Told, told
 from softsphere_lab.interrupts import raise_interrupts
 from softsphere_lab.progress import print_plain, print_stopped, standard_console
 from softsphere_lab.records.folder import Record
+from softsphere_lab.report.grids import terminal_table
 
 __all__ = ["Place", "run_and_report"]
 
@@ -87,7 +87,7 @@ def print_told(found: Told, console: Console) -> None:
     """Prints the table, what its signs mean, what was found, and where the pictures are."""
     section = found.section
     if console.is_terminal:
-        console.print(Markdown(section.table))
+        console.print(terminal_table(section.table))
     else:
         print_plain(console, section.table)
     unfinished = found.experiment.unfinished(found.record)

@@ -1,1 +1,1 @@
-"""Every experiment: a claim, what is run for it, and what its record shows."""
+"""The experiments: the claim of each, what is run for it, and what its record shows."""

@@ -1,4 +1,4 @@
-"""Do depth, the exponential or batch normalisation close the gap on Penn Treebank?"""
+"""Whether depth, the exponential or batch normalisation closes the gap on Penn Treebank."""
 
 from __future__ import annotations
 

@@ -13,16 +13,16 @@ from softsphere_lab.training.image_run import Schedule
 __all__ = ["DIFFERENCES", "EXPERIMENT", "studies"]
 
 DIFFERENCES = (
-    "The paper's network, rates, ε and number of runs could not be recovered. Here it is a small "
-    "residual network, trained with AdamW on mirrored and shifted images, all its layers but the "
-    "last in bfloat16; at the budget small it is half as wide and trained for fewer epochs than at "
-    "full, since that is for processors without a GPU. A tenth of the training images is held out "
-    "for the search and the epoch that counts."
+    "The paper's network, rates, ε and number of runs could not be recovered. The network here is "
+    "a small residual one, trained with AdamW on mirrored and shifted images, with all layers but "
+    "the last in bfloat16. At the budget small, which is for processors without a GPU, it is half "
+    "as wide and trained for fewer epochs than at full. A tenth of the training images is held out "
+    "to choose the rates and the epoch that counts."
 )
 
 
 def studies(dataset: str) -> dict[str, Classification]:
-    """The budgets for one of the two sets."""
+    """Returns the study of each budget for one of the two data sets."""
     full = Classification(
         dataset=dataset,
         losses=LOSSES,

@@ -1,4 +1,4 @@
-"""Why and where does the order turn? One text and network, and the words told apart cut to D."""
+"""One text and one network with D classes, to see at which D the order of the losses turns."""
 
 from __future__ import annotations
 
@@ -149,12 +149,12 @@ EXPERIMENT = StudyReproduction(
         "where the order turns, and why, the paper leaves open (arXiv:1511.05042)."
     ),
     differences=(
-        "None of the paper's: it compares different data sets. Here the text, the network and what "
-        "it reads are the same, and only the number of words that are told apart changes. The "
-        "classes are the commonest words of the whole text, so that at the budget small many of "
-        "them, more than half of 60,000, are never in the words trained on; the base measure "
-        "counts each of those once. There a run of the search reads a third of the words of a "
-        "final one; the rates about the best are then tried in runs of all words, ε is not."
+        "The paper compares different data sets instead. Here the text, the network and its input "
+        "are the same, and only the number of words that are classes of their own changes. The "
+        "classes are the commonest words of the whole text. At the budget small more than half of "
+        "60,000 are never in the words trained on; the base measure counts each of those once. A "
+        "trial reads a third of the words of a final run there; the rates about the best are then "
+        "tried in runs of all words, ε is not."
     ),
     studies={
         "smoke": replace(

@@ -30,10 +30,10 @@ EXPERIMENT = StudyReproduction(
         "log-softmax are worse (arXiv:1511.05042)."
     ),
     differences=(
-        "The paper's network, rates, ε and number of runs could not be recovered. Here it is a "
-        "small convolutional network, without augmentation, trained with Adam, all its layers but "
-        "the last in bfloat16; a tenth of the training images is held out for the search and the "
-        "epoch that counts."
+        "The paper's network, rates, ε and number of runs could not be recovered. The network here "
+        "is a small convolutional one, trained with Adam and without augmentation, with all layers "
+        "but the last in bfloat16. A tenth of the training images is held out to choose the rates "
+        "and the epoch that counts."
     ),
     studies={
         "smoke": replace(

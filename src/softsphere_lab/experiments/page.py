@@ -11,7 +11,8 @@ from softsphere_lab.errors import LabError
 from softsphere_lab.experiments.earlier import EarlierRecord, record_at
 from softsphere_lab.experiments.experiment import BUDGETS, Experiment, Reproduction
 from softsphere_lab.experiments.registry import REPRODUCTIONS, experiment_of
-from softsphere_lab.records.folder import Line, Record, write
+from softsphere_lab.records.files import write
+from softsphere_lab.records.folder import Line, Record
 from softsphere_lab.report.paper import SOURCE
 from softsphere_lab.report.results import Section
 

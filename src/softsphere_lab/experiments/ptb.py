@@ -34,11 +34,11 @@ LSTM = tuple(
 DIFFERENCES = (
     "The paper's network, rates, ε and number of runs could not be recovered, and it steps every "
     "layer with SGD. Here AdamW steps all but the layers marked factored, whose output weights "
-    "`FactoredSGD` steps. The base measure is none of the paper's. Z-loss and squared error give "
-    "no probabilities, and so have ranking metrics alone. Squared error begins with output weights "
-    "a hundred times smaller than the others', since from theirs it learned no more than which "
-    "words are common. Runs of the search are shorter than the final ones: a rate that is best in "
-    "them need not be so there."
+    "`FactoredSGD` steps. The base measure is not in the paper. Z-loss and squared error give no "
+    "probabilities, so that they have ranking metrics alone. Squared error begins with output "
+    "weights a hundred times smaller than the others': from weights as large as theirs it learned "
+    "no more than which words are common. Trials are shorter than final runs, so that the rate "
+    "that is best in trials need not be best in a final run."
 )
 
 FULL = LanguageModelling(

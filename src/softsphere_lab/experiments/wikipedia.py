@@ -1,4 +1,4 @@
-"""Wikipedia, in the place of the One Billion Word text: some 75,000 words."""
+"""Wikipedia with some 75,000 words, in place of the One Billion Word text."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ EXPERIMENT = StudyReproduction(
         "Word, whose 793,471 words take its place there)."
     ),
     differences=(
-        "Wikipedia is a stand-in for One Billion Word: articles in lower case, paragraph by "
-        "paragraph, words seen three times or more, the others one unknown word. The paper's "
-        "numbers on One Billion Word are known from a summary that seems to mislabel them, and are "
-        "not set beside these. At the budget small half of the vocabulary is never in the words "
+        "Wikipedia is a stand-in for One Billion Word: its articles are in lower case, paragraph by "
+        "paragraph, and words seen fewer than three times are one unknown word. The paper's numbers "
+        "on One Billion Word are known from a summary that seems to mislabel them, so they are not "
+        "set beside these. At the budget small half of the vocabulary is never in the words "
         "trained on. " + ptb.DIFFERENCES
     ),
     studies={

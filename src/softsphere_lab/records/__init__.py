@@ -1,1 +1,1 @@
-"""Run folders and checkpoints, each file whole or not there."""
+"""Run folders and checkpoints; each of their files is whole or absent."""

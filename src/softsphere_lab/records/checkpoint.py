@@ -1,4 +1,4 @@
-"""The state of a run that is not finished, in one file that is whole or not there."""
+"""The state of a run that is not finished, in one file that is whole or absent."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from typing import Any
 import torch
 
 from softsphere_lab.errors import LabError
-from softsphere_lab.records.folder import write_bytes
+from softsphere_lab.records.files import write_bytes
 
 __all__ = ["Checkpoint"]
 
 
 class Checkpoint:
-    """What a run was at the end of its last epoch, or some steps ago.
+    """The state of a run after its last epoch, or after a step within an epoch.
 
-    path: of the file, None where nothing is to be kept.
+    path: the file, or None if nothing is to be kept.
     """
 
     def __init__(self, path: Path | None = None) -> None:
         self.path = path
 
     def load(self) -> dict[str, Any] | None:
-        """The state, with the random numbers as they were; None where a run begins.
+        """Returns the state and sets the random generators; returns None if a run begins.
 
-        Raises: LabError where the file was spoiled.
+        Raises LabError if the file is spoiled.
         """
         if self.path is None or not self.path.exists():
             return None
@@ -35,10 +35,10 @@ class Checkpoint:
             torch.set_rng_state(state["random"])
             if "random on the GPU" in state:
                 torch.cuda.set_rng_state_all(state["random on the GPU"])
-        except Exception as error:  # what unpickling raises is not a short list
+        except Exception as error:  # unpickling can raise nearly anything
             raise LabError(
-                f"{self.path} cannot be read ({type(error).__name__}); delete it, and the run "
-                "that it is of begins anew"
+                f"{self.path} cannot be read ({type(error).__name__}); delete it, and its run "
+                "begins again"
             ) from error
         return state
 
@@ -55,6 +55,6 @@ class Checkpoint:
         write_bytes(self.path, buffer.getvalue())
 
     def remove(self) -> None:
-        """Forgets the state."""
+        """Removes the state."""
         if self.path is not None:
             self.path.unlink(missing_ok=True)

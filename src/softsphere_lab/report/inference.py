@@ -1,4 +1,4 @@
-"""What can be said from a handful of seeds: intervals and paired tests."""
+"""Intervals and paired tests over a few seeds."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from scipy import stats
 
 __all__ = ["FEWEST_PAIRS", "LEVEL", "holm", "interval", "paired_p"]
 
-# Below it a p is taken to show something.
+# A smaller p is said to show a difference.
 LEVEL = 0.05
-# With two pairs Student's test has one degree of freedom: a chance likeness of two differences
-# passes for certainty.
+# With two pairs Student's test has one degree of freedom, so that two differences that happen to be
+# alike look like certainty.
 FEWEST_PAIRS = 3
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and half-width of its 95 % interval by Student's t, nan where there is none to give.
+    """Returns the mean and half of its 95 % interval by Student's t.
 
-    Of no values both are nan.
+    Half of the interval is NaN for fewer than two values or a mean that is not finite. Both are NaN
+    without values.
 
     >>> interval([1.0, 2.0, 3.0])[0]
     2.0
@@ -33,9 +34,9 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def paired_p(values: Sequence[float], reference: Sequence[float]) -> float:
-    """Two-sided p of Student's paired test, nan for fewer than FEWEST_PAIRS.
+    """Returns the two-sided p of Student's paired test, or NaN for fewer than FEWEST_PAIRS pairs.
 
-    Where the differences are all equal it is that of the sign test, and 1 if they are zero.
+    If all differences are equal, it is the p of the sign test, and 1 if they are zero.
 
     >>> round(paired_p([2.0, 3.0, 5.0], [1.0, 2.0, 3.0]), 4)
     0.0572
@@ -50,15 +51,17 @@ def paired_p(values: Sequence[float], reference: Sequence[float]) -> float:
     largest = np.abs(differences).max()
     if largest == 0:
         return 1.0
-    # Errors are counts, so that differences are often the same, and then what spread there is is
-    # rounding: nothing to measure chance by.
+    # Errors are counts, so that differences are often equal. Their spread is then rounding, by
+    # which chance cannot be measured.
     if np.ptp(differences) <= 1e-9 * largest:
         return float(2.0 ** (1 - len(differences)))
     return float(stats.ttest_rel(values, reference).pvalue)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down correction for several comparisons; nan stays nan and is not counted.
+    """Returns p values after Holm's step-down correction for several comparisons.
+
+    NaN stays NaN and is not counted.
 
     >>> holm([0.01, 0.04, 0.03])
     [0.03, 0.06, 0.06]

@@ -1,4 +1,4 @@
-"""What the papers report, to stand beside what is measured, and how the losses are called."""
+"""The numbers that the papers report, and the names of losses in tables."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ __all__ = ["REPORTED", "SOURCE", "label", "reported_cell"]
 
 SOURCE = "de Brébisson & Vincent 2015, arXiv:1511.05042"
 
-# Test errors in per cent, and the test perplexity on Penn Treebank: by data set, then by loss. As
-# summaries of the paper give them; it tells no number of runs and no spread.
+# Test errors in per cent, and the test perplexity on Penn Treebank, by data set and then by loss.
+# They are as summaries of the paper give them; it reports no number of runs and no spread.
 REPORTED: dict[str, dict[str, float]] = {
     "mnist": {"softmax": 0.812, "taylor_softmax": 0.785, "spherical_softmax": 0.828},
     "cifar10": {"softmax": 8.52, "taylor_softmax": 8.07, "spherical_softmax": 8.37},
@@ -33,18 +33,18 @@ WORDS = {"prior": "base measure", "factored": "factored, SGD", "lstm": "LSTM"}
 
 
 def label(name: str) -> str:
-    """What a table calls a loss or an output layer.
+    """Returns the name of a loss or an output layer in a table.
 
     >>> label("taylor_softmax prior factored depth=2")
     'log-Taylor softmax, base measure, factored, SGD, depth 2'
     """
     loss, *words = name.split()
-    told = [WORDS.get(word, word.replace("=", " ")) for word in words]
-    return ", ".join([LABELS.get(loss, loss), *told])
+    rest = [WORDS.get(word, word.replace("=", " ")) for word in words]
+    return ", ".join([LABELS.get(loss, loss), *rest])
 
 
 def reported_cell(dataset: str, name: str) -> str:
-    """The paper's number, or a dash.
+    """Returns the paper's number, or a dash.
 
     >>> reported_cell("mnist", "softmax"), reported_cell("mnist", "z_loss")
     ('0.812', '–')

@@ -8,9 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from rich.table import Table
-
-from softsphere_lab.report.grids import markdown, terminal
+from softsphere_lab.report.grids import markdown
 from softsphere_lab.report.inference import FEWEST_PAIRS, LEVEL
 from softsphere_lab.report.measures import (
     REFERENCE,
@@ -37,7 +35,6 @@ __all__ = [
     "finding",
     "markdown_table",
     "summarise",
-    "terminal_table",
 ]
 
 ERROR = Metric("test_error", "test error %", 2, lambda share: 100 * share)
@@ -160,17 +157,9 @@ def seconds_cell(row: Row, digits: int = SECONDS.digits) -> str:
 
 def markdown_table(rows: Sequence[Row], columns: Sequence[Column]) -> str:
     """Returns the table in Markdown."""
-    return markdown([title for title, _ in columns], cells(rows, columns))
-
-
-def terminal_table(rows: Sequence[Row], columns: Sequence[Column], title: str) -> Table:
-    """Returns the table for a terminal."""
-    return terminal([title for title, _ in columns], cells(rows, columns), title)
-
-
-def cells(rows: Sequence[Row], columns: Sequence[Column]) -> list[list[str]]:
-    """Returns the cells of all rows."""
-    return [[cell(row) for _, cell in columns] for row in rows]
+    return markdown(
+        [title for title, _ in columns], [[cell(row) for _, cell in columns] for row in rows]
+    )
 
 
 def csv_text(rows: Sequence[Row]) -> str:

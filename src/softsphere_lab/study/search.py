@@ -1,4 +1,4 @@
-"""A search on a lattice: to the best of the neighbours, until there is no better one."""
+"""A search on a lattice, which goes to the best neighbour until no neighbour is better."""
 
 from __future__ import annotations
 
@@ -15,35 +15,35 @@ Badness = tuple[float, ...]
 
 @dataclass(frozen=True)
 class Axis:
-    """Values in ascending order, and the one that a search begins with."""
+    """Values in ascending order, and the value that a search begins with."""
 
     values: tuple[float, ...]
     start: float
 
     @classmethod
     def fixed(cls, value: float) -> Axis:
-        """Nothing to search along."""
+        """Returns an axis with one value, so that there is nothing to search for."""
         return cls((value,), value)
 
 
 @dataclass(frozen=True)
 class Space:
-    """What may be tried: every combination of a value of each axis."""
+    """All points that may be tried: every combination of values of the axes."""
 
     axes: Mapping[str, Axis]
 
     @property
     def size(self) -> int:
-        """How many combinations there are."""
+        """The number of points."""
         return math.prod(len(axis.values) for axis in self.axes.values())
 
     @property
     def start(self) -> Values:
-        """The first to be tried."""
+        """The point that is tried first."""
         return {name: axis.start for name, axis in self.axes.items()}
 
     def around(self, point: Values) -> list[Values]:
-        """The point, and those one step from it along one axis.
+        """Returns the point, and those one step away along one axis.
 
         >>> space = Space({"x": Axis((1, 2, 3), 2), "y": Axis((5, 6), 5)})
         >>> space.around(space.start)[1:]
@@ -58,7 +58,7 @@ class Space:
         return points
 
     def about(self, point: Values, free: Container[str]) -> Space:
-        """The same seen from a point, along the axes of these names alone.
+        """Returns the space that begins at a point and varies only the axes with these names.
 
         >>> Space({"x": Axis((1, 2), 1), "y": Axis((5, 6), 5)}).about({"x": 2, "y": 6}, {"x"}).axes
         {'x': Axis(values=(1, 2), start=2), 'y': Axis(values=(6,), start=6)}
@@ -71,7 +71,7 @@ class Space:
         )
 
     def config(self) -> dict[str, Any]:
-        """As JSON."""
+        """Returns the axes as JSON."""
         return {
             name: {"values": list(axis.values), "start": axis.start}
             for name, axis in self.axes.items()
@@ -81,11 +81,11 @@ class Space:
 def search(
     space: Space, badness: Callable[[Values], Badness | None]
 ) -> tuple[list[Values], Values | None]:
-    """What has to be tried next, and the end of the search once there is nothing.
+    """Returns the points that have to be tried next, and the end of the search if there are none.
 
-    badness: of what has been tried, None of the rest. From the start the search goes to the best of
-    all that is around, and ends where nothing around is better: what it ends with is at the edge of
-    an axis only where the axis ends, which is to be far from anything sensible.
+    badness: what is minimised, None for a point that was not tried. From the start the search goes
+    to the best point around, and it ends where no point around is better. It ends at the edge of an
+    axis only where the axis ends, so axes should reach beyond all sensible values.
 
     >>> space = Space({"x": Axis((1, 2, 3, 4), 1)})
     >>> tried = {1: (5.0,), 2: (4.0,)}
@@ -102,7 +102,7 @@ def search(
         waiting = [each for each, bad in known if bad is None]
         if waiting:
             return waiting, None
-        # the first of equals, which is where it stands
+        # of equal points the first, which is where the search stands
         best = min(known, key=lambda pair: pair[1] or ())[0]
         if best == point:
             return [], point

@@ -22,7 +22,8 @@ import torch
 
 from softsphere_lab.errors import LabError
 from softsphere_lab.progress import print_stopped, standard_console
-from softsphere_lab.records.folder import Record, write
+from softsphere_lab.records.files import write
+from softsphere_lab.records.folder import Record
 from softsphere_lab.timing.setting import Setting
 
 __all__ = ["COLUMNS", "Case", "Row", "host", "left_out", "read_table", "run"]

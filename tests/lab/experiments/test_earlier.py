@@ -9,7 +9,8 @@ import pytest
 from softsphere_lab.errors import LabError
 from softsphere_lab.experiments.earlier import record_at
 from softsphere_lab.experiments.registry import REPRODUCTIONS, experiment_of
-from softsphere_lab.records.folder import Record, write
+from softsphere_lab.records.files import write
+from softsphere_lab.records.folder import Record
 
 RECORDS = Path(__file__).parents[3] / "records"
 

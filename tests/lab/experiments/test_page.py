@@ -12,7 +12,8 @@ from _lab_results import DATA, STUDIES, text_end
 from softsphere_lab.cli import app as cli
 from softsphere_lab.experiments.earlier import record_at
 from softsphere_lab.experiments.page import best_records, results_page, told
-from softsphere_lab.records.folder import Record, write
+from softsphere_lab.records.files import write
+from softsphere_lab.records.folder import Record
 
 ROOT = Path(__file__).parents[3]
 FOLDERS = sorted(path.parent for path in (ROOT / "records").glob("*/config.json"))

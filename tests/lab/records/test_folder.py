@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from softsphere_lab.errors import LabError
 from softsphere_lab.experiments.classification import Classification
-from softsphere_lab.records import folder as records
+from softsphere_lab.records.files import UNFINISHED
 from softsphere_lab.records.folder import Record
 from softsphere_lab.study import ledger
 from softsphere_lab.study.protocol import RUNS
@@ -116,7 +115,7 @@ def test_who_is_refused_has_changed_nothing(tmp_path):
 def test_what_a_kill_left_of_a_file_is_in_nobodys_way(tmp_path):
     folder = tmp_path / "r"
     folder.mkdir()
-    (folder / f".config.json.x7d{records.UNFINISHED}").write_text("{")
+    (folder / f".config.json.x7d{UNFINISHED}").write_text("{")
     record = Record.create(folder, {"losses": []})
     (folder / ".gitignore").write_text("*.png")
     with record.alone():
@@ -144,17 +143,3 @@ def test_other_data_of_the_same_name_is_another_configuration(tmp_path):
     assert record.matches(one, ("losses",)) and not record.matches(other, ("losses",))
     with pytest.raises(LabError, match="was made with data"):
         Record.reopen(record.folder, other, ("losses",))
-
-
-def test_the_environment_tells_how_memory_is_kept(monkeypatch):
-    monkeypatch.setenv("MALLOC_MMAP_MAX_", "0")
-    assert records.environment()["malloc"]["MALLOC_MMAP_MAX_"] == "0"
-
-
-def test_the_environment_tells_the_commit_of_a_checkout(monkeypatch, tmp_path):
-    root = Path(__file__).parents[3]
-    if (root / ".git").exists():
-        assert records.environment()["commit"].removesuffix("-dirty").isalnum()
-    # a copy elsewhere, as pip makes one, is of no commit
-    monkeypatch.setattr(records, "__file__", str(tmp_path / "records.py"))
-    assert records.environment()["commit"] is None

@@ -13,9 +13,9 @@ from softsphere_lab.experiments.classification import RATES, Classification
 from softsphere_lab.experiments.language_modelling import LanguageModelling
 from softsphere_lab.models.output_layers import Output
 from softsphere_lab.records.checkpoint import Checkpoint
-from softsphere_lab.records.folder import Record, widened
+from softsphere_lab.records.folder import Record
 from softsphere_lab.study import ledger, protocol
-from softsphere_lab.study.search import Axis, Space
+from softsphere_lab.study.search import Axis
 from softsphere_lab.study.spec import LossSpec
 from softsphere_lab.training.image_run import Schedule
 
@@ -103,23 +103,6 @@ def test_a_longer_axis_goes_on_with_the_search_and_the_new_choice_takes_the_plac
     assert {line["lr"] for line in trials[len(before) :]} == {3e-2, 1e-1}
     finals = ledger.final_runs(Classification, record)
     assert len(finals) == 4 and {line["lr"] for line in finals} == {3e-2}
-
-
-def test_a_search_goes_on_only_where_each_axis_is_the_old_one_or_longer():
-    def axes(values, start=2.0, name="x"):
-        return Space({name: Axis(values, start), "y": Axis((1.0,), 1.0)}).config()
-
-    old = axes((2.0, 3.0))
-    assert widened(old, old)
-    assert widened(old, axes((1.0, 2.0, 3.0, 4.0)))
-    assert not widened(axes((1.0, 2.0, 3.0)), old)
-    assert not widened(old, axes((2.0, 2.5, 3.0)))
-    assert not widened(old, axes((2.0, 3.0), start=3.0))
-    assert not widened(old, axes((2.0, 3.0), name="z"))
-    assert not widened(old, {"x": old["x"]})
-    # whatever a hand may have written there
-    for broken in (None, [], {"x": 1, "y": old["y"]}, {"x": {"values": 3}, "y": old["y"]}):
-        assert not widened(broken, old) and not widened(old, broken)
 
 
 def test_a_record_of_another_search_is_refused(tmp_path):

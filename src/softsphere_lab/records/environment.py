@@ -1,0 +1,61 @@
+"""The command, the versions and the hardware that the numbers of a record come from."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["environment"]
+
+
+def environment() -> dict[str, Any]:
+    """Returns what is recorded at each start of a command, as JSON."""
+    packages = ("softsphere", "torch", "numpy", "scikit-learn", "datasets")
+    return {
+        "command": shlex.join([*program(), *sys.argv[1:]]),
+        "date": time.strftime("%Y-%m-%d"),
+        "python": platform.python_version(),
+        "commit": commit(),
+        "packages": {name: importlib.metadata.version(name) for name in packages},
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "threads": torch.get_num_threads(),
+        # how glibc keeps the memory of large tensors is much of the time of a wide softmax
+        "malloc": {k: v for k, v in sorted(os.environ.items()) if k.startswith("MALLOC_")},
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def program() -> list[str]:
+    """Returns the program that was started: a script or the command."""
+    script = Path(sys.argv[0])
+    is_script = script.suffix == ".py" and script.name != "__main__.py"
+    return ["python", str(script)] if is_script else ["softsphere"]
+
+
+def commit() -> str | None:
+    """Returns the commit of the source, or None outside a checkout.
+
+    It ends in -dirty if the source was changed since.
+    """
+    source = Path(__file__).parent
+    try:
+        for command in (
+            ["ls-files", "--error-unmatch", Path(__file__).name],
+            ["describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+        ):
+            answer = subprocess.run(
+                ["git", *command], cwd=source, capture_output=True, check=True, timeout=10
+            )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.decode().strip()

@@ -15,7 +15,7 @@ from pathlib import Path
 from engines_by_size import HOPELESS
 
 from softsphere_lab.report import grids
-from softsphere_lab.report.figures import save
+from softsphere_lab.report.canvas import save
 from softsphere_lab.timing.benchmark import read_table
 from softsphere_lab.timing.clock import milliseconds
 from softsphere_lab.timing.linear_losses import ENGINES

@@ -87,7 +87,7 @@ def print_told(found: Told, console: Console) -> None:
     """Prints the table, what its signs mean, what was found, and where the pictures are."""
     section = found.section
     if console.is_terminal:
-        console.print(terminal_table(section.table))
+        console.print(terminal_table(section.table, console.width))
     else:
         print_plain(console, section.table)
     unfinished = found.experiment.unfinished(found.record)

@@ -30,11 +30,11 @@ EXPERIMENT = StudyReproduction(
         "Word, whose 793,471 words take its place there)."
     ),
     differences=(
-        "Wikipedia is a stand-in for One Billion Word: its articles are in lower case, paragraph by "
-        "paragraph, and words seen fewer than three times are one unknown word. The paper's numbers "
-        "on One Billion Word are known from a summary that seems to mislabel them, so they are not "
-        "set beside these. At the budget small half of the vocabulary is never in the words "
-        "trained on. " + ptb.DIFFERENCES
+        "Wikipedia is a stand-in for One Billion Word: its articles are in lower case, paragraph "
+        "by paragraph, and words seen fewer than three times are one unknown word. The paper's "
+        "numbers on One Billion Word are known from a summary that seems to mislabel them, so they "
+        "are not set beside these. At the budget small half of the vocabulary is never in the "
+        "words trained on. " + ptb.DIFFERENCES
     ),
     studies={
         "smoke": ptb.EXPERIMENT.studies["smoke"],

@@ -6,21 +6,24 @@ error, never a wrong number.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 __all__ = [
     "eager",
     "exporting",
     "forward_mode_active",
     "gradients_wanted",
+    "hooks_of",
     "is_recorded",
     "is_shared_with_others",
+    "is_wrapper",
     "saveable_in_exports",
     "transformed",
     "transforms_active",
@@ -118,6 +121,18 @@ def _runs_in_this_backward(node: Any) -> bool:
         return bool(torch._C._will_engine_execute_node(node))
     except RuntimeError:  # a leaf that torch.autograd.grad has been asked for
         return True
+
+
+def hooks_of(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The hooks that a call of a module runs, and their kinds."""
+    for kind in ("forward_pre", "forward", "backward_pre", "backward"):
+        for hook in getattr(module, f"_{kind}_hooks", {}).values():
+            yield kind.replace("_", " "), hook
+
+
+def is_wrapper(x: Tensor) -> bool:
+    """Whether x is a tensor that wraps others, as sharding makes them."""
+    return bool(is_traceable_wrapper_subclass(x))
 
 
 def saveable_in_exports(kind: type[Any]) -> None:

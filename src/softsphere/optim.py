@@ -17,10 +17,10 @@ from softsphere.matrix.refusals import stale
 
 __all__ = ["FactoredSGD"]
 
-BUFFER = "momentum_buffer"
+_BUFFER = "momentum_buffer"
 # Squares of what a step computes must not overflow in float32.
-LARGEST_RATE = 1e18
-ALGORITHMS: dict[str, type[torch.optim.Optimizer]] = {
+_LARGEST_RATE = 1e18
+_ALGORITHMS: dict[str, type[torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
     "adamw": torch.optim.AdamW,
 }
@@ -117,8 +117,10 @@ class FactoredSGD(torch.optim.Optimizer):
             given = [given]
         group["params"] = given if isinstance(given, set) else list(given)  # PyTorch refuses a set
         algorithm = group.setdefault("algorithm", "sgd")
-        if algorithm not in ALGORITHMS:
-            raise ValueError(f"algorithm must be one of {', '.join(ALGORITHMS)}, got {algorithm!r}")
+        if algorithm not in _ALGORITHMS:
+            raise ValueError(
+                f"algorithm must be one of {', '.join(_ALGORITHMS)}, got {algorithm!r}"
+            )
         if algorithm == "adamw":
             plain = [x[1] if isinstance(x, tuple) else x for x in group["params"]]
             if any(isinstance(x, FactoredTensor) for x in plain):
@@ -191,7 +193,7 @@ class FactoredSGD(torch.optim.Optimizer):
 
     def _step_plain(self, group: dict[str, Any], params: list[Tensor]) -> None:
         """Steps ordinary parameters by PyTorch's own optimizer, with the state of this one."""
-        kind = ALGORITHMS[group["algorithm"]]
+        kind = _ALGORITHMS[group["algorithm"]]
         inner = kind.__new__(kind)
         groups = [{**group, "params": params}]
         inner.__setstate__({"defaults": group, "state": self.state, "param_groups": groups})
@@ -219,7 +221,7 @@ class FactoredSGD(torch.optim.Optimizer):
             raise stale()
         gradient = content.value.to(p.dtype, p.device)
         state = self.state[p] if mu or p in self.state else {}
-        buffer = state.get(BUFFER)
+        buffer = state.get(_BUFFER)
         started = buffer is not None
         if not mu and not started:
             if matrix.arrays.blocks > 1 and (matrix.beside is None or matrix.beside() is None):
@@ -229,7 +231,7 @@ class FactoredSGD(torch.optim.Optimizer):
         if isinstance(buffer, FactoredTensor) and buffer.matrix is matrix:
             return matrix.plan(gradient, blocks)
         # The momentum is new, or from a state_dict, a copy or another device.
-        values = _unpacked(state)[BUFFER] if started else None
+        values = _unpacked(state)[_BUFFER] if started else None
         if values is not None and values.shape != p.shape:
             raise ValueError(
                 f"the momentum of a factored weight must have shape {tuple(p.shape)}, got "
@@ -242,7 +244,7 @@ class FactoredSGD(torch.optim.Optimizer):
         def take() -> None:
             # Not before: a step that is refused must not begin the momentum.
             step()
-            state[BUFFER] = FactoredTensor.alias(owner)
+            state[_BUFFER] = FactoredTensor.alias(owner)
 
         return take
 
@@ -271,11 +273,11 @@ def _momentum_step(group: dict[str, Any], started: bool) -> Blocks:
 
 def _unpacked(state: dict[str, Any]) -> dict[str, Any]:
     """The state of a parameter, with its momentum as an ordinary tensor in memory of its own."""
-    buffer = state.get(BUFFER)
+    buffer = state.get(_BUFFER)
     if not isinstance(buffer, FactoredTensor):
         return state
     dense = buffer.matrix.arrays.to_dense(columns=buffer.block.columns)
-    return {**state, BUFFER: dense}
+    return {**state, _BUFFER: dense}
 
 
 def _check_rate(lr: Any) -> None:
@@ -283,8 +285,8 @@ def _check_rate(lr: Any) -> None:
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"Tensor lr must be 1-element, got {lr.numel()} elements")
     value = float(lr)
-    if not 0 <= value <= LARGEST_RATE:
-        raise ValueError(f"Invalid learning rate: lr must be from 0 to {LARGEST_RATE:g}, got {lr}")
+    if not 0 <= value <= _LARGEST_RATE:
+        raise ValueError(f"Invalid learning rate: lr must be from 0 to {_LARGEST_RATE:g}, got {lr}")
 
 
 def _check_options(options: dict[str, Any]) -> None:

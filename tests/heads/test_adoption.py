@@ -144,7 +144,7 @@ REFUSED = {
     "forward replaced": (changed(forward_replaced), "Linear has a forward of its own"),
     "embedding's own forward": (
         lambda: ScaledEmbedding(D, d),
-        "what Embedding computes.*ScaledEmbedding has",
+        "what Embedding computes.*ScaledEmbedding has.*nn.Linear without a bias",
     ),
     "max_norm": (lambda: nn.Embedding(D, d, max_norm=1.0), "make it without max_norm"),
     "forward hook": (
@@ -416,3 +416,12 @@ def test_the_bias_is_looked_at_as_well():
     linear.bias = None
     with pytest.warns(UserWarning, match="the bias of this LinearSphericalLoss is no longer"):
         head(torch.randn(2, d), TOKENS[1])
+
+
+def test_the_weight_of_any_embedding_can_be_shared_as_it_is():
+    """What the refusal of an embedding with a forward of its own advises."""
+    words, linear = ScaledEmbedding(D, d), nn.Linear(d, D, bias=False)
+    linear.weight = words.weight
+    head = LinearSphericalLoss.from_linear(linear)
+    assert head.weight is words.weight
+    head(torch.randn(2, d), TOKENS[1]).backward()

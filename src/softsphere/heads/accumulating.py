@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from softsphere._torch import is_wrapper
 from softsphere.engines import LinearSphericalOptions
 from softsphere.engines.accumulation import Accumulation
 from softsphere.engines.pending import refuse_step
@@ -111,7 +111,7 @@ def _check_accumulable(name: str, x: Any, dim: int) -> None:
             f"accumulate() adds to {name}.grad, but the {name} is computed from something else "
             "(a parametrization); remove that, or accumulate without this context"
         )
-    if is_traceable_wrapper_subclass(x) or x.dim() != dim:
+    if is_wrapper(x) or x.dim() != dim:
         wanted = "(num_classes, in_features)" if dim == 2 else "(num_classes,)"
         raise RuntimeError(
             f"accumulate() needs the whole {name} as a plain tensor of shape {wanted}, got "

@@ -7,18 +7,20 @@ import weakref
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
-from softsphere._torch import transforms_active
+from softsphere._torch import hooks_of, transforms_active
+from softsphere.checks.kinds import FLOATING
 
 __all__ = ["Tie", "plain_parameters"]
 
-HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-INSTEAD = (
+_TIED = (
+    "to share its weight as it is, make an nn.Linear without a bias, set its weight to that of the "
+    "embedding, and give that layer"
+)
+_INSTEAD = (
     "merge what it adds into the weight of a plain nn.Linear, or give the weight that it computes "
     "with to softsphere.functional.linear_spherical_loss"
 )
@@ -39,18 +41,18 @@ def plain_parameters(
         raise TypeError(
             "linear must be an nn.Linear or an nn.Embedding, whose weight has one row for each "
             f"class, got {name}; if it wraps such a layer and changes nothing, give that layer; "
-            f"otherwise {INSTEAD}"
+            f"otherwise {_INSTEAD}"
         )
-    if any(isinstance(x, UninitializedParameter) for x in linear._parameters.values()):
+    if any(isinstance(x, UninitializedParameter) for x in linear.parameters(recurse=False)):
         raise ValueError(
             f"linear must have a weight, but this {name} has not seen its first batch; call it "
             "once, or give it its sizes"
         )
     base: type[nn.Module] = nn.Linear if isinstance(linear, nn.Linear) else nn.Embedding
-    if has_own_forward(linear, base):
+    if _has_own_forward(linear, base):
         raise TypeError(
             f"linear must compute what {base.__name__} computes, but this {name} has a forward of "
-            f"its own, which the loss would pass over; {INSTEAD}"
+            f"its own, which the loss would pass over; {_INSTEAD if base is nn.Linear else _TIED}"
         )
     if parametrize.is_parametrized(linear):
         every = ", ".join(linear.parametrizations)  # type: ignore[arg-type]
@@ -59,7 +61,7 @@ def plain_parameters(
             "make the output layer from a plain layer and register the parametrization on that "
             "output layer, or remove it with torch.nn.utils.parametrize.remove_parametrizations"
         )
-    hooks = ", ".join(hook_names(linear))
+    hooks = ", ".join(_hook_names(linear))
     if hooks:
         raise TypeError(
             f"linear must have no hooks, but this {name} has {hooks}, which the loss would pass "
@@ -69,12 +71,12 @@ def plain_parameters(
     if isinstance(linear, nn.Embedding) and linear.max_norm is not None:
         raise ValueError(
             "linear must have the same rows for every use, but an nn.Embedding with max_norm "
-            "rewrites the rows that it looks up; make it without max_norm"
+            f"rewrites the rows that it looks up; make it without max_norm, or, {_TIED}"
         )
-    return checked_parameters(linear)
+    return _checked_parameters(linear)
 
 
-def has_own_forward(layer: nn.Module, base: type[nn.Module]) -> bool:
+def _has_own_forward(layer: nn.Module, base: type[nn.Module]) -> bool:
     """Whether a call of the layer runs anything but the forward of base."""
     kind: Any = type(layer)
     return (
@@ -84,19 +86,17 @@ def has_own_forward(layer: nn.Module, base: type[nn.Module]) -> bool:
     )
 
 
-def hook_names(layer: nn.Module) -> Iterator[str]:
+def _hook_names(layer: nn.Module) -> Iterator[str]:
     """The hooks that a call of the layer runs, each with its kind.
 
     Hooks on all modules (torch.nn.modules.module.register_module_forward_hook) are left out: they
     are for profiling, and they see the output layer as well.
     """
-    for kind in HOOKS:
-        for hook in getattr(layer, kind).values():
-            name = getattr(hook, "__qualname__", type(hook).__name__)
-            yield f"the {kind.strip('_').removesuffix('s').replace('_', ' ')} {name}"
+    for kind, hook in hooks_of(layer):
+        yield f"the {kind} hook {getattr(hook, '__qualname__', type(hook).__name__)}"
 
 
-def checked_parameters(
+def _checked_parameters(
     linear: nn.Linear | nn.Embedding,
 ) -> tuple[nn.Parameter, nn.Parameter | None]:
     """Returns weight and bias, each a parameter of a shape and dtype that a loss can be made of."""
@@ -107,9 +107,9 @@ def checked_parameters(
             "linear must have a parameter `weight` of shape (num_classes, in_features) with at "
             f"least one class, got {type(W).__name__}{shape}"
         )
-    if W.dtype not in DTYPES:
+    if W.dtype not in FLOATING:
         raise TypeError(
-            f"linear must have a weight of {', '.join(map(str, DTYPES))}, got {W.dtype}; "
+            f"linear must have a weight of {', '.join(map(str, FLOATING))}, got {W.dtype}; "
             "dequantise or convert it first"
         )
     if b is None:
@@ -150,8 +150,9 @@ class Tie:
         layer = None if self._layer is None else self._layer()
         if layer is None or transforms_active() or parametrize.is_parametrized(head):
             return
+        owns, has = (dict(module.named_parameters(recurse=False)) for module in (head, layer))
         for name in ("weight", "bias"):
-            own, theirs = head._parameters.get(name), layer._parameters.get(name)
+            own, theirs = owns.get(name), has.get(name)
             replaced = own is not theirs
             if replaced and all(x is None or isinstance(x, nn.Parameter) for x in (own, theirs)):
                 warnings.warn(

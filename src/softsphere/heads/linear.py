@@ -9,21 +9,22 @@ import torch
 from torch import Tensor, nn
 
 from softsphere import checks, losses
+from softsphere.checks.kinds import FLOATING
 from softsphere.criteria import WithPrior
 from softsphere.engines import LinearSphericalOptions, options_or_default
 from softsphere.engines.row_statistics import accumulator
 from softsphere.functional.conventions import Conventions
 from softsphere.functional.on_linear import Affine, loss_on_linear
 from softsphere.heads.accumulating import AccumulatingLayer
-from softsphere.heads.adoption import DTYPES, Tie, plain_parameters
+from softsphere.heads.adoption import Tie, plain_parameters
 from softsphere.heads.dense_reader import DenseReader
 from softsphere.heads.prediction import OutputLayer
 
 __all__ = ["LinearSphericalLoss"]
 
-BUFFERS = ("class_weight", "prior")
+_BUFFERS = ("class_weight", "prior")
 # What errors call the rows, W and b.
-NAMES = ("hidden", "weight", "bias")
+_NAMES = ("hidden", "weight", "bias")
 
 
 class LinearSphericalLoss(AccumulatingLayer, OutputLayer, WithPrior):
@@ -191,7 +192,7 @@ class LinearSphericalLoss(AccumulatingLayer, OutputLayer, WithPrior):
         )
         head.weight, head.bias = W, b
         head._tie = Tie(linear)
-        for name in BUFFERS:
+        for name in _BUFFERS:
             value = getattr(head, name)
             setattr(head, name, None if value is None else value.to(W.device))
         return head
@@ -246,14 +247,14 @@ class LinearSphericalLoss(AccumulatingLayer, OutputLayer, WithPrior):
             raise ValueError(
                 f"weight must have shape (num_classes, in_features), got {tuple(W.shape)}"
             )
-        for name, x in (("bias", b), *((name, getattr(self, name)) for name in BUFFERS)):
+        for name, x in (("bias", b), *((name, getattr(self, name)) for name in _BUFFERS)):
             if x is not None and x.shape != W.shape[:1]:
                 raise ValueError(
                     f"{name} must have shape ({len(W)},), one entry for each row of the weight "
                     f"{tuple(W.shape)}, got {tuple(x.shape)}; where the weight was replaced or "
                     f"resized, set head.{name} to one of that size, or make a new layer"
                 )
-        return Affine(W, b, NAMES)
+        return Affine(W, b, _NAMES)
 
     def _reader(self) -> DenseReader:
         return DenseReader(self._layer(), self.prior, self.loss, self.options)
@@ -276,12 +277,12 @@ class LinearSphericalLoss(AccumulatingLayer, OutputLayer, WithPrior):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         # The state of an nn.Linear has neither buffer, and leaves them as they are.
-        for name in BUFFERS:
+        for name in _BUFFERS:
             if prefix + name in missing_keys:
                 missing_keys.remove(prefix + name)
 
     def extra_repr(self) -> str:
-        given = [name for name in BUFFERS if getattr(self, name) is not None]
+        given = [name for name in _BUFFERS if getattr(self, name) is not None]
         sizes = ", ".join(map(str, reversed(self.weight.shape)))
         return (
             f"{sizes}, loss={self.loss}, "
@@ -293,5 +294,5 @@ class LinearSphericalLoss(AccumulatingLayer, OutputLayer, WithPrior):
 
 def _check_dtype(dtype: Any) -> None:
     """Raises TypeError for a dtype in which there are no such weights."""
-    if dtype is not None and dtype not in DTYPES:
-        raise TypeError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype!r}")
+    if dtype is not None and dtype not in FLOATING:
+        raise TypeError(f"dtype must be one of {', '.join(map(str, FLOATING))}, got {dtype!r}")

@@ -19,10 +19,10 @@ from softsphere.heads.reader import Reader
 __all__ = ["OutputLayer"]
 
 
-Method = TypeVar("Method", bound=Callable[..., Any])
+_Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
-def _without_autocast(method: Method) -> Method:
+def _without_autocast(method: _Method) -> _Method:
     """A prediction with the same digits inside autocast as outside."""
 
     @functools.wraps(method)
@@ -34,10 +34,10 @@ def _without_autocast(method: Method) -> Method:
         with torch.autocast(hidden.device.type, enabled=False):
             return method(self, hidden, *args, **kwargs)
 
-    return cast(Method, run)
+    return cast(_Method, run)
 
 
-def _without_gradient(method: Method) -> Method:
+def _without_gradient(method: _Method) -> _Method:
     """A prediction that autograd does not record."""
 
     @functools.wraps(method)
@@ -48,7 +48,7 @@ def _without_gradient(method: Method) -> Method:
         with torch.no_grad():
             return method(self, hidden, *args, **kwargs)
 
-    return cast(Method, run)
+    return cast(_Method, run)
 
 
 class OutputLayer(nn.Module, ABC):

@@ -19,7 +19,7 @@ from softsphere.losses import Loss
 __all__ = ["Reader"]
 
 # The scores that are in memory at once, for all rows of H together.
-SCORES = 8 << 20
+_SCORES = 8 << 20
 
 
 class Reader(ABC):
@@ -105,7 +105,7 @@ class Reader(ABC):
             # The number of chunks would depend on the number of rows.
             yield slice(0, self.num_classes), self.every_score(H)
             return
-        size = max(1, min(self.num_classes, SCORES // max(*H.shape, 1)))
+        size = max(1, min(self.num_classes, _SCORES // max(*H.shape, 1)))
         for part, rows in self.weight_chunks(size):
             yield part, self.scores(H @ rows.mT, None if self.pi is None else self.pi[part])
 

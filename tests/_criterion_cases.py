@@ -87,7 +87,7 @@ def reduced(among: dict[str, Case], reduction: str) -> dict[str, Case]:
     }
 
 
-# Tests of what is the same for every shape and reduction use these.
+# For tests of things that do not depend on the shape or the reduction.
 FEW = reduced(SMALL[torch.float64], "mean")
 
 

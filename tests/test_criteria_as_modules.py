@@ -92,7 +92,7 @@ def test_evaluation_is_training(name):
 
 @every_criterion
 def test_options_are_those_of_cross_entropy(name):
-    """Their defaults, what can be read of them, and what is printed."""
+    """Their defaults, their attributes, and the representation of the module."""
     theirs = inspect.signature(nn.CrossEntropyLoss).parameters
     wanted = {k: x.default for k, x in theirs.items() if k not in ("size_average", "reduce")}
     ours = inspect.signature(CRITERIA[name]).parameters

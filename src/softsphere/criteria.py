@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from softsphere import checks, losses
-from softsphere._torch import saveable_in_exports
 from softsphere.engines.row_statistics import accumulator
 from softsphere.functional.base_measure import check_mask
 from softsphere.functional.conventions import Conventions
 from softsphere.functional.on_logits import loss_on_logits
-from softsphere.functional.probabilities import normalise, taylor
+from softsphere.functional.probabilities import TopK, normalise, taylor
 
 __all__ = [
     "SoftMarginSoftmaxLoss",
@@ -25,16 +23,6 @@ __all__ = [
 ]
 
 
-class TopK(NamedTuple):
-    """The best classes with their log-probabilities, or outputs if the loss has none."""
-
-    values: Tensor
-    indices: Tensor
-
-
-saveable_in_exports(TopK)
-
-
 class WithPrior(nn.Module):
     """A module whose buffer `prior`, normalised to Σ π = D, is always in float32 or float64."""
 
@@ -42,6 +30,11 @@ class WithPrior(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WithPrior:
         before = self.prior
+        if before is not None and before.dtype == torch.float64:
+            try:
+                fn(before.new_empty(0))
+            except TypeError:  # a device without float64, such as Apple's
+                self.prior = before = before.float()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if before is not None and self.prior is not None:
             if self.prior.dtype in (torch.float16, torch.bfloat16):
@@ -61,10 +54,9 @@ class SphericalLoss(WithPrior):
         prior: (C), positive class frequencies or counts, which are the base measure π. The buffer
             `prior` holds them normalised to Σ π = C. It has no gradient.
         reduction, ignore_index, label_smoothing: as in `softsphere.functional.spherical_loss`,
-            which has the formulas and lists what is raised.
+            which has the formulas and lists the errors.
 
-    All of these can be read and assigned as attributes. They are checked when they are given and
-    again when they are used.
+    All of these can be read and assigned as attributes, and are checked again when they are used.
 
     The soft margin of `losses.SoftMarginSoftmax` is used in training mode alone: after `.eval()`
     the loss is the true negative log-likelihood.

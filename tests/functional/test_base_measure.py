@@ -206,7 +206,7 @@ WRONG = {
         TypeError,
         lambda: spherical_loss(LOGITS, TARGET, "z_loss", mask=torch.zeros(2, 3)),
     ),
-    r"mask must have shape \(3,\), one entry a class, or the shape of the logits \(2, 3\)": (
+    r"mask must have shape \(3,\), one entry per class, or the shape of the logits \(2, 3\)": (
         ValueError,
         lambda: spherical_loss(LOGITS, TARGET, "z_loss", mask=torch.ones(2).bool()),
     ),

@@ -122,6 +122,17 @@ def test_counts_keep_their_digits_for_float64_logits():
     assert torch.equal(head.prior, criterion.prior)
 
 
+def test_counts_move_to_a_device_without_float64():
+    def to_device(x):
+        if x.dtype == torch.float64:
+            raise TypeError("this device has no float64")
+        return x.clone()
+
+    counts = torch.tensor([1, 3, 4])
+    criterion = TaylorSoftmaxLoss(prior=counts)._apply(to_device)
+    assert torch.equal(criterion.prior, TaylorSoftmaxLoss(prior=counts.float()).prior)
+
+
 def test_a_prior_that_float32_cannot_hold_is_refused_for_float32_logits():
     criterion = TaylorSoftmaxLoss(prior=torch.tensor([1e-37, 1.0, 1e12]).double())
     assert criterion(LOGITS.double(), TARGET).isfinite()

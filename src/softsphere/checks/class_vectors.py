@@ -14,18 +14,19 @@ from softsphere.checks.kinds import dense, floating
 def class_vector(name: str, value: Any, num_classes: int) -> None:
     """A floating-point tensor with one entry per class."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor with one entry a class, got {value!r}")
+        raise TypeError(f"{name} must be a tensor with one entry per class, got {value!r}")
     floating(name, value)
     if value.shape != (num_classes,):
         raise ValueError(
-            f"{name} must have shape ({num_classes},), one entry a class, got {tuple(value.shape)}"
+            f"{name} must have shape ({num_classes},), one entry per class, "
+            f"got {tuple(value.shape)}"
         )
 
 
 def class_weights(value: Any) -> None:
     """A floating-point vector, for a number of classes that is not known yet."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"weight must be a tensor with one entry a class, got {value!r}")
+        raise TypeError(f"weight must be a tensor with one entry per class, got {value!r}")
     floating("weight", value)
     if value.dim() != 1:
         raise ValueError(f"weight must have shape (num_classes,), got {tuple(value.shape)}")
@@ -100,6 +101,6 @@ def class_mask(mask: Any, shape: torch.Size, dim: int) -> Tensor:
     if mask.shape == shape[dim : dim + 1]:
         return mask
     raise ValueError(
-        f"mask must have shape ({shape[dim]},), one entry a class, or the shape of the logits "
+        f"mask must have shape ({shape[dim]},), one entry per class, or the shape of the logits "
         f"{tuple(shape)}, got {tuple(mask.shape)}"
     )

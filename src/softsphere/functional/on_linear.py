@@ -186,7 +186,7 @@ def _check_mask(input: Tensor, num_classes: int, mask: Any, name: str) -> Tensor
     checks.same_device("mask", mask, name, input)
     if isinstance(mask, Tensor) and mask.dim() > 1:
         raise ValueError(
-            f"mask must have shape ({num_classes},), one entry a class for all rows, got "
+            f"mask must have shape ({num_classes},), one entry per class for all rows, got "
             f"{tuple(mask.shape)}; a mask for each row needs the logits: use spherical_loss or "
             "SphericalLoss on the logits of an nn.Linear"
         )

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from softsphere import checks, losses
-from softsphere._torch import values_on_cpu
+from softsphere._torch import saveable_in_exports, values_on_cpu
 from softsphere.engines.row_statistics import accumulator
 from softsphere.functional.base_measure import check_mask, fill_masked
 
 __all__ = [
+    "TopK",
     "log_prob",
     "log_spherical_softmax",
     "log_taylor_softmax",
@@ -23,6 +24,16 @@ __all__ = [
     "taylor",
     "taylor_softmax",
 ]
+
+
+class TopK(NamedTuple):
+    """The best classes with their log-probabilities, or outputs if the loss has none."""
+
+    values: Tensor
+    indices: Tensor
+
+
+saveable_in_exports(TopK)
 
 
 def log_prob(
@@ -171,7 +182,8 @@ def normalise(
 def _log_numerators(o: Tensor, loss: losses.Loss, pi: Tensor | None) -> Tensor:
     """log π_k t(o_k) of outputs (..., C), in float32 or wider."""
     log_t = loss.log_numerator(o.to(accumulator(o.dtype)))
-    if values_on_cpu(o) and bool((log_t.isposinf() & o.isneginf()).any()):
+    infinite = o.isneginf()
+    if values_on_cpu(o) and bool(infinite.any()) and bool((log_t.isposinf() & infinite).any()):
         raise ValueError(
             "input must hold finite logits for this loss, got −inf; for classes that do not take "
             "part pass mask=…, True for those that do"

@@ -1,4 +1,4 @@
-"""Seconds a training step against the number of classes, for every output layer."""
+"""The time of a training step against the number of classes, for every output layer."""
 
 from __future__ import annotations
 
@@ -27,41 +27,43 @@ __all__ = ["EXPERIMENT", "METRICS", "PLANS", "Plan", "finding", "markdown", "mea
 
 METRICS, LEFT_OUT = "metrics.jsonl", "left_out.jsonl"
 Lines = list[dict[str, Any]]
-# Steps whose times are within a tenth of each other are called alike.
+# Times that differ by less than a tenth count as equal.
 ALIKE = 1.1
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Which layers are timed where, and for how long each."""
+    """Which layers are timed at which settings, and for how many seconds each."""
 
     settings: tuple[Setting, ...]
     layers: tuple[str, ...]
     seconds: float
 
     def config(self) -> dict[str, Any]:
-        """As it is in a record, with lists for tuples."""
+        """Returns the plan as a record has it, with lists for tuples."""
         config: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return config
 
 
-def at(*classes: int, width: int = 128) -> tuple[Setting, ...]:
+def _at(*classes: int, width: int = 128) -> tuple[Setting, ...]:
     return tuple(Setting(D, width, width) for D in classes)
 
 
 PLANS = {
     "smoke": Plan(
-        at(1_000, 5_000, width=32), (FACTORED, "softmax", "hierarchical softmax"), seconds=0.2
+        _at(1_000, 5_000, width=32), (FACTORED, "softmax", "hierarchical softmax"), seconds=0.2
     ),
-    "small": Plan(at(10_000, 100_000), tuple(LAYERS), seconds=3.0),
-    "full": Plan(at(10_000, 100_000, 1_000_000, 10_000_000), tuple(LAYERS), seconds=Effort.seconds),
+    "small": Plan(_at(10_000, 100_000), tuple(LAYERS), seconds=3.0),
+    "full": Plan(
+        _at(10_000, 100_000, 1_000_000, 10_000_000), tuple(LAYERS), seconds=Effort.seconds
+    ),
 }
 
 
 def measure(plan: Plan, record: Record, on_done: Callable[[str], None]) -> None:
-    """Times what a record lacks, and adds each line as soon as it is there.
+    """Times what a record lacks, and adds each line to it at once.
 
-    on_done: told in words of what has been measured, and what is left out and why.
+    on_done: called with a sentence about each layer that was timed, or left out and why.
     """
     done = {(line["layer"], line["D"]) for line in record.lines(METRICS)}
     for setting in plan.settings:
@@ -81,22 +83,22 @@ def measure(plan: Plan, record: Record, on_done: Callable[[str], None]) -> None:
 
 
 def left_out(record: Record) -> set[tuple[str, int]]:
-    """The layers and D that could not be timed on the machine of a record."""
+    """Returns the layers and D that could not be timed on the machine of a record."""
     return {(line["layer"], line["D"]) for line in record.lines(LEFT_OUT)}
 
 
-def by_layer(lines: Lines) -> dict[str, dict[int, float]]:
-    """Seconds of each layer by D, from few classes to many."""
+def _by_layer(lines: Lines) -> dict[str, dict[int, float]]:
+    """The seconds of each layer by D, in ascending order."""
     found: dict[str, dict[int, float]] = {}
-    # by D alone, so that the layers keep the order in which they were measured
+    # sorting by D alone keeps the order in which the layers were measured
     for line in sorted(lines, key=lambda line: line["D"]):
         found.setdefault(line["layer"], {})[line["D"]] = line["seconds"]
     return found
 
 
 def markdown(lines: Lines) -> str:
-    """A row a layer, a column a D: milliseconds, and in brackets times the factored layer's."""
-    times = by_layer(lines)
+    """Returns milliseconds by layer and D, and in brackets in multiples of the factored layer's."""
+    times = _by_layer(lines)
     ours = times.get(FACTORED, {})
     classes = sorted({line["D"] for line in lines})
 
@@ -106,15 +108,15 @@ def markdown(lines: Lines) -> str:
             return "–"
         if name == FACTORED or D not in ours:
             return milliseconds(seconds)
-        return f"{milliseconds(seconds)} ({ratio(seconds / ours[D])})"
+        return f"{milliseconds(seconds)} ({_ratio(seconds / ours[D])})"
 
     rows = [[name, *(cell(name, D) for D in classes)] for name in times]
     return tables.markdown(["milliseconds a step", *(f"D = {D:,}" for D in classes)], rows)
 
 
 def finding(lines: Lines) -> str:
-    """How the factored layer's step grew with D, and where the others are slower or faster."""
-    times = by_layer(lines)
+    """Returns how the factored layer's step grows with D, and which layers are slower or faster."""
+    times = _by_layer(lines)
     ours = times.get(FACTORED, {})
     if not ours:
         return "The factored layer has not been measured."
@@ -132,11 +134,11 @@ def finding(lines: Lines) -> str:
         above = [D for D in ratios if ratios[D] > ALIKE]
         below = [D for D in ratios if ratios[D] < 1 / ALIKE]
         if above:
-            most = ratio(max(ratios[D] for D in above))
-            slower.append(f"{name} {places(above, list(ratios))} (up to {most} times)")
+            most = _ratio(max(ratios[D] for D in above))
+            slower.append(f"{name} {_places(above, list(ratios))} (up to {most} times)")
         if below:
-            most = ratio(1 / min(ratios[D] for D in below))
-            faster.append(f"{name} {places(below, list(ratios))} (up to {most} times)")
+            most = _ratio(1 / min(ratios[D] for D in below))
+            faster.append(f"{name} {_places(below, list(ratios))} (up to {most} times)")
         if not above and not below:
             alike.append(name)
     groups = {"Slower than it": slower, "Faster": faster, "As fast, within a tenth": alike}
@@ -144,10 +146,10 @@ def finding(lines: Lines) -> str:
     return grown + "".join(said)
 
 
-def places(some: Sequence[int], every: Sequence[int]) -> str:
-    """Some of the D in words; both ascend.
+def _places(some: Sequence[int], every: Sequence[int]) -> str:
+    """Some of every D in words; both ascend.
 
-    >>> places([5, 6], [5, 6]), places([6, 7], [5, 6, 7]), places([5, 7], [5, 6, 7])
+    >>> _places([5, 6], [5, 6]), _places([6, 7], [5, 6, 7]), _places([5, 7], [5, 6, 7])
     ('at every D', 'from D = 6 on', 'at D = 5 and D = 7')
     """
     if len(some) == len(every):
@@ -157,9 +159,9 @@ def places(some: Sequence[int], every: Sequence[int]) -> str:
     return "at " + " and ".join(f"D = {D:,}" for D in some)
 
 
-def ratio(times: float) -> str:
+def _ratio(times: float) -> str:
     """
-    >>> ratio(591.04), ratio(3.46), ratio(0.712)
+    >>> _ratio(591.04), _ratio(3.46), _ratio(0.712)
     ('591', '3.5', '0.71')
     """
     return f"{times:,.0f}" if times >= 10 else f"{times:.2g}"
@@ -167,7 +169,7 @@ def ratio(times: float) -> str:
 
 def picture(lines: Lines, left: Lines, path: Path) -> None:
     """Draws the step times. left: the lines of what could not be timed."""
-    times = by_layer(lines)
+    times = _by_layer(lines)
     reasons: dict[str, list[str]] = {}
     for line in left:
         if line["D"] not in times.get(line["layer"], {}):
@@ -178,7 +180,7 @@ def picture(lines: Lines, left: Lines, path: Path) -> None:
 
 
 class Scaling(Reproduction):
-    """The experiment: layers are timed one by one, on all threads."""
+    """The experiment, in which layers are timed one after the other with all threads."""
 
     name = "scaling"
     timed = True
@@ -205,7 +207,7 @@ class Scaling(Reproduction):
         def run(record: Record, console: Console, jobs: int) -> None:
             measure(plan, record, lambda said: console.print(said, markup=False, highlight=False))
 
-        # times on other threads have no place in the same table
+        # times with another number of threads would not be comparable
         config = {
             "experiment": self.name,
             "budget": budget,

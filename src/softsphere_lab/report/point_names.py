@@ -57,7 +57,7 @@ def place(axes: Axes, names: Sequence[Name], size: float = 9) -> None:
         box = min(choices, key=lambda each: each[0])[1]
         text.set_position(axes.transData.inverted().transform((box.x0, box.y0)).tolist())
         text.set_verticalalignment("bottom")
-        # what is placed by hand has no part in the layout
+        # the layout must not move the axes for a name that was placed in them
         text.set_in_layout(False)
         boxes.append(box)
 

@@ -1,7 +1,7 @@
 """What the scripts in `benchmarks/` have in common: a command line, a run folder and a table.
 
-A script lists cases, each of which measures some rows. They go into a run folder as soon as they
-are there, so that a run that was stopped can be gone on with.
+A script lists cases, each of which measures some rows. The rows of a case are written to a run
+folder at once, so that a run that was stopped can be resumed.
 """
 
 from __future__ import annotations

@@ -12,16 +12,16 @@ def main() -> int:
     """Runs the command line and returns the exit code."""
     try:
         # imported here, so that an interrupt meanwhile ends in one line too
-        from softsphere_lab.interrupts import leaving_at_once
+        from softsphere_lab.ctrl_c import leaving_at_once
 
         with leaving_at_once():
-            return command()
+            return _command()
     except KeyboardInterrupt:
         print("softsphere: stopped", file=sys.stderr)
         return 130
 
 
-def command() -> int:
+def _command() -> int:
     """Imports what the command needs, which takes seconds, and runs it."""
     import importlib.util
     import io
@@ -37,10 +37,10 @@ def command() -> int:
             file=sys.stderr,
         )
         return 2
-    return run_command_line()
+    return _run_command_line()
 
 
-def run_command_line() -> int:
+def _run_command_line() -> int:
     """Imports the command line and runs it."""
     from softsphere_lab.cli.app import main as run
 

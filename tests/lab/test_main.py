@@ -62,7 +62,9 @@ def test_an_interrupt_while_the_data_are_loaded_is_one_line_or_none(monkeypatch,
 def test_a_terminal_without_utf_8_gets_the_table_all_the_same(monkeypatch):
     got = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(got, encoding="ascii"))
-    monkeypatch.setattr(__main__, "run_command_line", lambda: print("1.61 ± 0.04", flush=True) or 0)
+    monkeypatch.setattr(
+        __main__, "_run_command_line", lambda: print("1.61 ± 0.04", flush=True) or 0
+    )
     assert __main__.main() == 0
     assert got.getvalue() == b"1.61 ? 0.04\n"
 
@@ -70,7 +72,7 @@ def test_a_terminal_without_utf_8_gets_the_table_all_the_same(monkeypatch):
 def test_streams_that_are_no_terminals_are_left_alone(monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.StringIO())
     monkeypatch.setattr(sys, "stderr", None)
-    monkeypatch.setattr(__main__, "run_command_line", lambda: 0)
+    monkeypatch.setattr(__main__, "_run_command_line", lambda: 0)
     assert __main__.main() == 0
 
 
@@ -100,7 +102,7 @@ def test_interrupts_are_as_before_once_the_command_is_done(monkeypatch):
     before = signal.getsignal(signal.SIGINT)
     seen = []
     monkeypatch.setattr(
-        __main__, "run_command_line", lambda: seen.append(signal.getsignal(signal.SIGINT)) or 0
+        __main__, "_run_command_line", lambda: seen.append(signal.getsignal(signal.SIGINT)) or 0
     )
     assert __main__.main() == 0
     assert signal.getsignal(signal.SIGINT) is before

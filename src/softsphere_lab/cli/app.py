@@ -21,7 +21,7 @@ for command in (compare, losses, reproduce, report):
     app.command()(command)
 
 
-def print_version(wanted: bool) -> None:
+def _print_version(wanted: bool) -> None:
     """Prints the version and leaves, if it is wanted."""
     if wanted:
         typer.echo(f"softsphere {importlib.metadata.version('softsphere')}")
@@ -34,7 +34,7 @@ def softsphere(
     version: Annotated[
         bool,
         typer.Option(
-            "--version", callback=print_version, is_eager=True, help="Show the version and exit."
+            "--version", callback=_print_version, is_eager=True, help="Show the version and exit."
         ),
     ] = False,
 ) -> None:

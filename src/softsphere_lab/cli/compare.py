@@ -32,6 +32,8 @@ __all__ = ["compare"]
 
 DEFAULT_LOSSES = "softmax,taylor_softmax,spherical_softmax,z_loss,squared_error"
 
+# Where the run folders are, and the form of the time in their names.
+RUNS, STAMP = Path("runs"), "%Y%m%d-%H%M%S"
 # Far more than anybody runs.
 MOST_SEEDS, MOST_EPOCHS = 10_000, 100_000
 
@@ -94,12 +96,11 @@ def compare(
     share_cores(jobs)
     prepared = COMPARISON.prepare(study)
     if tune and given is not None:
-        typer.echo(fixed_rate_told(study, given))
-    place = Place(Path("runs"), "%Y%m%d-%H%M%S", f"compare-{dataset}")
-    run_and_report(prepared, place, out, resume, jobs)
+        typer.echo(_fixed_rate_sentence(study, given))
+    run_and_report(prepared, Place(RUNS, STAMP, f"compare-{dataset}"), out, resume, jobs)
 
 
-def fixed_rate_told(study: Classification, rate: float) -> str:
+def _fixed_rate_sentence(study: Classification, rate: float) -> str:
     """Returns a sentence about what is searched for when the learning rate is given."""
     searched = {key: None for spec in study.losses for key in spec.axes(True)}
     what = f"searches for {', '.join(searched)} alone" if searched else "has nothing to search for"

@@ -23,7 +23,7 @@ def losses() -> None:
         table.add_column(title, no_wrap=True)
     for name, kind in library.REGISTRY.items():
         spherical = "yes" if issubclass(kind, Spherical) else "no"
-        table.add_row(name, numbers_told(kind), ", ".join(AXES.get(name, {})) or "–", spherical)
+        table.add_row(name, _numbers_cell(kind), ", ".join(AXES.get(name, {})) or "–", spherical)
     console.print(table)
     print_plain(
         console,
@@ -32,14 +32,14 @@ def losses() -> None:
     )
 
 
-def numbers_told(kind: type[Loss]) -> str:
+def _numbers_cell(kind: type[Loss]) -> str:
     """Returns the numbers of a loss with their defaults.
 
-    >>> numbers_told(library.ZLoss), numbers_told(library.Softmax)
+    >>> _numbers_cell(library.ZLoss), _numbers_cell(library.Softmax)
     ('a=1 b=4', '–')
     """
-    told = []
+    parts = []
     for field in fields(kind):
         value = None if field.default is MISSING else field.default
-        told.append(field.name if value is None else f"{field.name}={value:g}")
-    return " ".join(told) or "–"
+        parts.append(field.name if value is None else f"{field.name}={value:g}")
+    return " ".join(parts) or "–"

@@ -9,10 +9,10 @@ from pathlib import Path
 import typer
 from rich.console import Console
 
+from softsphere_lab.ctrl_c import raise_interrupts
 from softsphere_lab.errors import LabError
 from softsphere_lab.experiments.experiment import Prepared
-from softsphere_lab.experiments.page import Told, told
-from softsphere_lab.interrupts import raise_interrupts
+from softsphere_lab.experiments.page import Report, report_of
 from softsphere_lab.progress import print_plain, print_stopped, standard_console
 from softsphere_lab.records.folder import Record
 from softsphere_lab.report.grids import terminal_table
@@ -48,20 +48,20 @@ def run_and_report(
     prepared: Prepared, place: Place, out: Path | None, resume: bool, jobs: int = 1
 ) -> None:
     """Does what a run folder lacks, and reports what it has, also after a Ctrl-C."""
-    record, prepared = open_record(prepared, place, out, resume)
+    record, prepared = _open_record(prepared, place, out, resume)
     console = standard_console()
     raise_interrupts()
     try:
         with record.alone():
             prepared.run(record, console, jobs)
     except KeyboardInterrupt:
-        report_record(record, console)
+        _report_record(record, console)
         print_stopped(console, record.folder)
         raise typer.Exit(130) from None
-    report_record(record, console)
+    _report_record(record, console)
 
 
-def open_record(
+def _open_record(
     prepared: Prepared, place: Place, out: Path | None, resume: bool
 ) -> tuple[Record, Prepared]:
     """Returns a new run folder or the one that is resumed, and the experiment in its spelling."""
@@ -73,17 +73,17 @@ def open_record(
     return Record.reopen(folder, prepared.config, prepared.grows), prepared
 
 
-def report_record(record: Record, console: Console) -> None:
+def _report_record(record: Record, console: Console) -> None:
     """Writes the README and the pictures, and prints the table and what was found."""
-    found = told(record)
+    found = report_of(record)
     if found is None:
         console.print("No run is finished yet.")
         return
     found.put()
-    print_told(found, console)
+    _print_report(found, console)
 
 
-def print_told(found: Told, console: Console) -> None:
+def _print_report(found: Report, console: Console) -> None:
     """Prints the table, what its signs mean, what was found, and where the pictures are."""
     section = found.section
     if console.is_terminal:

@@ -25,7 +25,7 @@ COMPARED = (REFERENCE, "taylor_softmax", "spherical_softmax")
 DEPTHS = (1, 2, 3)
 
 
-def outputs(losses: tuple[str, ...], depths: tuple[int, ...]) -> tuple[Output, ...]:
+def _outputs_on_networks(losses: tuple[str, ...], depths: tuple[int, ...]) -> tuple[Output, ...]:
     """Returns an output layer for each loss on each network."""
     return tuple(
         Output(loss, depth=depth, activation=activation)
@@ -35,10 +35,10 @@ def outputs(losses: tuple[str, ...], depths: tuple[int, ...]) -> tuple[Output, .
     )
 
 
-def network(name: str) -> tuple[str, int]:
+def _network(name: str) -> tuple[str, int]:
     """Returns the activation and the depth that a name says.
 
-    >>> network("softmax depth=2 activation=exp")
+    >>> _network("softmax depth=2 activation=exp")
     ('exp', 2)
     """
     output = Output.parse(name)
@@ -47,36 +47,36 @@ def network(name: str) -> tuple[str, int]:
 
 def ablation_section(results: Results) -> Section:
     """Returns the perplexities by network, each loss also as a multiple of softmax there."""
-    reference = {name: softmax_with_depth(name) for name in results.ends}
+    reference = {name: _softmax_with_depth(name) for name in results.ends}
     p = p_values(results.ends, PERPLEXITY, reference)
-    first = {"network": layers_counted, "loss": lambda name: label(name.split()[0])}
+    first = {"network": _layers_counted, "loss": lambda name: label(name.split()[0])}
     table = table_beside_softmax(results, reference, p, first)
-    found = range_of_ratios(results, reference, p)
+    found = _range_of_ratios(results, reference, p)
     return Section(
         text=f"{text_setup(results)}\n{table}\n{NOTE}\n\n{found}\n",
         table=table,
         finding=found,
         note=NOTE,
-        pictures={"networks": partial(picture, results)},
+        pictures={"networks": partial(_draw_networks, results)},
     )
 
 
-def layers_counted(name: str) -> str:
+def _layers_counted(name: str) -> str:
     """Returns the network in a few words.
 
-    >>> layers_counted("softmax depth=2 activation=exp")
+    >>> _layers_counted("softmax depth=2 activation=exp")
     '2 layers, exp'
     """
-    activation, depth = network(name)
+    activation, depth = _network(name)
     return f"{depth} layer{'s' if depth > 1 else ''}, {activation}"
 
 
-def softmax_with_depth(name: str) -> str:
+def _softmax_with_depth(name: str) -> str:
     """Returns the name of softmax on the same network."""
     return " ".join([REFERENCE, *name.split()[1:]])
 
 
-def range_of_ratios(results: Results, reference: Mapping[str, str], p: Mapping[str, float]) -> str:
+def _range_of_ratios(results: Results, reference: Mapping[str, str], p: Mapping[str, float]) -> str:
     """Returns sentences about the smallest and the largest ratio to softmax, and the tests."""
     found = {
         name: compared[0]
@@ -88,7 +88,7 @@ def range_of_ratios(results: Results, reference: Mapping[str, str], p: Mapping[s
     least, most = min(found, key=found.__getitem__), max(found, key=found.__getitem__)
 
     def ratio_where(name: str) -> str:
-        return f"{found[name]:.3f} ({loss_and_network(name)})"
+        return f"{found[name]:.3f} ({_loss_and_network(name)})"
 
     better = [name for name, value in found.items() if shown_below(p.get(name), value)]
     closed = (
@@ -99,37 +99,39 @@ def range_of_ratios(results: Results, reference: Mapping[str, str], p: Mapping[s
     untested = sum(name not in p for name in found)
     if untested:
         closed += f" ({untested} of {len(found)} not tested, with too few seeds)"
-    told = (
+    sentences = (
         f"Over the networks the perplexity in times softmax's is from {ratio_where(least)} to "
         f"{ratio_where(most)}; {closed}."
     )
     lost = [
-        loss_and_network(name) for name, other in reference.items() if name not in {other, *found}
+        _loss_and_network(name) for name, other in reference.items() if name not in {other, *found}
     ]
     if lost:
-        told += f" Without a run to compare, since all diverged or none is done: {'; '.join(lost)}."
-    return told
+        sentences += (
+            f" Without a run to compare, since all diverged or none is done: {'; '.join(lost)}."
+        )
+    return sentences
 
 
-def loss_and_network(name: str) -> str:
+def _loss_and_network(name: str) -> str:
     """Returns the loss and its network in a few words.
 
-    >>> loss_and_network("taylor_softmax depth=2 activation=exp")
+    >>> _loss_and_network("taylor_softmax depth=2 activation=exp")
     'log-Taylor softmax, exp, depth 2'
     """
-    activation, depth = network(name)
+    activation, depth = _network(name)
     return f"{label(name.split()[0])}, {activation}, depth {depth}"
 
 
-def picture(results: Results, path: Path) -> None:
+def _draw_networks(results: Results, path: Path) -> None:
     """Draws the perplexity by depth, a panel for each activation."""
     groups: dict[str, list[pictures.Curve]] = {}
     for activation in ACTIVATIONS:
         for loss in COMPARED:
             own = {
-                network(name)[1]: runs
+                _network(name)[1]: runs
                 for name, runs in results.ends.items()
-                if name.split()[0] == loss and network(name)[0] == activation
+                if name.split()[0] == loss and _network(name)[0] == activation
             }
             if own:
                 groups.setdefault(activation, []).append(
@@ -146,7 +148,7 @@ def picture(results: Results, path: Path) -> None:
 
 FULL = replace(
     ptb.FULL,
-    outputs=outputs(COMPARED, DEPTHS),
+    outputs=_outputs_on_networks(COMPARED, DEPTHS),
     seeds=(0, 1, 2),
 )
 
@@ -165,7 +167,7 @@ EXPERIMENT = StudyReproduction(
         "smoke": replace(
             FULL,
             dataset="generated",
-            outputs=outputs(COMPARED[:2], (1, 2)),
+            outputs=_outputs_on_networks(COMPARED[:2], (1, 2)),
             seeds=(0,),
             setup=Setup(embedding=8, hidden=16, width=16, batch_size=64, epochs=1),
             rates=Axis.fixed(1e-3),

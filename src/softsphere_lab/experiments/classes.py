@@ -24,7 +24,7 @@ __all__ = ["EXPERIMENT"]
 CLASSES = (10, 100, 1_000, 3_000, 10_000, 30_000, 60_000)
 
 
-def outputs(classes: tuple[int, ...]) -> tuple[Output, ...]:
+def _outputs_with_classes(classes: tuple[int, ...]) -> tuple[Output, ...]:
     """Returns softmax and the spherical losses at each D, without and with the base measure."""
     return tuple(
         Output(loss, prior=prior, classes=D)
@@ -34,10 +34,10 @@ def outputs(classes: tuple[int, ...]) -> tuple[Output, ...]:
     )
 
 
-def without_classes(name: str) -> str:
+def _without_classes(name: str) -> str:
     """Returns the output layer without its number of classes.
 
-    >>> without_classes("taylor_softmax prior classes=10")
+    >>> _without_classes("taylor_softmax prior classes=10")
     'taylor_softmax prior'
     """
     return str(replace(Output.parse(name), classes=None))
@@ -46,24 +46,24 @@ def without_classes(name: str) -> str:
 def classes_section(results: Results) -> Section:
     """Returns the perplexities by D, each also as a multiple of softmax's."""
     names = sorted(results.ends, key=lambda name: Output.parse(name).classes or 0)
-    reference = {name: softmax_with_classes(name) for name in names}
+    reference = {name: _softmax_with_classes(name) for name in names}
     p = p_values(results.ends, PERPLEXITY, reference)
     first = {
         "D": lambda name: f"{Output.parse(name).classes:,}",
-        "output layer": lambda name: label(without_classes(name)),
+        "output layer": lambda name: label(_without_classes(name)),
     }
     table = table_beside_softmax(results, reference, p, first)
-    found = where_the_order_turns(results, p)
+    found = _where_the_order_turns(results, p)
     return Section(
         text=f"{text_setup(results)}\n{table}\n{NOTE}\n\n{found}\n",
         table=table,
         finding=found,
         note=NOTE,
-        pictures={"ratios": partial(picture, results)},
+        pictures={"ratios": partial(_draw_ratios, results)},
     )
 
 
-def softmax_with_classes(name: str) -> str:
+def _softmax_with_classes(name: str) -> str:
     """Returns the name of softmax with as many classes."""
     return str(Output(REFERENCE, classes=Output.parse(name).classes))
 
@@ -72,20 +72,20 @@ def softmax_with_classes(name: str) -> str:
 Curve = dict[int, tuple[float, float, float]]
 
 
-def curves(results: Results) -> dict[str, Curve]:
+def _curves(results: Results) -> dict[str, Curve]:
     """Returns the curve of each kind of layer but softmax itself."""
     found: dict[str, Curve] = {}
     for name in results.ends:
-        D, kind = Output.parse(name).classes, without_classes(name)
-        compared = ratio(results.ends, name, softmax_with_classes(name), PERPLEXITY)
+        D, kind = Output.parse(name).classes, _without_classes(name)
+        compared = ratio(results.ends, name, _softmax_with_classes(name), PERPLEXITY)
         if kind != REFERENCE and D is not None and compared is not None:
             found.setdefault(kind, {})[D] = compared
     return found
 
 
-def where_the_order_turns(results: Results, p: Mapping[str, float]) -> str:
+def _where_the_order_turns(results: Results, p: Mapping[str, float]) -> str:
     """Returns a list: for each kind of layer where its ratio to softmax is not 1."""
-    lines = [curve_told(kind, curve, p) for kind, curve in curves(results).items()]
+    lines = [_curve_sentence(kind, curve, p) for kind, curve in _curves(results).items()]
     if not lines:
         return "Nothing can be compared yet."
     head = (
@@ -95,7 +95,7 @@ def where_the_order_turns(results: Results, p: Mapping[str, float]) -> str:
     return "\n".join([head, "", *lines])
 
 
-def curve_told(kind: str, curve: Curve, p: Mapping[str, float]) -> str:
+def _curve_sentence(kind: str, curve: Curve, p: Mapping[str, float]) -> str:
     """Returns the ratios with the fewest and most classes, and where they are shown not to be 1."""
     classes = sorted(curve)
     names = {D: str(replace(Output.parse(kind), classes=D)) for D in classes}
@@ -106,19 +106,19 @@ def curve_told(kind: str, curve: Curve, p: Mapping[str, float]) -> str:
     ends = [f"{curve[classes[0]][0]:.3f} at {classes[0]:,} classes"]
     if len(classes) > 1:
         ends.append(f"{curve[classes[-1]][0]:.3f} at {classes[-1]:,}")
-    told = (
+    parts = (
         " and ".join(ends),
         *listed("interval below 1", [D for D in classes if curve[D][2] < 1]),
         *listed("interval above 1", [D for D in classes if curve[D][1] > 1]),
         *listed(f"p < {LEVEL}", [D for D in classes if p.get(names[D], 1.0) < LEVEL]),
     )
-    return f"- {label(kind)}: {'; '.join(told)}."
+    return f"- {label(kind)}: {'; '.join(parts)}."
 
 
-def picture(results: Results, path: Path) -> None:
+def _draw_ratios(results: Results, path: Path) -> None:
     """Draws the ratio against D."""
     drawn = []
-    for kind, curve in curves(results).items():
+    for kind, curve in _curves(results).items():
         x = sorted(curve)
         middle, ends = [curve[D][0] for D in x], [curve[D][1:] for D in x]
         drawn.append(pictures.Curve(label(kind), x, middle, ends, {}))
@@ -133,7 +133,7 @@ def picture(results: Results, path: Path) -> None:
 
 FULL = LanguageModelling(
     dataset="wikipedia",
-    outputs=outputs(CLASSES),
+    outputs=_outputs_with_classes(CLASSES),
     seeds=(0, 1, 2),
     setup=Setup(
         embedding=32, hidden=128, width=64, batch_size=1024, epochs=2, train=2_000_000, held=50_000
@@ -160,7 +160,7 @@ EXPERIMENT = StudyReproduction(
         "smoke": replace(
             FULL,
             dataset="generated",
-            outputs=outputs((10, 100)),
+            outputs=_outputs_with_classes((10, 100)),
             seeds=(0,),
             setup=Setup(embedding=8, hidden=16, width=16, batch_size=64, epochs=1),
             rates=Axis.fixed(3e-3),

@@ -46,12 +46,12 @@ class Comparison(Experiment):
             table=table,
             finding=found,
             note=NOTE,
-            pictures={"comparison": partial(picture, results, rows)},
+            pictures={"comparison": partial(_draw_comparison, results, rows)},
             csv=summary.csv_text(rows),
         )
 
 
-def picture(results: Results, rows: list[Row], path: Path) -> None:
+def _draw_comparison(results: Results, rows: list[Row], path: Path) -> None:
     """Draws learning curves, and the errors of every seed."""
     asked = results.config
     title = f"{asked['dataset']}, {asked['model']}, {asked['epochs']} epochs"

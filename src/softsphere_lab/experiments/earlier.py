@@ -15,11 +15,11 @@ __all__ = ["EarlierRecord", "record_at"]
 def record_at(folder: Path) -> Record:
     """Returns the record in a folder, also if the command that made it is no more."""
     record = Record(folder)
-    experiment = made_for(record.config() or {})
+    experiment = _made_for(record.config() or {})
     return record if experiment is None else EarlierRecord(folder, experiment)
 
 
-def made_for(config: Line) -> StudyReproduction | None:
+def _made_for(config: Line) -> StudyReproduction | None:
     """Returns the experiment that took the place of the command that made a record.
 
     The commands `softsphere twins` and `softsphere engines` wrote no name of an experiment.

@@ -37,18 +37,18 @@ FEW = LOSSES[:2]
 def image_section(results: Results) -> Section:
     """Returns errors and likelihoods beside the paper's, with tests against softmax."""
     rows = summary.summarise(results)
-    table = summary.markdown_table(rows, columns(results))
+    table = summary.markdown_table(rows, _image_columns(results))
     found = summary.finding(rows, label)
     return Section(
-        text=f"{setup(results)}\n{table}\n{NOTE}\n\n{found}\n",
+        text=f"{_images_and_network(results)}\n{table}\n{NOTE}\n\n{found}\n",
         table=table,
         finding=found,
         note=NOTE,
-        pictures={"errors": partial(picture, results, rows)},
+        pictures={"errors": partial(_draw_errors, results, rows)},
     )
 
 
-def setup(results: Results) -> str:
+def _images_and_network(results: Results) -> str:
     """Returns sentences about the images, the network and its training."""
     asked, data = results.config, results.config["data"]
     return (
@@ -58,7 +58,7 @@ def setup(results: Results) -> str:
     )
 
 
-def columns(results: Results) -> list[Column]:
+def _image_columns(results: Results) -> list[Column]:
     """Returns the columns, with what the paper reports among them."""
     ends, dataset = results.ends, str(results.config["dataset"])
 
@@ -77,7 +77,7 @@ def columns(results: Results) -> list[Column]:
     ]
 
 
-def picture(results: Results, rows: list[Row], path: Path) -> None:
+def _draw_errors(results: Results, rows: list[Row], path: Path) -> None:
     """Draws learning curves, and the errors of every seed."""
     asked = results.config
     figures.comparison(

@@ -16,7 +16,16 @@ from softsphere_lab.records.folder import Line, Record
 from softsphere_lab.report.paper import SOURCE
 from softsphere_lab.report.results import Section
 
-__all__ = ["PAGE", "README", "RECORDS", "Told", "best_records", "rebuild", "results_page", "told"]
+__all__ = [
+    "PAGE",
+    "README",
+    "RECORDS",
+    "Report",
+    "best_records",
+    "rebuild",
+    "report_of",
+    "results_page",
+]
 
 RECORDS = Path("records")
 README, PAGE = "README.md", "results.md"
@@ -46,7 +55,7 @@ and within a table.
 
 
 @dataclass(frozen=True)
-class Told:
+class Report:
     """A record with its experiment and the section that it makes."""
 
     experiment: Experiment
@@ -61,12 +70,12 @@ class Told:
             differences = f"\n*Differences from the paper.* {self.experiment.differences}\n"
         unfinished = self.experiment.unfinished(self.record)
         pictures = "".join(
-            f"\n![{self.experiment.title}: {name}]({link(path, folder)})\n"
+            f"\n![{self.experiment.title}: {name}]({_link(path, folder)})\n"
             for name, path in self.pictures.items()
         )
         return (
             f"{heading} {self.experiment.title}\n\n{claim}"
-            f"{environment_told(self.record)}{f'; **{unfinished}**' if unfinished else ''}"
+            f"{_environment_sentence(self.record)}{f'; **{unfinished}**' if unfinished else ''}"
             f"\n\n{self.section.text}{pictures}{differences}"
         )
 
@@ -89,23 +98,23 @@ class Told:
         return written
 
 
-def told(record: Record) -> Told | None:
-    """Returns what is told of a record, or None if it is of no experiment or has no final run."""
+def report_of(record: Record) -> Report | None:
+    """Returns the report of a record, or None if it is of no experiment or has no final run."""
     experiment = experiment_of(record)
     section = experiment and experiment.section(record)
-    return Told(experiment, record, section) if experiment and section else None
+    return Report(experiment, record, section) if experiment and section else None
 
 
-def link(path: Path, folder: Path) -> str:
+def _link(path: Path, folder: Path) -> str:
     """Returns the address of a file as a page in that folder has it.
 
-    >>> link(Path("records/a/b.png"), Path("docs"))
+    >>> _link(Path("records/a/b.png"), Path("docs"))
     '../records/a/b.png'
     """
     return Path(os.path.relpath(path, folder)).as_posix()
 
 
-def environment_told(record: Record) -> str:
+def _environment_sentence(record: Record) -> str:
     """Returns the command that made a record, and where it ran."""
     first: Line = record.lines("environment.jsonl")[0]
     device = first["cuda"] or f"{first['machine']} CPU"
@@ -118,28 +127,28 @@ def environment_told(record: Record) -> str:
     )
 
 
-def all_told(records: Path) -> Iterator[Told]:
-    """Returns what is told of each record that has a final run, in order of name."""
+def _all_reports(records: Path) -> Iterator[Report]:
+    """Returns the report of each record that has a final run, in order of name."""
     for folder in sorted(records.glob("*/")):
-        found = told(record_at(folder))
+        found = report_of(record_at(folder))
         if found:
             yield found
 
 
-def best_records(records: Path) -> list[Told]:
+def best_records(records: Path) -> list[Report]:
     """Returns, of each reproduction, the record with the largest budget; of equal ones the last.
 
     Records of the smoke budget do not count.
     """
-    best: dict[str, tuple[int, Told]] = {}
-    for each in all_told(records):
+    best: dict[str, tuple[int, Report]] = {}
+    for each in _all_reports(records):
         budget = BUDGETS.index((each.record.config() or {}).get("budget", BUDGETS[0]))
         if budget >= max(1, best.get(each.experiment.name, (0,))[0]):
             best[each.experiment.name] = budget, each
     return [best[name][1] for name in REPRODUCTIONS if name in best]
 
 
-def results_page(found: list[Told], docs: Path) -> str:
+def results_page(found: list[Report], docs: Path) -> str:
     """Returns docs/results.md."""
     return "\n".join([HEAD, *(each.markdown("##", docs) for each in found)])
 
@@ -162,4 +171,4 @@ def rebuild(records: Path, docs: Path) -> list[Path]:
         raise LabError(f"--docs {docs} cannot be a folder ({error.strerror})") from error
     page = docs / PAGE
     write(page, results_page(best, docs))
-    return [page, *(path for each in all_told(records) for path in each.put())]
+    return [page, *(path for each in _all_reports(records) for path in each.put())]

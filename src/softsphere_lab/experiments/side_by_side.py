@@ -114,17 +114,17 @@ class SideBySide(Study):
 
 def side_by_side_section(results: Results) -> Section:
     """Returns the losses by epoch and the seconds of a step, and how far the curves are apart."""
-    table = curves_table(results)
-    found = "\n\n".join(curves_apart(results))
+    table = _curves_table(results)
+    found = "\n\n".join(_curves_apart(results))
     return Section(
-        text=f"{setup(results)}\n{table}\n{found}\n",
+        text=f"{_model_and_training(results)}\n{table}\n{found}\n",
         table=table,
         finding=found,
-        pictures={"curves": partial(picture, results)},
+        pictures={"curves": partial(_draw_curves, results)},
     )
 
 
-def setup(results: Results) -> str:
+def _model_and_training(results: Results) -> str:
     """Returns sentences about the model and its training."""
     asked = results.config
     loss = losses.get(asked["loss"])
@@ -138,7 +138,7 @@ def setup(results: Results) -> str:
     )
 
 
-def curves_table(results: Results) -> str:
+def _curves_table(results: Results) -> str:
     """Returns a row for each engine: perplexity or loss by epoch and on the test part, and time."""
     normalised = losses.get(results.config["loss"]).normalised
 
@@ -148,8 +148,8 @@ def curves_table(results: Results) -> str:
     epochs = sorted({line["epoch"] for line in results.epochs})
     rows = []
     for engine, ends in results.ends.items():
-        curve = {line["epoch"]: line for line in curve_of(results, engine)}
-        final = final_of(ends)
+        curve = {line["epoch"]: line for line in _curve_of(results, engine)}
+        final = _final_of(ends)
         seconds = [line["step_seconds"] for line in curve.values()]
         rows.append(
             (
@@ -163,25 +163,25 @@ def curves_table(results: Results) -> str:
     return markdown(header, rows)
 
 
-def final_of(ends: Mapping[int, Line]) -> Line:
+def _final_of(ends: Mapping[int, Line]) -> Line:
     """Returns the end of an engine's one run."""
     (line,) = ends.values()
     final: Line = line["final"]
     return final
 
 
-def curve_of(results: Results, engine: str) -> list[Line]:
+def _curve_of(results: Results, engine: str) -> list[Line]:
     """Returns the epochs of an engine, in order."""
     own = [line for line in results.epochs if line["loss"] == engine]
     return sorted(own, key=lambda line: line["epoch"])
 
 
-def curves_apart(results: Results) -> list[str]:
+def _curves_apart(results: Results) -> list[str]:
     """Returns a sentence for each engine but the reference: how the curves and steps compare."""
     *engines, reference = results.config["engines"]
     sentences = []
     for engine in engines:
-        mine, other = curve_of(results, engine), curve_of(results, reference)
+        mine, other = _curve_of(results, engine), _curve_of(results, reference)
         if not mine or len(mine) != len(other):
             continue
         apart = max(
@@ -196,7 +196,7 @@ def curves_apart(results: Results) -> list[str]:
     return sentences or ["No two engines can be compared yet."]
 
 
-def picture(results: Results, path: Path) -> None:
+def _draw_curves(results: Results, path: Path) -> None:
     """Draws the curves one upon the other, and the time of a step."""
     asked = results.config
     title = f"{asked['dataset']}, {asked['loss']}, d = {asked['width']}, {asked['dtype']}"

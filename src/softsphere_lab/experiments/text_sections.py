@@ -60,12 +60,12 @@ def softmax_on_same_network(name: str) -> str:
 def text_section(results: Results) -> Section:
     """Returns tables of quality and cost, with tests of perplexity and rank against softmax."""
     reference = {name: softmax_on_same_network(name) for name in results.ends}
-    quality = quality_table(results, reference)
-    cost = cost_table(results)
+    quality = _quality_table(results, reference)
+    cost = _cost_table(results)
     found = ratios_to_softmax(results, reference)
     return Section(
         text=(
-            f"{text_setup(results)}\n{quality}\n{NOTE}\n\n{pairs_covered(results)}\n\n{cost}\n"
+            f"{text_setup(results)}\n{quality}\n{NOTE}\n\n{_pairs_covered(results)}\n\n{cost}\n"
             f"{found}\n"
         ),
         table=quality,
@@ -75,7 +75,7 @@ def text_section(results: Results) -> Section:
     )
 
 
-def quality_table(results: Results, reference: Mapping[str, str]) -> str:
+def _quality_table(results: Results, reference: Mapping[str, str]) -> str:
     """Returns a table of perplexities, ranks and correlations of each output layer."""
     perplexity_p, rank_p = (
         p_values(results.ends, metric, reference) for metric in (PERPLEXITY, MRR)
@@ -103,7 +103,7 @@ def quality_table(results: Results, reference: Mapping[str, str]) -> str:
     )
 
 
-def cost_table(results: Results) -> str:
+def _cost_table(results: Results) -> str:
     """Returns a table of the seconds that each output layer took."""
     aims = goals(results)
     titles = (f"seconds to validation perplexity {goal}" for goal in aims)
@@ -112,8 +112,8 @@ def cost_table(results: Results) -> str:
         [
             (
                 label(name),
-                engines_of(runs),
-                seconds_an_epoch(results, name),
+                _engines_of(runs),
+                _seconds_an_epoch(results, name),
                 *(seconds_to_goal(results, name, goal) for goal in aims),
             )
             for name, runs in results.ends.items()
@@ -173,26 +173,26 @@ def text_setup(results: Results) -> str:
         f"{data['words']:,} words of vocabulary, {data['train']:,} of text to train on and "
         f"{data['test']:,} to test on. The network is {', or '.join(networks)}; its output is "
         f"{asked['width']} wide. Batches of {asked['batch_size']} words, "
-        f"{epochs_counted(asked['epochs'])}; in the search {epochs_counted(asked['trial_epochs'])} "
+        f"{_epochs(asked['epochs'])}; in the search {_epochs(asked['trial_epochs'])} "
         f"of {'all words' if trial is None else f'the first {trial:,} words'}"
         f"{results.second_look}.\n"
     )
 
 
-def epochs_counted(epochs: int) -> str:
+def _epochs(epochs: int) -> str:
     """
-    >>> epochs_counted(1), epochs_counted(2)
+    >>> _epochs(1), _epochs(2)
     ('1 epoch', '2 epochs')
     """
     return f"{epochs} epoch" if epochs == 1 else f"{epochs} epochs"
 
 
-def engines_of(runs: Mapping[int, Line]) -> str:
+def _engines_of(runs: Mapping[int, Line]) -> str:
     """Returns how the layer was computed, as the runs recorded it."""
     return ", ".join(sorted({line["final"]["engine"] for line in runs.values()}))
 
 
-def pairs_covered(results: Results) -> str:
+def _pairs_covered(results: Results) -> str:
     """Returns a sentence about the pairs of words that the correlations are computed from."""
     final = next(iter(results.lines))["final"]
     return (
@@ -201,7 +201,7 @@ def pairs_covered(results: Results) -> str:
     )
 
 
-def seconds_an_epoch(results: Results, name: str) -> str:
+def _seconds_an_epoch(results: Results, name: str) -> str:
     """Returns the mean over all epochs of all seeds."""
     own = [line["seconds"] for line in results.epochs if line["loss"] == name]
     return f"{sum(own) / len(own):.1f}" if own else "–"

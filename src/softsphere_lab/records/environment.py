@@ -21,10 +21,10 @@ def environment() -> dict[str, Any]:
     """Returns what is recorded at each start of a command, as JSON."""
     packages = ("softsphere", "torch", "numpy", "scikit-learn", "datasets")
     return {
-        "command": shlex.join([*program(), *sys.argv[1:]]),
+        "command": shlex.join([*_program(), *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
         "python": platform.python_version(),
-        "commit": commit(),
+        "commit": _commit(),
         "packages": {name: importlib.metadata.version(name) for name in packages},
         "machine": platform.machine(),
         "system": platform.system(),
@@ -35,14 +35,14 @@ def environment() -> dict[str, Any]:
     }
 
 
-def program() -> list[str]:
+def _program() -> list[str]:
     """Returns the program that was started: a script or the command."""
     script = Path(sys.argv[0])
     is_script = script.suffix == ".py" and script.name != "__main__.py"
     return ["python", str(script)] if is_script else ["softsphere"]
 
 
-def commit() -> str | None:
+def _commit() -> str | None:
     """Returns the commit of the source, or None outside a checkout.
 
     It ends in -dirty if the source was changed since.

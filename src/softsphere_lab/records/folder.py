@@ -43,7 +43,7 @@ class Record:
             raise LabError(
                 f"--out {folder} is not empty; pass --resume to do only what is missing there"
             )
-        with locked(folder):
+        with _locked(folder):
             return cls(folder).begun(config)
 
     @classmethod
@@ -57,7 +57,7 @@ class Record:
             raise LabError(
                 f"--resume: {folder} has no config.json; leave --resume out to begin there"
             )
-        with locked(folder):
+        with _locked(folder):
             old = cls(folder).config() or {}
             for key in grows:
                 items = old.get(key)
@@ -86,7 +86,7 @@ class Record:
 
         Raises LabError if another process works there.
         """
-        with locked(self.folder):
+        with _locked(self.folder):
             for path in self.folder.iterdir():
                 if is_leftover(path):
                     path.unlink()
@@ -124,7 +124,7 @@ class Record:
         path = self.folder / name
         lines = []
         for number, text in enumerate(self.text(name).split(b"\n")[:-1], 1):
-            line = parse_line(text, path, number)
+            line = _parse_line(text, path, number)
             wrong = flaw(line)
             if wrong is not None:
                 raise LabError(f"{path}, line {number}: {wrong}")
@@ -142,7 +142,7 @@ class Record:
         return whole_lines(path.read_bytes()) if path.exists() else b""
 
 
-def parse_line(text: bytes, path: Path, number: int) -> Line:
+def _parse_line(text: bytes, path: Path, number: int) -> Line:
     """Returns the JSON object of a line. Raises LabError with the file and the line."""
     try:
         line = json.loads(text)
@@ -154,7 +154,7 @@ def parse_line(text: bytes, path: Path, number: int) -> Line:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def _locked(folder: Path) -> Iterator[None]:
     """Holds the lock of a folder. Raises LabError if another process holds it."""
     try:
         import fcntl

@@ -31,19 +31,19 @@ def terminal_table(table: str, width: int) -> Table:
     header, rows = lines[0], lines[2:]
     columns = list(zip(header, *rows, strict=True))
     shown = Table(box=box.SIMPLE, pad_edge=False, collapse_padding=True)
-    for place, (title, size) in enumerate(zip(header, column_widths(columns, width), strict=True)):
+    for place, (title, size) in enumerate(zip(header, _column_widths(columns, width), strict=True)):
         shown.add_column(title, justify="right" if place else "left", overflow="fold", width=size)
     for row in rows:
         shown.add_row(*row)
     return shown
 
 
-def column_widths(columns: Sequence[Sequence[str]], width: int) -> list[int | None]:
+def _column_widths(columns: Sequence[Sequence[str]], width: int) -> list[int | None]:
     """Returns the width of each column, None where the library is to choose it.
 
-    >>> column_widths([["name", "z_loss"], ["error", "1 ± 2"]], 80)
+    >>> _column_widths([["name", "z_loss"], ["error", "1 ± 2"]], 80)
     [6, 5]
-    >>> column_widths([["name", "spherical_softmax"], ["error", "1.25 ± 2"]], 23)
+    >>> _column_widths([["name", "spherical_softmax"], ["error", "1.25 ± 2"]], 23)
     [14, 5]
     """
     whole = [max(map(len, column)) for column in columns]

@@ -72,7 +72,7 @@ class Metric:
         return max(self.digits, self.figures - 1 - math.floor(math.log10(abs(value))))
 
 
-def recorded(runs: Mapping[int, Line], key: str) -> dict[int, float]:
+def _recorded(runs: Mapping[int, Line], key: str) -> dict[int, float]:
     """Returns the recorded number of each seed.
 
     Runs that diverged are left out, because their last number is not what the loss converges to.
@@ -87,7 +87,7 @@ def recorded(runs: Mapping[int, Line], key: str) -> dict[int, float]:
 
 def values(runs: Mapping[int, Line], metric: Metric) -> dict[int, float]:
     """Returns what is shown of each seed that has the metric and has not diverged."""
-    return {seed: metric.shown(value) for seed, value in recorded(runs, metric.key).items()}
+    return {seed: metric.shown(value) for seed, value in _recorded(runs, metric.key).items()}
 
 
 def estimate(runs: Mapping[int, Line], metric: Metric) -> tuple[float, float]:
@@ -103,7 +103,7 @@ def mean(runs: Mapping[int, Line], metric: Metric) -> float | None:
 
 def pairs(ends: Ends, name: str, other: str, key: str) -> list[tuple[float, float]]:
     """Returns the recorded numbers of both names for each seed that both have."""
-    mine, others = (recorded(ends.get(each, {}), key) for each in (name, other))
+    mine, others = (_recorded(ends.get(each, {}), key) for each in (name, other))
     return [(mine[seed], others[seed]) for seed in sorted(mine.keys() & others.keys())]
 
 

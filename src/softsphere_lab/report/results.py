@@ -18,7 +18,7 @@ Draw = Callable[[Path], None]
 
 @dataclass(frozen=True)
 class Section:
-    """What is told of a record, as Markdown.
+    """The section of a record, in Markdown.
 
     text: all of it, the table and the finding included. table: the main table, which a terminal
     shows too. finding: what was found, in a sentence or two. note: explains the table's signs.

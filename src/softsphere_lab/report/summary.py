@@ -106,14 +106,14 @@ def summarise(results: Results) -> list[Row]:
     return rows
 
 
-def reference_row(rows: Sequence[Row]) -> Row | None:
+def _reference_row(rows: Sequence[Row]) -> Row | None:
     """Returns the row that the others are compared with."""
     return next((row for row in rows if row.loss == REFERENCE), None)
 
 
 def columns_with_differences(rows: Sequence[Row]) -> list[Column]:
     """Returns the columns of a comparison, with the difference of each error from softmax's."""
-    reference = reference_row(rows)
+    reference = _reference_row(rows)
 
     def change(row: Row) -> str:
         if row.difference is None or reference is None:
@@ -176,7 +176,7 @@ def finding(rows: Sequence[Row], named: Callable[[str], str] = str) -> str:
 
     named: what a loss is called.
     """
-    reference = reference_row(rows)
+    reference = _reference_row(rows)
     known = [row for row in rows if not math.isnan(row.error)]
     if not known or (reference is not None and reference not in known):
         whose = named(REFERENCE) if known else "every loss"
@@ -194,10 +194,10 @@ def finding(rows: Sequence[Row], named: Callable[[str], str] = str) -> str:
             f"No loss was tested against softmax ({reference.error:.2f} %): a test takes at least "
             f"{FEWEST_PAIRS} seeds that both were run with."
         )
-    return " ".join(tests_told(rows, reference, named))
+    return " ".join(_test_sentences(rows, reference, named))
 
 
-def tests_told(rows: Sequence[Row], reference: Row, named: Callable[[str], str]) -> list[str]:
+def _test_sentences(rows: Sequence[Row], reference: Row, named: Callable[[str], str]) -> list[str]:
     """Returns a sentence for each outcome of the tests that some loss had."""
     softmax = f"softmax ({reference.error:.2f} %)"
     groups: dict[str, list[str]] = {
@@ -217,8 +217,8 @@ def tests_told(rows: Sequence[Row], reference: Row, named: Callable[[str], str])
         else:
             name = f"{named(row.loss)} ({row.error:.2f} %, {p_equation(row.p)})"
             (better if row.difference < 0 else worse).append(name)
-    told = [f"{words}: {', '.join(names)}." for words, names in groups.items() if names]
+    sentences = [f"{words}: {', '.join(names)}." for words, names in groups.items() if names]
     tested = [row.pairs for row in rows if row.p is not None]
     if min(tested) < max(tested):
-        told.append(f"The tests are of {min(tested)} to {max(tested)} common seeds.")
-    return [*told, "Chance is that of the seeds: initialisation and order."]
+        sentences.append(f"The tests are of {min(tested)} to {max(tested)} common seeds.")
+    return [*sentences, "Chance is that of the seeds: initialisation and order."]

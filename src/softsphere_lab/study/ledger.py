@@ -57,7 +57,7 @@ class Plan:
     finals_in_all: int
 
 
-def type_error(value: Any, types: dict[str, str]) -> str | None:
+def _type_error(value: Any, types: dict[str, str]) -> str | None:
     """Returns why a value of JSON is not an object with these keys, or None if it is one."""
     if not isinstance(value, dict):
         return f"must be an object, got {value!r}"
@@ -69,23 +69,23 @@ def type_error(value: Any, types: dict[str, str]) -> str | None:
     return None
 
 
-def line_error(study: type[Study], line: Line) -> str | None:
+def _line_error(study: type[Study], line: Line) -> str | None:
     """Returns why a line is neither an epoch nor the end of a run, or None if it is one."""
-    wrong = type_error(line, IDENTITY)
+    wrong = _type_error(line, IDENTITY)
     if wrong is not None:
         return wrong
     part, kind = (line["final"], study.Final) if "final" in line else (line, study.Epoch)
-    return type_error(part, {field.name: str(field.type) for field in fields(kind)})
+    return _type_error(part, {field.name: str(field.type) for field in fields(kind)})
 
 
 def trial_runs(study: type[Study], record: Record) -> list[Line]:
     """Returns the ends of the trials that a record has, those of a second look last."""
-    return [*ends_in(TRIALS, study, record), *ends_in(LOOKS, study, record)]
+    return [*_ends_in(TRIALS, study, record), *_ends_in(LOOKS, study, record)]
 
 
-def ends_in(file: str, study: type[Study], record: Record) -> list[Line]:
+def _ends_in(file: str, study: type[Study], record: Record) -> list[Line]:
     """Returns the ends of the trials in one of the files."""
-    return [line for line in record.lines(file, lambda x: line_error(study, x)) if "final" in line]
+    return [line for line in record.lines(file, lambda x: _line_error(study, x)) if "final" in line]
 
 
 def final_runs(study: type[Study], record: Record) -> list[Line]:
@@ -97,7 +97,7 @@ def final_runs(study: type[Study], record: Record) -> list[Line]:
     """
 
     def error_of(line: Line) -> str | None:
-        wrong = line_error(study, line)
+        wrong = _line_error(study, line)
         if wrong is None and "final" in line and line["final"][study.tested] is None:
             return f"has no {study.tested}"
         return wrong
@@ -114,21 +114,21 @@ def final_runs(study: type[Study], record: Record) -> list[Line]:
     return [line for line in once.values() if choice(line) == last[line["loss"]]]
 
 
-def searched(
+def _searched(
     study: Study, name: str, tried: dict[Task, Line]
 ) -> tuple[list[Task], tuple[str, float] | None]:
     """Returns the trials of a name that come next, and the choice once there are none."""
     space = study.space(name)
     if space.size == 1:
         return [], study.setting(name, space.start)
-    waiting, best = next_trials(study, name, space, tried, whole=False)
+    waiting, best = _next_trials(study, name, space, tried, whole=False)
     if best is not None and study.second_look:
         about = space.about(best, LEARNING_RATES)
-        waiting, best = next_trials(study, name, about, tried, whole=True)
+        waiting, best = _next_trials(study, name, about, tried, whole=True)
     return waiting, None if best is None else study.setting(name, best)
 
 
-def next_trials(
+def _next_trials(
     study: Study, name: str, space: Space, tried: dict[Task, Line], *, whole: bool
 ) -> tuple[list[Task], dict[str, float] | None]:
     """Returns the trials that a search waits for, and the point where it ends."""
@@ -144,7 +144,7 @@ def next_trials(
     return [trial(values) for values in waiting], best
 
 
-def ends_by_task(study: Study, record: Record) -> tuple[dict[Task, Line], dict[Task, Line]]:
+def _ends_by_task(study: Study, record: Record) -> tuple[dict[Task, Line], dict[Task, Line]]:
     """Returns the ends of the study's trials and of its final runs that the record has."""
     kind = type(study)
 
@@ -157,8 +157,8 @@ def ends_by_task(study: Study, record: Record) -> tuple[dict[Task, Line], dict[T
             and (what["trial"] or line["seed"] in study.seeds)
         }
 
-    short = by_task(ends_in(TRIALS, kind, record), trial=True)
-    whole = by_task(ends_in(LOOKS, kind, record), trial=True, whole=True)
+    short = by_task(_ends_in(TRIALS, kind, record), trial=True)
+    whole = by_task(_ends_in(LOOKS, kind, record), trial=True, whole=True)
     return {**short, **whole}, by_task(final_runs(kind, record), trial=False)
 
 
@@ -169,8 +169,8 @@ def planned(study: Study, record: Record) -> Plan:
     runs of a name are planned once its search is finished. A final run with another choice does not
     count.
     """
-    tried, run = ends_by_task(study, record)
-    found = {name: searched(study, name, tried) for name in study.names}
+    tried, run = _ends_by_task(study, record)
+    found = {name: _searched(study, name, tried) for name in study.names}
     tasks = [task for waiting, _ in found.values() for task in waiting]
     finals = 0
     for seed in study.seeds:
@@ -188,10 +188,10 @@ def planned(study: Study, record: Record) -> Plan:
 
 def missing(study: Study, record: Record) -> dict[str, int]:
     """Returns how many final runs the record lacks, for each name that lacks one."""
-    tried, run = ends_by_task(study, record)
+    tried, run = _ends_by_task(study, record)
     lacking: dict[str, int] = {}
     for name in study.names:
-        _, choice = searched(study, name, tried)
+        _, choice = _searched(study, name, tried)
         for seed in study.seeds:
             if choice is None or Task(name, *choice, seed, trial=False) not in run:
                 lacking[name] = lacking.get(name, 0) + 1

@@ -54,7 +54,9 @@ class LossSpec:
                 raise LabError(f"--losses: {name} takes {takes}, got {pair!r}")
             if key in given:
                 raise LabError(f"--losses: {name} was given {key} twice")
-            given[key] = parse_number(f"{name}:{key}", value, int if "int" in known[key] else float)
+            given[key] = _parse_number(
+                f"{name}:{key}", value, int if "int" in known[key] else float
+            )
         spec = cls(name, tuple(sorted(given.items())))
         try:
             spec.loss()
@@ -104,7 +106,7 @@ def axes_config(tune: bool, **others: Axis) -> dict[str, Any]:
     return Space({**(own if tune else {}), **others}).config()
 
 
-def parse_number(name: str, text: str, kind: type[int] | type[float]) -> float:
+def _parse_number(name: str, text: str, kind: type[int] | type[float]) -> float:
     """Reads a number that a network in float32 can tell from zero and from infinity."""
     try:
         value = kind(text)

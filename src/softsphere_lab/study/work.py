@@ -40,7 +40,7 @@ def work(study: Study, data: Any, record: Record, console: Console, jobs: int = 
     with Phases(console, searches) as phases:
 
         def show_epoch(task: Task, epoch: int, epochs: int) -> None:
-            phases.describe(task.trial, f"{task_label(task)}  epoch {epoch} of {epochs}")
+            phases.describe(task.trial, f"{_task_label(task)}  epoch {epoch} of {epochs}")
 
         def show_plan(plan: Plan) -> None:
             phases.show_search(plan.trials, plan.searching)
@@ -48,40 +48,40 @@ def work(study: Study, data: Any, record: Record, console: Console, jobs: int = 
 
         show_plan(planned(study, record))
         each = (
-            run_here(study, data, record, show_epoch)
+            _run_here(study, data, record, show_epoch)
             if jobs == 1
-            else run_in_processes(study, record, jobs)
+            else _run_in_processes(study, record, jobs)
         )
         for task, history, final in each:
             add_finished(task, record, history, final)
             plan = planned(study, record)
             show_plan(plan)
-            phases.describe(task.trial, task_label(task))
+            phases.describe(task.trial, _task_label(task))
             if not console.is_terminal:
-                what = f"{task_label(task)}  {study.outcome(final)}"
-                print(f"[{place_of(task, plan)}] {what}", flush=True)
+                what = f"{_task_label(task)}  {study.outcome(final)}"
+                print(f"[{_place_of(task, plan)}] {what}", flush=True)
     # no run is unfinished any more
     shutil.rmtree(record.folder / UNFINISHED, ignore_errors=True)
 
 
-def place_of(task: Task, plan: Plan) -> str:
+def _place_of(task: Task, plan: Plan) -> str:
     """Returns the number of a finished task; how many trials there will be is not known.
 
-    >>> place_of(Task("z_loss", "z_loss", 0.1, 0, trial=True), Plan([], 4, True, 0, 10))
+    >>> _place_of(Task("z_loss", "z_loss", 0.1, 0, trial=True), Plan([], 4, True, 0, 10))
     'trial 4'
-    >>> place_of(Task("z_loss", "z_loss", 0.1, 0, trial=False), Plan([], 4, False, 3, 10))
+    >>> _place_of(Task("z_loss", "z_loss", 0.1, 0, trial=False), Plan([], 4, False, 3, 10))
     'run 3 of 10'
     """
     return f"trial {plan.trials}" if task.trial else f"run {plan.finals} of {plan.finals_in_all}"
 
 
-def task_label(task: Task) -> str:
+def _task_label(task: Task) -> str:
     """Returns a task in a few words."""
     what = "whole trial" if task.whole else "trial" if task.trial else f"seed {task.seed}"
     return f"{task.setting} lr {task.lr:g} {what}"
 
 
-def run_here(study: Study, data: Any, record: Record, show_epoch: OnTaskEpoch) -> Iterator[Done]:
+def _run_here(study: Study, data: Any, record: Record, show_epoch: OnTaskEpoch) -> Iterator[Done]:
     """Runs one task after the other in this process."""
     while tasks := planned(study, record).tasks:
         task = tasks[0]
@@ -92,7 +92,7 @@ def run_here(study: Study, data: Any, record: Record, show_epoch: OnTaskEpoch) -
         yield task, *study.train(task, data, checkpoint_of(task, record), on_epoch)
 
 
-def run_in_processes(study: Study, record: Record, jobs: int) -> Iterator[Done]:
+def _run_in_processes(study: Study, record: Record, jobs: int) -> Iterator[Done]:
     """Runs a task for each job at a time, each in a process with as many threads as this one.
 
     The processes end when this one does, however it ends: each holds one end of a pipe whose other
@@ -102,7 +102,7 @@ def run_in_processes(study: Study, record: Record, jobs: int) -> Iterator[Done]:
     pool = ProcessPoolExecutor(
         jobs,
         get_context("spawn"),
-        initializer=begin_process,
+        initializer=_begin_process,
         initargs=(study, theirs, torch.get_num_threads()),
     )
     running: dict[Future[tuple[list[Line], Line]], Task] = {}
@@ -110,8 +110,8 @@ def run_in_processes(study: Study, record: Record, jobs: int) -> Iterator[Done]:
         while True:
             waiting = [t for t in planned(study, record).tasks if t not in running.values()]
             for task in waiting[: jobs - len(running)]:
-                with interrupts_held_back():
-                    running[pool.submit(run_task, task, record)] = task
+                with _interrupts_held_back():
+                    running[pool.submit(_run_task, task, record)] = task
             if not running:
                 # the processes leave by themselves, and clean up
                 pool.shutdown()
@@ -130,7 +130,7 @@ def run_in_processes(study: Study, record: Record, jobs: int) -> Iterator[Done]:
 
 
 @contextmanager
-def interrupts_held_back() -> Iterator[None]:
+def _interrupts_held_back() -> Iterator[None]:
     """Holds Ctrl-C back: a process that is started meanwhile never sees it, this one only later."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
@@ -142,14 +142,14 @@ def interrupts_held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-# What a process of `run_in_processes` works on.
+# What a process of `_run_in_processes` works on.
 process_state: dict[str, Any] = {}
 
 
-def begin_process(study: Study, lifeline: Connection, threads: int) -> None:
+def _begin_process(study: Study, lifeline: Connection, threads: int) -> None:
     """Is called once in each process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=end_with_parent, args=(lifeline,), daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(lifeline,), daemon=True).start()
     torch.set_num_threads(threads)
     try:
         process_state.update(study=study, data=study.load())
@@ -158,7 +158,7 @@ def begin_process(study: Study, lifeline: Connection, threads: int) -> None:
         process_state["failure"] = error
 
 
-def end_with_parent(lifeline: Connection) -> None:
+def _end_with_parent(lifeline: Connection) -> None:
     """Waits until no process holds the other end, and leaves at once."""
     try:
         lifeline.recv()
@@ -166,7 +166,7 @@ def end_with_parent(lifeline: Connection) -> None:
         _exit(1)
 
 
-def run_task(task: Task, record: Record) -> tuple[list[Line], Line]:
+def _run_task(task: Task, record: Record) -> tuple[list[Line], Line]:
     """Runs a task in a process that has begun."""
     if "failure" in process_state:
         raise process_state["failure"]

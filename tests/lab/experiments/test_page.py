@@ -11,7 +11,7 @@ import pytest
 from _lab_results import DATA, STUDIES, text_end
 from softsphere_lab.cli import app as cli
 from softsphere_lab.experiments.earlier import record_at
-from softsphere_lab.experiments.page import best_records, results_page, told
+from softsphere_lab.experiments.page import best_records, report_of, results_page
 from softsphere_lab.records.files import write
 from softsphere_lab.records.folder import Record
 
@@ -21,7 +21,7 @@ FOLDERS = sorted(path.parent for path in (ROOT / "records").glob("*/config.json"
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_the_page_of_a_record_is_what_the_code_makes_of_its_runs(folder):
-    found = told(record_at(folder))
+    found = report_of(record_at(folder))
     assert found is not None
     assert (folder / "README.md").read_text() == found.markdown("#", folder)
     pictures = {path.name for path in folder.glob("*.png")}

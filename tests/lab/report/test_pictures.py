@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from softsphere_lab.experiments.earlier import record_at
-from softsphere_lab.experiments.page import told
+from softsphere_lab.experiments.page import report_of
 from softsphere_lab.report import canvas, figures, point_names
 from softsphere_lab.report.paper import label
 from softsphere_lab.report.results import Results
@@ -37,7 +37,7 @@ def drawn(monkeypatch, tmp_path):
 
 
 def pictures_of(folder):
-    section = told(record_at(RECORDS / folder)).section
+    section = report_of(record_at(RECORDS / folder)).section
     assert section.pictures
     return section.pictures.items()
 
@@ -121,7 +121,7 @@ def test_every_layer_of_a_record_is_drawn_or_said_to_be_missing(folder, drawn):
         names = {line["layer"] for line in record.lines("metrics.jsonl")}
         names |= {line["layer"] for line in record.lines("left_out.jsonl")}
     else:
-        experiment = told(record).experiment
+        experiment = report_of(record).experiment
         results = Results.of_record(type(experiment.studies["full"]), record)
         # depth, activation and classes are axes of their own
         names = {

@@ -12,7 +12,7 @@ from types import FrameType
 __all__ = ["leaving_at_once", "raise_interrupts"]
 
 
-def leave(signum: int, frame: FrameType | None) -> None:
+def _leave(signum: int, frame: FrameType | None) -> None:
     """Ends the process with one line on standard error and the exit code of an interrupt."""
     if sys.stderr is not None:
         os.write(2, b"softsphere: stopped\n")
@@ -28,7 +28,7 @@ def leaving_at_once() -> Iterator[None]:
     """
     ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if ours:
-        signal.signal(signal.SIGINT, leave)
+        signal.signal(signal.SIGINT, _leave)
     try:
         yield
     finally:
@@ -37,5 +37,5 @@ def leaving_at_once() -> Iterator[None]:
 
 def raise_interrupts() -> None:
     """Makes Ctrl-C raise KeyboardInterrupt again, for work that keeps what is finished."""
-    if signal.getsignal(signal.SIGINT) is leave:
+    if signal.getsignal(signal.SIGINT) is _leave:
         signal.signal(signal.SIGINT, signal.default_int_handler)

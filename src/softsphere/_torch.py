@@ -7,6 +7,7 @@ error, never a wrong number.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar, cast
 
 import torch
@@ -30,9 +31,14 @@ __all__ = [
     "usable_now",
     "values_on_cpu",
     "values_readable",
+    "version_of",
+    "without_torch_function",
+    "wrapper_tensor",
+    "written_arguments",
 ]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+Subclass = TypeVar("Subclass", bound=Tensor)
 
 
 def usable_now(x: Tensor) -> bool:
@@ -152,3 +158,31 @@ def eager(reason: str) -> Callable[[Function], Function]:
             return cast(Function, torch.compiler.disable(function))
 
     return wrap
+
+
+def wrapper_tensor(
+    kind: type[Subclass],
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    strides: tuple[int, ...] | None = None,
+) -> Subclass:
+    """Makes a tensor of a subclass that has a shape, a dtype and a device, but no memory."""
+    make = torch.Tensor._make_wrapper_subclass
+    return make(kind, shape, strides=strides, dtype=dtype, device=device)
+
+
+def without_torch_function() -> AbstractContextManager[Any]:
+    """Inside it, operations on tensor subclasses do not call their `__torch_function__`."""
+    return cast(AbstractContextManager[Any], torch._C.DisableTorchFunctionSubclass())
+
+
+def version_of(x: Tensor) -> int:
+    """Counts the changes of x in place. Tensors made in inference mode are not counted."""
+    return 0 if x.is_inference() else x._version
+
+
+def written_arguments(operation: Any) -> list[bool]:
+    """Whether an operation of torch.ops writes each of its arguments, by its schema."""
+    aliases = [argument.alias_info for argument in operation._schema.arguments]
+    return [alias is not None and alias.is_write for alias in aliases]

@@ -12,7 +12,7 @@ from torch import Tensor
 from softsphere.matrix import FactoredTensor, StructuredGradient
 from softsphere.matrix.blocks import Blocks
 from softsphere.matrix.factored_matrix import Block
-from softsphere.matrix.lists import once
+from softsphere.matrix.lists import check_distinct
 from softsphere.matrix.refusals import stale
 
 __all__ = ["FactoredSGD"]
@@ -181,7 +181,7 @@ class FactoredSGD(torch.optim.Optimizer):
             for p in group["params"]
             if isinstance(p, FactoredTensor) and p.grad is not None
         ]
-        once([p for p, _ in ours])
+        check_distinct([p for p, _ in ours])
         steps = [self._planned(p, group) for p, group in ours]
         for take in steps:
             take()

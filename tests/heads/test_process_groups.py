@@ -70,6 +70,6 @@ WRAPPERS = (
 def test_is_refused(wrap):
     subject = Subject("factored")
     before = subject.W
-    with pytest.raises(TypeError, match=r"neither sharded nor reduced.*LinearSphericalLoss"):
+    with pytest.raises(TypeError, match=r"sharded or reduced.*LinearSphericalLoss"):
         wrap(subject)
     assert torch.equal(subject.W, before)

@@ -14,7 +14,7 @@ from torch import Tensor
 from softsphere.engines.row_statistics import above_rounding
 from softsphere.matrix import FactoredTensor, StructuredGradient
 from softsphere.matrix.gradient import GradientFactors
-from softsphere.matrix.tensors import Content
+from softsphere.matrix.gradient_tensors import Content
 from softsphere.stats import Stats
 
 __all__ = ["TWICE", "factored_statistics"]

@@ -1,4 +1,4 @@
-"""What is kept of a factored matrix, W = V U + 1 ωᵀ, and how W is read from it."""
+"""The arrays that are kept of a factored matrix W = V U + 1 ωᵀ, and how W is read from them."""
 
 from __future__ import annotations
 
@@ -14,25 +14,26 @@ from softsphere.matrix.rows import Rows
 
 __all__ = ["Arrays"]
 
-SMALL = ("U", "U_inv", "omega", "centred_gram", "colsum")
-# The mean row is estimated from this many rows, to be taken off before they are multiplied.
-SAMPLE = 256
+_SMALL = ("U", "U_inv", "omega", "centred_gram", "colsum")
+# The number of rows from which the mean row is estimated before W is read.
+_SAMPLE = 256
 
 
 class Arrays:
-    """V, U, U⁻¹, ω, Q = Wᵀ Π W, w̄ = Wᵀ π and M = Σ π of a D × w matrix W.
+    """V, U, U⁻¹, ω, G, w̄ and M of a D × w matrix W = V U + 1 ωᵀ.
 
-    V is (D, w) and large; U, U⁻¹, Q (w, w), ω and w̄ (w) are small and always float64. Π = diag(π)
-    is the base measure, the identity where none is given. W may be several blocks of `width`
-    columns side by side: the weight, and an optimizer's momentum beside it.
+    V is (D, w) and large. U, U⁻¹, G (w, w), ω and w̄ (w) are small and always float64. With the base
+    measure Π = diag(π), the identity if none is given, M = Σ π, w̄ = Wᵀπ, r = w̄/M is the mean row,
+    and G = (W − 1rᵀ)ᵀ Π (W − 1rᵀ), so that a large common row costs G no digits. W may consist of
+    several blocks of `width` columns side by side: the weight, and an optimizer's momentum.
 
-    Q and w̄ are computed from V when they are first asked for. `edition` names the value of W: it is
-    another one after each change of W, and copies and conversions of W keep it.
+    G and w̄ are computed from V when they are first needed. `edition` names the value of W: it
+    changes with each change of W, and copies and conversions of W keep it.
 
     Args:
-        V: the rows; they are kept, not copied.
-        pi: (D) positive with Σ π = D, or None.
-        width: of one block of W; None for all of V.
+        V: the rows, which are not copied.
+        pi: (D) positive with Σ π = D, or None for one everywhere.
+        width: the number of columns of one block of W; None for all of V.
     """
 
     def __init__(self, V: Rows, pi: Tensor | None = None, width: int | None = None) -> None:
@@ -58,16 +59,16 @@ class Arrays:
 
     @property
     def blocks(self) -> int:
-        """How many blocks of `width` columns stand side by side."""
+        """The number of blocks of `width` columns."""
         return self.V.width // self.width
 
     @property
     def mass(self) -> float:
-        """M = Σ π; a prior is normalised to D."""
+        """M = Σ π = D, since a prior is normalised."""
         return float(self.num_rows)
 
     def reset_(self) -> None:
-        """Takes V for W: U = I, ω = 0; Q and w̄ are those of V when they are asked for."""
+        """Takes V for W: U = I and ω = 0. G and w̄ are computed when they are next needed."""
         self.U = torch.eye(self.V.width, dtype=torch.float64, device=self.device)
         self.U_inv, self.omega = self.U.clone(), torch.zeros_like(self.U[0])
         self.generations.forget(self.V.width)
@@ -76,30 +77,31 @@ class Arrays:
         self.forget_gram()
 
     def forget_gram(self) -> None:
-        """Q and w̄ are to be computed anew."""
+        """Has G and w̄ computed again when they are next needed."""
         self.known: tuple[Tensor, Tensor] | None = None
         self.changed()
 
     def changed(self) -> None:
-        """The factors have changed; what was rounded from them is not theirs any more."""
-        self.rounded.forget(*SMALL, "mean")
+        """Notes that the small arrays have changed, so that they are rounded again."""
+        self.rounded.forget(*_SMALL, "mean")
 
     def renamed(self) -> None:
-        """W has changed."""
+        """Notes that W has changed."""
         self.edition = uuid.uuid4().hex
 
     def begin_change(self) -> None:
-        """Before anything is written: what was lent stays as it is."""
+        """Prepares for writing: tensors that were handed out keep their values."""
         self.check()
         self.V.own()
         self.is_written = False
 
     def check(self) -> None:
-        """Notices what somebody else has changed in place.
+        """Notices changes of V in place by others.
 
-        Where V is W itself, as it is after `state_dict()`, the change is taken; Q is made anew.
+        Where V is W itself, as after `state_dict()`, the change is adopted, and G and w̄ are
+        computed again.
 
-        Raises: RuntimeError where V is not W, so that no meaning can be given to the change.
+        Raises: RuntimeError where V is not W, so that the change has no meaning.
         """
         if not self.V.changed_by_others():
             return
@@ -115,12 +117,12 @@ class Arrays:
 
     @property
     def gram(self) -> Tensor:
-        """Q = Wᵀ Π W (w, w), as a new tensor."""
+        """Q = Wᵀ Π W = G + M r rᵀ (w, w), as a new tensor."""
         return torch.addr(self.centred_gram, self.colsum, self.mean)
 
     @property
     def centred_gram(self) -> Tensor:
-        """G = Q − M r rᵀ (w, w), the Gram matrix of the rows less their mean row r."""
+        """G (w, w), the Gram matrix under π of the rows less their mean row."""
         return self.sums()[0]
 
     @property
@@ -134,22 +136,22 @@ class Arrays:
         return self.colsum / self.mass
 
     def sums(self) -> tuple[Tensor, Tensor]:
-        """G and w̄, kept from one change of W to the next. O(D w²) for the first time."""
+        """Returns G and w̄. They cost O(D w²) the first time, and are kept through steps."""
         if self.known is None:
             self.known = self.computed_sums()
         return self.known
 
     @full
     def computed_sums(self) -> tuple[Tensor, Tensor]:
-        """G and w̄ from the rows of W.
+        """Computes G and w̄ from the rows of W.
 
-        A large common row would cost G its digits, so an estimate of it is taken off before the
-        rows are multiplied, and what is left of it afterwards.
+        A large common row would cost G its digits. An estimate of the mean row is therefore taken
+        off before the rows are multiplied, and the rest of the mean row afterwards.
         """
         gram, rest = torch.zeros_like(self.U), torch.zeros_like(self.omega)
-        step = max(1, self.num_rows // SAMPLE)
+        step = max(1, self.num_rows // _SAMPLE)
         sample = self.rows(torch.arange(0, self.num_rows, step, device=self.device))
-        # so written, it is exact where all rows are equal
+        # Written like this, it is exact where all rows are equal.
         near_mean = sample[0] + torch.cat([x.mean(0) for x in self.split(sample - sample[0])])
         for part, rows in self.chunks():
             shifted = self.split(rows - near_mean)
@@ -157,26 +159,26 @@ class Arrays:
             weighted = shifted if pi is None else [x * pi for x in shifted]
             gram += torch.cat([torch.cat([product(x.mT, y) for y in shifted], 1) for x in weighted])
             rest += torch.cat([x.sum(0, dtype=torch.float64) for x in weighted])
-        # not addr, which may round the last columns otherwise than the first
+        # addr may round the last columns differently from the first.
         gram = (gram + gram.mT) / 2 - torch.outer(rest, rest / self.mass)
         return gram, rest + self.mass * near_mean
 
     def split(self, rows: Tensor) -> list[Tensor]:
-        """The blocks of rows (n, w), each by itself.
+        """Returns the blocks of rows (n, w).
 
-        Sums of one block then have the same digits whether another one stands beside it or not.
+        Sums of one block then have the same digits whether or not another stands beside it.
         """
         return [x.contiguous() for x in rows.split(self.width, 1)]
 
     def small(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """One of the small arrays in a dtype (that of V); to be read before the next step only."""
+        """Returns a small array in float64 or in the dtype of V, valid until the next step."""
         if dtype == torch.float64:
             exact: Tensor = getattr(self, name)
             return exact
         return self.rounded.get(name, self.dtype, lambda: getattr(self, name))
 
     def block(self, j: int) -> slice:
-        """The columns of block j."""
+        """Returns the columns of block j."""
         return slice(j * self.width, (j + 1) * self.width)
 
     def rows(self, index: Tensor, columns: slice = slice(None)) -> Tensor:
@@ -191,7 +193,7 @@ class Arrays:
 
     @full
     def outputs(self, coordinates: Tensor, columns: slice = slice(None)) -> Tensor:
-        """W's rows from their current coordinates (n, w)."""
+        """Computes rows of W from their current coordinates (n, w)."""
         omega, U = self.small("omega")[columns], self.small("U")[:, columns]
         if float32_is_exact() or U.dtype == torch.float64:
             return torch.addmm(omega, coordinates, U)
@@ -199,20 +201,20 @@ class Arrays:
 
     @full
     def coordinates(self, index: Tensor | slice) -> Tensor:
-        """V[index] in the current coordinates: what U and ω make W[index] of."""
+        """Returns V[index] in the current coordinates, from which U and ω make W[index]."""
         return self.generations.carried(self.V[index], self.generations.made[index])
 
     def chunks(
         self, size: int | None = None, columns: slice = slice(None)
     ) -> Iterator[tuple[slice, Tensor]]:
-        """(slice of rows, W there) over all rows, in pieces of `size` (default: some MiB)."""
+        """Yields (slice of rows, W there) over all rows, in pieces of `size` rows or some MiB."""
         for part in self.V.chunks(size):
             rows = self.V[part][:, columns] if self.is_written else None
             yield part, self.outputs(self.coordinates(part), columns) if rows is None else rows
 
     @full
     def times(self, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """(slice of rows, W x there) for x (w, p), in float64. O(D w p) for each generation."""
+        """Yields (slice of rows, W x there) for x (w, p), in float64. O(D w p) a generation."""
         each = self.generations.maps @ (self.U @ x)
         flat, shift = each.transpose(0, 1).flatten(1), self.omega @ x
         for part in self.V.chunks():
@@ -221,7 +223,7 @@ class Arrays:
             yield part, shift + by_each[torch.arange(len(made), device=made.device), made]
 
     def to_dense(self, chunk: int | None = None, columns: slice = slice(None)) -> Tensor:
-        """W, or columns of it, as a new tensor (D, w)."""
+        """Returns W, or columns of it, as a new tensor (D, w)."""
         width = len(range(*columns.indices(self.V.width)))
         dense = torch.empty(self.num_rows, width, dtype=self.dtype, device=self.device)
         for part, rows in self.chunks(chunk, columns):
@@ -230,7 +232,7 @@ class Arrays:
 
     @full
     def rewrite_(self, j: int, change: Callable[[slice, Tensor], Tensor]) -> None:
-        """Block j of W becomes change(part, its rows there), a chunk of rows at a time. O(D w²).
+        """Replaces block j of W by change(part, its rows there), in row chunks. O(D w²).
 
         V must be W; see `FactoredMatrix.canonical_`.
         """
@@ -245,12 +247,12 @@ class Arrays:
         self.forget_gram()
 
     def copied(self, device: torch.device, dtype: torch.dtype) -> Arrays:
-        """A copy of a matrix of one block: factor for factor the same, but for their rounding."""
+        """Copies a matrix of one block, factor by factor, to a device and a dtype."""
         pi = self.pi
         if pi is not None:
             pi = pi.to(device if device.type != "meta" else pi.device, dtype, copy=True)
             if dtype == torch.float64 and self.dtype == torch.float32:
-                # what was rounded to float32 in Σ π = D would stay so for ever
+                # Otherwise Σ π = D would hold only to float32.
                 pi *= self.mass / pi.sum()
         other = Arrays(Rows(*self.V.to(device, dtype)), pi, self.width)
         other.generations = self.generations.copied(device, other.rounded)
@@ -265,6 +267,6 @@ class Arrays:
         return other
 
     def state(self) -> dict[str, Tensor]:
-        """Every array, for comparison."""
+        """Returns every array, for comparison."""
         V = torch.cat(self.V.blocks, 1)
-        return {"V": V, **{name: getattr(self, name) for name in SMALL}}
+        return {"V": V, **{name: getattr(self, name) for name in _SMALL}}

@@ -1,4 +1,4 @@
-"""What a step does to W beside adding a gradient, block by block."""
+"""The map of the blocks of W that a step applies before it adds a gradient."""
 
 from __future__ import annotations
 
@@ -13,13 +13,17 @@ __all__ = ["Blocks"]
 
 @dataclass(frozen=True)
 class Blocks:
-    """κ = base ⊗ I on the k blocks of W, and how the gradient is spread over them."""
+    """κ = base ⊗ I on the k blocks of W, and the multiple of the gradient added to each block.
+
+    base: (k, k) numbers; block b becomes Σ_a block_a base[a][b]
+    spread: (k) numbers; spread[b] times the gradient is added to block b
+    """
 
     base: tuple[tuple[float, ...], ...]
     spread: tuple[float, ...]
 
     def times(self, x: Tensor, *, inverse: bool = False, left: bool = False) -> Tensor:
-        """x κ for x (…, w), or κ x for x (w, …); with κ⁻¹ where inverse."""
+        """x κ for x (…, w), or with `left` κ x for x (w, …); with `inverse`, κ⁻¹ in place of κ."""
         if len(self.base) == 1:
             scale = self.base[0][0]
             return x if scale == 1 else x / scale if inverse else x * scale
@@ -31,7 +35,7 @@ class Blocks:
         return torch.einsum("...ad,ab->...bd", x.unflatten(-1, (len(base), -1)), base).flatten(-2)
 
     def columns(self, x: Tensor) -> Tensor:
-        """κ⁻¹ [x; 0; …] for x (d, w): (w, w)."""
+        """κ⁻¹ [x; 0; …] (w, w) for x (d, w)."""
         if len(self.base) == 1:
             return x if self.base[0][0] == 1 else x / self.base[0][0]
         (a, b), (c, d) = self.base
@@ -39,9 +43,10 @@ class Blocks:
         return torch.cat([x * (d / det), x * (-c / det)])
 
     def eigenbasis(self) -> tuple[tuple[float, ...], ...]:
-        """Rows (1 0) and e with e base = λ e: what momentum only scales is written in the second.
+        """Returns the rows (1 0) and e, where e base = λ e.
 
-        The identity where there are no two real and distinct λ.
+        Momentum only scales what is written in the second coordinate. Without two real and distinct
+        λ the rows are those of the identity.
         """
         if len(self.base) == 1:
             return ((1.0,),)
@@ -53,21 +58,21 @@ class Blocks:
         return (1.0, 0.0), (c / ((d - a) / 2 - half), 1.0)
 
     def horizon(self, factor: float) -> int:
-        """After how many steps κ alone has shrunk something `factor` times against the rest."""
+        """The number of steps in which κ shrinks one block `factor` times more than another."""
         if len(self.base) == 1:
             return 1 << 30
         shrinking = max(self.base[1][1], 1e-3)
         return max(1, int(math.log(factor) / max(-math.log(shrinking), 1e-9)))
 
     def with_weight(self, rho: float) -> Blocks:
-        """The same for a gradient that also has rho times the first block in it."""
+        """Returns the blocks for a gradient that contains rho times the first block as well."""
         if not rho:
             return self
         first = tuple(a + rho * b for a, b in zip(self.base[0], self.spread, strict=True))
         return replace(self, base=(first, *self.base[1:]))
 
     def finite(self) -> bool:
-        """Whether all that is multiplied by is a number."""
+        """Whether all numbers are finite."""
         return all(map(math.isfinite, (*self.spread, *(x for row in self.base for x in row))))
 
     def invertible(self) -> bool:

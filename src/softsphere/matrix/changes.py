@@ -1,4 +1,4 @@
-"""What changes a factored weight: steps, and the writing of all of it."""
+"""Operations that change a factored weight: steps, scaling, and writing all of it in row chunks."""
 
 from __future__ import annotations
 
@@ -10,22 +10,24 @@ from torch import Tensor
 
 from softsphere.matrix.blocks import Blocks
 from softsphere.matrix.copies import copied
+from softsphere.matrix.gradient_tensors import StructuredGradient
 from softsphere.matrix.interrupts import uninterrupted
+from softsphere.matrix.parts import Part
 from softsphere.matrix.reading import root
 from softsphere.matrix.refusals import refusal, stale
-from softsphere.matrix.tensors import FactoredTensor, Operand, Part, StructuredGradient
-from softsphere.matrix.wrapper import Wrapper
+from softsphere.matrix.tensors import FactoredTensor
+from softsphere.matrix.wrapper import Operand, Wrapper
 
-aten = torch.ops.aten
+_aten = torch.ops.aten
 
-# Factors of W that U, U⁻¹ and Q take up without leaving the range of float64.
-SMALLEST, LARGEST = 1e-30, 1e30
+# Factors of W that the small arrays can take without leaving the range of float64.
+_SMALLEST, _LARGEST = 1e-30, 1e30
 
 
 def step(x: FactoredTensor, g: StructuredGradient, alpha: float) -> Callable[[], None]:
-    """What adds alpha G to W when it is called; nothing has changed until then."""
+    """Returns a function that adds alpha G to W. Nothing has changed before it is called."""
     if x.block.j != 0:
-        raise TypeError("a momentum buffer of FactoredSGD is stepped by FactoredSGD alone")
+        raise TypeError("only FactoredSGD can step a momentum buffer of FactoredSGD")
     matrix, content = x.matrix, g.content
     if content.edition is None:
         return lambda: None
@@ -37,8 +39,8 @@ def step(x: FactoredTensor, g: StructuredGradient, alpha: float) -> Callable[[],
     return matrix.plan(content.value.to(x.dtype, x.device), Blocks(base, spread))
 
 
-def fits(x: FactoredTensor, other: Any) -> None:
-    """Raises RuntimeError where a tensor cannot be broadcast to W, before a row is written."""
+def _check_shape(x: FactoredTensor, other: Any) -> None:
+    """Raises RuntimeError if a tensor cannot be broadcast to W, before a row is written."""
     if isinstance(other, Tensor) and torch.broadcast_shapes(x.shape, other.shape) != x.shape:
         raise RuntimeError(
             f"a tensor of shape {tuple(other.shape)} cannot be broadcast to a factored weight of "
@@ -46,8 +48,8 @@ def fits(x: FactoredTensor, other: Any) -> None:
         )
 
 
-def rewrite(x: FactoredTensor, change: Callable[[slice, Tensor], Tensor]) -> FactoredTensor:
-    """The rows that PyTorch sees become change(part, rows), a chunk at a time."""
+def _rewrite(x: FactoredTensor, change: Callable[[slice, Tensor], Tensor]) -> FactoredTensor:
+    """Replaces the rows that PyTorch sees by change(part, rows), a chunk at a time."""
 
     def inner(part: slice, rows: Tensor) -> Tensor:
         scale = root(x, part)
@@ -57,27 +59,27 @@ def rewrite(x: FactoredTensor, change: Callable[[slice, Tensor], Tensor]) -> Fac
     return x
 
 
-def overwrite(x: FactoredTensor, fill: Callable[[slice], Tensor | float]) -> FactoredTensor:
-    """The same where the old rows do not matter, which are not read."""
+def _overwrite(x: FactoredTensor, fill: Callable[[slice], Tensor | float]) -> FactoredTensor:
+    """Replaces the rows that PyTorch sees by fill(part), without reading the old ones."""
     W = x.matrix.arrays
     if W.blocks > 1:
-        return rewrite(x, lambda part, rows: torch.empty_like(rows).copy_(as_tensor(fill(part))))
+        return _rewrite(x, lambda part, rows: torch.empty_like(rows).copy_(_as_tensor(fill(part))))
     with uninterrupted():
         W.V.own()
         for part in W.V.chunks():
-            scale, new = root(x, part), as_tensor(fill(part)).to(x.device, x.dtype)
+            scale, new = root(x, part), _as_tensor(fill(part)).to(x.device, x.dtype)
             new = new.expand(part.stop - part.start, x.shape[1])
             W.V[part] = new if scale is None else new / scale
         x.matrix.reset_()
     return x
 
 
-def as_tensor(x: Operand) -> Tensor:
+def _as_tensor(x: Operand) -> Tensor:
     return x if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64)
 
 
-def rows_of(x: Operand, part: slice) -> Operand:
-    """The rows of an operand, which may be a factored weight or broadcast."""
+def _rows_of(x: Operand, part: slice) -> Operand:
+    """The rows of an operand, which may be a factored weight or be broadcast."""
     if isinstance(x, FactoredTensor):
         W = x.matrix.arrays
         W.check()
@@ -93,26 +95,26 @@ def add_weight_(func: Any, x: Tensor, other: Operand, alpha: float = 1) -> Tenso
     if not isinstance(x, FactoredTensor):
         return cast(Tensor, func(x, cast(FactoredTensor, other).to_dense(), alpha=alpha))
     if isinstance(other, StructuredGradient):
-        step(x, other, -alpha if func.overloadpacket is aten.sub_ else alpha)()
+        step(x, other, -alpha if func.overloadpacket is _aten.sub_ else alpha)()
         return x
-    fits(x, other)
-    return rewrite(x, lambda part, rows: func(rows.clone(), rows_of(other, part), alpha=alpha))
+    _check_shape(x, other)
+    return _rewrite(x, lambda part, rows: func(rows.clone(), _rows_of(other, part), alpha=alpha))
 
 
 def add_weight(func: Any, x: Tensor, other: Operand, alpha: float = 1) -> Tensor:
     if isinstance(other, StructuredGradient):
-        if func.overloadpacket is not aten.add or alpha != 1:
+        if func.overloadpacket is not _aten.add or alpha != 1:
             raise refusal(func, "a factored weight")
-        # a multiple of the weight that came as a gradient, of p.norm() say
+        # The weight came as a gradient, for example of p.norm() ** 2.
         return torch.add(other, x)
     if not isinstance(x, FactoredTensor):
         return cast(Tensor, func(x, cast(FactoredTensor, other).to_dense(), alpha=alpha))
-    fits(x, other)
+    _check_shape(x, other)
     result = copied(x, x.device, x.dtype)
-    return rewrite(result, lambda part, rows: func(rows, rows_of(other, part), alpha=alpha))
+    return _rewrite(result, lambda part, rows: func(rows, _rows_of(other, part), alpha=alpha))
 
 
-def lerped(rows: Tensor, end: Operand, weight: Operand) -> Tensor:
+def _lerped(rows: Tensor, end: Operand, weight: Operand) -> Tensor:
     ends = end if isinstance(end, Tensor) else torch.full_like(rows, end)
     return rows.lerp(ends, weight)
 
@@ -120,30 +122,30 @@ def lerped(rows: Tensor, end: Operand, weight: Operand) -> Tensor:
 def lerp_weight_(func: Any, x: Tensor, end: Operand, weight: Operand) -> FactoredTensor:
     if not isinstance(x, FactoredTensor) or isinstance(weight, Wrapper):
         raise refusal(func, "a factored weight")
-    fits(x, end)
-    return rewrite(x, lambda part, rows: lerped(rows, rows_of(end, part), weight))
+    _check_shape(x, end)
+    return _rewrite(x, lambda part, rows: _lerped(rows, _rows_of(end, part), weight))
 
 
 def lerp_weight(func: Any, x: Tensor, end: Operand, weight: Operand) -> Tensor:
     if not isinstance(x, FactoredTensor) or isinstance(weight, Wrapper):
         raise refusal(func, "a factored weight")
-    return rewrite(
+    return _rewrite(
         copied(x, x.device, x.dtype),
-        lambda part, rows: lerped(rows, rows_of(end, part), weight),
+        lambda part, rows: _lerped(rows, _rows_of(end, part), weight),
     )
 
 
-def scale(func: Any, x: FactoredTensor, factor: Operand) -> FactoredTensor:
+def _scaled(func: Any, x: FactoredTensor, factor: Operand) -> FactoredTensor:
     if isinstance(factor, Wrapper) or (isinstance(factor, Tensor) and factor.dim() > 0):
         raise refusal(func, "a factored weight")
-    divides = func.overloadpacket in (aten.div, aten.div_)
+    divides = func.overloadpacket in (_aten.div, _aten.div_)
     number = 1 / float(factor) if divides else float(factor)
     if number == 0:
-        return overwrite(x, lambda part: 0.0)
+        return _overwrite(x, lambda part: 0.0)
     if number == 1:
         return x
-    if not SMALLEST <= abs(number) <= LARGEST:  # nor what is not a number
-        return rewrite(x, lambda part, rows: rows * number)
+    if not _SMALLEST <= abs(number) <= _LARGEST:  # NaN too
+        return _rewrite(x, lambda part, rows: rows * number)
     x.matrix.scale_(x.block.j, number)
     return x
 
@@ -151,17 +153,17 @@ def scale(func: Any, x: FactoredTensor, factor: Operand) -> FactoredTensor:
 def scale_weight_(func: Any, x: Tensor, factor: Operand) -> FactoredTensor:
     if not isinstance(x, FactoredTensor):
         raise refusal(func, "a factored weight")
-    return scale(func, x, factor)
+    return _scaled(func, x, factor)
 
 
 def scale_weight(func: Any, x: Tensor, factor: Operand) -> FactoredTensor:
     if not isinstance(x, FactoredTensor):
-        if func.overloadpacket is aten.div:
+        if func.overloadpacket is _aten.div:
             raise refusal(func, "a factored weight")
         x, factor = cast(FactoredTensor, factor), x
-    result = scale(func, copied(x, x.device, x.dtype), factor)
+    result = _scaled(func, copied(x, x.device, x.dtype), factor)
     source, times = x.block.of()
-    number = 1 / float(factor) if func.overloadpacket is aten.div else float(factor)
+    number = 1 / float(factor) if func.overloadpacket is _aten.div else float(factor)
     if source is not None:
         result.block.multiple = result.matrix.edition, source, times * number
     return result
@@ -176,11 +178,11 @@ def negate_weight_(func: Any, x: FactoredTensor) -> FactoredTensor:
 
 
 def zero_weight_(func: Any, x: FactoredTensor) -> FactoredTensor:
-    return overwrite(x, lambda part: 0.0)
+    return _overwrite(x, lambda part: 0.0)
 
 
 def fill_weight_(func: Any, x: FactoredTensor, value: Operand) -> FactoredTensor:
-    return overwrite(x, lambda part: value)
+    return _overwrite(x, lambda part: value)
 
 
 def copy_weight_(func: Any, x: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
@@ -190,15 +192,15 @@ def copy_weight_(func: Any, x: Tensor, source: Tensor, non_blocking: bool = Fals
         raise refusal(func, "a factored weight")
     if isinstance(source, FactoredTensor) and source.block is x.block:
         return x
-    fits(x, source)
+    _check_shape(x, source)
     source = source if isinstance(source, FactoredTensor) else source.expand(x.shape)
-    return overwrite(x, lambda part: cast(Tensor, rows_of(source, part)))
+    return _overwrite(x, lambda part: cast(Tensor, _rows_of(source, part)))
 
 
 def draw_(func: Any, x: FactoredTensor, *args: Any, **kwargs: Any) -> FactoredTensor:
     W = x.matrix.arrays
     if W.blocks == 1 and W.pi is None and len(W.V.blocks) == 1:
-        # as of an ordinary tensor, so that the same seed gives the same numbers
+        # The same seed then gives the same numbers as for an ordinary tensor.
         with uninterrupted():
             W.V.own()
             func(W.V.blocks[0], *args, **kwargs)
@@ -209,18 +211,18 @@ def draw_(func: Any, x: FactoredTensor, *args: Any, **kwargs: Any) -> FactoredTe
     def drawn(part: slice) -> Tensor:
         return cast(Tensor, func(empty.repeat(part.stop - part.start, 1), *args, **kwargs))
 
-    return overwrite(x, drawn)
+    return _overwrite(x, drawn)
 
 
 def elementwise_(func: Any, x: FactoredTensor, *args: Any, **kwargs: Any) -> FactoredTensor:
-    return rewrite(x, lambda part, rows: func(rows.clone(), *args, **kwargs))
+    return _rewrite(x, lambda part, rows: func(rows.clone(), *args, **kwargs))
 
 
 def masked_fill_(func: Any, x: FactoredTensor, mask: Tensor, value: Operand) -> FactoredTensor:
-    """With a mask for all of it, as the derivative of a norm has one."""
+    """Fills the weight under a mask of one element, as the derivative of a norm does."""
     if mask.numel() != 1:
         raise refusal(func, "a factored weight")
-    return overwrite(x, lambda part: value) if bool(mask) else x
+    return _overwrite(x, lambda part: value) if bool(mask) else x
 
 
 def index_put_(
@@ -231,21 +233,21 @@ def index_put_(
     accumulate: bool = False,
 ) -> FactoredTensor:
     dense = func(x.to_dense(), indices, values, accumulate)
-    return overwrite(x, lambda part: dense[part])
+    return _overwrite(x, lambda part: dense[part])
 
 
 def eye_(func: Any, rows: int, columns: int, *, out: FactoredTensor) -> FactoredTensor:
     dense = torch.eye(rows, columns, dtype=out.dtype, device=out.device)
-    return overwrite(out, lambda part: dense[part])
+    return _overwrite(out, lambda part: dense[part])
 
 
 def write_part(func: Any, part: Part, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Part:
-    """An operation in place on rows or columns of a weight; all of it is written."""
+    """Does an operation in place on rows or columns of a weight, all of which is then written."""
     weight = FactoredTensor.alias(part.block)
     dense = weight.to_dense()
     view = dense
     for each, its, named in part.recipe:
         view = each(view, *its, **named)
     func(view, *args, **kwargs)
-    overwrite(weight, lambda rows: dense[rows])
+    _overwrite(weight, lambda rows: dense[rows])
     return part

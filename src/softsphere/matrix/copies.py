@@ -1,4 +1,4 @@
-"""A factored weight or its gradient once more: the same, a copy, or an empty one."""
+"""Operations that make another factored weight or gradient: an alias, a copy, or an empty one."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from torch import Tensor
 
 from softsphere.matrix.factored_matrix import Block, FactoredMatrix
 from softsphere.matrix.gradient import GradientFactors
+from softsphere.matrix.gradient_tensors import Content, StructuredGradient
 from softsphere.matrix.refusals import HALF, refusal
-from softsphere.matrix.tensors import Content, FactoredTensor, StructuredGradient
-
-aten = torch.ops.aten
+from softsphere.matrix.tensors import FactoredTensor
 
 
 def same_weight(func: Any, x: FactoredTensor) -> FactoredTensor:
@@ -40,7 +39,7 @@ def clone_gradient(
     return StructuredGradient(Content(g.value, g.content.block, g.content.edition))
 
 
-def full_precision(dtype: torch.dtype | None, x: Tensor) -> torch.dtype:
+def _full_precision(dtype: torch.dtype | None, x: Tensor) -> torch.dtype:
     dtype = dtype or x.dtype
     if dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{HALF}; got {dtype}")
@@ -48,26 +47,27 @@ def full_precision(dtype: torch.dtype | None, x: Tensor) -> torch.dtype:
 
 
 def copied(x: FactoredTensor, device: torch.device, dtype: torch.dtype) -> FactoredTensor:
+    """Returns a copy of a weight on a device and in a dtype."""
     return FactoredTensor.alias(Block(x.matrix.copied(x.block.j, device, dtype)))
 
 
 def convert_weight(
     func: Any, x: FactoredTensor, *, dtype: Any = None, device: Any = None, **_: Any
 ) -> FactoredTensor:
-    return copied(x, torch.device(device or x.device), full_precision(dtype, x))
+    return copied(x, torch.device(device or x.device), _full_precision(dtype, x))
 
 
 def convert_gradient(
     func: Any, g: StructuredGradient, *, dtype: Any = None, device: Any = None, **_: Any
 ) -> StructuredGradient:
-    value = g.value.to(full_precision(dtype, g), torch.device(device or g.device))
+    value = g.value.to(_full_precision(dtype, g), torch.device(device or g.device))
     return StructuredGradient(Content(value, g.content.block, g.content.edition))
 
 
 def empty_like_weight(
     func: Any, x: FactoredTensor, *, dtype: Any = None, device: Any = None, **_: Any
 ) -> FactoredTensor:
-    W, dtype, device = x.matrix.arrays, full_precision(dtype, x), torch.device(device or x.device)
+    W, dtype, device = x.matrix.arrays, _full_precision(dtype, x), torch.device(device or x.device)
     sizes = [block.shape[1] for block in W.V.blocks]
     if W.blocks > 1:
         sizes = sizes[:-1] if x.block.j == 0 else sizes[-1:]
@@ -85,22 +85,23 @@ def new_empty(
 
 
 def empty_gradient(func: Any, g: StructuredGradient, *_: Any, **__: Any) -> StructuredGradient:
-    return StructuredGradient(Content(none(g.content.block), g.content.block, None))
+    return StructuredGradient(Content(zero_factors(g.content.block), g.content.block, None))
 
 
 def zero_gradient(
     func: Any, x: FactoredTensor, *, memory_format: Any = None, **_: Any
 ) -> StructuredGradient:
-    """A gradient that is zero, as torch.distributed.checkpoint gives one to a new optimizer.
+    """Returns a gradient that is zero, as torch.distributed.checkpoint makes for a new optimizer.
 
-    Optimizers of PyTorch that keep numbers for each weight ask for a memory format as well.
+    A memory format is refused, since the optimizers of PyTorch that keep numbers for each weight
+    pass one.
     """
     if memory_format is not None:
         raise refusal(func, x.described)
-    return StructuredGradient(Content(none(x.block), x.block, None))
+    return StructuredGradient(Content(zero_factors(x.block), x.block, None))
 
 
-def none(block: Block) -> GradientFactors:
-    """The factors of no gradient."""
+def zero_factors(block: Block) -> GradientFactors:
+    """Returns the factors of a gradient that is zero."""
     W = block.matrix.arrays
     return GradientFactors.zero(W.width, torch.empty(0, dtype=W.dtype, device=W.device))

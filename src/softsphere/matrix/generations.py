@@ -1,9 +1,9 @@
-"""The coordinates that each row of V is written in, so that U can begin anew without rewriting V.
+"""The coordinates that each row of V is written in, so that U can be replaced without rewriting V.
 
-Row k of V belongs to the generation in which it was last written: W_k = V_k M_g U + ω, g = made_k,
-with M = I for the current one. When U has worn, U ← P and M_g ← M_g (U P⁻¹) for every g: no row is
-read. A row is carried over, V_k ← V_k M_g, when it is next a target. What U has shrunk is shrunk in
-M_g for good, and since V_k was rounded before that, no digit of W is lost with it.
+Row k of V belongs to the generation g = made_k in which it was last written: W_k = V_k M_g U + ω,
+where M_g = I for the current one. When U has worn, U ← P and M_g ← M_g (U P⁻¹) for every g, and no
+row is read. A row is carried over, V_k ← V_k M_g, when it is next a target. A direction that U has
+shrunk stays shrunk in M_g. Since V_k was rounded before that, this loses no digit of W.
 """
 
 from __future__ import annotations
@@ -16,13 +16,18 @@ from softsphere.matrix.rows import Rows
 
 __all__ = ["Generations"]
 
-# So many at most; before there are more, the rows of the one with the fewest are carried over.
-LIVE = 8
-MAPS = "maps"
+# Beyond this number, the rows of the generation that has the fewest are carried over.
+_LIVE = 8
+_MAPS = "maps"
 
 
 class Generations:
-    """made (D) uint8: the generation of each row; maps (G, w, w) float64: M; now: the last one."""
+    """The generations in which rows of V are written.
+
+    made: (D) uint8, the generation of each row
+    maps: (G, w, w) float64, M of each generation
+    now: the current generation
+    """
 
     def __init__(self, num_rows: int, width: int, device: torch.device, rounded: Rounded) -> None:
         self.made = torch.zeros(num_rows, dtype=torch.uint8, device=device)
@@ -36,20 +41,21 @@ class Generations:
         return len(self.maps) == 1
 
     def maps_in(self, dtype: torch.dtype) -> Tensor:
-        """maps in the dtype of V."""
-        return self.rounded.get(MAPS, dtype, lambda: self.maps)
+        """Returns `maps` in the dtype of V."""
+        return self.rounded.get(_MAPS, dtype, lambda: self.maps)
 
     def set(self, maps: Tensor, now: int) -> None:
+        """Replaces the maps and the number of the current generation."""
         self.maps, self.now = maps, now
-        self.rounded.forget(MAPS)
+        self.rounded.forget(_MAPS)
 
     def carried(self, rows: Tensor, made: Tensor) -> Tensor:
-        """Rows of V (n, w) of the generations made (n), in the coordinates of the current one."""
+        """Takes rows of V (n, w) of generations made (n) to the coordinates of the current one."""
         if self.alone:
             return rows
         maps = self.maps_in(rows.dtype)
         if rows.device.type != "cpu":
-            # to ask which generations there are would be to wait for the device
+            # Asking which generations occur would wait for the device.
             each = (
                 product(torch.where((made == g).unsqueeze(1), rows, 0), M)
                 for g, M in enumerate(maps)
@@ -63,7 +69,7 @@ class Generations:
         return out
 
     def begin(self, step: Tensor) -> None:
-        """A new generation, `step` = U P⁻¹ from the coordinates of the last one to its own."""
+        """Begins a generation; `step` = U P⁻¹ leads from the last coordinates to the new ones."""
         counts = self.counts()
         maps = self.maps @ step
         eye = torch.eye(step.shape[0], dtype=step.dtype, device=step.device)
@@ -72,18 +78,17 @@ class Generations:
             maps = torch.cat([maps, eye.unsqueeze(0)])
         else:
             maps[now] = eye
-        # nothing can fail from here on
+        # Nothing can fail from here on.
         self.set(maps, now)
 
     def counts(self) -> list[int]:
-        """How many rows each generation has."""
+        """Returns the number of rows of each generation."""
         each = [(self.made == g).sum() for g in range(len(self.maps))]
         return [int(count) for count in torch.stack(each).tolist()]
 
     def bound(self, V: Rows) -> None:
-        """Carries the rows of the smallest generation over, a chunk at a time, if there are many
-        generations."""
-        if len(self.maps) <= LIVE:
+        """Carries the rows of the smallest generation over, if there are too many generations."""
+        if len(self.maps) <= _LIVE:
             return
         counts = self.counts()
         if 0 in counts[: self.now] + counts[self.now + 1 :]:
@@ -96,12 +101,12 @@ class Generations:
             self.made[index] = self.now
 
     def forget(self, width: int) -> None:
-        """All rows, now of that width, are in the current coordinates."""
+        """Begins with a single generation, for rows of the given width."""
         self.made.zero_()
         self.set(torch.eye(width, dtype=torch.float64, device=self.made.device).unsqueeze(0), 0)
 
     def widen(self, width: int) -> None:
-        """For rows that have got columns of zeros beside them."""
+        """Extends the maps to rows that have columns of zeros added to them."""
         old = self.maps.shape[1]
         maps = torch.eye(width, dtype=torch.float64, device=self.maps.device)
         maps = maps.repeat(len(self.maps), 1, 1)
@@ -109,7 +114,7 @@ class Generations:
         self.set(maps, self.now)
 
     def copied(self, device: torch.device, rounded: Rounded) -> Generations:
-        """The same on another device, in memory of its own."""
+        """Returns a copy on a device."""
         other = Generations(0, 0, device, rounded)
         other.made = self.made.to(device, copy=True)
         other.set(self.maps.to(device, copy=True), self.now)

@@ -1,4 +1,4 @@
-"""The gradient of a spherical loss with respect to a D × d matrix W, in O(r d) numbers."""
+"""The gradient of a spherical loss with respect to a D × d matrix W, kept in O(r d) numbers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 __all__ = ["GradientFactors"]
 
-ARRAYS = ("H", "L", "s", "rows", "cols", "x", "centred_back", "at_rows")
+_ARRAYS = ("H", "L", "s", "rows", "cols", "x", "centred_back", "at_rows")
 
 
 @dataclass(frozen=True)
@@ -46,37 +46,37 @@ class GradientFactors:
 
     @classmethod
     def zero(cls, width: int, like: Tensor) -> GradientFactors:
-        """The gradient with no factors, in the dtype and on the device of `like`."""
+        """Returns a gradient that is zero, in the dtype and on the device of `like`."""
         none = torch.empty(0, dtype=torch.long, device=like.device)
         H, s = like.new_empty(0, width), like.new_empty(0)
         return cls(H, H, s, none, None, s, H, H)
 
     @property
     def rank(self) -> int:
-        """r, the number of factors."""
+        """The number r of factors."""
         return self.H.shape[0]
 
     @property
     def A(self) -> Tensor:
-        """(d, d)."""
+        """Lᵀ H (d, d)."""
         return self.L.mT @ self.H
 
     @property
     def b(self) -> Tensor:
-        """(d)."""
+        """Hᵀ s (d)."""
         return self.H.mT @ self.s
 
     @property
     def X(self) -> Tensor:
-        """(n, d): row j is added to row rows_j."""
+        """(n, d), of which row j is added to row rows_j of the gradient."""
         return self.x.unsqueeze(1) * (self.H if self.cols is None else self.H[self.cols])
 
     def columns(self) -> Tensor:
-        """cols as a tensor."""
+        """Returns `cols` as a tensor."""
         return torch.arange(self.rank, device=self.H.device) if self.cols is None else self.cols
 
     def to(self, dtype: torch.dtype, device: torch.device | None = None) -> GradientFactors:
-        """The same in another dtype, on another device."""
+        """Returns the gradient in a dtype and on a device."""
         if self.H.dtype == dtype and device in (None, self.H.device):
             return self
 
@@ -85,11 +85,11 @@ class GradientFactors:
                 return None
             return x.to(device, dtype if x.is_floating_point() else x.dtype)
 
-        arrays: dict[str, Any] = {name: moved(getattr(self, name)) for name in ARRAYS}
+        arrays: dict[str, Any] = {name: moved(getattr(self, name)) for name in _ARRAYS}
         return replace(self, **arrays)
 
     def __add__(self, other: GradientFactors) -> GradientFactors:
-        """The sum of two gradients taken at the same W: factors side by side."""
+        """The sum of two gradients taken at the same W, with their factors side by side."""
         if self.H.shape[1] != other.H.shape[1]:
             raise ValueError(
                 f"gradients must have the same width, got {self.H.shape[1]} and {other.H.shape[1]}"
@@ -113,7 +113,7 @@ class GradientFactors:
         )
 
     def is_finite(self) -> Tensor:
-        """Whether all of it is: a boolean without dimensions."""
+        """Whether every factor is finite: a boolean tensor without dimensions."""
         total = sum((part.sum() for part in (self.H, self.L, self.s, self.x)), self.s.new_zeros(()))
         return total.isfinite()
 
@@ -124,6 +124,6 @@ class GradientFactors:
     __rmul__ = __mul__
 
     def __matmul__(self, P: Tensor) -> GradientFactors:
-        """G P for P (d, d): a preconditioner from the right. Without a multiple of W in G."""
+        """G P for a preconditioner P (d, d). G must not contain a multiple of W."""
         assert not self.rho
         return replace(self, H=self.H @ P)

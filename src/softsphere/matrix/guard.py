@@ -1,7 +1,7 @@
-"""Which of PyTorch's own optimizers cannot step a factored weight, said before any of them moves.
+"""Refuses the optimizers of PyTorch that cannot step a factored weight, before they step.
 
-The table refuses an operation when it is reached. An optimizer with several groups of parameters
-has moved the first by then, so it is asked before its step, by a hook that PyTorch has for that.
+The table refuses an operation when it is reached. By then an optimizer with several groups of
+parameters has moved the first group, so optimizers are asked by a hook that runs before each step.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ __all__ = ["refuse_step"]
 
 
 def refuse_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
-    """Asks before the step, and again when a closure has made the gradients."""
-    refuse(optimizer)
+    """Checks an optimizer before its step, and again after a closure has made the gradients."""
+    _refuse(optimizer)
     closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
     if closure is None:
         return None
 
-    def asked() -> Any:
+    def checked_closure() -> Any:
         loss = closure()
-        refuse(optimizer)
+        _refuse(optimizer)
         return loss
 
-    return (args[0], asked), {}
+    return (args[0], checked_closure), {}
 
 
-def refuse(optimizer: torch.optim.Optimizer) -> None:
-    """Raises TypeError where an optimizer of torch.optim could not step a factored weight."""
+def _refuse(optimizer: torch.optim.Optimizer) -> None:
+    """Raises TypeError if an optimizer of torch.optim cannot step a factored weight it has."""
     known = [kind for kind in type(optimizer).__mro__ if kind.__module__.startswith("torch.optim")]
     kind = known[0]
     if kind is torch.optim.Optimizer:
-        return  # one that nobody knows of may well do what the table allows
+        return  # an unknown one may well do only what the table allows
     plain = kind is torch.optim.SGD
     for group in optimizer.param_groups:
         if plain and not group["momentum"]:

@@ -1,4 +1,4 @@
-"""Operations on lists of tensors, as optimizers, clipping and scaling pass them."""
+"""Operations on lists of tensors, which optimizers, gradient clipping and GradScaler use."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ import torch
 from torch import Tensor
 
 from softsphere.matrix.changes import step
+from softsphere.matrix.gradient_tensors import StructuredGradient
 from softsphere.matrix.refusals import MOMENTUM, refusal
 from softsphere.matrix.sums import summed
-from softsphere.matrix.tensors import FactoredTensor, Operand, StructuredGradient
-from softsphere.matrix.wrapper import OPERATIONS, Wrapper
+from softsphere.matrix.tensors import FactoredTensor
+from softsphere.matrix.wrapper import OPERATIONS, Operand, Wrapper
 
-aten = torch.ops.aten
+_aten = torch.ops.aten
 
 
 def foreach(func: Any, packet: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """An operation on each of a list: refused as a whole, or done."""
+    """Does an operation on each tensor of a list, or refuses it before any has changed."""
     xs = args[0]
     n = len(xs)
 
@@ -34,30 +35,30 @@ def foreach(func: Any, packet: Any, args: tuple[Any, ...], kwargs: dict[str, Any
         mine = next(x for x in calls[i][0] if isinstance(x, Wrapper))
         if packet not in OPERATIONS[type(mine)]:
             raise refusal(func, mine.described)
-    if packet in (aten.add_, aten.sub_):
-        return foreach_add(packet, calls, ours)
+    if packet in (_aten.add_, _aten.sub_):
+        return _foreach_add(packet, calls, ours)
     results: list[Any] = [None] * n
-    # ours first: if one of them is refused, nothing else has changed
+    # Ours come first: if one of them is refused, nothing else has changed.
     for i in (*ours, *(i for i in range(n) if i not in ours)):
         results[i] = packet(*calls[i][0], **calls[i][1])
     return None if packet.__name__.endswith("_") else results
 
 
-def foreach_add(
+def _foreach_add(
     packet: Any, calls: list[tuple[list[Any], dict[str, Any]]], ours: list[int]
 ) -> None:
-    """Steps of several weights are all planned before the first is taken."""
-    once([calls[i][0][0] for i in ours])
+    """Adds to each tensor of a list. All steps are planned before the first is taken."""
+    check_distinct([calls[i][0][0] for i in ours])
     steps: list[Callable[[], Any]] = []
     taken: set[int] = set()
     for i in ours:
         (x, other, *more), named = calls[i]
         alpha = named.get("alpha", more[0] if more else 1)
         if isinstance(x, FactoredTensor) and isinstance(other, StructuredGradient):
-            steps.append(step(x, other, -alpha if packet is aten.sub_ else alpha))
+            steps.append(step(x, other, -alpha if packet is _aten.sub_ else alpha))
             taken.add(i)
         elif isinstance(x, StructuredGradient) and isinstance(other, Wrapper):
-            summed(packet, x.content, other, alpha)  # raises where it must
+            summed(packet, x.content, other, alpha)  # raises if it is refused
     for take in steps:
         take()
     for i, (each, named) in enumerate(calls):
@@ -65,9 +66,11 @@ def foreach_add(
             packet(*each, **named)
 
 
-def once(params: Sequence[Any]) -> None:
-    """Raises ValueError where a weight is there twice: of steps that are planned at the same
-    weight only one can be taken."""
+def check_distinct(params: Sequence[Any]) -> None:
+    """Raises ValueError if a factored weight occurs twice.
+
+    Of two steps that are planned at the same weight only one could be taken.
+    """
     weights = [id(x.matrix) for x in params if isinstance(x, FactoredTensor)]
     if len(set(weights)) < len(weights):
         raise ValueError(
@@ -76,7 +79,7 @@ def once(params: Sequence[Any]) -> None:
 
 
 def unscale(func: Any, grads: Sequence[Tensor], found: Tensor, inverse: Tensor) -> None:
-    """GradScaler: gradients times a number, and whether any is not finite."""
+    """Multiplies gradients by a number and notes whether any is not finite, for GradScaler."""
     plain = [g for g in grads if not isinstance(g, Wrapper)]
     if plain:
         func(plain, found, inverse)
@@ -100,14 +103,14 @@ def fused_sgd(
     found_inf: Tensor | None = None,
     **named: Any,
 ) -> None:
-    """torch.optim.SGD(fused=True)."""
+    """Takes the step of torch.optim.SGD(fused=True); the arguments are those of its operator."""
     options = {
         "weight_decay": weight_decay, "momentum": momentum, "lr": lr, "maximize": maximize,
         "grad_scale": grad_scale, "found_inf": found_inf, **named,
     }  # fmt: skip
     if momentum:
-        raise TypeError(f"a factored weight cannot be stepped so: {MOMENTUM}")
-    once(params)
+        raise TypeError(f"a factored weight cannot be stepped with momentum: {MOMENTUM}")
+    check_distinct(params)
     skipped = found_inf is not None and bool(found_inf)
     steps: list[Callable[[], Any]] = []
     for x, g in zip(params, grads, strict=True):

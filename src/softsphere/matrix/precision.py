@@ -1,7 +1,7 @@
-"""Arithmetic on the factors, whatever precision the caller has set for the model around them.
+"""Arithmetic on the factors in full precision, whatever the caller has set for the model.
 
-Autocast and reduced float32 products are for activations. V is a parameter, and what is written
-into it stays.
+Autocast and reduced float32 products are meant for activations. An error that is written into V, a
+parameter, would stay there.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def full(method: Method) -> Method:
-    """Runs a method of an object that has a `device` without autocast and without a gradient.
+    """Makes a method of an object with a `device` run without autocast and without gradients.
 
-    And outside inference mode: what that makes could not be changed in place afterwards.
+    It also runs outside inference mode, since tensors made there could not be changed in place
+    later.
     """
 
     @functools.wraps(method)
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
         kind = self.device.type
-        # there is no autocast on the meta device
+        # The meta device has no autocast.
         autocast = torch.autocast("cpu" if kind == "meta" else kind, enabled=False)
         with torch.inference_mode(False), torch.no_grad(), autocast:
             return method(self, *args, **kwargs)
@@ -38,23 +39,25 @@ def full(method: Method) -> Method:
 
 
 def float32_is_exact() -> bool:
-    """Whether products of float32 are not rounded to TF32 or bfloat16 first."""
+    """Whether products of float32 tensors are computed without rounding to TF32 or bfloat16."""
     try:
         return torch.get_float32_matmul_precision() == "highest"
-    except RuntimeError:  # set by other means, and so for a reason
+    except RuntimeError:  # it was set by other means, so assume that it was lowered
         return False
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a b in the dtype of a, with all its digits."""
+    """Returns a b in the dtype of a, computed at least in that precision."""
     if a.dtype == torch.float64 or float32_is_exact():
         return a @ b.to(a.dtype)
     return (a.double() @ b.double()).to(a.dtype)
 
 
 class Rounded:
-    """Copies of float64 arrays in the dtype of V, made when they are asked for and kept until the
-    array has changed. A copy is to be read before the next change only: its memory is used again.
+    """Copies of float64 arrays in the dtype of V.
+
+    A copy is made on demand and kept until the array changes. It may be read only before the next
+    change, since its memory is used again.
     """
 
     def __init__(self) -> None:
@@ -62,7 +65,7 @@ class Rounded:
         self.fresh: set[str] = set()
 
     def get(self, name: str, dtype: torch.dtype, make: Callable[[], Tensor]) -> Tensor:
-        """What `make` gives, in `dtype`."""
+        """Returns the array that `make` returns, rounded to `dtype`."""
         old = self.kept.get(name)
         if old is not None and (old.dtype != dtype or not usable_now(old)):
             old = None
@@ -76,5 +79,5 @@ class Rounded:
         return self.kept[name]
 
     def forget(self, *names: str) -> None:
-        """These arrays have changed; without a name, all that a step changes have."""
+        """Notes that these arrays have changed."""
         self.fresh.difference_update(names)

@@ -1,4 +1,4 @@
-"""What is read of a factored weight and its gradient: rows, products, norms."""
+"""Operations that read a factored weight or its gradient: rows, products, norms, comparisons."""
 
 from __future__ import annotations
 
@@ -8,21 +8,24 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from softsphere._torch import written_arguments
+from softsphere.matrix.gradient_tensors import StructuredGradient
+from softsphere.matrix.parts import Part
 from softsphere.matrix.refusals import refusal, stale
-from softsphere.matrix.tensors import FactoredTensor, Operand, Part, StructuredGradient
-from softsphere.matrix.wrapper import Wrapper
+from softsphere.matrix.tensors import FactoredTensor
+from softsphere.matrix.wrapper import Operand, Wrapper
 
-aten = torch.ops.aten
+_aten = torch.ops.aten
 
 
 def root(x: FactoredTensor | Part, part: Tensor | slice) -> Tensor | None:
-    """√π of those rows (n, 1), or None for one."""
+    """√π of those rows (n, 1), or None if π is one everywhere."""
     pi = x.block.matrix.arrays.pi
     return None if pi is None else pi[part].sqrt().unsqueeze(1)
 
 
 def face_rows(x: FactoredTensor | Part, index: Tensor) -> Tensor:
-    """Rows (n, w) of the tensor that PyTorch sees."""
+    """The rows (n, w) that PyTorch sees: those of W times √π."""
     W = x.block.matrix.arrays
     W.check()
     rows = W.rows(index.to(x.device), x.block.columns)
@@ -31,7 +34,7 @@ def face_rows(x: FactoredTensor | Part, index: Tensor) -> Tensor:
 
 
 def face_chunks(x: FactoredTensor | Part) -> Any:
-    """(slice of rows, those rows) of the tensor that PyTorch sees."""
+    """Yields (slice of rows, the rows that PyTorch sees) over all rows."""
     W = x.block.matrix.arrays
     W.check()
     for part, rows in W.chunks(columns=x.block.columns):
@@ -65,32 +68,32 @@ def index(func: Any, x: FactoredTensor, indices: Sequence[Tensor | None]) -> Ten
 
 def view(func: Any, x: FactoredTensor, *args: Any, **kwargs: Any) -> Tensor:
     part = Part(x.block, [(func, args, kwargs)])
-    return whole(part) if part.shape == x.shape and part.stride() == x.stride() else part
+    return _whole(part) if part.shape == x.shape and part.stride() == x.stride() else part
 
 
-def whole(part: Part) -> FactoredTensor:
+def _whole(part: Part) -> FactoredTensor:
     return FactoredTensor.alias(part.block)
 
 
-TURNS = (aten.t, aten.transpose, aten.permute)
+_TRANSPOSING = (_aten.t, _aten.transpose, _aten.permute)
 
 
-def is_transpose(part: Tensor) -> bool:
-    """Whether it is Wᵀ."""
+def _is_transpose(part: Tensor) -> bool:
+    """Whether a tensor is Wᵀ."""
     return (
         isinstance(part, Part)
         and len(part.recipe) == 1
-        and part.recipe[0][0].overloadpacket in TURNS
+        and part.recipe[0][0].overloadpacket in _TRANSPOSING
         and part.shape[0] == part.block.matrix.arrays.width
     )
 
 
-def read(part: Part, func: Any) -> Tensor:
-    """The numbers of a part, which has fewer than D × w of them."""
+def _read(part: Part, func: Any) -> Tensor:
+    """Computes the numbers of a part, which are fewer than D × w."""
     (first, args, kwargs), *rest = part.recipe
     W = part.block.matrix.arrays
     dim = args[0] % 2 if args else 0
-    if first.overloadpacket in TURNS:
+    if first.overloadpacket in _TRANSPOSING:
         raise refusal(func, "the transpose of a factored weight")
     chosen = first(torch.arange(W.num_rows if dim == 0 else W.width), 0, *args[1:], **kwargs)
     chosen = chosen.reshape(-1)
@@ -98,7 +101,7 @@ def read(part: Part, func: Any) -> Tensor:
         found = face_rows(part, chosen)
     else:
         found = torch.cat([rows[:, chosen] for _, rows in face_chunks(part)])
-    if first.overloadpacket is aten.select:
+    if first.overloadpacket is _aten.select:
         found = found.squeeze(dim)
     for view, its, named in rest:
         found = view(found, *its, **named)
@@ -108,11 +111,11 @@ def read(part: Part, func: Any) -> Tensor:
 def writes(func: Any, args: tuple[Any, ...]) -> bool:
     """Whether an operation writes its first argument, a part of a weight.
 
-    Raises: TypeError where it writes into a part that is another argument.
+    Raises: TypeError if it writes into a part that is another argument.
     """
     written = [
-        isinstance(x, Part) and argument.alias_info is not None and argument.alias_info.is_write
-        for argument, x in zip(func._schema.arguments, args, strict=False)
+        isinstance(x, Part) and writes
+        for writes, x in zip(written_arguments(func), args, strict=False)
     ]
     if any(written[1:]):
         raise refusal(func, "a part of a factored weight")
@@ -120,26 +123,26 @@ def writes(func: Any, args: tuple[Any, ...]) -> bool:
 
 
 def of_part(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """An operation on a part: another view of it, a product with Wᵀ, or one on its numbers."""
+    """Does an operation on a part: another view, a product with Wᵀ, or one on its numbers."""
     packet = func.overloadpacket
     first = args[0]
-    if packet in (aten.detach, aten.alias):
+    if packet in (_aten.detach, _aten.alias):
         return Part(first.block, first.recipe)
     if func.is_view:
-        if is_transpose(first) and packet in TURNS:
-            return whole(first)
+        if _is_transpose(first) and packet in _TRANSPOSING:
+            return _whole(first)
         return Part(first.block, [*first.recipe, (func, args[1:], kwargs)])
-    if packet is aten.mm and is_transpose(args[1]):
-        return times_transpose(*args)
-    if packet is aten.addmm and is_transpose(args[2]) and not kwargs:
-        return times_transpose(*args[1:]) + args[0]
-    values = [read(x, func) if isinstance(x, Part) else x for x in args]
-    named = {k: read(x, func) if isinstance(x, Part) else x for k, x in kwargs.items()}
+    if packet is _aten.mm and _is_transpose(args[1]):
+        return _times_transpose(*args)
+    if packet is _aten.addmm and _is_transpose(args[2]) and not kwargs:
+        return _times_transpose(*args[1:]) + args[0]
+    values = [_read(x, func) if isinstance(x, Part) else x for x in args]
+    named = {k: _read(x, func) if isinstance(x, Part) else x for k, x in kwargs.items()}
     return func(*values, **named)
 
 
-def times_transpose(H: Tensor, part: Part) -> Tensor:
-    """H Wᵀ: (m, D)."""
+def _times_transpose(H: Tensor, part: Part) -> Tensor:
+    """H Wᵀ (m, D), a chunk of rows of W at a time."""
     if H.shape[1] != part.shape[0]:
         shapes = f"{tuple(H.shape)} and {tuple(part.shape)}"
         raise RuntimeError(f"shapes {shapes} cannot be multiplied")
@@ -164,14 +167,14 @@ def product(func: Any, one: Tensor, two: Tensor) -> Tensor:
 
 
 def compare(func: Any, x: FactoredTensor, other: Operand) -> Tensor:
-    """For the initialisers of PyTorch that draw again what is out of bounds."""
+    """Compares with a number, as initialisers of PyTorch do that draw again beyond a bound."""
     if isinstance(other, Tensor) and other.dim() > 0:
         raise refusal(func, "a factored weight")
     return torch.cat([func(rows, other) for _, rows in face_chunks(x)])
 
 
 def is_nan(func: Any, x: FactoredTensor | StructuredGradient) -> Tensor:
-    """Whether each number is not one: (D, w)."""
+    """Whether each number is NaN: (D, w)."""
     finite = x.is_finite()
     return ~finite[:1, :1].expand(x.shape) if finite.stride() == (0, 0) else x.to_dense().isnan()
 
@@ -188,7 +191,7 @@ def equal(func: Any, one: Tensor, two: Tensor) -> bool:
     return torch.equal(*dense)
 
 
-def square_norm(x: FactoredTensor | StructuredGradient) -> Tensor:
+def _square_norm(x: FactoredTensor | StructuredGradient) -> Tensor:
     """tr(xᵀx)."""
     if isinstance(x, StructuredGradient):
         return x.content.block.matrix.dot(x.content.current(), x.value)
@@ -208,10 +211,10 @@ def norm(
 ) -> Tensor:
     if (ord not in (2, "fro", None)) or dim not in (None, [], [0, 1]) or keepdim:
         raise TypeError(
-            f"only the 2-norm of all of {x.described} is known without its D × d numbers, got "
-            f"the norm of order {ord}, dim={dim}; use the 2-norm, or to_dense()"
+            f"only the 2-norm of all of {x.described} can be computed without its D × d numbers, "
+            f"got the norm of order {ord} with dim={dim}; use the 2-norm, or to_dense()"
         )
-    return square_norm(x).clamp_min(0).sqrt().to(dtype or x.dtype)
+    return _square_norm(x).clamp_min(0).sqrt().to(dtype or x.dtype)
 
 
 def inner_product(func: Any, one: Tensor, two: Tensor) -> Tensor:

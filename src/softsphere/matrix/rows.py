@@ -1,11 +1,11 @@
 """V, the large array: D rows, kept as blocks of columns side by side.
 
 A layer's weight, its bias and an optimizer's momentum are a block each, so that each can be handed
-out as an ordinary contiguous tensor without a copy. Whoever has one may keep it, or change it:
+out as an ordinary contiguous tensor without a copy. The caller may keep such a tensor or change it:
 
-* `lend` hands a block out. Before V is next written, a block that somebody still refers to is
-  copied, so that what was handed out stays as it was.
-* A change that somebody else made in place is noticed by the block's version.
+* `lend` hands a block out. Before V is next written, a block that is still referred to elsewhere is
+  copied, so that the tensor that was handed out keeps its values.
+* A change that the caller makes in place is noticed by the version of the block.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from softsphere._torch import is_shared_with_others
+from softsphere._torch import is_shared_with_others, version_of
 
 __all__ = ["Rows"]
 
-CHUNK_BYTES = 8 << 20
+# The size of the pieces in which all rows are read or written.
+_CHUNK_BYTES = 8 << 20
 
 
-def same(one: Tensor, two: Tensor) -> bool:
-    """Whether all numbers are, or both are none."""
+def _same(one: Tensor, two: Tensor) -> bool:
+    """Whether two tensors hold the same numbers; NaN is equal to NaN here."""
     return one.is_meta or bool(((one == two) | (one.isnan() & two.isnan())).all())
 
 
@@ -37,7 +38,7 @@ class Rows:
 
     def __init__(self, *blocks: Tensor) -> None:
         self.blocks = [block.detach().contiguous() for block in blocks]
-        # some rows of each block that was lent, as they were
+        # a sample of the rows of each block that was lent, by the number of the block
         self.lent: dict[int, Tensor] = {}
         self.note()
 
@@ -60,10 +61,10 @@ class Rows:
         return self.blocks[0].device
 
     def versions(self) -> list[int]:
-        return [0 if block.is_inference() else block._version for block in self.blocks]
+        return [version_of(block) for block in self.blocks]
 
     def note(self) -> None:
-        """Takes the blocks as they are for what was written last."""
+        """Notes the present state of the blocks, from which later changes are told."""
         self.written = self.versions()
         self.lent = {j: self.sample(j) for j in self.lent}
 
@@ -71,20 +72,20 @@ class Rows:
         """Whether a block has been changed in place since it was last written here."""
         if self.versions() != self.written:
             return True
-        # what `.data` or NumPy write has no version
-        return any(not same(rows, self.sample(j)) for j, rows in self.lent.items())
+        # Writing through `.data` or NumPy changes no version.
+        return any(not _same(rows, self.sample(j)) for j, rows in self.lent.items())
 
     def sample(self, j: int) -> Tensor:
-        """Some rows of block j."""
+        """Returns a copy of some rows of block j."""
         return self.blocks[j][:: max(1, self.num_rows // 64)].clone()
 
     def lend(self, j: int) -> Tensor:
-        """Block j, as it is now for whoever gets it."""
+        """Hands block j out. The tensor keeps its present values while V changes."""
         self.lent[j] = self.sample(j)
         return self.blocks[j].detach()
 
     def own(self) -> None:
-        """Copies what was lent and is still referred to, so that V can be written."""
+        """Copies blocks that were lent and are still referred to, so that V can be written."""
         with torch.inference_mode(False):
             for j in self.lent:
                 if is_shared_with_others(self.blocks[j]):
@@ -108,7 +109,7 @@ class Rows:
         self.note()
 
     def add(self, index: Tensor, values: Tensor) -> None:
-        """V[index] += values, index may repeat."""
+        """V[index] += values, where the index may repeat."""
         for block, part in self.parts(values):
             block.index_add_(0, index, part)
         self.note()
@@ -129,15 +130,15 @@ class Rows:
         return torch.stack(products).sum(0)
 
     def chunk_size(self) -> int:
-        """Rows whose bytes are CHUNK_BYTES, at least one."""
-        return max(1, CHUNK_BYTES // (self.width * self.blocks[0].element_size()))
+        """The number of rows that take some MiB, at least one."""
+        return max(1, _CHUNK_BYTES // (self.width * self.blocks[0].element_size()))
 
     def chunks(self, size: int | None = None) -> Iterator[slice]:
-        """Slices of all rows."""
+        """Yields slices that cover all rows, of `size` rows each."""
         size = size or self.chunk_size()
         for start in range(0, self.num_rows, size):
             yield slice(start, min(start + size, self.num_rows))
 
     def to(self, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-        """New blocks there."""
+        """Returns copies of the blocks on a device and in a dtype."""
         return [block.to(device, dtype, copy=True) for block in self.blocks]

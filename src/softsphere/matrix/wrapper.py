@@ -1,4 +1,4 @@
-"""How operations of PyTorch reach the table of what they do to a factored weight."""
+"""How an operation of PyTorch on a factored weight finds the function that does it."""
 
 from __future__ import annotations
 
@@ -8,20 +8,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from softsphere._torch import without_torch_function
+from softsphere.matrix.python_operators import define_operators
 from softsphere.matrix.refusals import DISTRIBUTED, refusal
 
-__all__ = ["OPERATIONS", "RULES", "Wrapper", "dispatch"]
+__all__ = ["OPERATIONS", "RULES", "Operand", "Wrapper"]
 
-aten = torch.ops.aten
+Operand = Tensor | float
 
-# What to do for each operation, by the kind of the first tensor that is ours, or `list`; and what
-# to do for all others of that kind. Filled by table.py.
+_aten = torch.ops.aten
+
+# The function for each operation, by the type of the first argument that is ours, or `list`; and
+# for each type the function for all other operations. `table` fills both.
 OPERATIONS: dict[type, dict[Any, Callable[..., Any]]] = {}
 RULES: dict[type, Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]] = {}
 
 
-def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Does the operation, or refuses it before anything has changed."""
+def _dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Does the operation, or raises TypeError before anything has changed."""
     packet = func.overloadpacket
     if packet in OPERATIONS[list]:
         return OPERATIONS[list][packet](func, *args, **kwargs)
@@ -29,10 +33,10 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return RULES[list](func, args, kwargs)
     given = [x for x in (*args, *kwargs.values()) if isinstance(x, Wrapper)]
     what = given[0].described if given else "a factored weight or its gradient"
-    if "out" in kwargs and packet is not aten.eye:
-        # this is how DistributedDataParallel scales a gradient into its bucket
+    if "out" in kwargs and packet is not _aten.eye:
+        # DistributedDataParallel scales a gradient into its bucket like this.
         raise refusal(func, what, DISTRIBUTED)
-    if not given:  # in a list
+    if not given:  # they are in a list
         raise refusal(func, what)
     kind = type(given[0])
     handler = OPERATIONS.get(kind, {}).get(packet)
@@ -44,7 +48,7 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 class Wrapper(torch.Tensor):
-    """A tensor without numbers of its own: every operation is looked up, or refused."""
+    """A tensor without memory of its own, whose operations are looked up, or refused."""
 
     described = "a factored weight"
 
@@ -52,44 +56,31 @@ class Wrapper(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        return dispatch(func, args, kwargs or {})
+        return _dispatch(func, args, kwargs or {})
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func in (torch.isfinite, torch.Tensor.isfinite):
-            # PyTorch would ask this of |x|, which is not known
+            # PyTorch would compute it from |x|, which is not available.
             return args[0].is_finite()
-        with torch._C.DisableTorchFunctionSubclass():
+        with without_torch_function():
             return func(*args, **(kwargs or {}))
 
-    def __eq__(self, other: Any) -> Any:
-        # as with __pow__ below: else Python would compare identities in its stead
-        return torch.eq(self, other) if isinstance(other, (Tensor, float, int)) else NotImplemented
-
-    def __ne__(self, other: Any) -> Any:
-        return torch.ne(self, other) if isinstance(other, (Tensor, float, int)) else NotImplemented
-
-    __hash__ = torch.Tensor.__hash__
-
-    def __pow__(self, exponent: Any) -> Tensor:
-        # the operator of PyTorch turns what is refused into another error
-        return torch.pow(self, exponent)
-
     def become(self, other: Any) -> None:
-        """Takes over what another tensor of this kind is."""
+        """Makes this tensor stand for the same weight or gradient as another of its type."""
         raise NotImplementedError
 
     @property
     def data(self) -> Tensor:
-        """The same tensor for operations that autograd does not see."""
+        """The same weight or gradient, for operations that autograd does not record."""
         return self.detach()
 
     @data.setter
     def data(self, value: Tensor) -> None:
         if type(value) is type(self) and value.shape == self.shape:
-            # as when a module is moved to another dtype or device
+            # This is how a module is moved to another dtype or device.
             torch.Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
             self.become(value)
             return
@@ -99,12 +90,15 @@ class Wrapper(torch.Tensor):
         )
 
     def numpy(self, *, force: bool = False) -> Any:
-        """Refused: see `to_dense`."""
+        """Raises TypeError; use `to_dense`."""
         raise TypeError(f"a {type(self).__name__} has no memory for NumPy to read; use to_dense()")
 
     def share_memory_(self) -> Tensor:
-        """Refused: processes that step it at the same time would not see one another's steps."""
+        """Raises TypeError, since processes would not see one another's steps."""
         raise TypeError(
             f"a {type(self).__name__} cannot be shared between processes; send a copy of the "
             "layer or its state_dict()"
         )
+
+
+define_operators(Wrapper)

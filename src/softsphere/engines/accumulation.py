@@ -104,7 +104,7 @@ class Accumulation:
         check_wrapper()
         if self.moments is None:
             with torch.no_grad(), torch.autocast(H.device.type, enabled=False):
-                inputs = Inputs(H, self.W, self.b, target, self.pi)
+                inputs = self.inputs(H, target)
                 self.moments = moments.moments(inputs, self.centred, self.size, self.dtype)
         stand = tuple(self.stand_in(x) for x in (self.W, self.b))
         s, q, c = KeptStatistics.apply(H, *stand, target, self)  # type: ignore[no-untyped-call]
@@ -126,11 +126,14 @@ class Accumulation:
         given = [x for x in (self.W, self.b) if x is not None]
         return any(x._backward_hooks or x._post_accumulate_grad_hooks for x in given)
 
-    def add(self, H: Tensor, target: Tensor, g: Gradients, wanted: Both) -> None:
+    def inputs(self, H: Tensor, target: Tensor) -> Inputs:
+        return Inputs(H, self.W, self.b, target, self.pi)
+
+    def add(self, H: Tensor, target: Tensor, mu: Tensor, g: Gradients, wanted: Both) -> None:
         """What one batch gives to the gradients that are wanted, one at least."""
         assert self.moments is not None
         with torch.autocast(H.device.type, enabled=False):
-            small = moments.small_gradient(H, self.moments, g)
+            small = moments.small_gradient(H, mu, self.moments, g)
         # copies, since whose they are may write over them after the backward
         entry = H.clone(), target.clone(), g.c.clone()
         pair = zip((self.W, self.b), wanted, strict=True)
@@ -177,8 +180,10 @@ class Accumulation:
         with torch.autocast(self.W.device.type, enabled=False):
             for i, share in enumerate(dict.fromkeys((*of_W, *of_b))):
                 out = dW if share in of_W else None, db if share in of_b else None
-                given = self.W, self.b, self.pi, self.moments.shift, share.small
-                moments.dense_gradient(*given, out, self.size, fresh=i == 0)
+                inputs = self.inputs(*share.entries[0][:2])
+                moments.dense_gradient(
+                    inputs, self.moments, share.small, out, self.size, fresh=i == 0
+                )
                 for H, target, gc in share.entries:
                     scatter(out, H, target, gc, self.options.deterministic)
         return dW, db
@@ -200,9 +205,9 @@ class KeptStatistics(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         assert a.moments is not None
         with torch.autocast(H.device.type, enabled=False):
-            s, q, c, P = moments.quadratic_statistics(H, a.W, a.b, target, a.moments)
+            s, q, c, P, mu = moments.quadratic_statistics(a.inputs(H, target), a.moments)
         ctx.accumulation, ctx.stood_in = a, W is not a.W or b is not a.b
-        ctx.save_for_backward(H, target, P)
+        ctx.save_for_backward(H, target, P, mu)
         return s, q, c
 
     @staticmethod
@@ -214,14 +219,14 @@ class KeptStatistics(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True
             raise RuntimeError(FIRST_ONLY)
         wanted = wanted_now(ctx)
-        H, target, P = ctx.saved_tensors
+        H, target, P, mu = ctx.saved_tensors
         g, back = Gradients(gs, gq, gc), None
         if ctx.needs_input_grad[0]:
             assert a.moments is not None
             with torch.autocast(H.device.type, enabled=False):
-                back = moments.hidden_gradient(a.W, target, P, a.moments, g).to(H.dtype)
+                back = moments.hidden_gradient(a.inputs(H, target), P, mu, a.moments, g).to(H.dtype)
         if any(wanted):
-            a.add(H, target, g, wanted)
+            a.add(H, target, mu, g, wanted)
         return back, None, None, None, None
 
 

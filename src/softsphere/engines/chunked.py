@@ -42,20 +42,20 @@ def _forward(x: Inputs, how: Settings) -> tuple[Tensor, ...]:
     Centred, the shift is the mean row of [W b], rounded. What it leaves of the mean output is taken
     off by q − s²/M and c − s/M, where nothing large cancels.
     """
-    H, W, b, target, pi = x
+    H, W, b, _, pi = x
     rows, classes = tile(how)
     shift = mean_row(x, classes, how.dtype) if how.centred else None
     H = H.to(how.dtype)
     s, q = H.new_zeros(len(H)), H.new_zeros(len(H))
     for part in chunks(len(W), classes):
-        w, w1 = read(W, b, part, shift, how.dtype)
+        w, w1 = read(W[part], None if b is None else b[part], shift, how.dtype, None)
         weight = None if pi is None else pi[part].to(how.dtype)
         for row in chunks(len(H), rows):
             o = _outputs(H[row], w, w1)
             s[row] += o.sum(1) if weight is None else o @ weight
             o.square_()
             q[row] += o.sum(1) if weight is None else o @ weight
-    c = target_outputs(H, W, b, target, shift)
+    c = target_outputs(x, shift, how.dtype)
     if shift is None:
         return s, q, c, H.new_zeros(W.shape[1] + (b is not None)), torch.zeros_like(s)
     rest = s / x.mass
@@ -82,7 +82,7 @@ def _backward(
     dW = W.new_empty(W.shape) if needs[1] else None
     db = b.new_empty(b.shape) if needs[2] and b is not None else None
     for part in chunks(len(W), classes):
-        w, w1 = read(W, b, part, shift, how.dtype)
+        w, w1 = read(W[part], None if b is None else b[part], shift, how.dtype, None)
         weight = None if pi is None else pi[part].to(how.dtype)
         by_w, by_b = torch.zeros_like(w) if needs[1] else None, w.new_zeros(len(w))
         for row in chunks(len(H), rows):

@@ -18,8 +18,9 @@ from softsphere.engines.weight import scatter
 
 __all__ = ["GRAM", "chunk_size"]
 
-# Entries of W in a chunk: enough for products at full speed, few enough for what is copied of it.
-_CHUNK, _CHUNK_ON_GPU = 1 << 23, 1 << 25
+# Entries of W in a chunk: enough for products at full speed, few enough that what is
+# copied of it stays in the cache.
+_CHUNK, _CHUNK_ON_GPU = 1 << 21, 1 << 25
 # FLOPs that take as long as one entry of H and its rows of W at the targets, which are read,
 # multiplied, summed and added.
 _FLOPS_PER_INPUT = 800
@@ -34,14 +35,13 @@ def chunk_size(W: Tensor, given: int | None) -> int:
 
 
 def _forward(x: Inputs, how: Settings) -> tuple[Tensor, ...]:
-    """s, q, c, and for the backward P, S, r and the shift (zero unless centred).
+    """s, q, c, and for the backward P, μ, S, shift and rest.
 
-    q is right to the digits of ‖S‖ ‖h‖², not of itself: where h is nearly orthogonal to all of W,
-    accumulate in float64.
+    q is right to the digits of ‖S‖ ‖h‖², not to its own: where h is nearly orthogonal to all rows
+    less their mean, accumulate in float64 or use the chunked engine.
     """
     at = moments.moments(x, how.centred, chunk_size(x.W, how.class_chunk), how.dtype)
-    shift = at.r.new_zeros(at.r.shape) if at.shift is None else at.shift
-    return *moments.quadratic_statistics(x.H, x.W, x.b, x.target, at), at.S, at.r, shift
+    return *moments.quadratic_statistics(x, at), at.S, at.shift, at.rest
 
 
 def _backward(
@@ -52,15 +52,15 @@ def _backward(
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """∂H, ∂W and ∂b."""
-    H, W, b, target, pi = x
-    P, S, r, shift = kept
-    at = Moments(S, r, shift if how.centred else None, x.mass)
-    dH = moments.hidden_gradient(W, target, P, at, g).to(H.dtype) if needs[0] else None
+    H, W, b, target, _ = x
+    P, mu, S, shift, rest = kept
+    at = Moments(S, shift, rest, x.mass, how.centred)
+    dH = moments.hidden_gradient(x, P, mu, at, g).to(H.dtype) if needs[0] else None
     dW = W.new_empty(W.shape) if needs[1] else None
     db = b.new_zeros(b.shape) if b is not None and needs[2] else None
     if needs[1] or needs[2]:
-        small, size = moments.small_gradient(H, at, g), chunk_size(W, how.class_chunk)
-        moments.dense_gradient(W, b, pi, at.shift, small, (dW, db), size, fresh=True)
+        small, size = moments.small_gradient(H, mu, at, g), chunk_size(W, how.class_chunk)
+        moments.dense_gradient(x, at, small, (dW, db), size, fresh=True)
         scatter((dW, db), H, target, g.c, how.deterministic)
     return dH, dW, db
 
@@ -70,6 +70,6 @@ def _cost(work: Workload) -> float:
     return products + work.target_rows + _FLOPS_PER_INPUT * work.m * work.n + _OVERHEAD
 
 
-# kept: P (m, d), S (n, n), r (n) and the shift (n)
-_OPERATOR = LinearOperator("gram", _forward, _backward, keeps=("md", "nn", "n", "n"))
+# kept: P (m, d), μ (m), S (n, n), shift (n) and rest (n)
+_OPERATOR = LinearOperator("gram", _forward, _backward, keeps=("md", "m", "nn", "n", "n"))
 GRAM = Engine("gram", _OPERATOR, _cost, chunks=("class_chunk",))

@@ -1,17 +1,28 @@
 r"""The second moments of the rows of [W b], and what statistics and gradients they give.
 
-With x_k the rows of [W b] less a shift, h the rows of [H 1], and
+Let w̄ = Σ_k π_k [W b]_k / M be the mean row, x_k = [W b]_k − w̄ the rows without it, h a row of
+[H 1], and
 
-    S = Σ_k π_k x_k x_kᵀ        r = Σ_k π_k x_k
+    S = Σ_k π_k x_k x_kᵀ        μ = w̄·h,
 
-s = r·h, q = hᵀSh, c = x_t·h. Backwards, with A = Σ_i g_q h hᵀ and v = Σ_i g_s h,
+so that o_k − μ = x_k·h and Σ_k π_k (o_k − μ)² = hᵀ S h. The mean row is always taken off: if rows
+have a large common part, WᵀW holds its square, and the digits of everything else are lost beside
+it. The statistics are
 
-    ∂h = g_s r + 2 g_q S h + Σ_j g_c x_{t_j}
-    ∂x_k = π_k (v + 2 A x_k) + Σ_ij [k = t_ij] g_c h_i
+    s = M μ        q = hᵀSh + M μ²        c_j = x_{t_j}·h + μ,
 
-Centred, the shift is the mean of the rows to rounding, so that S sums what has no large common
-part, and the rest of the mean, λ = r/M, is taken off by algebra: S − r rᵀ/M, c − λ·h, v − 2 A λ,
-with g_s = −Σ_j g_c / M. The blocks of W and of b are kept apart: [W b] and [H 1] are never made.
+and centred, which are the statistics of o − μ,
+
+    s = 0          q = hᵀSh               c_j = x_{t_j}·h.
+
+Backward, with a = g_s + 2 g_q μ, or a = −Σ_j g_c / M if centred, A = Σ_i g_q h hᵀ and v = Σ_i a h,
+
+    ∂h = 2 g_q S h + Σ_j g_c x_{t_j} + (M a + Σ_j g_c) w̄
+    ∂[W b]_k = π_k (v + 2 A x_k) + Σ_ij [k = t_ij] g_c h_i.
+
+The rows are read in chunks, as W − shift with a shift that is w̄ rounded to their dtype; what the
+shift leaves, rest = w̄ − shift, is taken off by algebra. Half-precision rows that are multiplied as
+they are have the shift 0. The blocks of W and of b are kept apart: [W b] and [H 1] are never made.
 """
 
 from __future__ import annotations
@@ -26,6 +37,7 @@ from softsphere.engines.products import multiplies, product, rounded
 from softsphere.engines.row_statistics import above_rounding
 from softsphere.engines.weight import (
     add_target_rows,
+    chunk_room,
     chunks,
     mean_row,
     read,
@@ -34,152 +46,216 @@ from softsphere.engines.weight import (
 
 __all__ = [
     "Moments",
+    "QuadraticRows",
     "dense_gradient",
     "hidden_gradient",
     "moments",
     "quadratic_statistics",
     "small_gradient",
+    "upper_product",
 ]
 
-# Columns of a block of a symmetric product, of which only the upper blocks are formed.
-BLOCK = 256
+# Columns of a block of a symmetric product. Only the blocks on and above the diagonal are computed.
+_BLOCK = 256
+# Rows whose mean is the shift.
+_SAMPLE = 1024
 
 
 class Moments(NamedTuple):
-    """S (n, n), r (n), the shift (n) or None for zero, and M; n = d, or d + 1 with a b."""
+    """S (n, n), shift (n), rest (n) and M, and whether statistics are to be centred.
+
+    n = d, or d + 1 with a b. The mean row is shift + rest.
+    """
 
     S: Tensor
-    r: Tensor
-    shift: Tensor | None
+    shift: Tensor
+    rest: Tensor
     mass: float | Tensor
+    centred: bool
+
+    @property
+    def mean(self) -> Tensor:
+        """w̄ in float64."""
+        return self.shift.double() + self.rest.double()
+
+
+class QuadraticRows(NamedTuple):
+    """s, q (m) and c (m, K); for the backward P (m, d), first entries of S h, and μ (m)."""
+
+    s: Tensor
+    q: Tensor
+    c: Tensor
+    P: Tensor
+    mu: Tensor
 
 
 def moments(x: Inputs, centred: bool, size: int, dtype: torch.dtype) -> Moments:
-    """Sums of `size` rows in dtype, and sums of those in float64; 2 D d² FLOPs, or D d² + D d."""
+    """The moments of [W b]: sums of `size` rows in dtype, and the sums of those in float64.
+
+    They cost 2 D d² FLOPs, or D d² where the products are symmetric by blocks.
+    """
     _, W, b, _, pi = x
-    d, mass = W.shape[1], x.mass
-    n = d + (b is not None)
-    shift = mean_row(x, size, dtype) if centred else None
+    d, n, mass, as_is = W.shape[1], W.shape[1] + (b is not None), x.mass, _read_as_is(x, dtype)
+    shift = W.new_zeros(n, dtype=dtype) if as_is else _shift(x, size, dtype)
     S, r = W.new_zeros(n, n, dtype=torch.float64), W.new_zeros(n, dtype=torch.float64)
-    as_is = shift is None and pi is None and multiplies(W, dtype)
+    room = None if as_is else chunk_room(W, size, dtype)
     for part in chunks(len(W), size):
-        w, w1 = read(W, b, part, shift, dtype)
+        w, w1 = W[part], None if b is None else b[part]
+        if room is not None:
+            w, w1 = read(w, w1, shift, dtype, room)
         weight = None if pi is None else pi[part].to(dtype)
         y = w if weight is None else w * weight.unsqueeze(1)
-        factors = (W[part], W[part]) if as_is else (w, y)
-        S[:d, :d] += upper_product(*factors, dtype)
-        r[:d] += y.sum(0)
+        S[:d, :d] += upper_product(w, y, dtype)
+        r[:d] += y.sum(0, dtype=dtype)
         if w1 is not None:
             y1 = w1 if weight is None else w1 * weight
-            S[:d, d] += w1 @ y
-            S[d, d] += w1 @ y1
-            r[d] += y1.sum()
-    S = symmetric(S)
-    if centred:
-        S = S - torch.outer(r, r / mass)
-    return Moments(S.to(dtype), r.to(dtype), shift, mass)
+            S[:d, d] += product(w.mT, y1.unsqueeze(1), dtype).squeeze(1)
+            S[d, d] += (y1.to(dtype) * w1).sum()
+            r[d] += y1.sum(dtype=dtype)
+    rest = r / mass
+    S = _symmetric(S).sub_(torch.outer(r, rest))
+    return Moments(S.to(dtype), shift, rest.to(dtype), mass, centred)
+
+
+def _read_as_is(x: Inputs, dtype: torch.dtype) -> bool:
+    """Whether the rows of W are multiplied in half precision, without a copy and without a shift.
+
+    Their common part has been rounded to their few digits anyway.
+    """
+    return x.pi is None and multiplies(x.W, dtype)
+
+
+def _shift(x: Inputs, size: int, dtype: torch.dtype) -> Tensor:
+    """About the mean row: (n).
+
+    It is that of some rows, since reading all of them once more would take a tenth of the time of
+    a step. Exact is what is computed with any shift; one that is near to the mean loses no digits.
+    """
+    D, some = len(x.W), _SAMPLE
+    if x.pi is not None or some >= D:
+        return mean_row(x, size, dtype)
+    # multiples of the golden ratio are spread evenly, whatever period the rows have
+    at = torch.arange(some, dtype=torch.float64, device=x.W.device)
+    places = (at * 0.6180339887498949).frac_().mul_(D).long()
+    sample = Inputs(x.H, x.W[places], None if x.b is None else x.b[places], x.target, None)
+    return mean_row(sample, size, dtype)
 
 
 def upper_product(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
     """The upper triangle of xᵀy, at least, where that is symmetric."""
     d = x.shape[1]
-    if d < 2 * BLOCK:
+    if d < 2 * _BLOCK:
         return product(x.mT, y, dtype)
     out = x.new_zeros(d, d, dtype=dtype)
-    for part in chunks(d, BLOCK):
+    for part in chunks(d, _BLOCK):
         upper = out[part, part.start :]
         product(x[:, part].mT, y[:, part.start :], dtype, out=upper)
     return out
 
 
-def symmetric(upper: Tensor) -> Tensor:
+def _symmetric(upper: Tensor) -> Tensor:
     return upper.triu() + upper.triu(1).mT
 
 
-def quadratic_statistics(
-    H: Tensor, W: Tensor, b: Tensor | None, target: Tensor, at: Moments
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """s, q (m), c (m, K) and P (m, d), the rows S h without their last entry where there is a b."""
-    d, H = W.shape[1], H.to(at.S.dtype)
-    P = H @ at.S[:d, :d]
-    s, q = H @ at.r[:d], (P * H).sum(1)
-    if b is not None:
-        P = P + at.S[d, :d]
-        q = q + 2 * (H @ at.S[:d, d]) + at.S[d, d]
-        s = s + at.r[d]
-    q = q.clamp_min(0)
-    c = target_outputs(H, W, b, target, at.shift)
-    if at.shift is None:
-        return s, q, c, P
+def quadratic_statistics(x: Inputs, at: Moments) -> QuadraticRows:
+    """The statistics of the rows of H, in O(m d²)."""
+    d, H, S = x.W.shape[1], x.H.to(at.S.dtype), at.S
+    P = H @ S[:d, :d]
+    q = (P * H).sum(1)
+    if x.b is not None:
+        P = P + S[d, :d]
+        q = q + 2 * (H @ S[:d, d]) + S[d, d]
     size = H.abs() @ at.shift[:d].abs() + at.shift[d:].abs().sum()
-    q = above_rounding(q, size.unsqueeze(1), len(W))
-    return torch.zeros_like(s), q, c - s.unsqueeze(1) / at.mass, P
+    q = above_rounding(q.clamp_min(0), size.unsqueeze(1), x.W.shape[0])
+    c = target_outputs(x, at.shift, H.dtype)
+    # In float64, since the parts of a mean may cancel: an input that is constant, and a bias.
+    wide = H.double()
+    mu = _with_bias(wide, at.mean).to(H.dtype)
+    c = c - _with_bias(wide, at.rest.double()).to(H.dtype).unsqueeze(1)
+    if at.centred:
+        return QuadraticRows(torch.zeros_like(q), q, c, P, mu)
+    return QuadraticRows(mu * at.mass, q + mu * mu * at.mass, c + mu.unsqueeze(1), P, mu)
 
 
-def by_sum(g: Gradients, at: Moments) -> Tensor:
-    """g_s; centred, what c − μ gives the outputs of all classes."""
-    return g.s if at.shift is None else -g.c.sum(1) / at.mass
+def _with_bias(H: Tensor, w: Tensor) -> Tensor:
+    """[H 1] w for a w (n)."""
+    return H @ w[: H.shape[1]] + w[H.shape[1] :].sum()
 
 
-def hidden_gradient(W: Tensor, target: Tensor, P: Tensor, at: Moments, g: Gradients) -> Tensor:
-    """∂H (m, d)."""
-    common = torch.outer(by_sum(g, at), at.r[: W.shape[1]])
-    out = common.addcmul_(P, 2 * g.q.unsqueeze(1))
-    add_target_rows(out, W, target, g.c, at.shift)
+def _by_output(g: Gradients, mu: Tensor, at: Moments) -> Tensor:
+    """a (m): what the gradient with respect to an output has of g_s, g_q μ and g_c, over π."""
+    return -g.c.sum(1) / at.mass if at.centred else g.s + 2 * g.q * mu
+
+
+def hidden_gradient(x: Inputs, P: Tensor, mu: Tensor, at: Moments, g: Gradients) -> Tensor:
+    """∂H (m, d), in the dtype of the moments."""
+    d, by_targets = x.W.shape[1], g.c.sum(1)
+    out = P * (2 * g.q.unsqueeze(1))
+    add_target_rows(out, x.W, x.target, g.c, at.shift)
+    out.addr_(by_targets, -at.rest[:d])
+    if not at.centred:
+        out.addr_(_by_output(g, mu, at) * at.mass + by_targets, at.mean[:d].to(out.dtype))
     return out
 
 
-def small_gradient(H: Tensor, at: Moments, g: Gradients) -> tuple[Tensor, Tensor]:
-    """A (n, n) and v (n): all there is of the gradient by [W b] but the rows of the targets."""
-    d, n, H = H.shape[1], len(at.r), H.to(at.r.dtype)
-    s = by_sum(g, at)
-    A, v = at.r.new_zeros(n, n), at.r.new_zeros(n)
-    A[:d, :d] = symmetric(upper_product(H, H * g.q.unsqueeze(1), H.dtype))
-    v[:d] = s @ H
+def small_gradient(H: Tensor, mu: Tensor, at: Moments, g: Gradients) -> tuple[Tensor, Tensor]:
+    """A (n, n) and v (n): all of the gradient with respect to [W b] but the rows at the targets."""
+    d, n, H = H.shape[1], len(at.shift), H.to(at.S.dtype)
+    a = _by_output(g, mu, at)
+    A, v = at.S.new_zeros(n, n), at.S.new_zeros(n)
+    A[:d, :d] = _symmetric(upper_product(H, H * g.q.unsqueeze(1), H.dtype))
+    v[:d] = a @ H
     if n > d:
         A[:d, d] = A[d, :d] = g.q @ H
-        A[d, d], v[d] = g.q.sum(), s.sum()
-    if at.shift is not None:
-        v = v - 2 * (A @ at.r) / at.mass
+        A[d, d], v[d] = g.q.sum(), a.sum()
     return A, v
 
 
 def dense_gradient(
-    W: Tensor,
-    b: Tensor | None,
-    pi: Tensor | None,
-    shift: Tensor | None,
+    x: Inputs,
+    at: Moments,
     small: tuple[Tensor, Tensor],
     out: tuple[Tensor | None, Tensor | None],
     size: int,
     *,
     fresh: bool,
 ) -> None:
-    """Adds π_k (v + 2 A x_k) to the gradients by W and b, either None.
+    """Adds π_k (v + 2 A x_k) to the gradients with respect to W and b; either may be None.
 
-    fresh: that by W holds nothing yet and is written over.
+    fresh: whether the gradient with respect to W holds nothing yet, and is written over
     """
+    _, W, b, _, pi = x
     A, v = small
-    d, twice = W.shape[1], 2 * A
-    as_is = shift is None and multiplies(W, A.dtype)
-    low, scale = rounded(twice[:d, :d], W.dtype) if as_is else (twice[:d, :d], None)
+    d, dtype, as_is = W.shape[1], A.dtype, _read_as_is(x, A.dtype)
+    twice, scale, low = 2 * A, None, None
+    if as_is:
+        low, scale = rounded(twice[:d], W.dtype)
+        # The common part of the rows must meet the same rounded numbers here and in the products.
+        twice[:d] = low.to(dtype) * scale
+    v = v - (at.rest.double() @ twice.double()).to(dtype)
+    room = None if as_is else chunk_room(W, size, dtype)
     for part in chunks(len(W), size):
-        x, x1 = read(W, b, part, shift, A.dtype)
-        weight = None if pi is None else pi[part].to(A.dtype)
+        w, w1 = W[part], None if b is None else b[part].to(dtype)
+        if room is not None:
+            w, w1 = read(w, w1, at.shift, dtype, room)
+        weight = None if pi is None else pi[part].to(dtype)
         if out[0] is not None:
             rows = out[0][part]
-            direct = fresh and rows.dtype == A.dtype
-            if scale is not None:
-                G = torch.addcmul(v[:d], product(W[part], low, A.dtype), scale)
+            direct = fresh and rows.dtype == dtype
+            if low is not None and scale is not None:
+                G = torch.addcmul(v[:d], product(w, low[:, :d], dtype), scale)
             else:
-                G = torch.addmm(v[:d], x, low, out=rows if direct else None)
-            if x1 is not None:
-                G.addr_(x1, twice[d, :d])
+                G = torch.addmm(v[:d], w, twice[:d, :d], out=rows if direct else None)
+            if w1 is not None:
+                G.addr_(w1, twice[d, :d])
             if weight is not None:
                 G.mul_(weight.unsqueeze(1))
             if not direct:
                 rows.copy_(G) if fresh else rows.add_(G)
-        if out[1] is not None and x1 is not None:
-            column = x @ twice[:d, d] + twice[d, d] * x1 + v[d]
-            column = column if weight is None else column * weight
-            out[1][part].add_(column)
+        if out[1] is not None and w1 is not None:
+            if low is not None and scale is not None:
+                column = torch.addcmul(v[d], product(w, low[:, d:], dtype).squeeze(1), scale)
+            else:
+                column = torch.addmv(v[d], w, twice[:d, d])
+            column = column + twice[d, d] * w1
+            out[1][part].add_(column if weight is None else column * weight)

@@ -16,6 +16,7 @@ from softsphere.engines.engine import Inputs
 __all__ = [
     "accumulator",
     "add_target_rows",
+    "chunk_room",
     "chunks",
     "mean_row",
     "read",
@@ -35,16 +36,24 @@ def chunks(num_classes: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, num_classes))
 
 
+def chunk_room(W: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    """Memory for a chunk of at most `size` rows of W in dtype."""
+    return W.new_empty((min(size, len(W)), W.shape[1]), dtype=dtype)
+
+
 def read(
-    W: Tensor, b: Tensor | None, part: slice, shift: Tensor | None, dtype: torch.dtype
+    W: Tensor, b: Tensor | None, shift: Tensor | None, dtype: torch.dtype, room: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """[W b] there, less the shift, in dtype; W's own memory where neither changes it."""
+    """[W b] less the shift (n), in dtype.
+
+    The rows of W are written into `room`; without a shift or a room they may be W's own memory.
+    """
     d = W.shape[1]
-    rows = W[part].to(dtype)
-    column = None if b is None else b[part].to(dtype)
+    column = None if b is None else b.to(dtype)
     if shift is None:
-        return rows, column
-    return rows - shift[:d], None if column is None else column - shift[d]
+        return W.to(dtype), column
+    rows = torch.sub(W, shift[:d], out=None if room is None else room[: len(W)])
+    return rows, None if column is None else column - shift[d]
 
 
 def mean_row(x: Inputs, size: int, dtype: torch.dtype) -> Tensor:
@@ -53,17 +62,18 @@ def mean_row(x: Inputs, size: int, dtype: torch.dtype) -> Tensor:
     d = W.shape[1]
     total = W.new_zeros(d + (b is not None), dtype=torch.float64)
     for part in chunks(len(W), size):
-        rows, column = read(W, b, part, None, dtype)
-        total[:d] += rows.sum(0) if pi is None else pi[part].to(dtype) @ rows
-        if column is not None:
-            total[d] += (column if pi is None else column * pi[part]).sum()
+        weight = None if pi is None else pi[part].to(dtype)
+        total[:d] += W[part].sum(0, dtype=dtype) if weight is None else weight @ W[part].to(dtype)
+        if b is not None:
+            column = b[part].to(dtype)
+            total[d] += (column if weight is None else column * weight).sum()
     return (total / x.mass).to(dtype)
 
 
-def target_outputs(
-    H: Tensor, W: Tensor, b: Tensor | None, target: Tensor, shift: Tensor | None
-) -> Tensor:
-    """c = W[t]·h + b[t], (m, K), in the dtype of H (m, d), one of the K at a time."""
+def target_outputs(x: Inputs, shift: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """c = W[t]·h + b[t], (m, K), less what the shift (n) gives, one of the K at a time."""
+    H, W, b, target, _ = x
+    H = H.to(dtype)
     c = H.new_empty(target.shape)
     for j, t in enumerate(target.unbind(1)):
         c[:, j] = (at(W, t, shift, H.dtype) * H).sum(1)
@@ -75,7 +85,7 @@ def target_outputs(
 def add_target_rows(
     out: Tensor, W: Tensor, target: Tensor, gc: Tensor, shift: Tensor | None
 ) -> None:
-    """out (m, d) += Σ_j gc_j W[t_j]."""
+    """out (m, d) += Σ_j gc_j (W[t_j] − shift)."""
     for j, t in enumerate(target.unbind(1)):
         out.addcmul_(gc[:, j : j + 1], at(W, t, shift, out.dtype))
 

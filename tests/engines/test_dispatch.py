@@ -11,12 +11,16 @@ import torch.nn.functional as F
 from _cases import CASES
 from _engines import ENGINES, SPHERICAL, layer
 from softsphere import FactoredSphericalLoss, LinearSphericalOptions, checks
-from softsphere.engines import moments, products
+from softsphere.engines import choose, dispatch, moments, products
 from softsphere.engines.dispatch import linear_statistics
+from softsphere.engines.engine import Engine, Settings
 from softsphere.engines.factored_statistics import factored_statistics
+from softsphere.engines.operators import LinearOperator
 from softsphere.functional import linear_spherical_loss, spherical_loss
 
 TIGHT = {"rtol": 1e-10, "atol": 1e-11}
+
+PLAIN = Settings(False, None, None, torch.float64, False)
 
 # What a call varies: each of these with every loss and every engine.
 SETTINGS = {
@@ -124,6 +128,37 @@ def test_engines_agree_with_the_factored_layer(engine, prior, centred):
     torch.testing.assert_close(b.grad, G[:, 6], **TIGHT)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_classes_of_no_mass_take_no_part(engine, centred, weighted):
+    H, W, b = layer(7, 257, 5)
+    torch.manual_seed(1)
+    kept = (torch.rand(257) > 0.4).nonzero().squeeze(1)
+    kept = kept[kept > 120]  # whole chunks are of no mass
+    pi = torch.zeros(257).double()
+    pi[kept] = torch.rand(len(kept)).double() + 0.1 if weighted else 1.0
+    t = torch.randint(len(kept), (7, 2))
+    x = linear_statistics(
+        H, W, b, kept[t], pi, centred=centred, options=ENGINES[engine], mass=pi.sum()
+    )
+    o = F.linear(H, W[kept], b[kept])
+    if centred:
+        o = o - (o @ pi[kept] / pi.sum()).unsqueeze(1)
+    want = [o @ pi[kept], o.square() @ pi[kept], o.gather(1, t)]
+    got = [x.s, x.q, x.c]
+    for y, z in zip(got, want, strict=True):
+        torch.testing.assert_close(y, z, **TIGHT)
+    torch.testing.assert_close(x.mass, pi.sum())
+    weights = torch.linspace(0.5, 2, 7).double()
+    results = [
+        torch.autograd.grad((weights * (s + q + c.sum(1))).sum(), [H, W, b])
+        for s, q, c in (got, want)
+    ]
+    for y, z in zip(*results, strict=True):
+        torch.testing.assert_close(y, z, **TIGHT)
+
+
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3), (2, 1, 3), (0,), (2, 0)])
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 @pytest.mark.parametrize("engine", ENGINES)
@@ -212,6 +247,47 @@ def test_what_is_frozen_gets_no_gradient_and_changes_no_other(engine, frozen):
             assert grad is None
         else:
             torch.testing.assert_close(grad, all_of_them[i], **TIGHT)
+
+
+def outer_statistics(x, how):
+    """s, q, c, and the outputs for the backward: an engine of a few lines."""
+    o = x.H.to(how.dtype) @ x.W.to(how.dtype).mT
+    return o.sum(1), o.square().sum(1), o.gather(1, x.target), o
+
+
+def outer_gradients(g, x, kept, how, needs):
+    (o,) = kept
+    G = (g.s[:, None] + 2 * g.q[:, None] * o).scatter_add(1, x.target, g.c)
+    return G @ x.W if needs[0] else None, G.mT @ x.H if needs[1] else None, None
+
+
+def test_an_engine_is_one_file_and_one_line_in_the_list(monkeypatch):
+    """The recipe of CONTRIBUTING, followed to the letter."""
+    operator = LinearOperator("outer", outer_statistics, outer_gradients, keeps=("mD",))
+    OUTER = Engine("outer", operator, cost=lambda work: 1.0, chunks=("row_chunk",))
+    monkeypatch.setitem(dispatch.ENGINES, "outer", OUTER)
+    H, W, _ = layer(5, 123, 4)
+    target, want = torch.tensor([0, 7, 7, 122, 3]), []
+    for options in (
+        LinearSphericalOptions(engine="dense"),
+        LinearSphericalOptions(engine="outer", row_chunk=3),
+        LinearSphericalOptions(),
+    ):
+        for compiled in (False, True):
+
+            def call(H, W, options=options):
+                return linear_spherical_loss(H, W, target, "taylor_softmax", options=options)
+
+            if compiled:
+                call = torch.compile(call, fullgraph=True, backend="aot_eager")
+            got = with_gradients(call(H, W), H, W)
+            want = want or got
+            for x, y in zip(got, want, strict=True):
+                torch.testing.assert_close(x, y, **TIGHT)
+    assert choose(5, 123, 4, torch.float64, "cpu").engine == "outer"
+    with pytest.raises(ValueError, match=r"class_chunk has no meaning for engine='outer'"):
+        LinearSphericalOptions(engine="outer", class_chunk=3)
+    torch.library.opcheck(operator.forward_operator, (H, W, None, target[:, None], None, *PLAIN))
 
 
 LAYOUTS = {

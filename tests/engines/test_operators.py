@@ -100,6 +100,23 @@ def test_a_frozen_weight_costs_gram_nothing_backwards():
     assert flops("gram", m=7, D=300, d=8, **sizes) == 2 * (300 + 7) * 8 * 8
 
 
+@pytest.mark.parametrize("leaf", [False, True])
+@pytest.mark.parametrize("name", IN_TILES)
+def test_a_gradient_that_is_not_asked_for_is_not_computed(name, leaf):
+    """torch.autograd.grad of H alone costs what it costs with a frozen weight."""
+
+    def backward(frozen):
+        x, how = arguments(m=40, D=300, d=8, bias=True, prior=False)
+        W = x.W.detach() if frozen else x.W
+        H, W, b = (t if leaf or not t.requires_grad else 1 * t for t in (x.H, W, x.b))
+        s, q, c = OPERATORS[name](Inputs(H, W, b, x.target, None), how)
+        with FlopCounterMode(display=False) as counter:
+            torch.autograd.grad(s.sum() + q.sum() + c.sum(), H)
+        return counter.get_total_flops()
+
+    assert backward(frozen=False) == backward(frozen=True)
+
+
 def test_the_work_of_gram_where_products_are_symmetric():
     d, D, m = 1024, 300, 40
     full = flops("gram", m=m, D=D, d=d, bias=False, prior=False)

@@ -37,8 +37,8 @@ class LinearOperator:
 
     forward: s, q, c, and then what `backward` needs besides the inputs
     backward: the gradients with respect to H, W and b
-    keeps: the shape of each tensor that `forward` keeps, one letter for each dimension: m rows,
-        K targets, d the width of W, n the width of [W b]. They have the dtype of the settings
+    keeps: the shape of each tensor that `forward` keeps, in the dtype of the settings, with one
+        letter for each dimension: m rows, K targets, D classes, d columns of W, n of [W b]
 
     Calling it gives s, q and c, differentiable once with respect to H, W and b.
     """
@@ -70,7 +70,7 @@ def _forward_operator(of: LinearOperator) -> Any:
     def shapes(*args: Any) -> tuple[Tensor, ...]:
         x, how = Inputs(*args[:5]), Settings(*args[5:])
         (m, d), K = x.H.shape, x.target.shape[1]
-        sizes = {"m": m, "K": K, "d": d, "n": d if x.b is None else d + 1}
+        sizes = {"m": m, "K": K, "D": x.W.shape[0], "d": d, "n": d if x.b is None else d + 1}
         letters = ("m", "m", "mK", *of.keeps)
         made = [[sizes[letter] for letter in shape] for shape in letters]
         return tuple(x.H.new_empty(shape, dtype=how.dtype) for shape in made)

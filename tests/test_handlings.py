@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from _handlings import HANDLINGS, Subject
+from _handlings import HANDLINGS
+from _subject import Subject
 
 
 def run(name: str, kind: str) -> dict[str, torch.Tensor]:

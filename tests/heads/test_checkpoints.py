@@ -7,7 +7,7 @@ import torch
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from _handlings import KINDS, Subject, dense, with_momentum
+from _subject import KINDS, Subject, dense
 
 safetensors = pytest.importorskip("safetensors.torch")
 
@@ -49,7 +49,7 @@ def test_safetensors_of_a_model(kind, tmp_path):
 def test_distributed_checkpoints_of_model_and_optimizer(kind, tmp_path):
     """They are loaded into a new head and a new optimizer, with the momentum."""
     one, two = Subject(kind), Subject(kind)
-    optimizers = [with_momentum(s, weight_decay=0.01) for s in (one, two)]
+    optimizers = [s.with_momentum(weight_decay=0.01) for s in (one, two)]
     one.train(3, optimizers[0])
     model, optimizer = get_state_dict(one.model, optimizers[0])
     checkpoint.save({"model": model, "optimizer": optimizer}, checkpoint_id=tmp_path)

@@ -1,0 +1,53 @@
+"""Reading and comparing a factored weight, and shapes that do not fit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from _one_batch import D, backward, d, layer, rows, target
+from softsphere import FactoredSphericalLoss
+
+DO_NOT_FIT = {
+    "add_": lambda w: w.add_(torch.ones(D + 4, d + 1).double()),
+    "copy_": lambda w: w.copy_(torch.ones(D + 4, d + 1).double()),
+    "lerp_": lambda w: w.lerp_(torch.ones(D + 4, d + 1).double(), 0.5),
+    "another head's": lambda w: w.copy_(FactoredSphericalLoss(d, D + 4).double().weight),
+    "mm": lambda w: torch.ones(2, D + 4).double() @ w,
+    "outputs": lambda w: torch.ones(2, d).double() @ w.T,
+}
+
+
+@pytest.mark.parametrize("call", DO_NOT_FIT)
+def test_shapes_that_do_not_fit_are_refused(call):
+    head = layer()
+    before = head.dense()
+    with pytest.raises(RuntimeError), torch.no_grad():
+        DO_NOT_FIT[call](head.weight)
+    assert torch.equal(head.dense(), before)
+
+
+def test_masks_and_comparisons():
+    W = layer().weight.detach()
+    dense = W.to_dense()
+    mask = torch.arange(D) % 3 == 0
+    assert torch.equal(W[mask], dense[mask])
+    with pytest.raises(TypeError, match="to_dense"):
+        W[dense > 0]
+    assert torch.equal(W == 0, dense == 0)
+    assert torch.equal(W > 0.1, dense > 0.1)
+    with pytest.raises(TypeError, match=r"aten\.eq"):
+        W.clone() == W  # noqa: B015
+    assert not W.isnan().any()
+    assert W.mul_(torch.inf).isnan().sum() == (dense * torch.inf).isnan().sum()
+
+
+def test_inner_products():
+    head = layer()
+    backward(head)
+    one = head.weight.grad.clone()
+    (2 * head(2 * rows, target.flip(0))).backward()
+    two = head.weight.grad
+    want = (one.to_dense() * two.to_dense()).sum()
+    torch.testing.assert_close(torch.dot(one, two), want)
+    torch.testing.assert_close(torch.vdot(two, one), want)

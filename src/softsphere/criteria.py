@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,28 @@ class WithPrior(nn.Module):
                 # Normalised again, since the sum was rounded to float32.
                 self.prior = checks.prior(self.prior)
         return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Loads as every module does, but normalises a prior that is not, such as counts."""
+        key = f"{prefix}prior"
+        if self.prior is not None and key in state_dict:
+            try:
+                state_dict[key] = checks.loaded_prior(state_dict[key])
+            except (TypeError, ValueError) as error:
+                error_msgs.append(f"{key} cannot be loaded: {error}")
+                return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
 
 class SphericalLoss(WithPrior):

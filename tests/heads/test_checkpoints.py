@@ -8,6 +8,7 @@ from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from _subject import KINDS, Subject, dense
+from softsphere import SphericalLoss
 
 safetensors = pytest.importorskip("safetensors.torch")
 
@@ -117,3 +118,24 @@ def test_a_prior_without_values_is_refused():
     head.to_empty(device="cpu")
     with pytest.raises(RuntimeError, match="prior was on the meta device"):
         head.reset_parameters()
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("kind", ["linear", "factored", "criterion"])
+def test_counts_that_are_loaded_as_the_prior_are_normalised(kind, assign):
+    """They have the dtype of the prior, as a checkpoint written by hand may have them."""
+    counts = torch.arange(1.0, 24.0)
+    made = [
+        SphericalLoss("taylor_softmax", prior=counts)
+        if kind == "criterion"
+        else KINDS[kind](prior=counts)
+        for _ in range(2)
+    ]
+    state = made[0].state_dict()
+    saved = state["prior"].clone()
+    made[1].load_state_dict({**state, "prior": counts}, assign=assign)
+    torch.testing.assert_close(made[1].state_dict()["prior"], saved)
+    made[1].load_state_dict(state, assign=assign)
+    assert torch.equal(made[1].state_dict()["prior"], saved)
+    with pytest.raises(RuntimeError, match="prior cannot be loaded: prior must be positive"):
+        made[1].load_state_dict({**state, "prior": -counts}, assign=assign)

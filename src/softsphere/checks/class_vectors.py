@@ -71,6 +71,20 @@ def prior(value: Any, dtype: torch.dtype | None = None) -> Tensor:
     return narrow
 
 
+def loaded_prior(value: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Returns the prior of a state_dict as `prior` does, a normalised one to its last bit.
+
+    Normalising it again could change the last bit of what was saved.
+    """
+    pi = prior(value, dtype)
+    if value.dtype == pi.dtype and values_readable(value):
+        error = abs(float(value.double().sum()) / value.numel() - 1)
+        # Rounding the entries changes their sum by at most half an eps.
+        if error <= 4 * torch.finfo(value.dtype).eps:
+            return value.detach().clone()
+    return pi
+
+
 def narrowed_prior(pi: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns a base measure in `dtype`. On a CPU, raises ValueError if an entry becomes zero."""
     narrow = pi.to(dtype)

@@ -171,10 +171,9 @@ class _Entries:
         if self.pi is None or "prior" not in self.given:
             return self.pi
         given: Tensor = self.given["prior"]
-        pi = checks.prior(given, self.dtype)
+        pi = checks.loaded_prior(given, self.dtype)
         checks.class_vector("prior", pi, self.shapes["weight"][0])
-        # It was normalised when it was saved. Normalised again it might differ in the last bit.
-        return given.detach().clone() if given.dtype == self.dtype else pi
+        return pi
 
     def columns(self) -> list[Tensor]:
         """Weight and bias."""

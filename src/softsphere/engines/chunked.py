@@ -10,7 +10,6 @@ from torch import Tensor
 
 from softsphere.engines.engine import Engine, Gradients, Inputs, Settings, Workload
 from softsphere.engines.operators import LinearOperator
-from softsphere.engines.row_statistics import above_rounding
 from softsphere.engines.weight import (
     add_target_rows,
     chunks,
@@ -19,6 +18,7 @@ from softsphere.engines.weight import (
     scatter,
     target_outputs,
 )
+from softsphere.rounding import above_rounding
 
 __all__ = ["CHUNKED", "tile"]
 
@@ -60,7 +60,7 @@ def _forward(x: Inputs, how: Settings) -> tuple[Tensor, ...]:
         return s, q, c, H.new_zeros(W.shape[1] + (b is not None)), torch.zeros_like(s)
     rest = s / x.mass
     size = H.abs() @ shift[: H.shape[1]].abs() + shift[H.shape[1] :].abs().sum()
-    q = above_rounding((q - s * rest).clamp_min(0), size.unsqueeze(1), len(W))
+    q = above_rounding((q - s * rest).clamp_min(0), size, x.mass)
     return torch.zeros_like(s), q, c - rest.unsqueeze(1), shift, rest
 
 

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from softsphere.engines.engine import Engine, Inputs, Settings, Workload
 from softsphere.engines.row_statistics import output_statistics
+from softsphere.engines.weight import output_size
+from softsphere.rounding import above_rounding
 
 __all__ = ["DENSE", "LOGITS_LIMIT"]
 
@@ -21,7 +23,11 @@ def _statistics_of_outputs(x: Inputs, how: Settings) -> tuple[Tensor, Tensor, Te
     if how.dtype == torch.float64:
         o = o.double()
     found = output_statistics(o, x.target, x.pi, centred=how.centred)
-    return found.s, found.q, found.c
+    if not how.centred:
+        return found.s, found.q, found.c
+    size = output_size(x, found.q.dtype)
+    q = above_rounding(found.q, size, x.mass, x.H.shape[1])
+    return found.s, q, found.c
 
 
 def _cost(work: Workload) -> float:

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softsphere.engines.row_statistics import above_rounding
 from softsphere.matrix import FactoredTensor, StructuredGradient
 from softsphere.matrix.gradient import GradientFactors
 from softsphere.matrix.gradient_tensors import Content
+from softsphere.rounding import above_rounding
 from softsphere.stats import Stats
 
 __all__ = ["TWICE", "factored_statistics"]
@@ -63,7 +63,7 @@ class _FactoredStatistics(torch.autograd.Function):
         ctx.save_for_backward(H, target, P, mu, at_rows)
         if centred:
             size = H.abs() @ W.small("mean")[:d].abs()
-            return torch.zeros_like(mu), above_rounding(q, size.unsqueeze(1), W.num_rows), c
+            return torch.zeros_like(mu), above_rounding(q, size, W.mass), c
         s = W.mass * mu
         return s, q + s * mu, c + mu.unsqueeze(1)
 

@@ -34,7 +34,6 @@ from torch import Tensor
 
 from softsphere.engines.engine import Gradients, Inputs
 from softsphere.engines.products import multiplies, product, rounded
-from softsphere.engines.row_statistics import above_rounding
 from softsphere.engines.weight import (
     add_target_rows,
     chunk_room,
@@ -43,6 +42,7 @@ from softsphere.engines.weight import (
     read,
     target_outputs,
 )
+from softsphere.rounding import above_rounding
 
 __all__ = [
     "Moments",
@@ -166,7 +166,7 @@ def quadratic_statistics(x: Inputs, at: Moments) -> QuadraticRows:
         P = P + S[d, :d]
         q = q + 2 * (H @ S[:d, d]) + S[d, d]
     size = H.abs() @ at.shift[:d].abs() + at.shift[d:].abs().sum()
-    q = above_rounding(q.clamp_min(0), size.unsqueeze(1), x.W.shape[0])
+    q = above_rounding(q.clamp_min(0), size, at.mass)
     c = target_outputs(x, at.shift, H.dtype)
     # In float64, since the parts of a mean may cancel: an input that is constant, and a bias.
     wide = H.double()

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from softsphere._torch import forward_mode_active, transforms_active
+from softsphere.rounding import above_rounding
 from softsphere.stats import Stats
 
-__all__ = ["above_rounding", "accumulator", "dense_statistics", "output_statistics"]
+__all__ = ["accumulator", "dense_statistics", "output_statistics"]
 
 # The number of outputs whose copies in a wider dtype are in memory at once.
 ON_CPU, ON_DEVICE = 1 << 20, 1 << 24
@@ -56,7 +57,8 @@ def dense_statistics(
         weighted = o if pi is None else o * pi
         return Stats(weighted.sum(-1), (weighted * o).sum(-1), o, total, y=y, pi=pi)
     d, mean = _centre(o, pi)
-    q = above_rounding((d * d if pi is None else d * d * pi).sum(-1), mean, o.shape[-1])
+    q = (d * d if pi is None else d * d * pi).sum(-1)
+    q = above_rounding(q, mean.squeeze(-1).abs(), _mass(o, pi))
     return Stats(torch.zeros_like(q), q, d, total, y=y, pi=pi)
 
 
@@ -124,7 +126,11 @@ def _forward(
         return weighted.sum(-1), (weighted * d).sum(-1), c
     d, mean = _centre(o, pi)
     q = _sum_of_squares(d, dtype) if pi is None else (d * d * pi).sum(-1)
-    return torch.zeros_like(q), above_rounding(q, mean, o.shape[-1]), d.gather(-1, target)
+    return (
+        torch.zeros_like(q),
+        above_rounding(q, mean.squeeze(-1).abs(), _mass(o, pi)),
+        d.gather(-1, target),
+    )
 
 
 def _backward(
@@ -189,10 +195,3 @@ def _average(d: Tensor, pi: Tensor | None) -> Tensor:
 def _mass(o: Tensor, pi: Tensor | None) -> Any:
     """Σ π: (), or (...) for a measure of each row; the number of classes if π = 1."""
     return o.shape[-1] if pi is None else pi.sum(-1, dtype=torch.float64).to(pi.dtype)
-
-
-def above_rounding(q: Tensor, mean: Tensor, num_classes: int) -> Tensor:
-    """q, or 0 where centring equal outputs has left only rounding errors."""
-    least = torch.finfo(q.dtype).eps * mean.squeeze(-1).abs() / 8
-    # written so that NaN stays NaN
-    return torch.where(q <= num_classes * least * least, 0.0, q)

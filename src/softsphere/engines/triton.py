@@ -20,7 +20,9 @@ from torch import Tensor
 
 from softsphere.engines.engine import Engine, Gradients, Inputs, Settings, Workload
 from softsphere.engines.operators import LinearOperator
-from softsphere.engines.row_statistics import above_rounding, accumulator
+from softsphere.engines.row_statistics import accumulator
+from softsphere.engines.weight import output_size
+from softsphere.rounding import above_rounding
 
 __all__ = ["TRITON", "TRITON_INSTALLED", "symmetric_gram"]
 
@@ -85,7 +87,7 @@ def _forward(x: Inputs, how: Settings) -> tuple[Tensor, ...]:
     mean = launch.mean_output(H, W, b, pi, x.mass)
     s, q, c = launch.sums(H, W, b, pi, mean, x.target.contiguous())
     rest = s / x.mass
-    q = above_rounding((q - s * rest).clamp_min(0), mean.unsqueeze(1), len(W))
+    q = above_rounding((q - s * rest).clamp_min(0), output_size(x, how.dtype), x.mass, H.shape[1])
     return torch.zeros_like(s), q, c - rest.unsqueeze(1), mean, rest
 
 

@@ -19,6 +19,7 @@ __all__ = [
     "chunk_room",
     "chunks",
     "mean_row",
+    "output_size",
     "read",
     "scatter",
     "target_outputs",
@@ -80,6 +81,18 @@ def target_outputs(x: Inputs, shift: Tensor | None, dtype: torch.dtype) -> Tenso
     if b is not None:
         c += b[target].to(H.dtype) if shift is None else b[target].to(H.dtype) - shift[-1]
     return c
+
+
+def output_size(x: Inputs, dtype: torch.dtype) -> Tensor:
+    """Σ_j |h_j w_j| + |b| (m) for the first target of each row, or for the first class.
+
+    Rounding errors of outputs are in proportion to it. It is asked for where all outputs of a row
+    are about equal, so that any class will do.
+    """
+    H, W, target = x.H.detach().to(dtype), x.W.detach(), x.target
+    t = target[:, 0] if target.shape[1] else target.new_zeros(target.shape[0])
+    size = (H * W.index_select(0, t).to(dtype)).abs().sum(1)
+    return size if x.b is None else size + x.b.detach().index_select(0, t).to(dtype).abs()
 
 
 def add_target_rows(

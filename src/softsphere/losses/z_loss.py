@@ -11,6 +11,7 @@ from torch.nn.functional import softplus
 
 from softsphere import checks
 from softsphere.losses.base import Spherical
+from softsphere.rounding import is_rounding
 from softsphere.stats import Stats
 
 __all__ = ["ZLoss"]
@@ -55,8 +56,8 @@ class ZLoss(Spherical):
         """z (..., K), which is zero where σ is."""
         mu = (x.s / x.mass).unsqueeze(-1)
         variance = (x.q / x.mass).unsqueeze(-1) - mu * mu
-        # Below this the subtraction above has left nothing but rounding.
-        equal = variance <= 4 * torch.finfo(x.q.dtype).eps * mu * mu
+        terms = x.mass.unsqueeze(-1) if isinstance(x.mass, Tensor) else x.mass
+        equal = is_rounding(variance, mu, terms)
         rsigma = torch.where(equal, 0.0, torch.where(equal, 1.0, variance).rsqrt())
         return (x.c - mu) * rsigma
 

@@ -1,5 +1,5 @@
 # `make demo` compares the losses on real digits, `make test` runs every check, `make test-oldest`
-# the tests with the least torch that will do, `make clean` forgets the environments that they make.
+# runs the tests with the oldest supported torch, and `make clean` removes the environments.
 PYTHON ?= python3
 BIN := .venv/bin
 OLDEST := .venv-oldest/bin
@@ -16,11 +16,11 @@ test: .venv/.ready
 	$(BIN)/lint-imports
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
-# That torch's Triton takes arrays of one element for numbers, which NumPy warns of.
+# The Triton of that torch uses arrays of one element as numbers, for which NumPy has a warning.
 test-oldest: .venv-oldest/.ready
 	OMP_NUM_THREADS=1 $(OLDEST)/pytest -n 2 -W ignore::DeprecationWarning:triton.runtime.interpreter
 
-# An environment is made once and again only when what it is made from changes.
+# An environment is made once, and again only when the files that it is made from change.
 .venv/.ready: pyproject.toml constraints.txt
 .venv-oldest/.ready: pyproject.toml constraints-oldest.txt
 .venv/.ready .venv-oldest/.ready:

@@ -17,10 +17,10 @@ from softsphere._torch import usable_now
 
 __all__ = ["Rounded", "float32_is_exact", "full", "product"]
 
-Method = TypeVar("Method", bound=Callable[..., Any])
+_Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
-def full(method: Method) -> Method:
+def full(method: _Method) -> _Method:
     """Makes a method of an object with a `device` run without autocast and without gradients.
 
     It also runs outside inference mode, since tensors made there could not be changed in place
@@ -35,7 +35,7 @@ def full(method: Method) -> Method:
         with torch.inference_mode(False), torch.no_grad(), autocast:
             return method(self, *args, **kwargs)
 
-    return cast(Method, run)
+    return cast(_Method, run)
 
 
 def float32_is_exact() -> bool:

@@ -24,7 +24,7 @@ def root(x: FactoredTensor | Part, part: Tensor | slice) -> Tensor | None:
     return None if pi is None else pi[part].sqrt().unsqueeze(1)
 
 
-def face_rows(x: FactoredTensor | Part, index: Tensor) -> Tensor:
+def _face_rows(x: FactoredTensor | Part, index: Tensor) -> Tensor:
     """The rows (n, w) that PyTorch sees: those of W times √π."""
     W = x.block.matrix.arrays
     W.check()
@@ -33,7 +33,7 @@ def face_rows(x: FactoredTensor | Part, index: Tensor) -> Tensor:
     return rows if scale is None else rows * scale
 
 
-def face_chunks(x: FactoredTensor | Part) -> Any:
+def _face_chunks(x: FactoredTensor | Part) -> Any:
     """Yields (slice of rows, the rows that PyTorch sees) over all rows."""
     W = x.block.matrix.arrays
     W.check()
@@ -43,13 +43,13 @@ def face_chunks(x: FactoredTensor | Part) -> Any:
 
 
 def embedding(func: Any, x: FactoredTensor, index: Tensor, *_: Any) -> Tensor:
-    return face_rows(x, index.flatten()).view(*index.shape, x.shape[1])
+    return _face_rows(x, index.flatten()).view(*index.shape, x.shape[1])
 
 
 def index_select(func: Any, x: FactoredTensor, dim: int, index: Tensor) -> Tensor:
     if dim % 2 == 0:
-        return face_rows(x, index)
-    return torch.cat([rows.index_select(1, index) for _, rows in face_chunks(x)])
+        return _face_rows(x, index)
+    return torch.cat([rows.index_select(1, index) for _, rows in _face_chunks(x)])
 
 
 def index(func: Any, x: FactoredTensor, indices: Sequence[Tensor | None]) -> Tensor:
@@ -60,7 +60,7 @@ def index(func: Any, x: FactoredTensor, indices: Sequence[Tensor | None]) -> Ten
         if rows.shape != x.shape[:1]:
             raise refusal(func, x.described)
         rows = rows.nonzero().squeeze(1)
-    found = face_rows(x, rows.flatten()).view(*rows.shape, x.shape[1])
+    found = _face_rows(x, rows.flatten()).view(*rows.shape, x.shape[1])
     if not columns or columns[0] is None:
         return found
     return found.gather(-1, columns[0].expand(rows.shape).unsqueeze(-1)).squeeze(-1)
@@ -98,9 +98,9 @@ def _read(part: Part, func: Any) -> Tensor:
     chosen = first(torch.arange(W.num_rows if dim == 0 else W.width), 0, *args[1:], **kwargs)
     chosen = chosen.reshape(-1)
     if dim == 0:
-        found = face_rows(part, chosen)
+        found = _face_rows(part, chosen)
     else:
-        found = torch.cat([rows[:, chosen] for _, rows in face_chunks(part)])
+        found = torch.cat([rows[:, chosen] for _, rows in _face_chunks(part)])
     if first.overloadpacket is _aten.select:
         found = found.squeeze(dim)
     for view, its, named in rest:
@@ -147,7 +147,7 @@ def _times_transpose(H: Tensor, part: Part) -> Tensor:
         shapes = f"{tuple(H.shape)} and {tuple(part.shape)}"
         raise RuntimeError(f"shapes {shapes} cannot be multiplied")
     out = H.new_empty(len(H), part.shape[1])
-    for columns, rows in face_chunks(part):
+    for columns, rows in _face_chunks(part):
         out[:, columns] = H @ rows.mT
     return out
 
@@ -158,11 +158,11 @@ def product(func: Any, one: Tensor, two: Tensor) -> Tensor:
         raise RuntimeError(f"shapes {shapes} cannot be multiplied")
     if isinstance(two, FactoredTensor) and not isinstance(one, Wrapper):
         out = one.new_zeros(len(one), two.shape[1])
-        for part, rows in face_chunks(two):
+        for part, rows in _face_chunks(two):
             out.addmm_(one[:, part], rows)
         return out
     if isinstance(one, FactoredTensor) and not isinstance(two, Wrapper):
-        return torch.cat([rows @ two for _, rows in face_chunks(one)])
+        return torch.cat([rows @ two for _, rows in _face_chunks(one)])
     raise refusal(func, "a factored weight")
 
 
@@ -170,7 +170,7 @@ def compare(func: Any, x: FactoredTensor, other: Operand) -> Tensor:
     """Compares with a number, as initialisers of PyTorch do that draw again beyond a bound."""
     if isinstance(other, Tensor) and other.dim() > 0:
         raise refusal(func, "a factored weight")
-    return torch.cat([func(rows, other) for _, rows in face_chunks(x)])
+    return torch.cat([func(rows, other) for _, rows in _face_chunks(x)])
 
 
 def is_nan(func: Any, x: FactoredTensor | StructuredGradient) -> Tensor:

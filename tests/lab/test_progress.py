@@ -6,7 +6,7 @@ import io
 
 from rich.console import Console
 
-from softsphere_lab.experiments.classification import RATES, Classification
+from softsphere_lab.experiments.on_images.classification import RATES, Classification
 from softsphere_lab.progress import Phases
 from softsphere_lab.records.folder import Record
 from softsphere_lab.study import work

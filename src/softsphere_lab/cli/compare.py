@@ -21,8 +21,8 @@ from softsphere_lab.cli.arguments import (
 )
 from softsphere_lab.cli.run_folders import Place, run_and_report
 from softsphere_lab.data import images as data
-from softsphere_lab.experiments.classification import RATES, Classification
-from softsphere_lab.experiments.comparison import COMPARISON
+from softsphere_lab.experiments.on_images.classification import RATES, Classification
+from softsphere_lab.experiments.on_images.comparison import COMPARISON
 from softsphere_lab.models import image_networks as models
 from softsphere_lab.study.search import Axis
 from softsphere_lab.study.spec import LossSpec, distinct

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from softsphere_lab.experiments import engines, twins
 from softsphere_lab.experiments.experiment import StudyReproduction
+from softsphere_lab.experiments.on_engines import engines, twins
 from softsphere_lab.records.folder import Line, Record
 
 __all__ = ["EarlierRecord", "record_at"]

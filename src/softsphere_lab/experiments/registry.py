@@ -2,20 +2,10 @@
 
 from __future__ import annotations
 
-from softsphere_lab.experiments import (
-    ablation,
-    cifar10,
-    cifar100,
-    classes,
-    comparison,
-    engines,
-    mnist,
-    ptb,
-    scaling,
-    twins,
-    wikipedia,
-)
 from softsphere_lab.experiments.experiment import Experiment, Reproduction
+from softsphere_lab.experiments.on_engines import engines, scaling, twins
+from softsphere_lab.experiments.on_images import cifar10, cifar100, comparison, mnist
+from softsphere_lab.experiments.on_text import ablation, classes, ptb, wikipedia
 from softsphere_lab.records.folder import Record
 
 __all__ = ["REPRODUCTIONS", "experiment_of"]

@@ -14,7 +14,7 @@ import torch
 
 from softsphere_lab.cli import app as cli
 from softsphere_lab.data import images as data
-from softsphere_lab.experiments import classification
+from softsphere_lab.experiments.on_images import classification
 from softsphere_lab.records.folder import Record
 from softsphere_lab.report.measures import NOTE
 from softsphere_lab.study import protocol as study

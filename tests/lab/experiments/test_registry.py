@@ -6,7 +6,7 @@ import pytest
 
 from _lab_results import ON_TEXT, STUDIES
 from softsphere_lab.experiments.experiment import BUDGETS
-from softsphere_lab.experiments.side_by_side import SideBySide
+from softsphere_lab.experiments.on_engines.side_by_side import SideBySide
 from softsphere_lab.models.output_layers import Output
 from softsphere_lab.study.search import Axis
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from softsphere_lab.errors import LabError
-from softsphere_lab.experiments.classification import Classification
+from softsphere_lab.experiments.on_images.classification import Classification
 from softsphere_lab.records.files import UNFINISHED
 from softsphere_lab.records.folder import Record
 from softsphere_lab.study import ledger

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from _lab_results import results_of, text_end
-from softsphere_lab.experiments.text_sections import (
+from softsphere_lab.experiments.on_text.text_sections import (
     MRR,
     PERPLEXITY,
     ratios_to_softmax,

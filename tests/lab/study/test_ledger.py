@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 
 from softsphere_lab.errors import LabError
-from softsphere_lab.experiments import ptb
-from softsphere_lab.experiments.classification import RATES, Classification
-from softsphere_lab.experiments.language_modelling import LanguageModelling
+from softsphere_lab.experiments.on_images.classification import RATES, Classification
+from softsphere_lab.experiments.on_text import ptb
+from softsphere_lab.experiments.on_text.language_modelling import LanguageModelling
 from softsphere_lab.models.output_layers import Output
 from softsphere_lab.records.checkpoint import Checkpoint
 from softsphere_lab.records.folder import Record

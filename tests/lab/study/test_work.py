@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from softsphere_lab.errors import LabError
-from softsphere_lab.experiments.classification import Classification
-from softsphere_lab.experiments.language_modelling import LanguageModelling
+from softsphere_lab.experiments.on_images.classification import Classification
+from softsphere_lab.experiments.on_text.language_modelling import LanguageModelling
 from softsphere_lab.models.output_layers import Output
 from softsphere_lab.progress import standard_console
 from softsphere_lab.records.checkpoint import Checkpoint

@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from softsphere_lab.experiments.classification import Classification
 from softsphere_lab.experiments.experiment import Experiment, Prepared, prepare_study
+from softsphere_lab.experiments.on_images.classification import Classification
 from softsphere_lab.records.folder import Record
 from softsphere_lab.report import figures, summary
 from softsphere_lab.report.measures import NOTE

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from softsphere_lab.experiments.classification import RATES, Classification
 from softsphere_lab.experiments.experiment import StudyReproduction
-from softsphere_lab.experiments.image_sections import FEW, LOSSES, image_section
+from softsphere_lab.experiments.on_images.classification import RATES, Classification
+from softsphere_lab.experiments.on_images.image_sections import FEW, LOSSES, image_section
 from softsphere_lab.study.search import Axis
 from softsphere_lab.training.image_run import Schedule
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from functools import partial
 
-from softsphere_lab.experiments import text_pictures as pictures
+from softsphere_lab.experiments.on_text import text_pictures as pictures
 from softsphere_lab.models.output_layers import Output
 from softsphere_lab.records.folder import Line
 from softsphere_lab.report.grids import markdown

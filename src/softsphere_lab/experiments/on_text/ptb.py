@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from softsphere_lab.experiments.experiment import StudyReproduction
-from softsphere_lab.experiments.language_modelling import LanguageModelling
-from softsphere_lab.experiments.text_sections import text_section
+from softsphere_lab.experiments.on_text.language_modelling import LanguageModelling
+from softsphere_lab.experiments.on_text.text_sections import text_section
 from softsphere_lab.models.output_layers import Output
 from softsphere_lab.study.search import Axis
 from softsphere_lab.training.language_run import Setup

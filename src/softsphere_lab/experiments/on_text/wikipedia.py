@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from softsphere_lab.experiments import ptb
 from softsphere_lab.experiments.experiment import StudyReproduction
-from softsphere_lab.experiments.text_sections import text_section
+from softsphere_lab.experiments.on_text import ptb
+from softsphere_lab.experiments.on_text.text_sections import text_section
 from softsphere_lab.models.output_layers import Output
 from softsphere_lab.training.language_run import Setup
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from _lab_results import results_of, text_end
-from softsphere_lab.experiments.ablation import ablation_section
+from softsphere_lab.experiments.on_text.ablation import ablation_section
 
 
 def test_the_ablation_compares_on_the_same_network():

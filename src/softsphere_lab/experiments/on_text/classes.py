@@ -7,10 +7,14 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from softsphere_lab.experiments import text_pictures as pictures
 from softsphere_lab.experiments.experiment import StudyReproduction
-from softsphere_lab.experiments.language_modelling import LanguageModelling
-from softsphere_lab.experiments.text_sections import PERPLEXITY, table_beside_softmax, text_setup
+from softsphere_lab.experiments.on_text import text_pictures as pictures
+from softsphere_lab.experiments.on_text.language_modelling import LanguageModelling
+from softsphere_lab.experiments.on_text.text_sections import (
+    PERPLEXITY,
+    table_beside_softmax,
+    text_setup,
+)
 from softsphere_lab.models.output_layers import Output
 from softsphere_lab.report.inference import LEVEL
 from softsphere_lab.report.measures import NOTE, REFERENCE, p_values, ratio

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from _lab_results import results_of, text_end
-from softsphere_lab.experiments.classes import classes_section
+from softsphere_lab.experiments.on_text.classes import classes_section
 
 
 def test_classes_say_where_the_order_turns():

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from softsphere_lab.experiments import engines, twins
 from softsphere_lab.experiments.experiment import prepare_study
-from softsphere_lab.experiments.side_by_side import side_by_side_section
+from softsphere_lab.experiments.on_engines import engines, twins
+from softsphere_lab.experiments.on_engines.side_by_side import side_by_side_section
 from softsphere_lab.progress import standard_console
 from softsphere_lab.records.checkpoint import Checkpoint
 from softsphere_lab.records.folder import Record

@@ -11,7 +11,7 @@ from softsphere.engines.options import LinearSphericalOptions
 from softsphere.heads import LinearSphericalLoss
 from softsphere_lab.data.text import Text
 from softsphere_lab.experiments.experiment import StudyReproduction
-from softsphere_lab.experiments.side_by_side import SideBySide, side_by_side_section
+from softsphere_lab.experiments.on_engines.side_by_side import SideBySide, side_by_side_section
 from softsphere_lab.models.text_networks import LSTM
 from softsphere_lab.training.engine_run import EngineRun
 from softsphere_lab.training.text_parts import window_parts

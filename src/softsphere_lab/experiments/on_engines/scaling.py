@@ -14,7 +14,7 @@ from rich.console import Console
 
 from softsphere_lab.errors import LabError
 from softsphere_lab.experiments.experiment import Prepared, Reproduction
-from softsphere_lab.experiments.scaling_picture import draw_step_times
+from softsphere_lab.experiments.on_engines.scaling_picture import draw_step_times
 from softsphere_lab.records.folder import Record
 from softsphere_lab.report import grids as tables
 from softsphere_lab.report.results import Section

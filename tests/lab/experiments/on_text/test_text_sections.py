@@ -7,7 +7,7 @@ import math
 import pytest
 
 from _lab_results import STUDIES, results_of, text_end
-from softsphere_lab.experiments.text_sections import goals, seconds_to_goal, text_section
+from softsphere_lab.experiments.on_text.text_sections import goals, seconds_to_goal, text_section
 
 
 def test_seconds_to_a_perplexity_are_between_epochs():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from _lab_results import image_end, results_of
-from softsphere_lab.experiments.image_sections import image_section
+from softsphere_lab.experiments.on_images.image_sections import image_section
 
 
 def test_a_run_that_diverged_is_marked():

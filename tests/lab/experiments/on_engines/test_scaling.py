@@ -5,8 +5,15 @@ from __future__ import annotations
 import pytest
 from matplotlib.text import Text
 
-from softsphere_lab.experiments import scaling
-from softsphere_lab.experiments.scaling import METRICS, PLANS, Plan, finding, left_out, markdown
+from softsphere_lab.experiments.on_engines import scaling
+from softsphere_lab.experiments.on_engines.scaling import (
+    METRICS,
+    PLANS,
+    Plan,
+    finding,
+    left_out,
+    markdown,
+)
 from softsphere_lab.records.folder import Record
 from softsphere_lab.report import canvas
 from softsphere_lab.timing import processes as timing

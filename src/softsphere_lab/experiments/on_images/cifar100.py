@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from softsphere_lab.experiments.cifar10 import DIFFERENCES, studies
 from softsphere_lab.experiments.experiment import StudyReproduction
-from softsphere_lab.experiments.image_sections import image_section
+from softsphere_lab.experiments.on_images.cifar10 import DIFFERENCES, studies
+from softsphere_lab.experiments.on_images.image_sections import image_section
 
 __all__ = ["EXPERIMENT"]
 

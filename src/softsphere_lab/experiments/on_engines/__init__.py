@@ -1,0 +1,1 @@
+"""One training by several engines, and the seconds of a training step."""

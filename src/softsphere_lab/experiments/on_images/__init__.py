@@ -1,0 +1,1 @@
+"""Losses compared on images, by the papers and by users."""

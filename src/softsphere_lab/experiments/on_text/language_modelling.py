@@ -60,15 +60,20 @@ class LanguageModelling(Study):
         }
 
     @property
+    def by_name(self) -> dict[str, Output]:
+        """The output layers by the names that a record has."""
+        return {str(output): output for output in self.outputs}
+
+    @property
     def names(self) -> tuple[str, ...]:
-        return tuple(str(output) for output in self.outputs)
+        return tuple(self.by_name)
 
     def space(self, name: str) -> Space:
-        return Space({**Output.parse(name).axes(self.layer_rates), "lr": self.rates})
+        return Space({**self.by_name[name].axes(self.layer_rates), "lr": self.rates})
 
     def setting(self, name: str, values: dict[str, float]) -> tuple[str, float]:
         own = {key: value for key, value in values.items() if key != "lr"}
-        return str(Output.parse(name).at(own)), values["lr"]
+        return str(self.by_name[name].at(own)), values["lr"]
 
     def badness(self, final: Line) -> tuple[float, ...]:
         """The validation loss of the best epoch, or the ranking for a loss without likelihood."""

@@ -131,13 +131,13 @@ class Reader(ABC):
         own = self.scores(o, None if self.pi is None else self.pi[target]).unsqueeze(1)
         above = torch.zeros_like(target)
         for part, scores in self.chunks_of_scores(H):
-            better = (scores > own) | own.isnan()
+            better = scores > own
             # The target's own score may differ from `own` in the last digit.
             place = (target - part.start).clamp(0, better.shape[1] - 1)
             at_target = better.gather(1, place.unsqueeze(1)).squeeze(1)
             here = (target >= part.start) & (target < part.stop)
             above = above + better.sum(1) - (at_target & here).long()
-        return above + 1
+        return torch.where(own.squeeze(1).isnan(), self.num_classes, above + 1)
 
     def log_normaliser_of_outputs(self, H: Tensor) -> Tensor:
         """log Σ_k π_k t(o_k) of each row from the outputs themselves: (m)."""
@@ -148,7 +148,10 @@ class Reader(ABC):
 
 
 def _best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k best scores of each row, or all if there are fewer, and their places."""
-    ranked = torch.where(scores.isnan(), -torch.inf, scores)
-    places = ranked.topk(min(k, scores.shape[1]), dim=1).indices
-    return scores.gather(1, places), places
+    """The k best scores of each row, or all if there are fewer, and their places.
+
+    It writes over the scores. NaN is the largest number to topk, and comes last among the smallest
+    of −scores.
+    """
+    values, places = scores.neg_().topk(min(k, scores.shape[1]), dim=1, largest=False)
+    return -values, places

@@ -228,7 +228,7 @@ WRONG = {
     "differentiable": (lambda h: FactoredSGD(h.parameters(), differentiable=True), "differentiab"),
     "algorithm": (
         lambda h: FactoredSGD([{"params": h.parameters(), "algorithm": "adam"}]),
-        "sgd, adamw",
+        "must be 'sgd' or 'adamw'",
     ),
     "adamw": (
         lambda h: FactoredSGD([{"params": h.parameters(), "algorithm": "adamw"}]),

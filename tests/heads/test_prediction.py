@@ -307,3 +307,24 @@ def test_a_prior_of_another_dtype_than_the_weight_is_not_rounded_away(wide):
     for context in (torch.enable_grad, torch.no_grad):
         with context():
             torch.testing.assert_close(head.log_prob(hidden).detach(), want, **close)
+
+
+@pytest.mark.parametrize(("size", "step"), [(1.0, 300.0), (1.0, 1000.0), (1000.0, 1.0)])
+@both
+def test_a_large_common_part_that_the_bias_cancels_costs_no_digits(kind, size, step):
+    """Every row of W begins with `size` and every row of hidden with `step`."""
+    torch.manual_seed(0)
+    many, width, m = 2000, 16, 64
+    W, hidden = 0.1 * torch.randn(many, width), 0.1 * torch.randn(m, width)
+    W[:, 0], hidden[:, 0] = size, step
+    b = torch.full((many,), -(size * step + 1))
+    head = kind(width, many)
+    head.load_state_dict({"weight": W, "bias": b})
+    o = hidden.double() @ W.double().T + b.double()
+    want = (1 + o + o**2 / 2).log().log_softmax(1)
+    assert o.abs().max() < 4
+    near = {"rtol": 0, "atol": 20 * torch.finfo(torch.float32).eps * size * step}
+    with torch.no_grad():
+        torch.testing.assert_close(head.log_prob(hidden).double(), want, **near)
+        total = head.log_prob(hidden).double().exp().sum(1)
+    torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=1e-5)

@@ -13,18 +13,24 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 __all__ = [
+    "DISABLED_TORCH_FUNCTION",
+    "data_parallel_in_forward",
     "eager",
     "exporting",
     "forward_mode_active",
     "gradients_wanted",
+    "has_gradient_hooks",
     "hooks_of",
     "is_recorded",
     "is_shared_with_others",
     "is_wrapper",
+    "products_have_out_dtype",
+    "runs_in_this_backward",
     "saveable_in_exports",
     "transformed",
     "transforms_active",
@@ -39,6 +45,9 @@ __all__ = [
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Subclass = TypeVar("Subclass", bound=Tensor)
+
+# The `__torch_function__` of a subclass whose operations return plain tensors.
+DISABLED_TORCH_FUNCTION: Any = torch._C._disabled_torch_function_impl
 
 
 def usable_now(x: Tensor) -> bool:
@@ -117,16 +126,38 @@ def gradients_wanted(ctx: Any, count: int) -> list[bool]:
     """
     nodes = [node for node, _ in ctx.next_functions[:count]]
     return [
-        needed and node is not None and _runs_in_this_backward(node)
+        needed and node is not None and runs_in_this_backward(node) is not False
         for needed, node in zip(ctx.needs_input_grad[:count], nodes, strict=True)
     ]
 
 
-def _runs_in_this_backward(node: Any) -> bool:
+def runs_in_this_backward(node: Any) -> bool | None:
+    """Whether the backward that is running computes a node of the graph.
+
+    None stands for a leaf that torch.autograd.grad has been asked for.
+    """
     try:
         return bool(torch._C._will_engine_execute_node(node))
-    except RuntimeError:  # a leaf that torch.autograd.grad has been asked for
-        return True
+    except RuntimeError:
+        return None
+
+
+def has_gradient_hooks(x: Tensor) -> bool:
+    """Whether there are hooks in Python on the gradient of a leaf."""
+    return bool(x._backward_hooks or x._post_accumulate_grad_hooks)
+
+
+def data_parallel_in_forward() -> DistributedDataParallel | None:
+    """The DistributedDataParallel whose forward is running, if there is one."""
+    active: DistributedDataParallel | None = getattr(
+        DistributedDataParallel, "_active_ddp_module", None
+    )
+    return active
+
+
+def products_have_out_dtype() -> bool:
+    """Whether torch.mm of half-precision factors can return float32. It can since torch 2.8."""
+    return "dtype" in torch.ops.aten.mm.overloads()
 
 
 def hooks_of(module: nn.Module) -> Iterator[tuple[str, Any]]:

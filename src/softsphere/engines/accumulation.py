@@ -6,9 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed
-from torch.autograd import forward_ad
-from torch.nn.parallel import DistributedDataParallel
 
+from softsphere._torch import (
+    data_parallel_in_forward,
+    has_gradient_hooks,
+    runs_in_this_backward,
+    transformed,
+    version_of,
+)
 from softsphere.engines import moments
 from softsphere.engines.engine import Gradients, Inputs
 from softsphere.engines.gram import chunk_size
@@ -58,7 +63,7 @@ class Accumulation:
         self.open = True
 
     def current_versions(self) -> list[int]:
-        return [x._version for x in (self.W, self.b, self.given_pi) if x is not None]
+        return [version_of(x) for x in (self.W, self.b, self.given_pi) if x is not None]
 
     def current_samples(self) -> list[Tensor]:
         """Some of each, since what changes `.data` does not tell the version."""
@@ -71,7 +76,7 @@ class Accumulation:
     def check_use(self, W: Tensor, b: Tensor | None, pi: Tensor | None) -> None:
         """Raises: RuntimeError where these are not what this was begun with, or autograd is asked
         for more than backward."""
-        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        if transformed():
             raise RuntimeError(FIRST_ONLY)
         if not (W is self.W and b is self.b and pi is self.given_pi):
             raise RuntimeError(
@@ -124,7 +129,7 @@ class Accumulation:
         if distributed.is_available() and distributed.is_initialized():
             return True
         given = [x for x in (self.W, self.b) if x is not None]
-        return any(x._backward_hooks or x._post_accumulate_grad_hooks for x in given)
+        return any(has_gradient_hooks(x) for x in given)
 
     def inputs(self, H: Tensor, target: Tensor) -> Inputs:
         return Inputs(H, self.W, self.b, target, self.pi)
@@ -237,13 +242,13 @@ def wanted_now(ctx: Any) -> Both:
     """
     # H comes first; without a b the third is the target, which has none
     ends = [node for node, _ in ctx.next_functions[1:3]]
-    try:
-        W, b = (end is not None and torch._C._will_engine_execute_node(end) for end in ends)
-    except RuntimeError:
+    found = [end is not None and runs_in_this_backward(end) for end in ends]
+    if None in found:
         raise RuntimeError(
             "torch.autograd.grad cannot give the gradients of weight and bias inside accumulate(), "
             "since they are computed when it ends; call backward, or leave the context"
-        ) from None
+        )
+    W, b = (bool(x) for x in found)
     if ctx.stood_in and [W, b] != [end is not None for end in ends]:
         raise RuntimeError(
             "inside accumulate(), with hooks on the gradients of weight or bias or with a process "
@@ -279,7 +284,7 @@ class Delivery(torch.autograd.Function):
 def check_wrapper() -> None:
     """Raises: RuntimeError inside the forward of a DistributedDataParallel that looks for the
     parameters of a loss in its graph, where those of this layer are not."""
-    wrapper = getattr(DistributedDataParallel, "_active_ddp_module", None)
+    wrapper = data_parallel_in_forward()
     if wrapper is None:
         return
     for name in ("find_unused_parameters", "static_graph"):

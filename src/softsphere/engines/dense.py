@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from softsphere.engines.engine import Engine, Inputs, Settings, Workload
+from softsphere.engines.engine import Engine, Inputs, Settings, Workload, mass_of
 from softsphere.engines.row_statistics import output_statistics
 from softsphere.engines.weight import output_size
 from softsphere.rounding import above_rounding
@@ -26,7 +26,7 @@ def _statistics_of_outputs(x: Inputs, how: Settings) -> tuple[Tensor, Tensor, Te
     if not how.centred:
         return found.s, found.q, found.c
     size = output_size(x, found.q.dtype)
-    q = above_rounding(found.q, size, x.mass, x.H.shape[1])
+    q = above_rounding(found.q, size, mass_of(x.pi, x.W.shape[0]), x.H.shape[1])
     return found.s, q, found.c
 
 

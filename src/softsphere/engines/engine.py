@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Engine", "Gradients", "Inputs", "Settings", "Statistics", "Workload"]
+__all__ = ["Engine", "Gradients", "Inputs", "Settings", "Statistics", "Workload", "mass_of"]
 
 # The outputs of a step pass through memory several times: they are written, summed, and turned
 # into a gradient. For one output this takes as long as this many FLOPs of a matrix product.
@@ -37,8 +37,12 @@ class Inputs(NamedTuple):
 
     @property
     def mass(self) -> float | Tensor:
-        """M = Σ π_k: the number D without a base measure, a float64 scalar tensor with one."""
-        return float(len(self.W)) if self.pi is None else self.pi.sum(dtype=torch.float64)
+        return mass_of(self.pi, len(self.W))
+
+
+def mass_of(pi: Tensor | None, num_classes: int) -> float | Tensor:
+    """M = Σ π_k: the number D without a base measure, a float64 scalar tensor with one."""
+    return float(num_classes) if pi is None else pi.sum(dtype=torch.float64)
 
 
 class Settings(NamedTuple):

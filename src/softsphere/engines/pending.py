@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from softsphere._torch import DISABLED_TORCH_FUNCTION, wrapper_tensor
+
 __all__ = ["Pending", "Share", "refuse_step", "shares_of", "waiting", "withdraw"]
 
 TOO_EARLY = (
@@ -75,17 +77,15 @@ class Pending(Tensor):
 
     @staticmethod
     def __new__(cls, like: Tensor, waiting: Waiting) -> Pending:
-        out: Pending = torch.Tensor._make_wrapper_subclass(
-            cls, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device
-        )
+        out = wrapper_tensor(cls, like.shape, like.dtype, like.device, like.stride())
         out.waiting = waiting
         return out
 
     def __init__(self, like: Tensor, waiting: Waiting) -> None:
         super().__init__()
 
-    # what torch makes of it in Python is not one of these
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    # The results of operations are not pending gradients themselves.
+    __torch_function__ = DISABLED_TORCH_FUNCTION
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"<pending gradient of shape {tuple(self.shape)}, {self.dtype}>"

@@ -5,21 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["multiplies", "product", "rounded"]
+from softsphere._torch import products_have_out_dtype
 
-# The GPU's matrix units take float16 and bfloat16 and sum in float32; since torch 2.8 that can be
-# the result, too.
-HAS_OUT_DTYPE = "dtype" in torch.ops.aten.mm.overloads()
+__all__ = ["multiplies", "product", "rounded"]
 
 
 def multiplies(x: Tensor, dtype: torch.dtype) -> bool:
-    """Whether x can be multiplied as it is, for results in dtype."""
+    """Whether x can be multiplied as it is, for results in dtype.
+
+    The matrix units of a GPU multiply float16 and bfloat16 and sum in float32.
+    """
     low = x.dtype in (torch.float16, torch.bfloat16) and dtype == torch.float32
-    return low and x.is_cuda and HAS_OUT_DTYPE
+    return low and x.is_cuda and products_have_out_dtype()
 
 
 def product(a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """a b in dtype, of factors in dtype or of such that `multiplies` has allowed."""
+    """a b in dtype, for factors in dtype or factors that `multiplies` allows."""
     if a.dtype == dtype:
         return torch.mm(a, b, out=out)
     return torch.mm(a, b, out_dtype=dtype, out=out)

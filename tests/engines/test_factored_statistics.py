@@ -9,6 +9,7 @@ import torch
 
 from _twin import DenseTwin
 from softsphere import FactoredSphericalLoss, losses
+from softsphere.optim import FactoredSGD
 
 D, d, m = 600, 8, 8
 RATES = {"taylor_softmax": 30.0, "z_loss": 10.0}
@@ -27,9 +28,9 @@ def layer_with_common_row(
     return head
 
 
-def twin_of(head: FactoredSphericalLoss, rate: float) -> DenseTwin:
+def twin_of(head: FactoredSphericalLoss, **sgd: float) -> DenseTwin:
     dense = head.dense()
-    return DenseTwin(dense[:, :-1], dense[:, -1], head.base_measure, lr=rate)
+    return DenseTwin(dense[:, :-1], dense[:, -1], head.base_measure, **sgd)
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor]:
@@ -39,12 +40,16 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("prior", [False, True])
-@pytest.mark.parametrize("common", [1.0, 300.0, 1000.0])
+@pytest.mark.parametrize(
+    ("common", "momentum"), [(1.0, 0.0), (300.0, 0.0), (1000.0, 0.0), (300.0, 0.9)]
+)
 @pytest.mark.parametrize("loss", RATES)
-def test_a_large_common_row_costs_no_more_digits_than_rounding_the_outputs(loss, common, prior):
-    head = layer_with_common_row(loss, common, prior)
-    twin, kind = twin_of(head, RATES[loss]), losses.get(loss)
-    optimizer = torch.optim.SGD(head.parameters(), lr=RATES[loss])
+def test_a_large_common_row_costs_no_more_digits_than_rounding_the_outputs(
+    loss, momentum, common, prior
+):
+    head, kind = layer_with_common_row(loss, common, prior), losses.get(loss)
+    sgd = {"lr": RATES[loss] * (1 - momentum), "momentum": momentum}
+    twin, optimizer = twin_of(head, **sgd), FactoredSGD(head.parameters(), **sgd)
     first = twin.W.detach()
     rounding = EPS * (1 + 2 * common)  # of one output in float32
     for _ in range(100):

@@ -35,6 +35,11 @@ class Targets:
         """The losses of the rows times what each counts for; 0 for ignored rows."""
         return torch.where(self.ignored, 0.0, self.counted * rows)
 
+    def part(self, rows: slice) -> Targets:
+        """The targets of some rows."""
+        y = None if self.y is None else self.y[rows]
+        return Targets(self.t[rows], y, self.ignored[rows], self.counted[rows])
+
     def refuse_masked(self, mask: Tensor) -> None:
         """Raises ValueError, on a CPU, for a target outside `mask`, (C) or (..., C)."""
         taken = mask.expand(*self.t.shape[:-1], mask.shape[-1]).gather(-1, self.t)

@@ -2,47 +2,15 @@
 
 from __future__ import annotations
 
-import weakref
-
 import pytest
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
+from _bytes import most_bytes
 from _engines import SPHERICAL
 from softsphere.engines import row_statistics
 from softsphere.functional import spherical_loss
 
 PRIORS = [False, True]
-
-
-class Bytes(TorchDispatchMode):
-    """The most bytes of the tensors that were made meanwhile and existed at once."""
-
-    def __init__(self, *known: Tensor) -> None:
-        super().__init__()
-        self.known = {x.untyped_storage().data_ptr() for x in known}
-        self.made: list[weakref.ref[Tensor]] = []
-        self.most = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        self.made += [weakref.ref(x) for x in tree_iter(result) if isinstance(x, Tensor)]
-        alive = [x for x in (ref() for ref in self.made) if x is not None]
-        self.made = [weakref.ref(x) for x in alive]
-        stores = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in alive}
-        self.most = max(self.most, sum(n for at, n in stores.items() if at not in self.known))
-        return result
-
-
-def most_bytes(loss: str, logits: Tensor, target: Tensor, prior: Tensor | None) -> float:
-    """The memory of a loss and its gradient, in sizes of the logits."""
-    logits = logits.detach().requires_grad_()
-    with Bytes(logits, target) as meter:
-        spherical_loss(logits, target, loss, prior=prior).backward()
-    assert logits.grad is not None
-    return meter.most / logits.untyped_storage().nbytes()
 
 
 @pytest.mark.parametrize("prior", PRIORS)
@@ -54,7 +22,7 @@ def test_memory_beside_the_logits(name, dtype, prior, monkeypatch):
     logits = torch.randn(64, 4096).to(dtype)
     target = torch.randint(4096, (64,))
     pi = torch.rand(4096) + 0.1 if prior else None
-    assert most_bytes(SPHERICAL[name], logits, target, pi) < 1.9
+    assert most_bytes(SPHERICAL[name], logits, target, prior=pi) < 1.9
 
 
 @pytest.mark.parametrize("shape", [(64, 50), (64, 50, 3), (3, 50), (1, 5000)])

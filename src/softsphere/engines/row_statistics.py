@@ -11,7 +11,7 @@ from softsphere._torch import forward_mode_active, transforms_active
 from softsphere.rounding import above_rounding
 from softsphere.stats import Stats
 
-__all__ = ["accumulator", "dense_statistics", "output_statistics"]
+__all__ = ["accumulator", "dense_statistics", "output_statistics", "row_parts"]
 
 # The number of outputs whose copies in a wider dtype are in memory at once.
 ON_CPU, ON_DEVICE = 1 << 20, 1 << 24
@@ -152,12 +152,15 @@ def _backward(
 
 
 def _parts(o: Tensor, pi: Tensor | None, centred: bool) -> list[slice]:
-    """Slices of the first dimension of o: all of it where nothing is copied, or parts whose copies
-    are small."""
+    """`row_parts`, unless nothing is copied."""
     copied = centred or pi is not None or accumulator(o.dtype) != o.dtype
+    return row_parts(o) if copied else [slice(None)]
+
+
+def row_parts(o: Tensor) -> list[slice]:
+    """Slices of the first dimension of o, of which copies in a wider dtype are small."""
     size = ON_CPU if o.device.type == "cpu" else ON_DEVICE
-    whole = not copied or o.dim() < 2 or o.numel() <= size
-    if whole or torch.compiler.is_compiling():
+    if o.dim() < 2 or o.numel() <= size or torch.compiler.is_compiling():
         return [slice(None)]
     step = max(1, size * o.shape[0] // o.numel())
     return [slice(start, start + step) for start in range(0, o.shape[0], step)]

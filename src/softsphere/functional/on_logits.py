@@ -12,6 +12,7 @@ from softsphere._torch import values_on_cpu
 from softsphere.engines.row_statistics import accumulator, dense_statistics, output_statistics
 from softsphere.functional.base_measure import BaseMeasure, fill_masked, restrict
 from softsphere.functional.conventions import Conventions
+from softsphere.functional.row_parts import in_parts
 from softsphere.stats import Stats
 from softsphere.targets import Targets
 
@@ -109,14 +110,26 @@ def loss_on_logits(
         soft = target.is_floating_point()
     if mask is not None:
         mask = checks.class_mask(mask, input.shape, dim)
-    if soft:
-        p = target.movedim(dim, -1).to(dtype)
-        rows, counted = _soft_rows(o, p, loss, conventions, mask), None
+    per_row = mask is not None and mask.dim() == o.dim() > 1
+    # The statistics of class indices have parts of their own, with nothing computed twice.
+    parted = per_row or soft or bool(conventions.label_smoothing)
+    parted = parted or not isinstance(loss, losses.Spherical)
+    entries = None if soft else conventions.entries(target, target_values, num_classes, dtype)
+
+    def rows_of(o: Tensor, part: slice) -> Tensor:
+        kept = mask[part] if per_row else mask
+        if entries is None:
+            p = target.movedim(dim, -1)[part].to(dtype)
+            return _soft_rows(o, p, loss, conventions, kept)
+        return _entry_rows(o, entries.part(part), loss, conventions, kept)
+
+    if parted:
+        given = target, target_values, mask, conventions.weight, conventions.pi
+        rows = in_parts(o, rows_of, *given)
     else:
-        entries = conventions.entries(target, target_values, num_classes, dtype)
-        rows, counted = _entry_rows(o, entries, loss, conventions, mask), entries.counted
+        rows = rows_of(o, slice(None))
     _refuse_minus_infinity(o, rows, mask)
-    return conventions.finish(rows, counted, input)
+    return conventions.finish(rows, None if entries is None else entries.counted, input)
 
 
 def _entry_rows(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import EllipsisType
 
 import torch
 from torch import Tensor
@@ -35,8 +36,8 @@ class Targets:
         """The losses of the rows times what each counts for; 0 for ignored rows."""
         return torch.where(self.ignored, 0.0, self.counted * rows)
 
-    def part(self, rows: slice) -> Targets:
-        """The targets of some rows."""
+    def part(self, rows: slice | EllipsisType) -> Targets:
+        """The targets of some rows, or of all."""
         y = None if self.y is None else self.y[rows]
         return Targets(self.t[rows], y, self.ignored[rows], self.counted[rows])
 

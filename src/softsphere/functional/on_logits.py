@@ -12,7 +12,7 @@ from softsphere._torch import values_on_cpu
 from softsphere.engines.row_statistics import accumulator, dense_statistics, output_statistics
 from softsphere.functional.base_measure import BaseMeasure, fill_masked, restrict
 from softsphere.functional.conventions import Conventions
-from softsphere.functional.row_parts import in_parts
+from softsphere.functional.row_parts import Part, in_parts
 from softsphere.stats import Stats
 from softsphere.targets import Targets
 
@@ -116,7 +116,7 @@ def loss_on_logits(
     parted = parted or not isinstance(loss, losses.Spherical)
     entries = None if soft else conventions.entries(target, target_values, num_classes, dtype)
 
-    def rows_of(o: Tensor, part: slice) -> Tensor:
+    def rows_of(o: Tensor, part: Part) -> Tensor:
         kept = mask[part] if per_row else mask
         if entries is None:
             p = target.movedim(dim, -1)[part].to(dtype)
@@ -127,7 +127,7 @@ def loss_on_logits(
         given = target, target_values, mask, conventions.weight, conventions.pi
         rows = in_parts(o, rows_of, *given)
     else:
-        rows = rows_of(o, slice(None))
+        rows = rows_of(o, ...)
     _refuse_minus_infinity(o, rows, mask)
     return conventions.finish(rows, None if entries is None else entries.counted, input)
 

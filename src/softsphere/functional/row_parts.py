@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import EllipsisType
 from typing import Any
 
 import torch
@@ -11,24 +12,26 @@ from torch import Tensor
 from softsphere._torch import transformed
 from softsphere.engines.row_statistics import row_parts
 
-__all__ = ["in_parts"]
+__all__ = ["Part", "in_parts"]
 
+# Some of the rows, or all of them, of which there is one if o has no other dimension.
+Part = slice | EllipsisType
 # The losses of o[part] for the rows `part` of o.
-Rows = Callable[[Tensor, slice], Tensor]
+Rows = Callable[[Tensor, Part], Tensor]
 
 
 def in_parts(o: Tensor, rows_of: Rows, *given: Tensor | None) -> Tensor:
-    """rows_of(o, all rows), where o (..., C) in half precision is read in parts of its rows.
+    """rows_of(o, ...), where o (..., C) in half precision is read in parts of its rows.
 
     Nothing but o is kept for the backward, which computes the losses again. `given` are the other
     tensors that rows_of uses. If one of them requires a gradient, there are no parts.
     """
-    parts = [slice(None)]
+    parts: list[slice] = []
     half = o.dtype in (torch.float16, torch.bfloat16)
     if half and not (torch.compiler.is_compiling() or transformed()):
         parts = row_parts(o)
-    if len(parts) == 1 or any(x is not None and x.requires_grad for x in given):
-        return rows_of(o, slice(None))
+    if len(parts) < 2 or any(x is not None and x.requires_grad for x in given):
+        return rows_of(o, ...)
     rows: Tensor = _InParts.apply(rows_of, parts, o, *given)  # type: ignore[no-untyped-call]
     return rows
 
@@ -48,7 +51,7 @@ class _InParts(torch.autograd.Function):
         o, *given = ctx.saved_tensors
         none = [None] * len(given)
         if torch.is_grad_enabled():  # second derivatives
-            rows = ctx.rows_of(o, slice(None))
+            rows = ctx.rows_of(o, ...)
             (grad,) = torch.autograd.grad(rows, o, upstream, create_graph=True)
             return None, None, grad, *none
         grad = torch.empty_like(o)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from softsphere.matrix.generations import Generations
-from softsphere.matrix.precision import Rounded, float32_is_exact, full, product
+from softsphere.matrix.precision import Rounded, float32_is_exact, in_full_precision, product
 from softsphere.matrix.rows import Rows
 
 __all__ = ["Arrays"]
@@ -141,7 +141,7 @@ class Arrays:
             self.known = self.computed_sums()
         return self.known
 
-    @full
+    @in_full_precision
     def computed_sums(self) -> tuple[Tensor, Tensor]:
         """Computes G and w̄ from the rows of W.
 
@@ -185,13 +185,13 @@ class Arrays:
         """W[index]: (n, w)."""
         return self.outputs(self.coordinates(index), columns)
 
-    @full
+    @in_full_precision
     def centred_rows(self, index: Tensor) -> Tensor:
         """W[index] of the first block less the mean row, which is taken off in float64: (n, d)."""
         rows = self.rows(index, self.block(0))
         return (rows - self.mean[: self.width]).to(rows.dtype)
 
-    @full
+    @in_full_precision
     def outputs(self, coordinates: Tensor, columns: slice = slice(None)) -> Tensor:
         """Computes rows of W from their current coordinates (n, w)."""
         omega, U = self.small("omega")[columns], self.small("U")[:, columns]
@@ -199,7 +199,7 @@ class Arrays:
             return torch.addmm(omega, coordinates, U)
         return product(coordinates, self.U[:, columns]) + omega
 
-    @full
+    @in_full_precision
     def coordinates(self, index: Tensor | slice) -> Tensor:
         """Returns V[index] in the current coordinates, from which U and ω make W[index]."""
         return self.generations.carried(self.V[index], self.generations.made[index])
@@ -212,7 +212,7 @@ class Arrays:
             rows = self.V[part][:, columns] if self.is_written else None
             yield part, self.outputs(self.coordinates(part), columns) if rows is None else rows
 
-    @full
+    @in_full_precision
     def times(self, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Yields (slice of rows, W x there) for x (w, p), in float64. O(D w p) a generation."""
         each = self.generations.maps @ (self.U @ x)
@@ -230,7 +230,7 @@ class Arrays:
             dense[part] = rows
         return dense
 
-    @full
+    @in_full_precision
     def rewrite_(self, j: int, change: Callable[[slice, Tensor], Tensor]) -> None:
         """Replaces block j of W by change(part, its rows there), in row chunks. O(D w²).
 

@@ -24,7 +24,7 @@ _aten = torch.ops.aten
 _SMALLEST, _LARGEST = 1e-30, 1e30
 
 
-def step(x: FactoredTensor, g: StructuredGradient, alpha: float) -> Callable[[], None]:
+def plan_step(x: FactoredTensor, g: StructuredGradient, alpha: float) -> Callable[[], None]:
     """Returns a function that adds alpha G to W. Nothing has changed before it is called."""
     if x.block.j != 0:
         raise TypeError("only FactoredSGD can step a momentum buffer of FactoredSGD")
@@ -95,7 +95,7 @@ def add_weight_(func: Any, x: Tensor, other: Operand, alpha: float = 1) -> Tenso
     if not isinstance(x, FactoredTensor):
         return cast(Tensor, func(x, cast(FactoredTensor, other).to_dense(), alpha=alpha))
     if isinstance(other, StructuredGradient):
-        step(x, other, -alpha if func.overloadpacket is _aten.sub_ else alpha)()
+        plan_step(x, other, -alpha if func.overloadpacket is _aten.sub_ else alpha)()
         return x
     _check_shape(x, other)
     return _rewrite(x, lambda part, rows: func(rows.clone(), _rows_of(other, part), alpha=alpha))

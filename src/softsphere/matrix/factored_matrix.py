@@ -14,7 +14,7 @@ from softsphere.matrix.gradient import GradientFactors
 from softsphere.matrix.gradient_products import dense_gradient, inner_product
 from softsphere.matrix.interrupts import uninterrupted
 from softsphere.matrix.mending import rebase, renew
-from softsphere.matrix.precision import full
+from softsphere.matrix.precision import in_full_precision
 from softsphere.matrix.refusals import stale
 from softsphere.matrix.rows import Rows
 from softsphere.matrix.step import SingularStepError, Update, plan
@@ -94,7 +94,7 @@ class FactoredMatrix:
 
         return take
 
-    @full
+    @in_full_precision
     def _planned(self, gradient: GradientFactors, blocks: Blocks) -> Update:
         W = self.arrays
         update = plan(W, gradient, blocks, self.watch.refused)
@@ -103,7 +103,7 @@ class FactoredMatrix:
             update = plan(W, gradient, blocks, self.watch.refused)
         return update
 
-    @full
+    @in_full_precision
     def _commit(self, update: Update, blocks: Blocks) -> None:
         """Writes a planned step, and mends the factors when it is time."""
         with uninterrupted():
@@ -123,7 +123,7 @@ class FactoredMatrix:
         """W ← (1 − decay) W + alpha G, with the errors of `transform_`."""
         self.transform_(gradient, Blocks(((1 - decay,),), (alpha,)))
 
-    @full
+    @in_full_precision
     def dot(self, one: GradientFactors, two: GradientFactors) -> Tensor:
         """tr(G₁ᵀ Π G₂), the inner product of two gradients taken at W, in O(r² d)."""
         return inner_product(self.arrays, one, two)
@@ -132,12 +132,12 @@ class FactoredMatrix:
         """√tr(Gᵀ Π G), the Frobenius norm of the gradient with respect to diag(√π) W."""
         return self.dot(gradient, gradient).clamp_min(0).sqrt()
 
-    @full
+    @in_full_precision
     def to_dense_gradient(self, gradient: GradientFactors) -> Tensor:
         """G as a new tensor (D, d)."""
         return dense_gradient(self.arrays, gradient)
 
-    @full
+    @in_full_precision
     def canonical_(self) -> None:
         """Writes V as W, so that it can be read and saved as it is. O(D w²).
 
@@ -151,7 +151,7 @@ class FactoredMatrix:
             W.forget_gram()
             self.watch.restart()
 
-    @full
+    @in_full_precision
     def rewrite_(self, j: int, change: Callable[[slice, Tensor], Tensor]) -> None:
         """Replaces block j of W by change(part, its rows there), in row chunks. O(D w²)."""
         self.canonical_()
@@ -170,14 +170,14 @@ class FactoredMatrix:
         nothing = GradientFactors.zero(W.width, torch.empty(0, dtype=W.dtype, device=W.device))
         self.transform_(nothing, blocks)
 
-    @full
+    @in_full_precision
     def reset_(self) -> None:
         """Takes V for W after V was written."""
         self.arrays.V.note()
         self.arrays.reset_()
         self.watch.restart()
 
-    @full
+    @in_full_precision
     def copied(self, j: int, device: torch.device, dtype: torch.dtype) -> FactoredMatrix:
         """Returns a copy of block j as a matrix of its own."""
         W = self.arrays
@@ -192,7 +192,7 @@ class FactoredMatrix:
             other.arrays.edition = W.edition
         return other
 
-    @full
+    @in_full_precision
     def widen_(self, block: Block, blocks: Blocks, values: Tensor | None = None) -> None:
         """Puts a second block of columns beside W. O(D w).
 
@@ -229,7 +229,7 @@ class FactoredMatrix:
             block.matrix, block.j = self, 1
         self.watch.restart()
 
-    @full
+    @in_full_precision
     def part_(self) -> None:
         """Takes the second block away and gives it to its owner, if the owner still exists."""
         W = self.arrays
@@ -249,23 +249,23 @@ class FactoredMatrix:
             self.beside = None
         self.watch.restart()
 
-    @full
+    @in_full_precision
     def refactorise_(self) -> None:
         """V ← W, U ← I, ω ← 0, in place and in row chunks; W is unchanged. O(D w²)."""
         W = self.arrays
         rebase(W, torch.eye(W.V.width, dtype=torch.float64, device=W.device))
 
-    @full
+    @in_full_precision
     def renew_(self) -> None:
         """Begins a new generation; W is unchanged. O(w³), and a look at each row's generation."""
         renew(self.arrays, self.watch.basis(self.arrays))
 
-    @full
+    @in_full_precision
     def health(self, probes: int = 4) -> Health:
         """Measures the factors. With `probes` > 0, W is read once for gram_drift, O(D w probes)."""
         return health(self.arrays, probes, self.watch.seconds, self.watch.done)
 
-    @full
+    @in_full_precision
     def mend_(self) -> None:
         """Measures the factors now and mends what is beyond its limit."""
         self.watch.check(self.arrays)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softsphere.matrix.changes import step
+from softsphere.matrix.changes import plan_step
 from softsphere.matrix.gradient_tensors import StructuredGradient
 from softsphere.matrix.refusals import MOMENTUM, refusal
 from softsphere.matrix.sums import summed
@@ -55,7 +55,7 @@ def _foreach_add(
         (x, other, *more), named = calls[i]
         alpha = named.get("alpha", more[0] if more else 1)
         if isinstance(x, FactoredTensor) and isinstance(other, StructuredGradient):
-            steps.append(step(x, other, -alpha if packet is _aten.sub_ else alpha))
+            steps.append(plan_step(x, other, -alpha if packet is _aten.sub_ else alpha))
             taken.add(i)
         elif isinstance(x, StructuredGradient) and isinstance(other, Wrapper):
             summed(packet, x.content, other, alpha)  # raises if it is refused
@@ -121,7 +121,7 @@ def fused_sgd(
         g = -g if maximize else g
         g = g.add(x, alpha=weight_decay) if weight_decay else g
         if isinstance(g, StructuredGradient):
-            steps.append(step(x, g, -float(lr)))
+            steps.append(plan_step(x, g, -float(lr)))
         else:
             steps.append(functools.partial(x.add_, g, alpha=-float(lr)))
     for take in steps:

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from softsphere._torch import usable_now
 
-__all__ = ["Rounded", "float32_is_exact", "full", "product"]
+__all__ = ["Rounded", "float32_is_exact", "in_full_precision", "product"]
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
-def full(method: _Method) -> _Method:
+def in_full_precision(method: _Method) -> _Method:
     """Makes a method of an object with a `device` run without autocast and without gradients.
 
     It also runs outside inference mode, since tensors made there could not be changed in place

@@ -152,7 +152,7 @@ def _times_transpose(H: Tensor, part: Part) -> Tensor:
     return out
 
 
-def product(func: Any, one: Tensor, two: Tensor) -> Tensor:
+def multiply(func: Any, one: Tensor, two: Tensor) -> Tensor:
     if one.shape[1] != two.shape[0]:
         shapes = f"{tuple(one.shape)} and {tuple(two.shape)}"
         raise RuntimeError(f"shapes {shapes} cannot be multiplied")

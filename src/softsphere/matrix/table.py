@@ -45,7 +45,7 @@ WEIGHT: dict[Any, Callable[..., Any]] = {
     _aten.t: reading.view,
     _aten.transpose: reading.view,
     _aten.permute: reading.view,
-    _aten.mm: reading.product,
+    _aten.mm: reading.multiply,
     _aten.lt: reading.compare,
     _aten.gt: reading.compare,
     _aten.le: reading.compare,

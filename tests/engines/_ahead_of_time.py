@@ -15,6 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from softsphere.engines import kernels, launch
+from softsphere.engines.engine import Gradients, Inputs
 from softsphere.engines.triton import symmetric_gram
 
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -65,11 +66,10 @@ def launch_all(m: int, D: int, d: int, K: int, dtype: torch.dtype, given: bool) 
     H, W = torch.zeros(m, d, dtype=dtype), torch.zeros(D, d, dtype=dtype)
     b, pi = (torch.zeros(D, dtype=dtype), torch.ones(D)) if given else (None, None)
     mean = torch.zeros(m, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-    partials = mean, mean, mean.new_zeros(m, K)
-    target, G = torch.zeros(m, K, dtype=torch.long), H.new_zeros(D, m)
-    launch.mean_output(H, W, b, pi, float(D))
-    launch.sums(H, W, b, pi, mean, target)
-    launch.output_gradient(H, W, b, pi, mean, target, partials, 0, G)
+    x, G = Inputs(H, W, b, torch.zeros(m, K, dtype=torch.long), pi), H.new_zeros(D, m)
+    launch.mean_output(x)
+    launch.sums(x, mean)
+    launch.output_gradient(x, mean, Gradients(mean, mean, mean.new_zeros(m, K)), 0, G)
     launch.gram(W, pi, None)
     if given:
         launch.gram(W, pi, torch.zeros(d))

@@ -1,4 +1,4 @@
-"""One Gram matrix and one dense gradient for many batches of the same weight."""
+"""Gradient accumulation with one Gram matrix and one dense gradient for all batches."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ from softsphere.stats import Stats
 
 __all__ = ["Accumulation"]
 
-# Whether something is so of W, and of b.
-Both = tuple[bool, bool]
+# One answer for W, and one for b.
+_Both = tuple[bool, bool]
 
-FIRST_ONLY = (
-    "inside accumulate() there are first derivatives by backward() alone; for second ones, for "
-    "forward mode and for torch.func leave the context and take "
+_FIRST_ONLY = (
+    "inside accumulate() there are first derivatives by backward() alone; for second derivatives, "
+    "forward mode and torch.func leave the context and use "
     "options=LinearSphericalOptions(engine='dense')"
 )
 
 
 class Accumulation:
-    """The gram engine of a weight that stays as it is while gradients accumulate.
+    """The gram engine for a weight that does not change while gradients accumulate.
 
-    The moments are computed once. A backward leaves its A (d, d), v (d) and target rows in the
-    pending `.grad` of W and b, and `finish` has autograd deliver what they come to, in one pass
-    over W: 4 D d² FLOPs however many batches there were.
+    The moments are computed once. Each backward leaves its A (n, n), its v (n) and its rows at the
+    targets in the pending `.grad` of W and b. `finish` has autograd deliver the gradients that
+    these add up to, in one pass over W. That is 4 D d² FLOPs for any number of batches.
     """
 
     def __init__(
@@ -66,26 +66,29 @@ class Accumulation:
         return [version_of(x) for x in (self.W, self.b, self.given_pi) if x is not None]
 
     def current_samples(self) -> list[Tensor]:
-        """Some of each, since what changes `.data` does not tell the version."""
+        """Some entries of each tensor, since a change of `.data` is not counted as a version."""
         given = [x.detach() for x in (self.W, self.b, self.given_pi) if x is not None]
         return [x[:: max(1, len(x) // 16)].clone() for x in given]
 
-    def currently_trained(self) -> Both:
+    def currently_trained(self) -> _Both:
         return self.W.requires_grad, self.b is not None and self.b.requires_grad
 
     def check_use(self, W: Tensor, b: Tensor | None, pi: Tensor | None) -> None:
-        """Raises: RuntimeError where these are not what this was begun with, or autograd is asked
-        for more than backward."""
+        """Checks the tensors of a forward.
+
+        Raises RuntimeError if they are not those that the accumulation began with, or inside a
+        torch.func transform or forward mode.
+        """
         if transformed():
-            raise RuntimeError(FIRST_ONLY)
+            raise RuntimeError(_FIRST_ONLY)
         if not (W is self.W and b is self.b and pi is self.given_pi):
             raise RuntimeError(
-                "the weight, bias or prior of the layer is another one than when accumulate() "
-                "began; leave the context before they are replaced"
+                "the weight, bias or prior of the layer was replaced after accumulate() began; "
+                "leave the context before replacing them"
             )
 
     def check(self) -> None:
-        """Raises: RuntimeError where this is over, or the weight or bias has been changed."""
+        """Raises RuntimeError if the accumulation is over, or if W, b or π has been changed."""
         if not self.open:
             raise RuntimeError(
                 "backward of a loss that was computed inside accumulate() was called after it; "
@@ -94,7 +97,7 @@ class Accumulation:
         if self.current_versions() != self.versions:
             raise RuntimeError(
                 "the weight, bias or prior has been changed inside accumulate(), so its Gram "
-                "matrix is that of another one; step the optimizer after the context, not inside"
+                "matrix no longer holds; step the optimizer after the context, not inside"
             )
         if self.currently_trained() != self.trained:
             raise RuntimeError(
@@ -104,28 +107,33 @@ class Accumulation:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def statistics_of_batch(self, H: Tensor, target: Tensor) -> Stats:
-        """Statistics of H (m, d) for targets (m, K), in O(m d²) but for the first time."""
+        """The statistics of H (m, d) for targets (m, K), in O(m d²) once the moments are known."""
         self.check()
-        check_wrapper()
+        _check_wrapper()
         if self.moments is None:
             with torch.no_grad(), torch.autocast(H.device.type, enabled=False):
                 inputs = self.inputs(H, target)
                 self.moments = moments.moments(inputs, self.centred, self.size, self.dtype)
         stand = tuple(self.stand_in(x) for x in (self.W, self.b))
-        s, q, c = KeptStatistics.apply(H, *stand, target, self)  # type: ignore[no-untyped-call]
+        s, q, c = _KeptStatistics.apply(H, *stand, target, self)  # type: ignore[no-untyped-call]
         pi = None if self.pi is None else self.pi[target]
         return Stats(s, q, c, float(len(self.W)), pi=pi)
 
     def stand_in(self, x: Tensor | None) -> Tensor | None:
-        """What the graph of a batch ends in for W or b: itself, or a leaf of no other use where
-        hooks wait for its gradient. Autograd would run them for the nothing that a batch gives."""
+        """The leaf of a batch's graph that stands for W or b.
+
+        It is the tensor itself, unless hooks wait for its gradient: autograd would run them after
+        each batch, which gives no gradient yet. Then it is a leaf of its own.
+        """
         if x is None or not (x.requires_grad and self.waited_for()):
             return x
         return torch.zeros((), dtype=x.dtype, device=x.device, requires_grad=True)
 
     def waited_for(self) -> bool:
-        """Whether there may be hooks on the gradients. Those of data-parallel wrappers Python does
-        not see, but they come with a process group."""
+        """Whether there may be hooks on the gradients.
+
+        Hooks of data-parallel wrappers are not visible in Python, but need a process group.
+        """
         if distributed.is_available() and distributed.is_initialized():
             return True
         given = [x for x in (self.W, self.b) if x is not None]
@@ -134,16 +142,16 @@ class Accumulation:
     def inputs(self, H: Tensor, target: Tensor) -> Inputs:
         return Inputs(H, self.W, self.b, target, self.pi)
 
-    def add(self, H: Tensor, target: Tensor, mu: Tensor, g: Gradients, wanted: Both) -> None:
-        """What one batch gives to the gradients that are wanted, one at least."""
+    def add(self, H: Tensor, target: Tensor, mu: Tensor, g: Gradients, wanted: _Both) -> None:
+        """Adds the share of one batch to the gradients that are wanted, of which there is one."""
         assert self.moments is not None
         with torch.autocast(H.device.type, enabled=False):
             small = moments.small_gradient(H, mu, self.moments, g)
-        # copies, since whose they are may write over them after the backward
+        # copies, since the caller may write into these tensors after the backward
         entry = H.clone(), target.clone(), g.c.clone()
         pair = zip((self.W, self.b), wanted, strict=True)
         places = [waiting(x).shares for x, want in pair if want and x is not None]
-        # one that has the same to go to; there is none yet, or it was forgotten by a zero_grad
+        # an earlier share that waits at the same places, unless a zero_grad has dropped it
         share = next((x for x in places[0] if self.whose(x) == wanted), None)
         if share is not None:
             share.add(small, entry)
@@ -152,32 +160,32 @@ class Accumulation:
         for place in places:
             place.append(share)
 
-    def whose(self, share: Share) -> Both:
-        """Whether W and b wait for it."""
+    def whose(self, share: Share) -> _Both:
+        """Whether the gradients of W and of b wait for this share."""
         return share in shares_of(self.W, self), share in shares_of(self.b, self)
 
     def finish(self) -> None:
-        """Adds what there is to the gradients of W and b, by way of all hooks that are on them."""
+        """Adds all shares to the gradients of W and b, and runs the hooks on them."""
         self.check()
         if not (shares_of(self.W, self) or shares_of(self.b, self)):
             return
         for was, now in zip(self.samples, self.current_samples(), strict=True):
             if not torch.equal(was, now):
                 raise RuntimeError(
-                    "the weight, bias or prior has been changed inside accumulate(), so what was "
-                    "computed since is of another one, and nothing is added; step the optimizer "
-                    "after the context"
+                    "the weight, bias or prior has been changed inside accumulate(), so the losses "
+                    "since then are wrong and nothing is added; step the optimizer after the "
+                    "context"
                 )
         shares = withdraw(self.W, self), withdraw(self.b, self)
         given = [x if mine else None for x, mine in zip((self.W, self.b), shares, strict=True)]
         with torch.enable_grad():
-            end: Tensor = Delivery.apply(self, shares, *given)  # type: ignore[no-untyped-call]
+            end: Tensor = _Delivery.apply(self, shares, *given)  # type: ignore[no-untyped-call]
         end.backward()
 
     def gradients(
         self, shares: tuple[list[Share], list[Share]]
     ) -> tuple[Tensor | None, Tensor | None]:
-        """What W's shares and b's come to, None where there are none."""
+        """The gradients with respect to W and b that the shares add up to; None without shares."""
         assert self.moments is not None
         of_W, of_b = shares
         dW = torch.empty_like(self.W) if of_W else None
@@ -194,15 +202,18 @@ class Accumulation:
         return dW, db
 
     def close(self) -> None:
-        """Forgets all; a graph that still refers to this can go no further."""
+        """Forgets all shares; the backward of a graph that is left raises an error."""
         for x in (self.W, self.b):
             withdraw(x, self)
         self.open, self.moments = False, None
 
 
-class KeptStatistics(torch.autograd.Function):
-    """s, q (m) and c (m, K) from kept moments. W and b are here, or what stands in for them, so
-    that autograd tells whether their gradients are wanted; they get none from here."""
+class _KeptStatistics(torch.autograd.Function):
+    """s, q (m) and c (m, K) from kept moments.
+
+    W and b, or their stand-ins, are inputs only so that autograd says whether their gradients are
+    wanted. They get no gradient from here.
+    """
 
     @staticmethod
     def forward(
@@ -222,8 +233,8 @@ class KeptStatistics(torch.autograd.Function):
         a: Accumulation = ctx.accumulation
         a.check()
         if torch.is_grad_enabled():  # create_graph=True
-            raise RuntimeError(FIRST_ONLY)
-        wanted = wanted_now(ctx)
+            raise RuntimeError(_FIRST_ONLY)
+        wanted = _wanted_now(ctx)
         H, target, P, mu = ctx.saved_tensors
         g, back = Gradients(gs, gq, gc), None
         if ctx.needs_input_grad[0]:
@@ -235,12 +246,12 @@ class KeptStatistics(torch.autograd.Function):
         return back, None, None, None, None
 
 
-def wanted_now(ctx: Any) -> Both:
-    """Whether the backward that is under way is to give W and b their gradients.
+def _wanted_now(ctx: Any) -> _Both:
+    """Whether the running backward is to compute the gradients of W and b.
 
-    Raises: RuntimeError where torch.autograd.grad is asked for them, or where one cannot tell.
+    Raises RuntimeError if torch.autograd.grad was asked for them, or if autograd cannot say.
     """
-    # H comes first; without a b the third is the target, which has none
+    # H comes first; without a b the third node would be that of the target, which has none
     ends = [node for node, _ in ctx.next_functions[1:3]]
     found = [end is not None and runs_in_this_backward(end) for end in ends]
     if None in found:
@@ -252,17 +263,17 @@ def wanted_now(ctx: Any) -> Both:
     if ctx.stood_in and [W, b] != [end is not None for end in ends]:
         raise RuntimeError(
             "inside accumulate(), with hooks on the gradients of weight or bias or with a process "
-            "group, a backward must be of everything; call it without inputs=, and "
+            "group, a backward must compute all gradients; call it without inputs=, and "
             "torch.autograd.grad outside the context"
         )
     return W, b
 
 
-class Delivery(torch.autograd.Function):
+class _Delivery(torch.autograd.Function):
     """Has autograd add the accumulated gradients to W and b, so that every hook sees them once.
 
-    They are computed in the backward and nobody else refers to them, so that autograd keeps them
-    as `.grad`, without a copy, where there was none before.
+    They are computed in the backward, and nothing else refers to them. So autograd keeps them as
+    `.grad` without a copy, if there was no `.grad` before.
     """
 
     @staticmethod
@@ -281,9 +292,12 @@ class Delivery(torch.autograd.Function):
         return None, None, *ctx.accumulation.gradients(ctx.shares)
 
 
-def check_wrapper() -> None:
-    """Raises: RuntimeError inside the forward of a DistributedDataParallel that looks for the
-    parameters of a loss in its graph, where those of this layer are not."""
+def _check_wrapper() -> None:
+    """Checks the DistributedDataParallel whose forward is running, if there is one.
+
+    Raises RuntimeError if it looks for used parameters in the graph of the loss, which does not
+    contain those of this layer.
+    """
     wrapper = data_parallel_in_forward()
     if wrapper is None:
         return

@@ -1,9 +1,10 @@
 """Triton kernels on tiles of the outputs o = W Hᵀ + b, classes down and rows across.
 
-Letters as everywhere: m rows, D classes, d width; B* are sides of a tile, ACC what sums are taken
-in. Classes are down since tensor cores want 64 or more of those, and as few as 8 across. Strides
-are those of the tensors as they came, so that a transposed W or H is read in place; products with
-them are in int64, since D·d may pass 2³¹. Beyond an edge 0 is loaded and nothing is stored.
+There are m rows, D classes and d columns of W. B* are the sides of a tile, and ACC is the dtype of
+sums. Classes run down a tile, since tensor cores want 64 or more of those and as few as 8 across.
+Strides are those of the tensors as they came, so that a transposed W or H is read in place.
+Products with strides are in int64, since D·d may pass 2³¹. Beyond an edge zeros are loaded and
+nothing is stored.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import triton.language as tl
 __all__ = ["column_sum_kernel", "gradient_kernel", "gram_kernel", "statistics_kernel"]
 
 
-# Older ones multiply float64 by elements alone; they come with older versions of PyTorch.
+# Older versions, which come with older versions of PyTorch, multiply float64 only by elements.
 DOT_OF_FLOAT64 = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 5))
 
 
@@ -48,7 +49,7 @@ def output_tile(
     BD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """o − mean (BN, BM) in ACC, for classes and rows in int64; b may be None."""
+    """o − mean (BN, BM) in ACC, for indices of classes and rows in int64; b may be None."""
     width = tl.arange(0, BD).to(tl.int64)
     w_at = W + classes[:, None] * stride_wk + width[None, :] * stride_wd
     h_at = H + rows[None, :] * stride_hm + width[:, None] * stride_hd
@@ -92,7 +93,7 @@ def statistics_kernel(
 ):
     """partial (2, splits, m): Σ π o and Σ π o² of o − mean, over every splits-th tile of classes.
 
-    c (m, K): o − mean at target (m, K), both contiguous; rounded as in the sums, being the same o.
+    c (m, K) gets o − mean at target (m, K), from the same outputs as the sums; both are contiguous.
     Programs of one split are neighbours, so that their row tiles share W through the cache.
     """
     rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
@@ -153,10 +154,10 @@ def gradient_kernel(
     BD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """G (D, m) = π_k (gs_i + 2 gq_i (o_ik − mean_i)) + Σ_j [k = t_ij] gc_ij, the gradient by o.
+    """G (D, m) = π_k (gs_i + 2 gq_i (o_ik − mean_i)) + Σ_j [k = t_ij] gc_ij.
 
-    H, W, b, pi and G are of a block of D classes, whose number in target is first more. G,
-    target and gc (m, K) are contiguous.
+    This is the gradient with respect to the outputs of a block of D classes, whose W, b and pi are
+    given; `first` is the index of the first of them. G, target and gc (m, K) are contiguous.
     """
     row_tiles = tl.cdiv(m, BM)
     rows = (tl.program_id(0) % row_tiles).to(tl.int64) * BM + tl.arange(0, BM)

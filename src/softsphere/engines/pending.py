@@ -1,8 +1,8 @@
-"""What `.grad` of a parameter holds while its gradient is yet to be computed.
+"""The `.grad` of a parameter while its gradient is still to be computed.
 
-Whoever reads such a gradient would read too little of it. So it is no number: what reads it raises,
-be it an optimizer, clipping, a scaler or a data-parallel wrapper. What torch does to a gradient to
-forget it or to add another one to it does the same here.
+Code that reads such a gradient would read only a part of it. So a pending gradient has no numbers,
+and reading it raises an error, in an optimizer, in clipping, in a scaler or in a data-parallel
+wrapper. The operations by which torch forgets a gradient, or adds another one to it, work as usual.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TOO_EARLY = (
     "the gradient of a parameter is pending inside accumulate(), and complete only when that ends: "
     "step the optimizer, clip gradients and unscale them after the context, not inside"
 )
-# The only one that reads it with a cause of its own.
+# A wrapper is the only reader that acts for a reason of its own.
 READ_BY_WRAPPER = (
     "a data-parallel wrapper reads it early where another layer has the same parameter, too, or "
     "where it looks for unused ones; do without accumulate() there"
@@ -33,7 +33,7 @@ aten = torch.ops.aten
 
 @dataclass(eq=False)
 class Share:
-    """What some batches give to a gradient: A (n, n) and v (n), and (H, target, gc) of each."""
+    """The share of some batches in a gradient: A (n, n), v (n), and (H, target, gc) of each."""
 
     owner: object
     small: tuple[Tensor, Tensor]
@@ -46,7 +46,7 @@ class Share:
 
 @dataclass(eq=False)
 class Waiting:
-    """A gradient that is `before`, which was there already, and what the shares come to."""
+    """A gradient that consists of `before`, which existed already, and of shares."""
 
     before: Tensor | None
     shares: list[Share] = field(default_factory=list)
@@ -60,9 +60,9 @@ class Waiting:
         self.before.zero_()
 
     def add(self, x: Tensor) -> None:
-        """Adds to what was there before, as autograd adds to a gradient."""
+        """Adds x to the gradient that existed before, as autograd does."""
         if self.before is None:
-            # a copy, since whose x is may write over it
+            # a copy, since the owner of x may write into it
             self.before = x.clone()
         elif self.before.is_sparse and not x.is_sparse:
             self.before = x + self.before
@@ -71,7 +71,7 @@ class Waiting:
 
 
 class Pending(Tensor):
-    """Of the shape, dtype and device of a gradient, without its numbers."""
+    """A tensor with the shape, dtype and device of a gradient, without its numbers."""
 
     waiting: Waiting
 
@@ -112,11 +112,11 @@ class Pending(Tensor):
             if func is aten.zero_.default:
                 x.waiting.forget(x)
                 return x
-            # as autograd adds what another use of the parameter gives
+            # autograd adds the gradient of another use of the parameter in this way
             if func is aten.add_.Tensor and not kwargs and addable(x, rest[0]):
                 x.waiting.add(rest[0])
                 return x
-        raise RuntimeError(f"{TOO_EARLY} (what reads it is {func}; {READ_BY_WRAPPER})")
+        raise RuntimeError(f"{TOO_EARLY} (it was read by {func}; {READ_BY_WRAPPER})")
 
 
 def addable(to: Pending, x: object) -> bool:
@@ -124,23 +124,25 @@ def addable(to: Pending, x: object) -> bool:
 
 
 def waiting(x: Tensor) -> Waiting:
-    """What `.grad` of x waits for; from now on, if for nothing yet."""
+    """The parts that `.grad` of x waits for. It becomes a pending gradient if it is none yet."""
     if not isinstance(x.grad, Pending):
-        # None, too, where the optimizer has set it so since: what was pending is forgotten
+        # also if an optimizer has set it to None meanwhile, which forgets the pending shares
         x.grad = Pending(x, Waiting(x.grad))
     return x.grad.waiting
 
 
 def shares_of(x: Tensor | None, owner: object) -> list[Share]:
-    """The owner's among those that `.grad` of x waits for."""
+    """The shares of an owner that `.grad` of x waits for."""
     if x is None or not isinstance(x.grad, Pending):
         return []
     return [share for share in x.grad.waiting.shares if share.owner is owner]
 
 
 def withdraw(x: Tensor | None, owner: object) -> list[Share]:
-    """Takes the owner's shares out of what `.grad` of x waits for, and where there are no others
-    puts back what was there before."""
+    """Takes the shares of an owner out of `.grad` of x, and returns them.
+
+    If no other shares are left, `.grad` becomes what it was before.
+    """
     mine = shares_of(x, owner)
     if x is not None and isinstance(x.grad, Pending):
         kept = x.grad.waiting
@@ -152,8 +154,10 @@ def withdraw(x: Tensor | None, owner: object) -> list[Share]:
 
 
 def refuse_step(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
-    """Before a step: most optimizers would find a pending gradient when some of what is theirs has
-    moved already."""
+    """Raises RuntimeError before a step if one of the gradients is pending.
+
+    Without this, most optimizers would meet it after they have changed other parameters.
+    """
     for group in optimizer.param_groups:
         if any(isinstance(x.grad, Pending) for x in group["params"]):
             raise RuntimeError(TOO_EARLY)

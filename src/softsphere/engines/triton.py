@@ -72,22 +72,25 @@ def _check(x: Inputs, how: Settings) -> None:
         )
 
 
+def _with_contiguous_vectors(x: Inputs) -> Inputs:
+    b, pi = (None if t is None else t.contiguous() for t in (x.b, x.pi))
+    return Inputs(x.H, x.W, b, x.target.contiguous(), pi)
+
+
 def _forward(x: Inputs, how: Settings) -> tuple[Tensor, ...]:
     """s, q, c, and for the backward two means of the outputs of a row, both 0 unless centred.
 
     The first mean has been taken off the outputs. The second is the mean of what was left: it is
     kept apart, since it would be rounded away in the sum of the two.
     """
-    launch, H, W = _launch(), x.H, x.W
-    b, pi = (None if t is None else t.contiguous() for t in (x.b, x.pi))
+    launch, x = _launch(), _with_contiguous_vectors(x)
     if not how.centred:
-        mean = H.new_zeros(len(H), dtype=how.dtype)
-        s, q, c = launch.sums(H, W, b, pi, mean, x.target.contiguous())
-        return s, q, c, mean, mean.clone()
-    mean = launch.mean_output(H, W, b, pi, x.mass)
-    s, q, c = launch.sums(H, W, b, pi, mean, x.target.contiguous())
+        mean = x.H.new_zeros(len(x.H), dtype=how.dtype)
+        return *launch.sums(x, mean), mean, mean.clone()
+    mean = launch.mean_output(x)
+    s, q, c = launch.sums(x, mean)
     rest = s / x.mass
-    q = above_rounding((q - s * rest).clamp_min(0), output_size(x, how.dtype), x.mass, H.shape[1])
+    q = above_rounding((q - s * rest).clamp_min(0), output_size(x, how.dtype), x.mass, x.H.shape[1])
     return torch.zeros_like(s), q, c - rest.unsqueeze(1), mean, rest
 
 
@@ -99,11 +102,11 @@ def _backward(
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """∂H, ∂W and ∂b, from the gradient G with respect to a block of outputs at a time."""
-    launch, H, W, (m, d), D = _launch(), x.H, x.W, x.H.shape, len(x.W)
-    mean, rest = kept
+    launch, x, (mean, rest) = _launch(), _with_contiguous_vectors(x), kept
+    H, W, b, _, _ = x
+    (m, d), D = H.shape, len(W)
     base = -g.c.sum(1) / x.mass - 2 * g.q * rest if how.centred else g.s
-    upstream = tuple(t.contiguous() for t in (base.to(how.dtype), g.q, g.c))
-    b, pi, target = (None if t is None else t.contiguous() for t in (x.b, x.pi, x.target))
+    upstream = Gradients(*(t.contiguous() for t in (base.to(how.dtype), g.q, g.c)))
     dH = H.new_zeros((m, d), dtype=how.dtype) if needs[0] else None
     dW = W.new_empty((D, d)) if needs[1] else None
     db = mean.new_empty(D) if needs[2] and b is not None else None
@@ -112,7 +115,7 @@ def _backward(
     for first in range(0, D, size):
         part = slice(first, min(first + size, D))
         G = buffer[: part.stop - first]
-        launch.output_gradient(H, W, b, pi, mean, target, upstream, first, G)
+        launch.output_gradient(x, mean, upstream, first, G)
         if dH is not None:
             dH += G.mT @ W[part]
         if dW is not None:

@@ -1,7 +1,7 @@
-"""[W b] read in row chunks and at the targets, and its gradient at the targets.
+"""Reads [W b] in chunks of rows and at the targets, and adds gradients at the targets.
 
-W (D, d) and b (D) or None are never joined and never copied whole. A shift (d, or d + 1 with a b)
-is what is taken off every row of [W b]: its mean, for losses that see no shift of the outputs.
+W (D, d) and b (D) or None are never joined, and never copied as a whole. A shift (n) is subtracted
+from every row of [W b]; it is about their mean. n = d, or d + 1 with a b.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = [
 
 
 def accumulator(H: Tensor, W: Tensor, least: torch.dtype) -> torch.dtype:
-    """What sums are taken in: `least`, or wider where the tensors are."""
+    """The dtype of sums: `least`, or a wider one if a tensor has it."""
     return torch.promote_types(torch.promote_types(H.dtype, W.dtype), least)
 
 
@@ -72,12 +72,12 @@ def mean_row(x: Inputs, size: int, dtype: torch.dtype) -> Tensor:
 
 
 def target_outputs(x: Inputs, shift: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """c = W[t]·h + b[t], (m, K), less what the shift (n) gives, one of the K at a time."""
+    """c = W[t]·h + b[t] (m, K), with the shift subtracted from [W b]."""
     H, W, b, target, _ = x
     H = H.to(dtype)
     c = H.new_empty(target.shape)
     for j, t in enumerate(target.unbind(1)):
-        c[:, j] = (at(W, t, shift, H.dtype) * H).sum(1)
+        c[:, j] = (_rows_at(W, t, shift, H.dtype) * H).sum(1)
     if b is not None:
         c += b[target].to(H.dtype) if shift is None else b[target].to(H.dtype) - shift[-1]
     return c
@@ -100,10 +100,10 @@ def add_target_rows(
 ) -> None:
     """out (m, d) += Σ_j gc_j (W[t_j] − shift)."""
     for j, t in enumerate(target.unbind(1)):
-        out.addcmul_(gc[:, j : j + 1], at(W, t, shift, out.dtype))
+        out.addcmul_(gc[:, j : j + 1], _rows_at(W, t, shift, out.dtype))
 
 
-def at(W: Tensor, t: Tensor, shift: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _rows_at(W: Tensor, t: Tensor, shift: Tensor | None, dtype: torch.dtype) -> Tensor:
     rows = W.index_select(0, t).to(dtype)
     return rows if shift is None else rows - shift[: W.shape[1]]
 
@@ -115,44 +115,48 @@ def scatter(
     gc: Tensor,
     deterministic: bool,
 ) -> None:
-    """gc_ij [H_i 1] to the gradients by W (D, d) and b (D), either None, at the targets t_ij."""
+    """Adds gc_ij [H_i 1] to the gradients with respect to W and b at the targets t_ij.
+
+    Either gradient may be None.
+    """
     dW, db = out
     if dW is not None:
-        scatter_rows(dW, target, gc, H.to(gc.dtype), deterministic)
+        _scatter_rows(dW, target, gc, H.to(gc.dtype), deterministic)
     if db is not None:
-        scatter_rows(db, target, gc, None, deterministic)
+        _scatter_rows(db, target, gc, None, deterministic)
 
 
-def scatter_rows(
+def _scatter_rows(
     out: Tensor, target: Tensor, gc: Tensor, H: Tensor | None, deterministic: bool
 ) -> None:
     """out[t_ij] += gc_ij H_i, or gc_ij without H.
 
-    In a narrower out the rows of equal targets are summed first, so that it rounds once.
+    If out has a narrower dtype, the rows of equal targets are summed first, so that out is rounded
+    once.
     """
     m, K = target.shape
     if out.dtype == gc.dtype:
         for j, t in enumerate(target.unbind(1)):
-            add_at(out, t, gc[:, j] if H is None else gc[:, j : j + 1] * H, deterministic)
+            _add_at(out, t, gc[:, j] if H is None else gc[:, j : j + 1] * H, deterministic)
         return
     t, order = target.flatten().sort()
     place = torch.zeros_like(t)
     place[1:] = (t[1:] != t[:-1]).cumsum(0)
     count = min(len(t), len(out))
-    # places that are not used have a sum of zero, which any row may be given
+    # unused places have a sum of zero, which may be added to any row
     row = torch.zeros(count, dtype=torch.long, device=t.device).scatter_(0, place, t)
     total = gc.new_zeros(count, *out.shape[1:])
     for piece in chunks(len(t), max(m, 1)):
         x = gc.flatten()[order[piece]]
         x = x if H is None else x.unsqueeze(1) * H[order[piece] // K]
-        add_at(total, place[piece], x, deterministic)
-    add_at(out, row, total.to(out.dtype), deterministic)
+        _add_at(total, place[piece], x, deterministic)
+    _add_at(out, row, total.to(out.dtype), deterministic)
 
 
-def add_at(out: Tensor, index: Tensor, x: Tensor, deterministic: bool) -> None:
+def _add_at(out: Tensor, index: Tensor, x: Tensor, deterministic: bool) -> None:
     """out[index] += x, equal indices adding up."""
     if out.device.type == "cpu" or deterministic:
-        # sorted on a GPU; on a CPU several times as fast as index_add_
+        # deterministic on a GPU, and several times as fast as index_add_ on a CPU
         out.index_put_((index,), x, accumulate=True)
     else:
         out.index_add_(0, index, x)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from softsphere import checks, losses
 from softsphere.engines.row_statistics import accumulator
@@ -14,6 +11,7 @@ from softsphere.functional.base_measure import check_mask
 from softsphere.functional.conventions import Conventions
 from softsphere.functional.on_logits import loss_on_logits
 from softsphere.functional.probabilities import TopK, normalise, taylor
+from softsphere.functional.with_prior import WithPrior
 
 __all__ = [
     "SoftMarginSoftmaxLoss",
@@ -22,50 +20,6 @@ __all__ = [
     "TaylorSoftmaxLoss",
     "TopK",
 ]
-
-
-class WithPrior(nn.Module):
-    """A module whose buffer `prior`, normalised to Σ π = D, is always in float32 or float64."""
-
-    prior: Tensor | None
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WithPrior:
-        before = self.prior
-        if before is not None and before.dtype == torch.float64:
-            try:
-                fn(before.new_empty(0))
-            except TypeError:  # a device without float64, such as Apple's
-                self.prior = before = before.float()
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if before is not None and self.prior is not None:
-            if self.prior.dtype in (torch.float16, torch.bfloat16):
-                self.prior = before.to(self.prior.device)
-            elif self.prior.dtype == torch.float64 != before.dtype and not self.prior.is_meta:
-                # Normalised again, since the sum was rounded to float32.
-                self.prior = checks.prior(self.prior)
-        return self
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        """Loads as every module does, but normalises a prior that is not, such as counts."""
-        key = f"{prefix}prior"
-        if self.prior is not None and key in state_dict:
-            try:
-                state_dict[key] = checks.loaded_prior(state_dict[key])
-            except (TypeError, ValueError) as error:
-                error_msgs.append(f"{key} cannot be loaded: {error}")
-                return
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
 
 
 class SphericalLoss(WithPrior):

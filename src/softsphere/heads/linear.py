@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from softsphere import checks, losses
 from softsphere.checks.kinds import FLOATING
-from softsphere.criteria import WithPrior
 from softsphere.engines import LinearSphericalOptions, options_or_default
 from softsphere.engines.row_statistics import accumulator
 from softsphere.functional.conventions import Conventions
 from softsphere.functional.on_linear import Affine, loss_on_linear
+from softsphere.functional.with_prior import WithPrior
 from softsphere.heads.accumulating import AccumulatingLayer
 from softsphere.heads.adoption import Tie, plain_parameters
 from softsphere.heads.dense_reader import DenseReader

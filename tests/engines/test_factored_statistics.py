@@ -81,10 +81,14 @@ def test_probabilities_sum_to_one_beside_a_large_common_row(common, prior):
     torch.testing.assert_close(total, torch.ones(m).double(), rtol=0, atol=50 * EPS * common)
 
 
-def test_equal_outputs_are_equal_whatever_they_are():
+@pytest.mark.parametrize("ulps", [0, 1])
+def test_outputs_that_are_equal_up_to_rounding_are_equal(ulps):
+    """Rows of W that differ by an eps of their size, as rounding may leave them, count as equal."""
+    torch.manual_seed(0)
     head = FactoredSphericalLoss(d, D, loss="z_loss")
-    row = torch.randn(1, d) * 300
-    head.load_state_dict({"weight": row.repeat(D, 1), "bias": torch.full((D,), 7.0)})
+    signs = torch.randint(-1, 2, (D, d)) * ulps * EPS
+    row = 300 * torch.randn(1, d)
+    head.load_state_dict({"weight": row * (1 + signs), "bias": torch.full((D,), 7.0)})
     hidden = torch.randn(m, d, requires_grad=True)
     value = head(hidden, torch.randint(D, (m,)))
     assert float(value.detach()) == pytest.approx(math.log1p(math.exp(4.0)))

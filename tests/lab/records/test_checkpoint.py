@@ -1,0 +1,30 @@
+"""The state of a run is whole or not there."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from softsphere_lab.errors import LabError
+from softsphere_lab.records.checkpoint import Checkpoint
+
+
+def test_a_spoiled_state_is_named_and_what_would_do(tmp_path):
+    file = tmp_path / "run.pt"
+    file.write_bytes(b"half a file")
+    with pytest.raises(LabError, match=r"run\.pt cannot be read .* delete it"):
+        Checkpoint(file).load()
+
+
+def test_states_of_several_runs_come_and_go_without_minding_each_other(tmp_path):
+    states = [Checkpoint(tmp_path / "unfinished" / f"{i}.pt") for i in range(2)]
+
+    def come_and_go(state: Checkpoint) -> None:
+        for epoch in range(200):
+            state.save({"epoch": epoch})
+            assert state.load()["epoch"] == epoch
+            state.remove()
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(come_and_go, states))

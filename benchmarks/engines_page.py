@@ -43,6 +43,11 @@ which counts FLOPs and memory and says why. To name an engine yourself, pass
 | gram | 4 D d² + 4 m d² | some MiB and d² | m is above ⅔ d and D is large |
 
 The step of the factored layer (`FactoredSphericalLoss`), which is for SGD, has no D in it at all.
+
+The choice knows sizes, not values. The gram engine takes the mean row off before it sums squares,
+so a large common row or bias costs no digits. But its q = hᵀSh is right to the digits of ‖S‖ ‖h‖²,
+not to its own. If a row h is nearly orthogonal to all rows of W less their mean, and such a small q
+matters, pass `accumulate_dtype=torch.float64` or name the chunked engine.
 """
 
 

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from softsphere._torch import (
-    data_parallel_in_forward,
-    has_gradient_hooks,
-    runs_in_this_backward,
-    transformed,
-    version_of,
-)
+from softsphere._torch import has_gradient_hooks, transformed, version_of
 from softsphere.engines import moments
+from softsphere.engines.accumulation_checks import (
+    FIRST_ONLY,
+    Both,
+    check_wrapper,
+    wanted_now,
+)
 from softsphere.engines.engine import Gradients, Inputs
 from softsphere.engines.gram import chunk_size
 from softsphere.engines.moments import Moments
@@ -24,15 +24,6 @@ from softsphere.engines.weight import accumulator, scatter
 from softsphere.stats import Stats
 
 __all__ = ["Accumulation"]
-
-# One answer for W, and one for b.
-_Both = tuple[bool, bool]
-
-_FIRST_ONLY = (
-    "inside accumulate() there are first derivatives by backward() alone; for second derivatives, "
-    "forward mode and torch.func leave the context and use "
-    "options=LinearSphericalOptions(engine='dense')"
-)
 
 
 class Accumulation:
@@ -70,7 +61,7 @@ class Accumulation:
         given = [x.detach() for x in (self.W, self.b, self.given_pi) if x is not None]
         return [x[:: max(1, len(x) // 16)].clone() for x in given]
 
-    def currently_trained(self) -> _Both:
+    def currently_trained(self) -> Both:
         return self.W.requires_grad, self.b is not None and self.b.requires_grad
 
     def check_use(self, W: Tensor, b: Tensor | None, pi: Tensor | None) -> None:
@@ -80,7 +71,7 @@ class Accumulation:
         torch.func transform or forward mode.
         """
         if transformed():
-            raise RuntimeError(_FIRST_ONLY)
+            raise RuntimeError(FIRST_ONLY)
         if not (W is self.W and b is self.b and pi is self.given_pi):
             raise RuntimeError(
                 "the weight, bias or prior of the layer was replaced after accumulate() began; "
@@ -109,7 +100,7 @@ class Accumulation:
     def statistics_of_batch(self, H: Tensor, target: Tensor) -> Stats:
         """The statistics of H (m, d) for targets (m, K), in O(m d²) once the moments are known."""
         self.check()
-        _check_wrapper()
+        check_wrapper()
         if self.moments is None:
             with torch.no_grad(), torch.autocast(H.device.type, enabled=False):
                 inputs = self.inputs(H, target)
@@ -142,7 +133,7 @@ class Accumulation:
     def inputs(self, H: Tensor, target: Tensor) -> Inputs:
         return Inputs(H, self.W, self.b, target, self.pi)
 
-    def add(self, H: Tensor, target: Tensor, mu: Tensor, g: Gradients, wanted: _Both) -> None:
+    def add(self, H: Tensor, target: Tensor, mu: Tensor, g: Gradients, wanted: Both) -> None:
         """Adds the share of one batch to the gradients that are wanted, of which there is one."""
         assert self.moments is not None
         with torch.autocast(H.device.type, enabled=False):
@@ -160,7 +151,7 @@ class Accumulation:
         for place in places:
             place.append(share)
 
-    def whose(self, share: Share) -> _Both:
+    def whose(self, share: Share) -> Both:
         """Whether the gradients of W and of b wait for this share."""
         return share in shares_of(self.W, self), share in shares_of(self.b, self)
 
@@ -233,8 +224,8 @@ class _KeptStatistics(torch.autograd.Function):
         a: Accumulation = ctx.accumulation
         a.check()
         if torch.is_grad_enabled():  # create_graph=True
-            raise RuntimeError(_FIRST_ONLY)
-        wanted = _wanted_now(ctx)
+            raise RuntimeError(FIRST_ONLY)
+        wanted = wanted_now(ctx)
         H, target, P, mu = ctx.saved_tensors
         g, back = Gradients(gs, gq, gc), None
         if ctx.needs_input_grad[0]:
@@ -244,29 +235,6 @@ class _KeptStatistics(torch.autograd.Function):
         if any(wanted):
             a.add(H, target, mu, g, wanted)
         return back, None, None, None, None
-
-
-def _wanted_now(ctx: Any) -> _Both:
-    """Whether the running backward is to compute the gradients of W and b.
-
-    Raises RuntimeError if torch.autograd.grad was asked for them, or if autograd cannot say.
-    """
-    # H comes first; without a b the third node would be that of the target, which has none
-    ends = [node for node, _ in ctx.next_functions[1:3]]
-    found = [end is not None and runs_in_this_backward(end) for end in ends]
-    if None in found:
-        raise RuntimeError(
-            "torch.autograd.grad cannot give the gradients of weight and bias inside accumulate(), "
-            "since they are computed when it ends; call backward, or leave the context"
-        )
-    W, b = (bool(x) for x in found)
-    if ctx.stood_in and [W, b] != [end is not None for end in ends]:
-        raise RuntimeError(
-            "inside accumulate(), with hooks on the gradients of weight or bias or with a process "
-            "group, a backward must compute all gradients; call it without inputs=, and "
-            "torch.autograd.grad outside the context"
-        )
-    return W, b
 
 
 class _Delivery(torch.autograd.Function):
@@ -290,20 +258,3 @@ class _Delivery(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
         return None, None, *ctx.accumulation.gradients(ctx.shares)
-
-
-def _check_wrapper() -> None:
-    """Checks the DistributedDataParallel whose forward is running, if there is one.
-
-    Raises RuntimeError if it looks for used parameters in the graph of the loss, which does not
-    contain those of this layer.
-    """
-    wrapper = data_parallel_in_forward()
-    if wrapper is None:
-        return
-    for name in ("find_unused_parameters", "static_graph"):
-        if getattr(wrapper, name, False):
-            raise RuntimeError(
-                f"DistributedDataParallel with {name}=True takes the weight for unused inside "
-                f"accumulate(); wrap the model with {name}=False, or do without the context"
-            )

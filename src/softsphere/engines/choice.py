@@ -44,6 +44,11 @@ def choose(
         triton    8 m D n, on a GPU and with the triton package
         gram      4 D n² + 4 m n² + the passes over its inputs + its overhead
 
+    The choice depends on sizes alone, not on values. With S = Σ π (w − w̄)(w − w̄)ᵀ, the gram engine
+    knows q = hᵀSh to the digits of ‖S‖ ‖h‖², not to those of q. If rows h are nearly orthogonal to
+    all w − w̄, and such a small q matters, use accumulate_dtype=torch.float64 or name the chunked
+    engine.
+
     All engines but dense need 6 m K n more for the rows of the weight at the targets. A loss that
     is not spherical, class probabilities and label smoothing need the dense engine whatever this
     function says.

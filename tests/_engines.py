@@ -44,6 +44,15 @@ def layer(m, D, d, dtype=torch.float64, bias=True, seed=0) -> tuple[Tensor, Tens
     return tuple(None if x is None else x.to(dtype).requires_grad_() for x in (H, W, b))
 
 
+def with_gradients(loss: Tensor, *inputs: Tensor | None) -> list[Tensor]:
+    """The loss, and its gradients for upstream gradients that differ from row to row."""
+    inputs = [x for x in inputs if x is not None]
+    upstream = torch.linspace(-1, 2, loss.numel(), dtype=loss.dtype).view(loss.shape)
+    if loss.dim() == 0:
+        upstream = torch.full_like(loss, 1.7)
+    return [loss, *torch.autograd.grad(loss, inputs, upstream)]
+
+
 class Largest(TorchDispatchMode):
     """The most entries of a tensor that was made meanwhile."""
 

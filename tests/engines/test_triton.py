@@ -1,4 +1,7 @@
-"""The Triton engine beside explicit products in float64; without a GPU, interpreted by Triton."""
+"""The Triton engine beside explicit products in float64; without a GPU, Triton interprets it.
+
+The file is long since all of its tests share a fixture that fills new tensors with NaN.
+"""
 
 from __future__ import annotations
 

@@ -75,13 +75,17 @@ def choose(
     kernels = TRITON_INSTALLED if triton is None else triton
     kind = torch.device(device).type
     work = Workload(m, num_classes, in_features, K, int(bias), dtype, kind, kernels)
-    engine, memory = cheapest(work), work.outputs_bytes
+    return _explained(work, cheapest(work))
+
+
+def _explained(work: Workload, engine: str) -> Choice:
+    memory = work.outputs_bytes
     # dense has a cost even where its outputs do not fit
     costs = {x.name: x.cost(work) for x in ENGINES.values() if x.name == "dense" or x.able(work)}
     listed = ", ".join(f"{name} {flops:.2g}" for name, flops in costs.items())
     fits = "" if memory <= LOGITS_LIMIT else f", more than the {LOGITS_LIMIT >> 20} that dense may"
     return Choice(
         engine,
-        f"{engine} is the cheapest that fits; FLOPs, or as long: {listed}; the outputs and what is "
-        f"made of them would take {memory / 2**20:.3g} MiB{fits}",
+        f"{engine} is the cheapest that fits; costs in FLOPs, or as much time: {listed}; the "
+        f"outputs and the tensors made of them would take {memory / 2**20:.3g} MiB{fits}",
     )

@@ -18,8 +18,8 @@ from softsphere.engines.weight import scatter
 
 __all__ = ["GRAM", "chunk_size"]
 
-# Entries of W in a chunk: enough for products at full speed, few enough that what is
-# copied of it stays in the cache.
+# Entries of W in a chunk: enough for products at full speed, and few enough that the copy of a
+# chunk stays in the cache.
 _CHUNK, _CHUNK_ON_GPU = 1 << 21, 1 << 25
 # FLOPs that take as long as one entry of H and its rows of W at the targets, which are read,
 # multiplied, summed and added.

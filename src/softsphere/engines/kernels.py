@@ -4,7 +4,7 @@ There are m rows, D classes and d columns of W. B* are the sides of a tile, and 
 sums. Classes run down a tile, since tensor cores want 64 or more of those and as few as 8 across.
 Strides are those of the tensors as they came, so that a transposed W or H is read in place.
 Products with strides are in int64, since D·d may pass 2³¹. Beyond an edge zeros are loaded and
-nothing is stored.
+nothing is stored. Triton takes pointers, sizes and strides one by one, so signatures are long.
 """
 
 from __future__ import annotations

@@ -128,8 +128,9 @@ def _read_as_is(x: Inputs, dtype: torch.dtype) -> bool:
 def _shift(x: Inputs, size: int, dtype: torch.dtype) -> Tensor:
     """About the mean row: (n).
 
-    It is that of some rows, since reading all of them once more would take a tenth of the time of
-    a step. Exact is what is computed with any shift; one that is near to the mean loses no digits.
+    It is the mean of some rows, since reading all rows once more would take a tenth of the time of
+    a step. The results are right with any shift, and a shift that is near to the mean keeps their
+    digits.
     """
     D, some = len(x.W), _SAMPLE
     if x.pi is not None or some >= D:

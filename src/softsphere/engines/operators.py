@@ -1,8 +1,8 @@
 """Registers the forward and the backward of an engine with PyTorch as custom operators.
 
 An engine that is an operator is opaque to `torch.compile` and `torch.export`: it may loop over
-chunks whose number depends on sizes. It gives two functions and the shapes of what the first one
-keeps for the second one; schema, shape inference and autograd are written here, once.
+chunks whose number depends on sizes. It gives two functions, and the shapes of the tensors that the
+first one keeps for the second one. Schema, shape inference and autograd are written here, once.
 """
 
 from __future__ import annotations

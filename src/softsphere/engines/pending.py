@@ -113,13 +113,13 @@ class Pending(Tensor):
                 x.waiting.forget(x)
                 return x
             # autograd adds the gradient of another use of the parameter in this way
-            if func is aten.add_.Tensor and not kwargs and addable(x, rest[0]):
+            if func is aten.add_.Tensor and not kwargs and _addable(x, rest[0]):
                 x.waiting.add(rest[0])
                 return x
         raise RuntimeError(f"{TOO_EARLY} (it was read by {func}; {READ_BY_WRAPPER})")
 
 
-def addable(to: Pending, x: object) -> bool:
+def _addable(to: Pending, x: object) -> bool:
     return isinstance(x, Tensor) and not isinstance(x, Pending) and x.shape == to.shape
 
 

@@ -80,7 +80,7 @@ def _with_contiguous_vectors(x: Inputs) -> Inputs:
 def _forward(x: Inputs, how: Settings) -> tuple[Tensor, ...]:
     """s, q, c, and for the backward two means of the outputs of a row, both 0 unless centred.
 
-    The first mean has been taken off the outputs. The second is the mean of what was left: it is
+    The first mean has been taken off the outputs. The second is the mean of the rest, and is
     kept apart, since it would be rounded away in the sum of the two.
     """
     launch, x = _launch(), _with_contiguous_vectors(x)

@@ -228,11 +228,13 @@ def dense_gradient(
     _, W, b, _, pi = x
     A, v = small
     d, dtype, as_is = W.shape[1], A.dtype, _read_as_is(x, A.dtype)
-    twice, scale, low = 2 * A, None, None
+    twice, scale, low, low_column = 2 * A, None, None, None
     if as_is:
         low, scale = rounded(twice[:d], W.dtype)
         # The common part of the rows must meet the same rounded numbers here and in the products.
         twice[:d] = low.to(dtype) * scale
+        # contiguous, since products are slow where rows begin at odd places
+        low, low_column = low[:, :d].contiguous(), low[:, d:].contiguous()
     v = v - (at.rest.double() @ twice.double()).to(dtype)
     room = None if as_is else chunk_room(W, size, dtype)
     for part in chunks(len(W), size):
@@ -244,7 +246,7 @@ def dense_gradient(
             rows = out[0][part]
             direct = fresh and rows.dtype == dtype
             if low is not None and scale is not None:
-                G = torch.addcmul(v[:d], product(w, low[:, :d], dtype), scale)
+                G = torch.addcmul(v[:d], product(w, low, dtype), scale)
             else:
                 G = torch.addmm(v[:d], w, twice[:d, :d], out=rows if direct else None)
             if w1 is not None:
@@ -254,8 +256,8 @@ def dense_gradient(
             if not direct:
                 rows.copy_(G) if fresh else rows.add_(G)
         if out[1] is not None and w1 is not None:
-            if low is not None and scale is not None:
-                column = torch.addcmul(v[d], product(w, low[:, d:], dtype).squeeze(1), scale)
+            if low_column is not None and scale is not None:
+                column = torch.addcmul(v[d], product(w, low_column, dtype).squeeze(1), scale)
             else:
                 column = torch.addmv(v[d], w, twice[:d, d])
             column = column + twice[d, d] * w1

@@ -20,7 +20,8 @@ ENGINES = {
     "gram": LinearSphericalOptions(engine="gram", class_chunk=100),
 }
 
-if TRITON_INSTALLED:
+# On a GPU Triton compiles its kernels, which take no tensors on the CPU: test_triton.py runs them.
+if TRITON_INSTALLED and not torch.cuda.is_available():
     ENGINES["triton"] = LinearSphericalOptions(engine="triton")
 
 # The engines that are operators.

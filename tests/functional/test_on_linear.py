@@ -161,7 +161,7 @@ def test_a_change_inside_accumulate_is_told(change):
             head(rows(), t)
             change(head)
 
-    with pytest.raises(RuntimeError, match=r"changed inside|another one|pending inside"):
+    with pytest.raises(RuntimeError, match=r"changed inside|replaced after|pending inside"):
         use()
 
 

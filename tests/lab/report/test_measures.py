@@ -10,8 +10,9 @@ from _lab_results import results_of, text_end
 from softsphere_lab.experiments.on_text.text_sections import (
     MRR,
     PERPLEXITY,
+    outputs_named,
     ratios_to_softmax,
-    softmax_on_same_network,
+    softmax_references,
 )
 from softsphere_lab.report import measures
 
@@ -24,7 +25,7 @@ def test_ratios_and_tests_are_paired_by_seed_and_network():
              for seed, nll in enumerate(base)]  # fmt: skip
     ends += [text_end("softmax", seed, 1.0 + seed) for seed in range(4)]
     found = results_of(ends)
-    reference = {name: softmax_on_same_network(name) for name in found.ends}
+    reference = softmax_references(outputs_named(found.ends))
     assert reference["taylor_softmax lstm"] == "softmax lstm"
     middle, low, high = measures.ratio(
         found.ends, "taylor_softmax lstm", "softmax lstm", PERPLEXITY

@@ -12,6 +12,8 @@ from softsphere_lab.experiments.on_text import ptb
 from softsphere_lab.experiments.on_text import text_pictures as pictures
 from softsphere_lab.experiments.on_text.text_sections import (
     PERPLEXITY,
+    outputs_named,
+    softmax_references,
     table_beside_softmax,
     text_setup,
 )
@@ -39,49 +41,47 @@ def _outputs_on_networks(losses: tuple[str, ...], depths: tuple[int, ...]) -> tu
     )
 
 
-def _network(name: str) -> tuple[str, int]:
-    """Returns the activation and the depth that a name says.
-
-    >>> _network("softmax depth=2 activation=exp")
-    ('exp', 2)
-    """
-    output = Output.parse(name)
-    return output.activation or "", output.depth or 0
-
-
 def ablation_section(results: Results) -> Section:
     """Returns the perplexities by network, each loss also as a multiple of softmax there."""
-    reference = {name: _softmax_with_depth(name) for name in results.ends}
+    outputs = outputs_named(results.ends)
+    reference = softmax_references(outputs)
     p = p_values(results.ends, PERPLEXITY, reference)
-    first = {"network": _layers_counted, "loss": lambda name: label(name.split()[0])}
+    first = {
+        "network": lambda name: _layers_counted(outputs[name]),
+        "loss": lambda name: label(outputs[name].loss),
+    }
     table = table_beside_softmax(results, reference, p, first)
-    found = _range_of_ratios(results, reference, p)
+    words = {name: _loss_and_network(output) for name, output in outputs.items()}
+    found = _range_of_ratios(results, reference, p, words)
     return Section(
         text=f"{text_setup(results)}\n{table}\n{NOTE}\n\n{found}\n",
         table=table,
         finding=found,
         note=NOTE,
-        pictures={"networks": partial(_draw_networks, results)},
+        pictures={"networks": partial(_draw_networks, results, outputs)},
     )
 
 
-def _layers_counted(name: str) -> str:
+def _layers_counted(output: Output) -> str:
     """Returns the network in a few words.
 
-    >>> _layers_counted("softmax depth=2 activation=exp")
+    >>> _layers_counted(Output("softmax", depth=2, activation="exp"))
     '2 layers, exp'
     """
-    activation, depth = _network(name)
-    return f"{depth} layer{'s' if depth > 1 else ''}, {activation}"
+    depth = output.depth or 0
+    return f"{depth} layer{'s' if depth > 1 else ''}, {output.activation}"
 
 
-def _softmax_with_depth(name: str) -> str:
-    """Returns the name of softmax on the same network."""
-    return " ".join([REFERENCE, *name.split()[1:]])
+def _range_of_ratios(
+    results: Results,
+    reference: Mapping[str, str],
+    p: Mapping[str, float],
+    words: Mapping[str, str],
+) -> str:
+    """Returns sentences about the smallest and the largest ratio to softmax, and the tests.
 
-
-def _range_of_ratios(results: Results, reference: Mapping[str, str], p: Mapping[str, float]) -> str:
-    """Returns sentences about the smallest and the largest ratio to softmax, and the tests."""
+    words: loss and network by the name of the output layer.
+    """
     found = {
         name: compared[0]
         for name, other in reference.items()
@@ -92,7 +92,7 @@ def _range_of_ratios(results: Results, reference: Mapping[str, str], p: Mapping[
     least, most = min(found, key=found.__getitem__), max(found, key=found.__getitem__)
 
     def ratio_where(name: str) -> str:
-        return f"{found[name]:.3f} ({_loss_and_network(name)})"
+        return f"{found[name]:.3f} ({words[name]})"
 
     better = [name for name, value in found.items() if shown_below(p.get(name), value)]
     closed = (
@@ -107,9 +107,7 @@ def _range_of_ratios(results: Results, reference: Mapping[str, str], p: Mapping[
         f"Over the networks the perplexity in times softmax's is from {ratio_where(least)} to "
         f"{ratio_where(most)}; {closed}."
     )
-    lost = [
-        _loss_and_network(name) for name, other in reference.items() if name not in {other, *found}
-    ]
+    lost = [words[name] for name, other in reference.items() if name not in {other, *found}]
     if lost:
         sentences += (
             f" Without a run to compare, since all diverged or none is done: {'; '.join(lost)}."
@@ -117,25 +115,24 @@ def _range_of_ratios(results: Results, reference: Mapping[str, str], p: Mapping[
     return sentences
 
 
-def _loss_and_network(name: str) -> str:
+def _loss_and_network(output: Output) -> str:
     """Returns the loss and its network in a few words.
 
-    >>> _loss_and_network("taylor_softmax depth=2 activation=exp")
+    >>> _loss_and_network(Output("taylor_softmax", depth=2, activation="exp"))
     'log-Taylor softmax, exp, depth 2'
     """
-    activation, depth = _network(name)
-    return f"{label(name.split()[0])}, {activation}, depth {depth}"
+    return f"{label(output.loss)}, {output.activation}, depth {output.depth}"
 
 
-def _draw_networks(results: Results, path: Path) -> None:
+def _draw_networks(results: Results, outputs: Mapping[str, Output], path: Path) -> None:
     """Draws the perplexity by depth, a panel for each activation."""
     groups: dict[str, list[pictures.Curve]] = {}
     for activation in ACTIVATIONS:
         for loss in COMPARED:
             own = {
-                _network(name)[1]: runs
+                outputs[name].depth or 0: runs
                 for name, runs in results.ends.items()
-                if name.split()[0] == loss and _network(name)[0] == activation
+                if outputs[name].loss == loss and outputs[name].activation == activation
             }
             if own:
                 groups.setdefault(activation, []).append(

@@ -12,6 +12,8 @@ from softsphere_lab.experiments.on_text import text_pictures as pictures
 from softsphere_lab.experiments.on_text.language_modelling import LanguageModelling
 from softsphere_lab.experiments.on_text.text_sections import (
     PERPLEXITY,
+    outputs_named,
+    softmax_references,
     table_beside_softmax,
     text_setup,
 )
@@ -38,58 +40,51 @@ def _outputs_with_classes(classes: tuple[int, ...]) -> tuple[Output, ...]:
     )
 
 
-def _without_classes(name: str) -> str:
-    """Returns the output layer without its number of classes.
-
-    >>> _without_classes("taylor_softmax prior classes=10")
-    'taylor_softmax prior'
-    """
-    return str(replace(Output.parse(name), classes=None))
-
-
 def classes_section(results: Results) -> Section:
     """Returns the perplexities by D, each also as a multiple of softmax's."""
-    names = sorted(results.ends, key=lambda name: Output.parse(name).classes or 0)
-    reference = {name: _softmax_with_classes(name) for name in names}
+    outputs = outputs_named(results.ends)
+    by_classes = dict(sorted(outputs.items(), key=lambda item: item[1].classes or 0))
+    reference = softmax_references(by_classes)
     p = p_values(results.ends, PERPLEXITY, reference)
     first = {
-        "D": lambda name: f"{Output.parse(name).classes:,}",
-        "output layer": lambda name: label(_without_classes(name)),
+        "D": lambda name: f"{outputs[name].classes:,}",
+        "output layer": lambda name: label(str(_kind(outputs[name]))),
     }
     table = table_beside_softmax(results, reference, p, first)
-    found = _where_the_order_turns(results, p)
+    curves = _curves(results, outputs)
+    found = _where_the_order_turns(curves, p)
     return Section(
         text=f"{text_setup(results)}\n{table}\n{NOTE}\n\n{found}\n",
         table=table,
         finding=found,
         note=NOTE,
-        pictures={"ratios": partial(_draw_ratios, results)},
+        pictures={"ratios": partial(_draw_ratios, curves, results.config["dataset"])},
     )
 
 
-def _softmax_with_classes(name: str) -> str:
-    """Returns the name of softmax with as many classes."""
-    return str(Output(REFERENCE, classes=Output.parse(name).classes))
+def _kind(output: Output) -> Output:
+    """Returns the output layer without its number of classes."""
+    return replace(output, classes=None)
 
 
 # The ratio to softmax with as many classes and the ends of its interval, by D.
 Curve = dict[int, tuple[float, float, float]]
 
 
-def _curves(results: Results) -> dict[str, Curve]:
+def _curves(results: Results, outputs: Mapping[str, Output]) -> dict[Output, Curve]:
     """Returns the curve of each kind of layer but softmax itself."""
-    found: dict[str, Curve] = {}
-    for name in results.ends:
-        D, kind = Output.parse(name).classes, _without_classes(name)
-        compared = ratio(results.ends, name, _softmax_with_classes(name), PERPLEXITY)
-        if kind != REFERENCE and D is not None and compared is not None:
+    found: dict[Output, Curve] = {}
+    for name, other in softmax_references(outputs).items():
+        D, kind = outputs[name].classes, _kind(outputs[name])
+        compared = ratio(results.ends, name, other, PERPLEXITY)
+        if name != other and D is not None and compared is not None:
             found.setdefault(kind, {})[D] = compared
     return found
 
 
-def _where_the_order_turns(results: Results, p: Mapping[str, float]) -> str:
+def _where_the_order_turns(curves: Mapping[Output, Curve], p: Mapping[str, float]) -> str:
     """Returns a list: for each kind of layer where its ratio to softmax is not 1."""
-    lines = [_curve_sentence(kind, curve, p) for kind, curve in _curves(results).items()]
+    lines = [_curve_sentence(kind, curve, p) for kind, curve in curves.items()]
     if not lines:
         return "Nothing can be compared yet."
     head = (
@@ -99,10 +94,10 @@ def _where_the_order_turns(results: Results, p: Mapping[str, float]) -> str:
     return "\n".join([head, "", *lines])
 
 
-def _curve_sentence(kind: str, curve: Curve, p: Mapping[str, float]) -> str:
+def _curve_sentence(kind: Output, curve: Curve, p: Mapping[str, float]) -> str:
     """Returns the ratios with the fewest and most classes, and where they are shown not to be 1."""
     classes = sorted(curve)
-    names = {D: str(replace(Output.parse(kind), classes=D)) for D in classes}
+    names = {D: str(replace(kind, classes=D)) for D in classes}
 
     def listed(what: str, some: list[int]) -> list[str]:
         return [f"{what} at {', '.join(f'{D:,}' for D in some)}"] if some else []
@@ -116,21 +111,21 @@ def _curve_sentence(kind: str, curve: Curve, p: Mapping[str, float]) -> str:
         *listed("interval above 1", [D for D in classes if curve[D][1] > 1]),
         *listed(f"p < {LEVEL}", [D for D in classes if p.get(names[D], 1.0) < LEVEL]),
     )
-    return f"- {label(kind)}: {'; '.join(parts)}."
+    return f"- {label(str(kind))}: {'; '.join(parts)}."
 
 
-def _draw_ratios(results: Results, path: Path) -> None:
+def _draw_ratios(curves: Mapping[Output, Curve], dataset: str, path: Path) -> None:
     """Draws the ratio against D."""
     drawn = []
-    for kind, curve in _curves(results).items():
+    for kind, curve in curves.items():
         x = sorted(curve)
         middle, ends = [curve[D][0] for D in x], [curve[D][1:] for D in x]
-        drawn.append(pictures.Curve(label(kind), x, middle, ends, {}))
+        drawn.append(pictures.Curve(label(str(kind)), x, middle, ends, {}))
     pictures.ratios_over_classes(
         drawn,
         "classes D (the commonest words; all others are one)",
         "test perplexity, in times softmax's",
-        f"{results.config['dataset']}: where does the order turn?",
+        f"{dataset}: where does the order turn?",
         path,
     )
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 
 from softsphere_lab.experiments.on_text import text_pictures as pictures
@@ -31,9 +32,11 @@ __all__ = [
     "MRR",
     "PERPLEXITY",
     "goals",
+    "outputs_named",
     "ratios_to_softmax",
     "seconds_to_goal",
     "softmax_on_same_network",
+    "softmax_references",
     "table_beside_softmax",
     "text_section",
     "text_setup",
@@ -48,18 +51,28 @@ WORDSIM = Metric("wordsim353", "WordSim-353", 3)
 VALID_NLL = Metric("valid_nll", "", 1)
 
 
-def softmax_on_same_network(name: str) -> str:
-    """Returns the name of the softmax that an output layer is compared with.
+def outputs_named(names: Iterable[str]) -> dict[str, Output]:
+    """Reads the names of output layers in a record. Sections read them here and nowhere else."""
+    return {name: Output.parse(name) for name in names}
 
-    >>> softmax_on_same_network("taylor_softmax prior factored lstm")
+
+def softmax_on_same_network(output: Output) -> Output:
+    """Returns the softmax that an output layer is compared with: the same network and classes.
+
+    >>> str(softmax_on_same_network(Output("taylor_softmax", prior=True, factored=True, lstm=True)))
     'softmax lstm'
     """
-    return " ".join([REFERENCE, *(word for word in name.split()[1:] if word == "lstm")])
+    return replace(output, loss=REFERENCE, prior=False, factored=False, rate=None)
+
+
+def softmax_references(outputs: Mapping[str, Output]) -> dict[str, str]:
+    """Returns for each name that of the softmax that it is compared with."""
+    return {name: str(softmax_on_same_network(output)) for name, output in outputs.items()}
 
 
 def text_section(results: Results) -> Section:
     """Returns tables of quality and cost, with tests of perplexity and rank against softmax."""
-    reference = {name: softmax_on_same_network(name) for name in results.ends}
+    reference = softmax_references(outputs_named(results.ends))
     quality = _quality_table(results, reference)
     cost = _cost_table(results)
     found = ratios_to_softmax(results, reference)
@@ -154,7 +167,7 @@ def table_beside_softmax(
 def text_setup(results: Results) -> str:
     """Returns sentences about the text, the networks and their training."""
     asked, data = results.config, results.config["data"]
-    outputs = [Output.parse(name) for name in asked["outputs"]]
+    outputs = outputs_named(asked["outputs"]).values()
     networks = []
     if not all(output.lstm for output in outputs):
         depths = sorted({output.depth or asked["depth"] for output in outputs})

@@ -71,8 +71,8 @@ def prior(value: Any, dtype: torch.dtype | None = None) -> Tensor:
     return narrow
 
 
-def loaded_prior(value: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Returns the prior of a state_dict as `prior` does, a normalised one to its last bit.
+def loaded_prior(value: Any, dtype: torch.dtype | None = None) -> Tensor:
+    """Returns a prior that is loaded or assigned as `prior` does, a normalised one to its last bit.
 
     Normalising it again could change the last bit of what was saved.
     """

@@ -14,9 +14,17 @@ __all__ = ["WithPrior"]
 
 
 class WithPrior(nn.Module):
-    """A module whose buffer `prior`, normalised to Σ π = D, is always in float32 or float64."""
+    """A module whose buffer `prior`, normalised to Σ π = D, is always in float32 or float64.
+
+    A prior that is assigned is checked and normalised, as one that is given to the constructor.
+    """
 
     prior: Tensor | None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "prior" and value is not None:
+            value = checks.loaded_prior(value)
+        super().__setattr__(name, value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WithPrior:
         before = self.prior
@@ -44,7 +52,7 @@ class WithPrior(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Loads as every module does, but normalises a prior that is not, such as counts."""
+        """Loads as every module does, but normalises a prior that is not normalised."""
         key = f"{prefix}prior"
         if self.prior is not None and key in state_dict:
             try:

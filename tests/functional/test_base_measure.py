@@ -263,3 +263,63 @@ def test_minus_infinity_is_a_probability_of_zero_or_an_error(name):
                 call()
     else:
         assert mask[SphericalLoss(loss).predict(o)].all()
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@both_priors
+@every_loss
+def test_gradients_of_probabilities_and_class_weights(name, prior, smoothing):
+    """They are those of the classes that take part alone, and 0 for the others."""
+    loss = CASES[name][0]
+    if isinstance(loss, losses.SquaredError) or (smoothing and not loss.smoothable):
+        pytest.skip("the loss does not have them")
+    logits, target, mask = problem(False)
+    p = torch.where(mask, logits.softmax(1), 0.0)
+    weight = torch.arange(1.0, 8.0).double()
+    options = {"label_smoothing": smoothing}
+    place = (mask.cumsum(0) - 1)[target]
+    for goal, of_few in ((p, p[:, mask]), (target, place)):
+        whole = [goal, weight.clone().requires_grad_()]
+        few = [of_few, weight[mask].clone().requires_grad_()]
+        if goal is p:
+            whole[0], few[0] = p.clone().requires_grad_(), of_few.clone().requires_grad_()
+        got = spherical_loss(
+            logits, whole[0], loss, mask=mask, weight=whole[1], prior=prior, **options
+        )
+        few_pi = None if prior is None else prior[mask]
+        want = spherical_loss(logits[:, mask], few[0], loss, weight=few[1], prior=few_pi, **options)
+        torch.testing.assert_close(got, want)
+        leaves = [[x for x in given if x.requires_grad] for given in (whole, few)]
+        slopes, wanted = torch.autograd.grad(got, leaves[0]), torch.autograd.grad(want, leaves[1])
+        for slope, right in zip(slopes, wanted, strict=True):
+            torch.testing.assert_close(slope[..., mask], right)
+            assert not slope[..., ~mask].any()
+
+
+@both_priors
+@every_loss
+def test_gradients_of_target_values(name, prior):
+    """A value of 0 has a gradient like any other; padding has none, also if class 0 is masked."""
+    loss = CASES[name][0]
+    logits, target, mask = problem(False)
+    sparse = torch.stack([target, torch.full_like(target, 3), torch.full_like(target, -1)], 1)
+    sparse[3, 1] = 1
+    values = torch.tensor([[1.0, 0.0, 9.0]] * 5).double().requires_grad_()
+    got = spherical_loss(logits, sparse, loss, target_values=values, mask=mask, prior=prior)
+    few = torch.where(sparse == -1, -1, (mask.cumsum(0) - 1)[sparse])
+    few_values = values.detach().clone().requires_grad_()
+    few_pi = None if prior is None else prior[mask]
+    want = spherical_loss(logits[:, mask], few, loss, target_values=few_values, prior=few_pi)
+    (slope,), (right,) = torch.autograd.grad(got, values), torch.autograd.grad(want, few_values)
+    torch.testing.assert_close(slope, right)
+    assert not slope[:, 2].any() and slope[:, 1].all()
+
+
+def test_rows_without_a_class_are_told_before_their_targets():
+    nothing = torch.zeros(3).bool()
+    W = torch.ones(3, 4)
+    for goal in (TARGET, torch.ones(2, 3) / 3):
+        with pytest.raises(ValueError, match="mask must be True for at least one class"):
+            spherical_loss(LOGITS, goal, "taylor_softmax", mask=nothing)
+        with pytest.raises(ValueError, match="mask must be True for at least one class"):
+            linear_spherical_loss(torch.ones(2, 4), W, goal, "taylor_softmax", mask=nothing)

@@ -151,8 +151,8 @@ def loss_on_linear(
     entries = conventions.entries(target, values, num_classes, dtype)
     base = BaseMeasure(conventions.pi)
     if mask is not None:
-        entries.refuse_masked(mask)
         base = restrict(conventions.pi, mask, dtype)
+        entries.refuse_masked(mask)
     assert isinstance(loss, losses.Spherical)
     if statistics is None:
         centred = loss.shift_invariant

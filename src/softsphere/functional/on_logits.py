@@ -138,9 +138,9 @@ def _entry_rows(
     """Losses (...) of class indices or K-sparse targets."""
     base = BaseMeasure(conventions.pi)
     if mask is not None:
-        entries.refuse_masked(mask)
         of_rows = None if mask.dim() < o.dim() else entries.ignored
         base = restrict(conventions.pi, mask, entries.counted.dtype, of_rows)
+        entries.refuse_masked(mask)
         o = fill_masked(o, mask)
     if conventions.label_smoothing:
         return _smoothed_rows(o, entries, loss, conventions, base)
@@ -150,8 +150,10 @@ def _entry_rows(
     o, kind = o.to(entries.counted.dtype), _on_logits(loss)
     if entries.y is None:
         return entries.weigh(kind.at(o, entries.t.squeeze(-1), base.pi))
-    each = kind.per_class(o, base.pi).gather(-1, entries.t)
-    return entries.weigh(torch.where(entries.y == 0, 0.0, each * entries.y).sum(-1))
+    each = _per_class(o, kind, base).gather(-1, entries.t)
+    # A loss that is infinite counts for nothing where its value is 0, as at padding.
+    each = torch.where((entries.y == 0) & ~each.isfinite(), 0.0, each)
+    return entries.weigh((each * entries.y).sum(-1))
 
 
 def spherical_value(
@@ -163,7 +165,7 @@ def spherical_value(
     pi = x.pi
     if conventions.mask is not None and pi is not None and entries.y is not None:
         # Padding looks at class 0, which may be masked out: π = 0 has no logarithm.
-        pi = torch.where(entries.y == 0, 1.0, pi)
+        pi = torch.where((entries.y == 0) & (pi == 0), 1.0, pi)
     return loss.value(Stats(x.s, x.q, x.c, x.mass, y=entries.y, pi=pi))
 
 
@@ -190,8 +192,8 @@ def _soft_rows(
         )
     base = BaseMeasure(conventions.pi)
     if mask is not None:
-        checks.masked_targets((p != 0) & ~mask)
         base = restrict(conventions.pi, mask, p.dtype)
+        checks.masked_targets((p != 0) & ~mask)
         o = fill_masked(o, mask)
     alpha, w = conventions.label_smoothing, conventions.weight
     if isinstance(loss, losses.SquaredError):
@@ -210,11 +212,14 @@ def _smoothed(p: Tensor, alpha: float, base: BaseMeasure) -> Tensor:
 
 
 def _per_class(o: Tensor, loss: losses.Loss, base: BaseMeasure) -> Tensor:
-    """ℓ_k of every class k taken as the target: (..., C)."""
+    """ℓ_k of every class k taken as the target: (..., C). It is 0 for masked classes."""
     if isinstance(loss, losses.Spherical):
         centred = loss.shift_invariant
-        return loss.each(dense_statistics(o, base.pi, centred=centred, y=None, mass=base.mass))
-    return _on_logits(loss).per_class(o.to(accumulator(o.dtype)), base.pi)
+        each = loss.each(dense_statistics(o, base.pi, centred=centred, y=None, mass=base.mass))
+    else:
+        each = _on_logits(loss).per_class(o.to(accumulator(o.dtype)), base.pi)
+    # The loss of a masked class is infinite, and its product with a weight of 0 would be NaN.
+    return each if base.mask is None else torch.where(base.mask, each, 0.0)
 
 
 def _on_logits(loss: losses.Loss) -> losses.OnLogits:

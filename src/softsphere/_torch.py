@@ -25,6 +25,7 @@ __all__ = [
     "forward_mode_active",
     "gradients_wanted",
     "has_gradient_hooks",
+    "has_tangent",
     "hooks_of",
     "is_recorded",
     "is_shared_with_others",
@@ -118,6 +119,11 @@ def forward_mode_active() -> bool:
     return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
 
 
+def has_tangent(x: Tensor) -> bool:
+    """Whether forward-mode derivatives with respect to x are being computed."""
+    return forward_mode_active() and forward_ad.unpack_dual(x).tangent is not None
+
+
 def gradients_wanted(ctx: Any, count: int) -> list[bool]:
     """Whether a running backward has to return the gradients of its first `count` tensors.
 
@@ -134,7 +140,7 @@ def gradients_wanted(ctx: Any, count: int) -> list[bool]:
 def runs_in_this_backward(node: Any) -> bool | None:
     """Whether the backward that is running computes a node of the graph.
 
-    None stands for a leaf that torch.autograd.grad has been asked for.
+    Returns None for a leaf passed to torch.autograd.grad.
     """
     try:
         return bool(torch._C._will_engine_execute_node(node))

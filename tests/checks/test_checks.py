@@ -77,3 +77,16 @@ def test_type_errors(message):
 def test_wrong_index_inside_vmap_is_not_silent():
     with pytest.raises((ValueError, RuntimeError)):
         torch.func.vmap(lambda o, t: call(o, t))(LOGITS, TARGET + 1)
+
+
+@pytest.mark.parametrize("argument", ["linear_weight", "linear_bias"])
+def test_a_K_dimensional_layer_is_on_the_device_of_its_input(argument):
+    given = {"linear_weight": torch.ones(5, 2, 4), "linear_bias": torch.ones(5, 2)}
+    given[argument] = given[argument].to("meta")
+    with pytest.raises(ValueError, match=f"{argument} must be on the device of input, cpu, got"):
+        functional.linear_spherical_loss(
+            torch.ones(3, 4),
+            target=torch.zeros(3, 2, dtype=torch.long),
+            loss="taylor_softmax",
+            **given,
+        )

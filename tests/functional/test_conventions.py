@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 from _cases import CASES
 from _engines import ENGINES, SPHERICAL
@@ -28,6 +29,12 @@ CRITERIA = (TaylorSoftmaxLoss, SphericalSoftmaxLoss, SoftMarginSoftmaxLoss)
 
 def wanted() -> torch.Tensor:
     return torch.ones(3, requires_grad=True)
+
+
+def in_forward_mode(pi):
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(pi.detach(), torch.ones(3))
+        return linear_spherical_loss(LOGITS, torch.eye(3), TARGET, "taylor_softmax", prior=dual)
 
 
 # Every way to give a prior.
@@ -57,6 +64,15 @@ PRIORS: dict[str, Callable[[torch.Tensor], object]] = {
     "under torch.func.grad": lambda pi: torch.func.grad(
         lambda x: spherical_loss(LOGITS, TARGET, "taylor_softmax", prior=x)
     )(pi.detach()),
+    "under torch.func.jvp": lambda pi: torch.func.jvp(
+        lambda x: spherical_loss(LOGITS, TARGET, "taylor_softmax", prior=x),
+        (pi.detach(),),
+        (torch.ones(3),),
+    ),
+    "under torch.func.jacfwd": lambda pi: torch.func.jacfwd(
+        lambda x: log_prob(LOGITS, "taylor_softmax", prior=x)
+    )(pi.detach()),
+    "in forward mode": in_forward_mode,
 }
 
 

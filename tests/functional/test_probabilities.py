@@ -156,3 +156,19 @@ def test_topk_takes_what_is_an_integer():
         criterion.topk(torch.zeros(2, 3), 4)
     with pytest.raises(TypeError, match="k must be an integer"):
         criterion.topk(torch.zeros(2, 3), 2.0)
+
+
+@pytest.mark.parametrize("kind", ["numpy", "tensor"])
+def test_a_dimension_may_be_any_integer(kind):
+    o = torch.randn(2, 3)
+    dim = torch.tensor(1) if kind == "tensor" else pytest.importorskip("numpy").int64(1)
+    assert torch.equal(taylor_softmax(o, dim), taylor_softmax(o, 1))
+    with pytest.raises(TypeError, match="dim must be an integer, got True"):
+        taylor_softmax(o, True)
+
+
+def test_an_implicit_dimension_compiles_to_one_graph():
+    torch.compiler.reset()
+    o = torch.randn(2, 3)
+    whole = torch.compile(lambda o: taylor_softmax(o, None), fullgraph=True, backend="eager")
+    torch.testing.assert_close(whole(o), taylor_softmax(o, 1))

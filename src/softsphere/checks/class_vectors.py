@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softsphere._torch import values_on_cpu, values_readable
+from softsphere._torch import has_tangent, values_on_cpu, values_readable
 from softsphere.checks.kinds import dense, floating
 
 
@@ -33,8 +33,8 @@ def class_weights(value: Any) -> None:
 
 
 def without_gradient(name: str, value: Tensor | None) -> None:
-    """Raises ValueError for a tensor that requires a gradient where there is none."""
-    if value is not None and value.requires_grad:
+    """Raises ValueError for a tensor that requires a gradient, or has a forward-mode tangent."""
+    if value is not None and (value.requires_grad or has_tangent(value)):
         raise ValueError(
             f"{name} must not require a gradient, since losses have none with respect to it; "
             f"pass {name}.detach()"
@@ -81,7 +81,8 @@ def loaded_prior(value: Any, dtype: torch.dtype | None = None) -> Tensor:
         error = abs(float(value.double().sum()) / value.numel() - 1)
         # Rounding the entries changes their sum by at most half an eps.
         if error <= 4 * torch.finfo(value.dtype).eps:
-            return value.detach().clone()
+            same: Tensor = value.detach().clone()
+            return same
     return pi
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from softsphere.checks.class_vectors import class_vector
 from softsphere.checks.kinds import floating
+from softsphere.checks.settings import integer
 
 # What errors call the rows, weight and bias of a linear layer.
 LINEAR_NAMES = ("input", "linear_weight", "linear_bias")
@@ -28,16 +29,15 @@ def logits_shape(input: Any) -> int:
     return dim
 
 
-def along(input: Any, dim: Any) -> None:
-    """Logits with a dimension `dim`. A tensor without dimensions has the dimensions 0 and −1."""
+def along(input: Any, dim: Any) -> int:
+    """Returns a dimension of logits. A tensor without dimensions has the dimensions 0 and −1."""
     floating("input", input)
-    dims = max(input.dim(), 1)
-    if isinstance(dim, bool) or not isinstance(dim, int):
-        raise TypeError(f"dim must be an integer, got {dim!r}")
-    if not -dims <= dim < dims:
+    dims, chosen = max(input.dim(), 1), integer("dim", dim)
+    if not -dims <= chosen < dims:
         raise ValueError(
-            f"dim must be a dimension of input of shape {tuple(input.shape)}, got {dim}"
+            f"dim must be a dimension of input of shape {tuple(input.shape)}, got {chosen}"
         )
+    return chosen
 
 
 def hidden(value: Any, in_features: int, name: str = "hidden") -> None:
@@ -78,8 +78,10 @@ def K_dimensional(input: Any, weight: Tensor, bias: Any) -> None:
             f"input must have shape (N, in_features) for linear_weight of shape "
             f"{tuple(weight.shape)}, got {tuple(input.shape)}"
         )
+    same_device("linear_weight", weight, "input", input)
     if bias is not None:
         floating("linear_bias", bias)
+        same_device("linear_bias", bias, "input", input)
         if bias.shape != weight.shape[:-1]:
             raise ValueError(
                 f"linear_bias must have shape {tuple(weight.shape[:-1])}, got {tuple(bias.shape)}"

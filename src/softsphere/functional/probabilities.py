@@ -166,7 +166,7 @@ def normalise(
     mask: Any,
 ) -> Tensor:
     """softmax or log_softmax of log π_k t(o_k) along `dim`, in float32 or wider, not rounded."""
-    checks.along(input, dim)
+    dim = checks.along(input, dim)
     if input.dim() == 0:
         return normalise(function, input.unsqueeze(0), loss, 0, pi, mask).squeeze(0)
     o = input.movedim(dim, -1)
@@ -219,9 +219,10 @@ def _normalised(
 
 def _implicit_dim(name: str, dims: int) -> int:
     """The dimension that `F.softmax` takes if it is given none, with its warning."""
-    warnings.warn(
-        f"Implicit dimension choice for {name} has been deprecated. "
-        "Change the call to include dim=X as an argument.",
-        stacklevel=4,
-    )
+    if not torch.compiler.is_compiling():  # a whole graph has no warnings
+        warnings.warn(
+            f"Implicit dimension choice for {name} has been deprecated. "
+            "Change the call to include dim=X as an argument.",
+            stacklevel=4,
+        )
     return 0 if dims in (0, 1, 3) else 1

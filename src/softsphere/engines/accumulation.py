@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from softsphere._torch import has_gradient_hooks, transformed, version_of
+from softsphere._torch import has_gradient_hooks, transformed, values_on_cpu, version_of
 from softsphere.engines import moments
 from softsphere.engines.accumulation_checks import (
     FIRST_ONLY,
@@ -94,6 +94,22 @@ class Accumulation:
             raise RuntimeError(
                 "requires_grad of the weight or bias has been changed inside accumulate(); freeze "
                 "and unfreeze them before or after the context"
+            )
+
+    def check_digits(self, H: Tensor, P: Tensor) -> None:
+        """Raises RuntimeError if the statistics of H have lost their digits, with engine "auto".
+
+        It looks only on a CPU, as `gram.guarded_statistics` does.
+        """
+        assert self.moments is not None
+        if self.options.engine != "auto" or not values_on_cpu(P):
+            return
+        if moments.loses_digits(H, P, self.moments.S):
+            raise RuntimeError(
+                f"accumulate() computes with the Gram matrix of the weight in {self.dtype}, where "
+                "large parts of the outputs of this batch cancel and too few digits are left; use "
+                "options=LinearSphericalOptions(accumulate_dtype=torch.float64), or accumulate "
+                "without this context"
             )
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -213,6 +229,7 @@ class _KeptStatistics(torch.autograd.Function):
         assert a.moments is not None
         with torch.autocast(H.device.type, enabled=False):
             s, q, c, P, mu = moments.quadratic_statistics(a.inputs(H, target), a.moments)
+            a.check_digits(H, P)
         ctx.accumulation, ctx.stood_in = a, W is not a.W or b is not a.b
         ctx.save_for_backward(H, target, P, mu)
         return s, q, c

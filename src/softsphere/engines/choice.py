@@ -44,10 +44,14 @@ def choose(
         triton    8 m D n, on a GPU and with the triton package
         gram      4 D n² + 4 m n² + the passes over its inputs + its overhead
 
-    The choice depends on sizes alone, not on values. With S = Σ π (w − w̄)(w − w̄)ᵀ, the gram engine
-    knows q = hᵀSh to the digits of ‖S‖ ‖h‖², not to those of q. If rows h are nearly orthogonal to
-    all w − w̄, and such a small q matters, use accumulate_dtype=torch.float64 or name the chunked
-    engine.
+    The choice depends on sizes alone. With S = Σ π (w − w̄)(w − w̄)ᵀ, the gram engine computes
+    q = hᵀSh with an error of about 30 eps Σ_j h_j² S_jj. Where large terms cancel, as when some
+    columns of the weight and the bias take each other off, little of q may be left. On a CPU,
+    outside of compiled code, "auto" looks at this bound. If it is above q / 1000 for some row, the
+    statistics of the batch are computed again with the Gram matrix in float64, and by the chunked
+    engine if even that has lost q. This takes three to five times as long. On a GPU and in compiled
+    code nothing is looked at, since that would mean waiting for the device. If such cancellation is
+    possible there, use accumulate_dtype=torch.float64 or name the chunked engine.
 
     All engines but dense need 6 m K n more for the rows of the weight at the targets. A loss that
     is not spherical, class probabilities and label smoothing need the dense engine whatever this
@@ -86,6 +90,6 @@ def _explained(work: Workload, engine: str) -> Choice:
     fits = "" if memory <= LOGITS_LIMIT else f", more than the {LOGITS_LIMIT >> 20} that dense may"
     return Choice(
         engine,
-        f"{engine} is the cheapest that fits; costs in FLOPs, or as much time: {listed}; the "
+        f"{engine} is the cheapest that fits; estimated costs in FLOP equivalents: {listed}; the "
         f"outputs and the tensors made of them would take {memory / 2**20:.3g} MiB{fits}",
     )

@@ -60,7 +60,8 @@ def linear_statistics(
     how = settings(x, options, centred=centred)
     engine = _engine(x, options)
     engine.check(x, how)
-    s, q, c = engine.statistics(x, how)
+    guarded = engine.guarded if options.engine == "auto" else None
+    s, q, c = (guarded or engine.statistics)(x, how)
     total = float(W.shape[0]) if mass is None else mass
     return Stats(s, q, c, total, pi=None if pi is None else pi[target])
 

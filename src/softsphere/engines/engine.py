@@ -131,6 +131,8 @@ class Engine:
     chunks: which of "row_chunk" and "class_chunk" have a meaning for it
     transforms: whether it works in forward mode and inside torch.func transforms
     check: raises an error, before anything is computed, for what the engine cannot do
+    guarded: computes the statistics where "auto" has chosen the engine, if they need a look at
+        their digits, which a named engine goes without
     """
 
     name: str
@@ -140,3 +142,4 @@ class Engine:
     chunks: tuple[str, ...] = ()
     transforms: bool = False
     check: Callable[[Inputs, Settings], None] = _no_check
+    guarded: Statistics | None = None

@@ -8,15 +8,18 @@ losses also in Krichene et al. 2018, arXiv:1807.07187.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from softsphere._torch import values_on_cpu
 from softsphere.engines import moments
+from softsphere.engines.chunked import CHUNKED
 from softsphere.engines.engine import Engine, Gradients, Inputs, Settings, Workload
 from softsphere.engines.moments import Moments
 from softsphere.engines.operators import LinearOperator
 from softsphere.engines.weight import scatter
 
-__all__ = ["GRAM", "chunk_size"]
+__all__ = ["GRAM", "chunk_size", "guarded_statistics"]
 
 # Entries of W in a chunk: enough for products at full speed, and few enough that the copy of a
 # chunk stays in the cache.
@@ -37,8 +40,8 @@ def chunk_size(W: Tensor, given: int | None) -> int:
 def _forward(x: Inputs, how: Settings) -> tuple[Tensor, ...]:
     """s, q, c, and for the backward P, μ, S, shift and rest.
 
-    q is right to the digits of ‖S‖ ‖h‖², not to its own: where h is nearly orthogonal to all rows
-    less their mean, accumulate in float64 or use the chunked engine.
+    The error of q is in proportion to Σ_j h_j² S_jj, not to q itself. `guarded_statistics` looks
+    whether q has lost its digits.
     """
     at = moments.moments(x, how.centred, chunk_size(x.W, how.class_chunk), how.dtype)
     return *moments.quadratic_statistics(x, at), at.S, at.shift, at.rest
@@ -65,6 +68,22 @@ def _backward(
     return dH, dW, db
 
 
+def guarded_statistics(x: Inputs, how: Settings) -> tuple[Tensor, Tensor, Tensor]:
+    """s, q and c, by another way if those of this engine have lost their digits.
+
+    The next ways are this engine in float64, and then the chunked one. Digits are looked at only
+    where values can be read without waiting: on a CPU, outside of compiled code.
+    """
+    wide = torch.float64
+    for dtype in (wide,) if how.dtype == wide else (how.dtype, wide):
+        # not how._replace(…), which torch 2.6 cannot compile
+        this = Settings(how.centred, how.row_chunk, how.class_chunk, dtype, how.deterministic)
+        s, q, c, P, _, S, *_ = _OPERATOR.forward_operator(*x, *this)
+        if not values_on_cpu(q) or not moments.loses_digits(x.H, P, S):
+            return s.to(how.dtype), q.to(how.dtype), c.to(how.dtype)
+    return CHUNKED.statistics(x, how)
+
+
 def _cost(work: Workload) -> float:
     products = 4 * (work.D + work.m) * work.n**2
     return products + work.target_rows + _FLOPS_PER_INPUT * work.m * work.n + _OVERHEAD
@@ -72,4 +91,4 @@ def _cost(work: Workload) -> float:
 
 # kept: P (m, d), μ (m), S (n, n), shift (n) and rest (n)
 _OPERATOR = LinearOperator("gram", _forward, _backward, keeps=("md", "m", "nn", "n", "n"))
-GRAM = Engine("gram", _OPERATOR, _cost, chunks=("class_chunk",))
+GRAM = Engine("gram", _OPERATOR, _cost, chunks=("class_chunk",), guarded=guarded_statistics)

@@ -13,7 +13,7 @@ from softsphere.engines import LinearSphericalOptions
 from softsphere.engines.chunked import CHUNKED
 from softsphere.engines.dispatch import settings
 from softsphere.engines.engine import Inputs
-from softsphere.engines.gram import GRAM
+from softsphere.engines.gram import guarded_statistics
 from softsphere.engines.row_statistics import accumulator
 from softsphere.engines.weight import chunks
 from softsphere.functional.on_linear import Affine
@@ -64,9 +64,9 @@ class DenseReader(Reader):
     def log_normaliser(self, H: Tensor) -> Tensor:
         """See `Reader.log_normaliser`.
 
-        It is computed from (s, q) by the gram engine, or by the chunked one for few rows. All the
-        outputs are used for a comparator, for a derivative with engine="dense", inside torch.func
-        transforms and in an exported program.
+        It is computed from (s, q) by the gram engine, which looks at its digits on a CPU, or by the
+        chunked one for few rows. All the outputs are used for a comparator, for a derivative with
+        engine="dense", inside torch.func transforms and in an exported program.
         """
         if not self.loss.normalised:
             return H.new_zeros(H.shape[0])
@@ -77,9 +77,9 @@ class DenseReader(Reader):
         if not isinstance(self.loss, losses.Normalised):
             return self.log_normaliser_of_outputs(H)
         H = H[:, : self.in_features]
-        engine = GRAM if len(H) > self.in_features else CHUNKED
+        statistics = guarded_statistics if len(H) > self.in_features else CHUNKED.statistics
         none = torch.empty(len(H), 0, dtype=torch.long, device=H.device)
         pi = None if self.pi is None else self.pi.to(H.dtype)
         x = Inputs(H, self.W, self.b, none, pi)
-        s, q, _ = engine.statistics(x, settings(x, self.options, centred=False))
+        s, q, _ = statistics(x, settings(x, self.options, centred=False))
         return self.loss.log_normaliser(s, q, float(self.num_classes))

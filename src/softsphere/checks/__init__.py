@@ -19,6 +19,7 @@ from softsphere.checks.inputs import (
     hidden,
     linear,
     logits_shape,
+    mask_numbers,
     same_device,
     same_dtype,
 )
@@ -73,6 +74,7 @@ __all__ = [
     "linear",
     "loaded_prior",
     "logits_shape",
+    "mask_numbers",
     "masked_targets",
     "narrowed_prior",
     "non_negative",

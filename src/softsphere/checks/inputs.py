@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from softsphere.checks.class_vectors import class_vector
@@ -27,6 +29,27 @@ def logits_shape(input: Any) -> int:
             f"input must hold logits of at least one class, got shape {tuple(input.shape)}"
         )
     return dim
+
+
+def mask_numbers(lost: Tensor) -> None:
+    """Raises ValueError if rows of logits (..., C) whose loss is not finite hold a mask of softmax.
+
+    Such a mask is −∞, about the smallest number of the dtype, or one number in several places whose
+    square overflows. Other numbers may be the outputs of a model that diverges.
+    """
+    smallest = torch.finfo(lost.dtype).min
+    lost = lost if lost.dtype == torch.float64 else lost.float()
+    low = lost[lost < -math.sqrt(torch.finfo(lost.dtype).max / lost.shape[-1])]
+    if not low.numel():
+        return
+    least = float(low.min())
+    repeated = low.numel() > 1 and bool((low == least).all())
+    if least <= smallest / 2 or repeated:
+        came = "−inf" if math.isinf(least) else f"{least:g}, whose square overflows"
+        raise ValueError(
+            f"input must hold finite logits for this loss, got {came}; for classes that do not "
+            "take part pass mask=…, True for those that do"
+        )
 
 
 def along(input: Any, dim: Any) -> int:

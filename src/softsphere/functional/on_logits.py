@@ -58,9 +58,10 @@ def spherical_loss(
             (1−α)·p + α/C. Only classes that take part are counted.
 
     Do not mark classes by large negative logits, as is done with softmax: the losses of this
-    package grow again there. Pass `mask`. A logit of −∞ raises ValueError on a CPU if the loss is
-    not finite; on a GPU and in compiled code the loss is then NaN or infinite. A number such as
-    −10⁴ cannot be told from an output of the model, and is taken as one.
+    package grow again there. Pass `mask`. If the loss is not finite, logits of −∞ or
+    `torch.finfo(dtype).min` raise ValueError on a CPU, as does one very negative number in several
+    places; on a GPU and in compiled code the loss is then NaN or infinite. A number such as −10⁴,
+    or the smallest number of float16, cannot be told from an output of the model.
 
     Raises ValueError or TypeError with the name of the argument, what came, and what would do.
 
@@ -128,7 +129,7 @@ def loss_on_logits(
         rows = in_parts(o, rows_of, *given)
     else:
         rows = rows_of(o, ...)
-    _refuse_minus_infinity(o, rows, mask)
+    _refuse_mask_numbers(o, rows, mask)
     return conventions.finish(rows, None if entries is None else entries.counted, input)
 
 
@@ -228,13 +229,10 @@ def _on_logits(loss: losses.Loss) -> losses.OnLogits:
     return loss
 
 
-def _refuse_minus_infinity(o: Tensor, rows: Tensor, mask: Tensor | None) -> None:
-    """Raises ValueError if logits of −∞ are why losses are not finite, on a CPU."""
-    if not values_on_cpu(rows) or bool(rows.isfinite().all()):
+def _refuse_mask_numbers(o: Tensor, rows: Tensor, mask: Tensor | None) -> None:
+    """Raises ValueError if a mask of softmax in o is why losses are not finite, on a CPU."""
+    if not values_on_cpu(rows):
         return
-    infinite = o.isneginf() if mask is None else o.isneginf() & mask
-    if bool((infinite.any(-1) & ~rows.isfinite()).any()):
-        raise ValueError(
-            "input must hold finite logits for this loss, got −inf; for classes that do not take "
-            "part pass mask=…, True for those that do"
-        )
+    lost = ~rows.isfinite()
+    if bool(lost.any()):
+        checks.mask_numbers((o if mask is None else fill_masked(o, mask))[lost])

@@ -182,12 +182,12 @@ def normalise(
 def _log_numerators(o: Tensor, loss: losses.Loss, pi: Tensor | None) -> Tensor:
     """log π_k t(o_k) of outputs (..., C), in float32 or wider."""
     log_t = loss.log_numerator(o.to(accumulator(o.dtype)))
-    infinite = o.isneginf()
-    if values_on_cpu(o) and bool(infinite.any()) and bool((log_t.isposinf() & infinite).any()):
-        raise ValueError(
-            "input must hold finite logits for this loss, got −inf; for classes that do not take "
-            "part pass mask=…, True for those that do"
-        )
+    if values_on_cpu(o):
+        lost = log_t.isposinf() & ~o.isposinf()
+        if bool(lost.any()):
+            checks.mask_numbers(o[lost.any(-1)])
+            # the square of a large float32 number overflows, but not in float64
+            log_t = loss.log_numerator(o.double()).to(log_t.dtype)
     if pi is None:
         return log_t
     checks.without_gradient("prior", pi)

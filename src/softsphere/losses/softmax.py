@@ -52,7 +52,8 @@ class HigherTaylorSoftmax(_NormalisedOnLogits):
 
     t is positive everywhere, with minima ½ (n = 2), 0.2704 (4) and 0.1493 (6). For |o| > 1 it is
     computed as n log|o| + log(t(o)/|o|ⁿ), so that no power overflows, and in float64, since the
-    terms of a negative o cancel.
+    terms of a negative o cancel. A class at about the smallest number of the dtype, as softmax is
+    given for a masked class, has t = ∞, so that the loss is not finite.
 
     Args:
         order: n, even and from 2 to 20.
@@ -79,6 +80,7 @@ class HigherTaylorSoftmax(_NormalisedOnLogits):
         ascending = [1 / math.factorial(i) for i in range(n + 1)]
         log_near = torch.log1p(near * _horner(near, ascending[1:]))
         log_far = torch.log(_horner(inverse, ascending[::-1])) - n * inverse.abs().log()
+        log_far = torch.where(o <= torch.finfo(dtype).min / 2, torch.inf, log_far)
         return torch.where(far, log_far, log_near).to(dtype)
 
 

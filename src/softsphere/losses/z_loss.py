@@ -31,6 +31,7 @@ class ZLoss(Spherical):
     Partials, with g = −sigmoid(a(b − z)): c' = g/σ, q' = −g z/(2Mσ²),
     s' = g(−1/(Mσ) + zμ/(Mσ²)).
     Convention: where all outputs are equal (σ = 0, up to rounding), z and its gradient are 0.
+    Where σ² overflows, z is NaN.
     Raises ValueError unless a > 0 and both are finite.
     Source: de Brébisson & Vincent 2016, arXiv:1604.08859, eq. (4).
 
@@ -59,6 +60,8 @@ class ZLoss(Spherical):
         terms = x.mass.unsqueeze(-1) if isinstance(x.mass, Tensor) else x.mass
         equal = is_rounding(variance, mu, terms)
         rsigma = torch.where(equal, 0.0, torch.where(equal, 1.0, variance).rsqrt())
+        # 1/σ would be 0 after an overflow, and the loss that of equal outputs.
+        rsigma = torch.where(variance.isinf(), torch.nan, rsigma)
         return (x.c - mu) * rsigma
 
     def each(self, x: Stats) -> Tensor:

@@ -68,3 +68,54 @@ def test_accumulation_takes_no_mask():
         head.accumulate(),
     ):
         head(torch.zeros(5, 4), TARGET, mask=MASK)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", [*SPHERICAL, "softmax"])
+def test_masked_entries_of_weight_and_bias_may_hold_anything(name, engine):
+    if name == "softmax" and engine not in ("auto", "dense"):
+        pytest.skip("it needs the logits")
+    generator = torch.Generator().manual_seed(0)
+    given = [
+        torch.randn(*x, dtype=torch.float64, generator=generator) for x in ((5, 3), (C, 3), (C,))
+    ]
+    found = []
+    for nothing in (0.0, torch.nan, torch.inf, -torch.inf):
+        H, W, b = (x.clone().requires_grad_() for x in given)
+        with torch.no_grad():
+            W[0], b[0], b[4] = nothing, nothing, -torch.inf if nothing else 0.0
+        options = {"linear_bias": b, "mask": MASK, "options": ENGINES[engine]}
+        loss = linear_spherical_loss(H, W, TARGET, SPHERICAL.get(name, name), **options)
+        found.append((loss.detach(), *torch.autograd.grad(loss, (H, W, b))))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0])
+    assert not found[0][3][~MASK].any() and not found[0][2][~MASK].any()
+
+
+# The interpreter of Triton computes with NumPy, which warns of what is not finite.
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", SPHERICAL)
+def test_a_bias_of_minus_infinity_without_a_mask_is_told(name, engine):
+    head = softsphere.LinearSphericalLoss(3, C, SPHERICAL[name], options=ENGINES[engine])
+    with torch.no_grad():
+        head.bias[4] = -torch.inf
+    with pytest.raises(ValueError, match=r"^bias must be finite for this loss, got −inf; .*mask=…"):
+        head(torch.randn(5, 3), TARGET)
+    with pytest.raises(ValueError, match=r"^linear_bias must be finite"):
+        linear_spherical_loss(
+            torch.randn(5, 3),
+            head.weight,
+            TARGET,
+            SPHERICAL[name],
+            linear_bias=head.bias,
+            options=ENGINES[engine],
+        )
+
+
+def test_a_mask_of_a_layer_has_one_entry_per_class():
+    head = softsphere.LinearSphericalLoss(3, C)
+    with pytest.raises(ValueError, match=r"mask must have shape \(7,\).*all rows, got \(2,\)$"):
+        head(torch.zeros(5, 3), TARGET, mask=MASK[:2])
+    with pytest.raises(ValueError, match="a mask for each row needs the logits"):
+        head(torch.zeros(5, 3), TARGET, mask=MASK.expand(5, C))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from softsphere import checks, losses
+from softsphere._torch import values_on_cpu
 from softsphere.engines import LinearSphericalOptions, options_or_default
 from softsphere.engines.dispatch import linear_statistics
 from softsphere.engines.weight import accumulator
@@ -60,8 +61,9 @@ def linear_spherical_loss(
         loss: a name of `softsphere.losses.REGISTRY`, or a loss. One that is not spherical needs the
             logits.
         linear_bias: (D), b; or (C, d1, …, dK).
-        mask: (D), boolean, True for classes that take part. The others are left out as if their
-            rows of W were not there; those rows must be finite, and their gradient is 0.
+        mask: (D), boolean, True for classes that take part. The others are left out as if they
+            were not there. Their rows of W and entries of b may hold anything, such as a bias of
+            −∞, and their gradient is 0.
         target_values, weight, prior, reduction, ignore_index: as in `spherical_loss`. `weight` is
             the class weights.
         label_smoothing: as in `spherical_loss`. It needs the logits.
@@ -131,6 +133,9 @@ def loss_on_linear(
             "mask cannot be used inside accumulate(), whose Gram matrix is that of all classes; "
             "accumulate without this context"
         )
+    if mask is not None:
+        W = W.masked_fill(~mask.unsqueeze(1), 0.0)
+        b = None if b is None else b.masked_fill(~mask, 0.0)
     refusal = without_logits(loss, conventions.label_smoothing, soft)
     if refusal and (statistics or options.engine not in ("auto", "dense")):
         raise refusal
@@ -162,6 +167,7 @@ def loss_on_linear(
     else:
         x = statistics(H, entries.t)
     rows = entries.weigh(spherical_value(loss, x, entries, conventions))
+    _refuse_infinite_bias(rows, b, names[2])
     return conventions.finish(rows.view(leading), entries.counted, input)
 
 
@@ -184,13 +190,28 @@ def _check_mask(input: Tensor, num_classes: int, mask: Any, name: str) -> Tensor
     if mask is None:
         return None
     checks.same_device("mask", mask, name, input)
-    if isinstance(mask, Tensor) and mask.dim() > 1:
+    shape = torch.Size([num_classes])
+    if isinstance(mask, Tensor) and mask.shape != shape:
+        of_rows = (
+            "; a mask for each row needs the logits: use spherical_loss or SphericalLoss on the "
+            "logits of an nn.Linear"
+        )
         raise ValueError(
             f"mask must have shape ({num_classes},), one entry per class for all rows, got "
-            f"{tuple(mask.shape)}; a mask for each row needs the logits: use spherical_loss or "
-            "SphericalLoss on the logits of an nn.Linear"
+            f"{tuple(mask.shape)}{of_rows if mask.dim() > 1 else ''}"
         )
-    return checks.class_mask(mask, torch.Size([num_classes]), 0)
+    return checks.class_mask(mask, shape, 0)
+
+
+def _refuse_infinite_bias(rows: Tensor, b: Tensor | None, name: str) -> None:
+    """Raises ValueError if a bias of −∞ is why losses are not finite, on a CPU."""
+    if b is None or not values_on_cpu(rows) or bool(rows.isfinite().all()):
+        return
+    if bool(b.isneginf().any()):
+        raise ValueError(
+            f"{name} must be finite for this loss, got −inf; for classes that do not take part "
+            "pass mask=…, True for those that do"
+        )
 
 
 def _K_dimensional_logits(input: Any, layer: Affine) -> Tensor:

@@ -328,3 +328,63 @@ def test_a_large_common_part_that_the_bias_cancels_costs_no_digits(kind, size, s
         torch.testing.assert_close(head.log_prob(hidden).double(), want, **near)
         total = head.log_prob(hidden).double().exp().sum(1)
     torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=1e-5)
+
+
+def twins(kind, many, prior=None):
+    """A layer whose classes all have the same row of W."""
+    torch.manual_seed(0)
+    head = kind(64, many, prior=prior)
+    state = {"weight": torch.randn(64).repeat(many, 1), "bias": torch.full((many,), 0.3)}
+    head.load_state_dict(state, strict=False)
+    read_in_chunks(head, 300)
+    return head
+
+
+@pytest.mark.parametrize("many", [1000, 1003])
+@both
+def test_classes_with_equal_rows_all_rank_first(kind, many):
+    """Products with equal rows may differ in their last digits, and so may scores."""
+    head, hidden = twins(kind, many), torch.randn(40, 64)
+    for first in (0, 290, many - 40):
+        assert head.rank(hidden, torch.arange(first, first + 40)).tolist() == [1] * 40
+
+
+@both
+def test_classes_with_equal_rows_are_ordered_by_the_prior(kind):
+    many = 1000
+    head = twins(kind, many, prior=torch.arange(many) // 2 + 1)
+    for t in (0, 5, 700, 999):
+        rank = head.rank(torch.randn(10, 64), torch.full((10,), t))
+        assert rank.tolist() == [1 + many - 2 * (t // 2 + 1)] * 10
+
+
+def test_classes_that_no_step_has_touched_stay_equal():
+    """Every step changes the factor U, and through it all rows of W."""
+    head, hidden = twins(FactoredSphericalLoss, 1000), torch.randn(40, 64)
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.01)
+    for _ in range(3):
+        optimizer.zero_grad()
+        head(torch.randn(4, 64), torch.arange(4)).backward()
+        optimizer.step()
+    W = head.dense().double()
+    o = hidden.double() @ W[:5, :64].T + W[:5, 64]
+    scores = 1 + o + o**2 / 2
+    want = 1 + (scores[:, :4] > scores[:, 4:]).sum(1)
+    assert torch.equal(head.rank(hidden, torch.arange(4, 44)), want)
+    assert torch.equal(head.rank(hidden, torch.arange(900, 940)), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@both
+def test_rows_that_differ_in_one_simple_number_are_not_equal(kind, dtype):
+    """Rows of few distinct simple numbers, so that outputs are exact on every machine."""
+    torch.manual_seed(0)
+    W = torch.randint(-2, 3, (400, 5)).to(dtype)
+    W[W == 0] *= torch.randint(0, 2, W[W == 0].shape) * -2.0 + 1  # some −0
+    head = kind(5, 400, "squared_error", bias=False, dtype=dtype)
+    head.load_state_dict({"weight": W})
+    hidden = torch.tensor([[1.0, 8, 64, 512, 4096], [1, 1, 1, 1, 1]], dtype=dtype)
+    o = hidden @ W.T
+    for t in range(0, 400, 7):
+        want = 1 + (o > o[:, [t]]).sum(1)
+        assert torch.equal(head.rank(hidden, torch.full((2,), t)), want)

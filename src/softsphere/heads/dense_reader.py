@@ -17,7 +17,7 @@ from softsphere.engines.gram import guarded_statistics
 from softsphere.engines.row_statistics import accumulator
 from softsphere.engines.weight import chunks
 from softsphere.functional.on_linear import Affine
-from softsphere.heads.reader import Reader
+from softsphere.heads.reader import Reader, keys_of_rows
 
 __all__ = ["DenseReader"]
 
@@ -50,6 +50,10 @@ class DenseReader(Reader):
     def weight_chunks(self, size: int) -> Iterator[tuple[slice, Tensor]]:
         for part in chunks(self.num_classes, size):
             yield part, self.weight_rows(part)
+
+    def row_keys(self, classes: Tensor | slice) -> Tensor:
+        columns = [self.W] if self.b is None else [self.W, self.b.unsqueeze(1)]
+        return keys_of_rows(*(x[classes].to(self.dtype) for x in columns))
 
     def outputs(self, H: Tensor, classes: Tensor | None = None) -> Tensor:
         if classes is not None:

@@ -11,7 +11,7 @@ from softsphere import losses
 from softsphere._torch import exporting, is_recorded, transformed
 from softsphere.engines.factored_outputs import constant_in_transforms, factored_outputs
 from softsphere.engines.factored_statistics import factored_statistics
-from softsphere.heads.reader import Reader
+from softsphere.heads.reader import Reader, keys_of_rows
 from softsphere.matrix import FactoredTensor
 from softsphere.matrix.arrays import Arrays
 
@@ -59,6 +59,12 @@ class FactoredReader(Reader):
 
     def weight_chunks(self, size: int) -> Iterator[tuple[slice, Tensor]]:
         return self.arrays().chunks(size, self.columns)
+
+    def row_keys(self, classes: Tensor | slice) -> Tensor:
+        """See `Reader.row_keys`. Rows of W are equal if they are so in the factor V."""
+        W = self.arrays()
+        columns = self.columns if W.is_written else slice(None)
+        return keys_of_rows(W.V[classes][:, columns]) ^ W.generations.made[classes].long()
 
     def outputs(self, H: Tensor, classes: Tensor | None = None) -> Tensor:
         if not transformed():

@@ -1,7 +1,7 @@
 """Predictions from an output layer whose weight is read in chunks of classes: no m × D tensor.
 
-What autograd, a transform or an export has to follow is computed from all outputs at once instead,
-by plain operations.
+Under autograd, torch.func transforms and torch.export, all outputs are computed at once by plain
+operations.
 """
 
 from __future__ import annotations
@@ -13,19 +13,22 @@ import torch
 from torch import Tensor
 
 from softsphere import checks
-from softsphere._torch import exporting
+from softsphere._torch import exporting, transformed
 from softsphere.losses import Loss
 
-__all__ = ["Reader"]
+__all__ = ["Reader", "keys_of_rows"]
 
 # The scores that are in memory at once, for all rows of H together.
 _SCORES = 8 << 20
+# The keys of rows are polynomials at this number modulo 2⁶⁴.
+_BASE = 0x5851F42D4C957F2D
 
 
 class Reader(ABC):
     """The weight and base measure of an output layer, taken once for one call.
 
-    Rows have w numbers: d, or d + 1 where a bias is one more column of W whose input is 1.
+    Each row has w entries. w = d without a bias. With a bias, W has one more column, whose input is
+    1, and w = d + 1.
 
     Args:
         loss: what ranks the classes.
@@ -68,6 +71,10 @@ class Reader(ABC):
         """All rows of W with their classes, `size` at a time."""
 
     @abstractmethod
+    def row_keys(self, classes: Tensor | slice) -> Tensor:
+        """Integers (n) for the rows of W of the given classes; see `keys_of_rows`."""
+
+    @abstractmethod
     def outputs(self, H: Tensor, classes: Tensor | None = None) -> Tensor:
         """H Wᵀ (m, D), or (m, n) of the given classes (n), with gradients with respect to H and
         the weight."""
@@ -81,7 +88,10 @@ class Reader(ABC):
         """Whether autograd records a computation with hidden and the weight."""
 
     def scores(self, o: Tensor, pi: Tensor | None) -> Tensor:
-        """What orders the classes: log(π t(o)), or o for a loss that is not a distribution."""
+        """Scores by which classes are ranked: log(π t(o)).
+
+        They are o for a loss that is not a distribution.
+        """
         if not self.loss.normalised:
             return o
         log_t = self.loss.log_numerator(o)
@@ -125,18 +135,23 @@ class Reader(ABC):
     def rank(self, H: Tensor, target: Tensor) -> Tensor:
         """1 + the number of classes with a better score than the target (m): (m).
 
-        NaN scores rank last: they are never better, and a target with one has rank D.
+        NaN scores rank last: they are never better, and a target with one has rank D. Classes with
+        equal rows of W are compared by π alone, since their scores may differ in the last digits.
         """
         o = (H * self.weight_rows(target)).sum(-1)
-        own = self.scores(o, None if self.pi is None else self.pi[target]).unsqueeze(1)
+        pi = self.pi if self.loss.normalised else None
+        own_pi = None if pi is None else pi[target].unsqueeze(1)
+        own = self.scores(o.unsqueeze(1), own_pi)
+        # PyTorch 2.6 has no rule for bits of rows that vmap maps over.
+        every = transformed()
+        own_key = self.row_keys(slice(None))[target] if every else self.row_keys(target)
         above = torch.zeros_like(target)
         for part, scores in self.chunks_of_scores(H):
-            better = scores > own
-            # The target's own score may differ from `own` in the last digit.
-            place = (target - part.start).clamp(0, better.shape[1] - 1)
-            at_target = better.gather(1, place.unsqueeze(1)).squeeze(1)
-            here = (target >= part.start) & (target < part.stop)
-            above = above + better.sum(1) - (at_target & here).long()
+            twin = self.row_keys(part) == own_key.unsqueeze(1)
+            better = (scores > own) & ~twin
+            if pi is not None and own_pi is not None:
+                better = better | (twin & (pi[part] > own_pi))
+            above = above + better.sum(1)
         return torch.where(own.squeeze(1).isnan(), self.num_classes, above + 1)
 
     def log_normaliser_of_outputs(self, H: Tensor) -> Tensor:
@@ -145,6 +160,28 @@ class Reader(ABC):
         for _, scores in self.chunks_of_scores(H):
             total = torch.logaddexp(total, scores.logsumexp(1))
         return total
+
+
+def keys_of_rows(*blocks: Tensor) -> Tensor:
+    """Integers (n) for rows in blocks of columns (n, w), equal for equal rows on every machine.
+
+    Different rows have different ones, but for a chance of at most 2⁻⁴⁰ for each pair.
+    """
+    key = torch.zeros(blocks[0].shape[0], dtype=torch.long, device=blocks[0].device)
+    for x in blocks:
+        # The number of pieces, which stay in the processor's cache, would be part of an export.
+        pieces = [x] if exporting() else x.split(1024)
+        key = key * _BASE + torch.cat([_keys(piece) for piece in pieces])
+    return key
+
+
+def _keys(rows: Tensor) -> Tensor:
+    """Σ_j bits_j Bʲ⁺¹ modulo 2⁶⁴, where −0 has the bits of 0."""
+    width = rows.shape[1] * rows.element_size() // 4
+    bits = (rows + 0.0).flatten().view(torch.int32).view(len(rows), width)
+    powers = torch.full((width,), _BASE, dtype=torch.long, device=rows.device).cumprod(0)
+    # Only a CPU has a product of integer matrices.
+    return bits.long() @ powers if bits.device.type == "cpu" else (bits * powers).sum(-1)
 
 
 def _best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import io
+import itertools
 import pickle
 from typing import Any
 
@@ -20,7 +21,7 @@ from _criterion_cases import (
     gradients,
     suited,
 )
-from softsphere import SphericalLoss, losses
+from softsphere import SphericalLoss, TaylorSoftmaxLoss, losses
 
 
 def through_a_file(x: Any, **options: Any) -> Any:
@@ -103,3 +104,31 @@ def test_options_are_those_of_cross_entropy(name):
             assert getattr(criterion, key) == getattr(torchs, key)
             assert f"{key}={getattr(criterion, key)!r}" in repr(criterion)
         assert ("weight=" in repr(criterion)) == ("weight" in options)
+
+
+@every_criterion
+def test_arguments_by_position_are_those_of_cross_entropy(name):
+    """size_average and reduce among them, which PyTorch has deprecated."""
+    theirs = list(inspect.signature(nn.CrossEntropyLoss).parameters)
+    ours = inspect.signature(CRITERIA[name]).parameters.values()
+    assert [x.name for x in ours if x.kind is x.POSITIONAL_OR_KEYWORD] == theirs
+    logits, target = torch.randn(4, 3), torch.tensor([0, 1, 2, 2])
+    for size_average, reduce in itertools.product((None, True, False), repeat=2):
+        given = (torch.rand(3), size_average, 2, reduce, "sum")
+        if size_average is reduce is None:
+            torchs, criterion = nn.CrossEntropyLoss(*given), CRITERIA[name](*given)
+        else:
+            with pytest.warns(UserWarning, match="size_average and reduce"):
+                torchs = nn.CrossEntropyLoss(*given)
+            with pytest.warns(UserWarning, match="size_average and reduce are deprecated") as told:
+                criterion = CRITERIA[name](*given)
+            assert criterion.reduction == torchs.reduction
+            assert len(told) == 1
+        for key in torchs.__constants__:
+            assert getattr(criterion, key) == getattr(torchs, key)
+        assert criterion(logits, target).isfinite().all()
+
+
+def test_a_wrong_deprecated_argument_is_told():
+    with pytest.raises(TypeError, match="size_average must be True or False, got 1"):
+        TaylorSoftmaxLoss(None, 1)

@@ -28,12 +28,14 @@ class SphericalLoss(WithPrior):
     Args:
         loss: a name of `softsphere.losses.REGISTRY`, or a loss such as `losses.ZLoss(a=1, b=2)`.
         weight: (C), class weights.
+        ignore_index, reduction, label_smoothing: as in `softsphere.functional.spherical_loss`,
+            which has the formulas and lists the errors.
+        size_average, reduce: deprecated, as in `nn.CrossEntropyLoss`; use `reduction`.
         prior: (C), positive class frequencies or counts, which are the base measure π. The buffer
             `prior` holds them normalised to Σ π = C. It has no gradient.
-        reduction, ignore_index, label_smoothing: as in `softsphere.functional.spherical_loss`,
-            which has the formulas and lists the errors.
 
-    All of these can be read and assigned as attributes, and are checked again when they are used.
+    All but size_average and reduce can be read and assigned as attributes, and are checked again
+    when they are used. A prior is checked and normalised when it is assigned.
 
     The soft margin of `losses.SoftMarginSoftmax` is used in training mode alone: after `.eval()`
     the loss is the true negative log-likelihood.
@@ -56,11 +58,13 @@ class SphericalLoss(WithPrior):
         self,
         loss: str | losses.Loss,
         weight: Tensor | None = None,
+        size_average: bool | None = None,
+        ignore_index: int | None = -100,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
         *,
         prior: Tensor | None = None,
-        reduction: str = "mean",
-        ignore_index: int | None = -100,
-        label_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
         self.loss = losses.get(loss)
@@ -68,7 +72,7 @@ class SphericalLoss(WithPrior):
             self.loss,
             weight=weight,
             pi=None if prior is None else checks.prior(prior),
-            reduction=reduction,
+            reduction=checks.reduction(reduction, size_average, reduce),
             ignore_index=ignore_index,
             label_smoothing=label_smoothing,
         )
@@ -176,7 +180,8 @@ class TaylorSoftmaxLoss(SphericalLoss):
     Order 2 is a spherical loss and the cheapest.
 
     Args:
-        weight, prior, reduction, ignore_index, label_smoothing: as in `SphericalLoss`.
+        weight, size_average, ignore_index, reduce, reduction, label_smoothing, prior: as in
+            `SphericalLoss`.
         order: even, from 2 to 20.
 
     >>> TaylorSoftmaxLoss()(torch.tensor([[1.0, 0.0, -1.0]]), torch.tensor([0]))
@@ -186,20 +191,24 @@ class TaylorSoftmaxLoss(SphericalLoss):
     def __init__(
         self,
         weight: Tensor | None = None,
+        size_average: bool | None = None,
+        ignore_index: int | None = -100,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
         *,
         order: int = 2,
         prior: Tensor | None = None,
-        reduction: str = "mean",
-        ignore_index: int | None = -100,
-        label_smoothing: float = 0.0,
     ) -> None:
         super().__init__(
             taylor(order),
             weight,
+            size_average,
+            ignore_index,
+            reduce,
+            reduction,
+            label_smoothing,
             prior=prior,
-            reduction=reduction,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
         )
 
 
@@ -207,7 +216,8 @@ class SphericalSoftmaxLoss(SphericalLoss):
     """The negative logarithm of the spherical softmax.
 
     Args:
-        weight, prior, reduction, ignore_index, label_smoothing: as in `SphericalLoss`.
+        weight, size_average, ignore_index, reduce, reduction, label_smoothing, prior: as in
+            `SphericalLoss`.
         eps: ε > 0.
 
     >>> SphericalSoftmaxLoss(eps=0.5)(torch.tensor([[1.0, 0.0, -1.0]]), torch.tensor([0]))
@@ -217,20 +227,24 @@ class SphericalSoftmaxLoss(SphericalLoss):
     def __init__(
         self,
         weight: Tensor | None = None,
+        size_average: bool | None = None,
+        ignore_index: int | None = -100,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
         *,
         eps: float = 1.0,
         prior: Tensor | None = None,
-        reduction: str = "mean",
-        ignore_index: int | None = -100,
-        label_smoothing: float = 0.0,
     ) -> None:
         super().__init__(
             losses.SphericalSoftmax(eps),
             weight,
+            size_average,
+            ignore_index,
+            reduce,
+            reduction,
+            label_smoothing,
             prior=prior,
-            reduction=reduction,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
         )
 
 
@@ -241,7 +255,8 @@ class SoftMarginSoftmaxLoss(SphericalLoss):
     negative log-likelihood.
 
     Args:
-        weight, prior, reduction, ignore_index, label_smoothing: as in `SphericalLoss`.
+        weight, size_average, ignore_index, reduce, reduction, label_smoothing, prior: as in
+            `SphericalLoss`.
         margin: m.
         order: of the Taylor softmax; None for softmax.
 
@@ -252,19 +267,23 @@ class SoftMarginSoftmaxLoss(SphericalLoss):
     def __init__(
         self,
         weight: Tensor | None = None,
+        size_average: bool | None = None,
+        ignore_index: int | None = -100,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
         *,
         margin: float = 1.0,
         order: int | None = None,
         prior: Tensor | None = None,
-        reduction: str = "mean",
-        ignore_index: int | None = -100,
-        label_smoothing: float = 0.0,
     ) -> None:
         super().__init__(
             losses.SoftMarginSoftmax(margin, order),
             weight,
+            size_average,
+            ignore_index,
+            reduce,
+            reduction,
+            label_smoothing,
             prior=prior,
-            reduction=reduction,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
         )

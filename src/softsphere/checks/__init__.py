@@ -48,6 +48,7 @@ from softsphere.checks.settings import (
     number_of_best,
     one_of,
     positive,
+    reduction,
     sizes,
 )
 
@@ -84,6 +85,7 @@ __all__ = [
     "positive",
     "prior",
     "probability_rows",
+    "reduction",
     "rows_target",
     "same_device",
     "same_dtype",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import warnings
 from typing import Any, cast
 
 import torch
@@ -86,6 +87,19 @@ def flag(name: str, value: Any) -> bool:
 def one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
     if not isinstance(value, str) or value not in known:
         raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+
+
+def reduction(value: str, size_average: Any, reduce: Any) -> str:
+    """Returns the reduction that `size_average` and `reduce` stand for, or `value` without them."""
+    if size_average is None and reduce is None:
+        return value
+    average = size_average is None or flag("size_average", size_average)
+    summed = reduce is None or flag("reduce", reduce)
+    found = ("mean" if average else "sum") if summed else "none"
+    warnings.warn(
+        f"size_average and reduce are deprecated; use reduction={found!r} instead", stacklevel=3
+    )
+    return found
 
 
 def ignore_index(value: Any) -> int | None:

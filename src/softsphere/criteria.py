@@ -134,7 +134,7 @@ class SphericalLoss(WithPrior):
         return result.to(input.dtype)
 
     def scores(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Returns what ranks the classes, in float32 or wider.
+        """Returns the scores by which classes are ranked, in float32 or wider.
 
         These are log-probabilities, or the logits themselves for a loss that has none. They are −∞
         for classes that are masked out, and for a score that is NaN, which ranks last.

@@ -1,4 +1,4 @@
-"""The only door between losses and linear algebra.
+"""The statistics through which losses see the outputs.
 
 A spherical loss sees the D outputs o of a row through three statistics. They are taken under a
 base measure π (π = 1 in the papers) of total mass M = Σ π_k:
@@ -20,7 +20,7 @@ __all__ = ["Stats"]
 
 @dataclass(frozen=True)
 class Stats:
-    """What a spherical loss sees of a batch of rows. The leading dimensions `...` are the rows.
+    """The statistics of a batch of rows. The leading dimensions `...` are the rows.
 
     s, q: (...)            the sums above
     c: (..., K)            the outputs of the K targets of a row

@@ -1,4 +1,4 @@
-"""Targets as entries of a sparse vector: classes, values, and what each row counts for."""
+"""Targets as entries of a sparse vector: classes, values, and the weight of each row."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Targets:
     t: (..., K) class indices.
     y: (..., K) their values, or None for one.
     ignored: (...) whether a row has no loss.
-    counted: (...) what the loss of a row is multiplied by, and its share in a mean; 0 if ignored.
+    counted: (...) the factor of the loss of a row, which is also its share in a mean; 0 if ignored.
 
     Padding and ignored rows have t = 0 and y = 0, so that every index can be looked up.
     """
@@ -33,7 +33,7 @@ class Targets:
     counted: Tensor
 
     def weigh(self, rows: Tensor) -> Tensor:
-        """The losses of the rows times what each counts for; 0 for ignored rows."""
+        """The losses of the rows times their factors; 0 for ignored rows."""
         return torch.where(self.ignored, 0.0, self.counted * rows)
 
     def part(self, rows: slice | EllipsisType) -> Targets:
@@ -55,7 +55,7 @@ def from_indices(
     weight: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Targets:
-    """Class indices (...), one per row, which counts for its class weight (None: one)."""
+    """Class indices (...), one per row. The factor of a row is its class weight (None: one)."""
     target = target.long()
     ignored = _equals(target, ignore_index)
     spared = "" if ignore_index is None else f" or ignore_index = {ignore_index}"
@@ -79,7 +79,7 @@ def from_sparse(
 ) -> Targets:
     """K-sparse targets (..., K) with values, which add up where an index is repeated.
 
-    The values are multiplied by the class weights (C). Each row counts for one.
+    The values are multiplied by the class weights (C). The factor of each row is one.
     """
     target = target.long()
     # A row without any targets is not an ignored row.

@@ -19,7 +19,7 @@ every_loss = pytest.mark.parametrize("name", [name for name in ALL if name not i
 
 def marked(number: float, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     logits = torch.randn(2, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
-    return logits.masked_fill(~KEPT, number)
+    return logits.masked_fill(~KEPT, number).requires_grad_()
 
 
 @pytest.mark.parametrize("finite", [True, False])

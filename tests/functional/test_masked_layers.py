@@ -93,14 +93,17 @@ def test_masked_entries_of_weight_and_bias_may_hold_anything(name, engine):
 
 
 # The interpreter of Triton computes with NumPy, which warns of what is not finite.
-@pytest.mark.filterwarnings("ignore:invalid value encountered")
+@pytest.mark.filterwarnings("ignore:.* encountered in")
+@pytest.mark.parametrize("number", [-torch.inf, torch.finfo(torch.float32).min])
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", SPHERICAL)
-def test_a_bias_of_minus_infinity_without_a_mask_is_told(name, engine):
+def test_a_bias_that_forbids_a_class_is_told_without_a_mask(name, engine, number):
+    if SPHERICAL[name].shift_invariant and number > -torch.inf:
+        pytest.skip("the square is taken for a rounding error")
     head = softsphere.LinearSphericalLoss(3, C, SPHERICAL[name], options=ENGINES[engine])
     with torch.no_grad():
-        head.bias[4] = -torch.inf
-    with pytest.raises(ValueError, match=r"^bias must be finite for this loss, got −inf; .*mask=…"):
+        head.bias[4] = number
+    with pytest.raises(ValueError, match=r"^bias must be finite for this loss, got .*mask=…"):
         head(torch.randn(5, 3), TARGET)
     with pytest.raises(ValueError, match=r"^linear_bias must be finite"):
         linear_spherical_loss(

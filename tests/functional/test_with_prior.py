@@ -93,3 +93,31 @@ def test_assigned_class_weights_are_checked_when_they_are_used(made, message):
     setattr(module, "class_weight" if layer else "weight", ASSIGNED_WEIGHTS[message])
     with pytest.raises((TypeError, ValueError), match=message):
         module(torch.zeros(1, 5 if layer else 3), torch.tensor([0]))
+
+
+def in_place(module, arguments):
+    module.prior.copy_(COUNTS)
+    module(*arguments)
+
+
+def as_a_buffer(module, arguments):
+    module.register_buffer("prior", COUNTS)
+    module(*arguments)
+
+
+def as_data(module, arguments):
+    module.prior.data = torch.full((3,), torch.nan)
+    module(*arguments)
+
+
+def by_functional_call(module, arguments):
+    torch.func.functional_call(module, {"prior": COUNTS}, arguments)
+
+
+@pytest.mark.parametrize("way", [in_place, as_a_buffer, as_data, by_functional_call])
+@every_module
+def test_a_buffer_that_is_not_normalised_is_refused_when_it_is_used(made, way):
+    module = made(torch.ones(3))
+    width = 5 if isinstance(module, LinearSphericalLoss) else 3
+    with pytest.raises(ValueError, match=r"prior must sum to num_classes = 3, got (10|nan)"):
+        way(module, (torch.zeros(1, width), torch.tensor([0])))

@@ -1,6 +1,6 @@
-"""Every check of what a caller passed.
+"""All checks of the arguments that a caller passes.
 
-An error names the argument, says what came, and how to mend it.
+An error names the argument and the value received, and says how to mend it.
 """
 
 from softsphere.checks.class_vectors import (
@@ -9,6 +9,7 @@ from softsphere.checks.class_vectors import (
     class_weights,
     loaded_prior,
     narrowed_prior,
+    normalised_prior,
     prior,
     without_gradient,
 )
@@ -79,6 +80,7 @@ __all__ = [
     "masked_targets",
     "narrowed_prior",
     "non_negative",
+    "normalised_prior",
     "number",
     "number_of_best",
     "one_of",

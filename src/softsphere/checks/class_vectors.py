@@ -86,6 +86,21 @@ def loaded_prior(value: Any, dtype: torch.dtype | None = None) -> Tensor:
     return pi
 
 
+def normalised_prior(pi: Tensor) -> None:
+    """Raises ValueError for a base measure without Σ π = D, on a CPU.
+
+    A buffer can be changed in place, and torch.func.functional_call replaces it.
+    """
+    if not values_on_cpu(pi):
+        return
+    total = float(pi.sum(dtype=torch.float64))
+    if not abs(total - len(pi)) <= 1e-5 * len(pi):  # NaN is refused as well
+        raise ValueError(
+            f"the buffer prior must sum to num_classes = {len(pi)}, got {total:g}; assign the "
+            "counts to the attribute prior, which normalises them"
+        )
+
+
 def narrowed_prior(pi: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns a base measure in `dtype`. On a CPU, raises ValueError if an entry becomes zero."""
     narrow = pi.to(dtype)

@@ -38,7 +38,7 @@ def mask_numbers(lost: Tensor) -> None:
     square overflows. Other numbers may be the outputs of a model that diverges.
     """
     smallest = torch.finfo(lost.dtype).min
-    lost = lost if lost.dtype == torch.float64 else lost.float()
+    lost = lost.detach() if lost.dtype == torch.float64 else lost.detach().float()
     low = lost[lost < -math.sqrt(torch.finfo(lost.dtype).max / lost.shape[-1])]
     if not low.numel():
         return

@@ -36,7 +36,7 @@ def target_shape(logits: Tensor, dim: int, target: Any) -> None:
 
 
 def indices(target: Tensor, allowed: Tensor, num_classes: int, spared: str) -> None:
-    """Every index is in [0, C) except where `allowed`; `spared` says what is allowed.
+    """Every index is in [0, C) except where `allowed`; `spared` describes the allowed ones.
 
     Only on a CPU: a GPU's own gather asserts it, without a synchronisation.
     """

@@ -43,8 +43,8 @@ def restrict(
 ) -> BaseMeasure:
     """The base measure π (C) of the classes where `mask`, (C) or (..., C), is True.
 
-    It is normalised to the number of those classes, so that each loss is what it is for the
-    outputs of those classes alone. All classes take part in rows that are `ignored`, so that
+    It is normalised to the number of those classes, so that each loss is that of the outputs of
+    those classes alone. All classes take part in rows that are `ignored`, so that
     nothing there divides by zero.
 
     Raises ValueError for a row without any class, on a CPU.
@@ -73,7 +73,7 @@ def check_mask(mask: Any, input: Tensor, dim: int) -> Tensor:
 
 
 def fill_masked(o: Tensor, mask: Tensor) -> Tensor:
-    """Outputs o (..., C) with 0 for classes that do not take part, whatever they were there."""
+    """Returns o with the outputs of masked classes set to 0, even if they were NaN or infinite."""
     return o.masked_fill(~mask, 0.0)
 
 

@@ -76,12 +76,14 @@ class Conventions:
         """The same with vectors in `dtype`, for an input of `num_classes` classes.
 
         Raises ValueError or TypeError if they do not have one entry per class, or are on another
-        device than the input.
+        device than the input, and on a CPU if the prior is not normalised.
         """
         for name, vector in (("weight", self.weight), ("prior", self.pi)):
             if vector is not None:
                 checks.class_vector(name, vector, num_classes)
                 checks.same_device(name, vector, "input", input)
+        if self.pi is not None:
+            checks.normalised_prior(self.pi)
         w = None if self.weight is None else self.weight.to(dtype)
         pi = None if self.pi is None else checks.narrowed_prior(self.pi, dtype)
         rest = self.reduction, self.ignore_index, self.label_smoothing, self.mask

@@ -26,7 +26,7 @@ Statistics = Callable[[Tensor, Tensor], Stats]
 
 
 class Affine(NamedTuple):
-    """W (D, d) and b (D) of a linear layer, and what errors call its rows, W and b."""
+    """W (D, d) and b (D) of a linear layer, and the names of its rows, W and b in errors."""
 
     weight: Tensor
     bias: Tensor | None
@@ -73,8 +73,9 @@ def linear_spherical_loss(
     weight and bias are cast as `F.linear` casts them, and the statistics and the loss are float32.
     Only the engine "dense" has second derivatives.
 
-    Raises ValueError or TypeError with the name of the argument, what came, and what would do. If
-    the named engine cannot compute what is asked for, the error says which one can.
+    Raises ValueError or TypeError for invalid arguments. The message names the argument, the value
+    received and a valid alternative. If the named engine cannot compute the loss, it names an
+    engine that can.
 
     Source: Vincent, de Brébisson & Bouthillier 2015, arXiv:1412.7091; Krichene et al. 2018,
     arXiv:1807.07187 (the Gram identity).
@@ -204,12 +205,17 @@ def _check_mask(input: Tensor, num_classes: int, mask: Any, name: str) -> Tensor
 
 
 def _refuse_infinite_bias(rows: Tensor, b: Tensor | None, name: str) -> None:
-    """Raises ValueError if a bias of −∞ is why losses are not finite, on a CPU."""
+    """Raises ValueError if a bias that forbids a class is why losses are not finite, on a CPU.
+
+    Such a bias is −∞, or about the smallest number of the dtype.
+    """
     if b is None or not values_on_cpu(rows) or bool(rows.isfinite().all()):
         return
-    if bool(b.isneginf().any()):
+    least = float(b.detach().min())
+    if least <= torch.finfo(b.dtype).min / 2:
+        came = "−inf" if math.isinf(least) else f"{least:g}, whose square overflows"
         raise ValueError(
-            f"{name} must be finite for this loss, got −inf; for classes that do not take part "
+            f"{name} must be finite for this loss, got {came}; for classes that do not take part "
             "pass mask=…, True for those that do"
         )
 

@@ -46,7 +46,7 @@ def spherical_loss(
             for the squared error they are the non-zero entries of the target vector. A target of
             −1 is padding, in any place. The values of a target that is repeated in a row add up.
         mask: boolean, True for classes that take part; (C) for all rows, or of the shape of the
-            logits. The loss is what it is for the logits of those classes alone. Logits of other
+            logits. The loss is that of the logits of those classes alone. Logits of other
             classes may be anything, and their gradient is 0.
         weight: (C), class weights as in `F.cross_entropy`.
         prior: (C), positive class frequencies or counts, which are the base measure π:
@@ -63,7 +63,8 @@ def spherical_loss(
     places; on a GPU and in compiled code the loss is then NaN or infinite. A number such as −10⁴,
     or the smallest number of float16, cannot be told from an output of the model.
 
-    Raises ValueError or TypeError with the name of the argument, what came, and what would do.
+    Raises ValueError or TypeError for invalid arguments. The message names the argument, the value
+    received and a valid alternative.
 
     >>> o = torch.tensor([[1.0, 0.0, -1.0], [0.0, 2.0, 0.0]])
     >>> spherical_loss(o, torch.tensor([0, 1]), "taylor_softmax")

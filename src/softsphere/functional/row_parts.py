@@ -14,9 +14,9 @@ from softsphere.engines.row_statistics import row_parts
 
 __all__ = ["Part", "in_parts"]
 
-# Some of the rows, or all of them, of which there is one if o has no other dimension.
+# A slice of the rows, or `...` for all. Logits of shape (C) have one row.
 Part = slice | EllipsisType
-# The losses of o[part] for the rows `part` of o.
+# Computes the losses of o[part].
 Rows = Callable[[Tensor, Part], Tensor]
 
 
@@ -41,7 +41,7 @@ class _InParts(torch.autograd.Function):
     def forward(
         ctx: Any, rows_of: Rows, parts: list[slice], o: Tensor, *given: Tensor | None
     ) -> Tensor:
-        # All of them, so that autograd tells if one has been changed before the backward.
+        # All of them are saved, so that autograd raises if one is changed before the backward.
         ctx.save_for_backward(o, *given)
         ctx.rows_of, ctx.parts = rows_of, parts
         return torch.cat([rows_of(o[part], part) for part in parts])

@@ -17,10 +17,10 @@ __all__ = ["Loss", "Normalised", "OnLogits", "Spherical", "less_log_prior"]
 class Loss:
     """A loss of one row of outputs and its target. Class attributes declare its properties.
 
-    normalised: it is −log f_t of a distribution f, so it has a likelihood.
-    shift_invariant, scale_invariant: o + a, or a·o with a > 0, have the same loss.
-    upper_bound: with π = 1 it is never below log-softmax.
-    smoothable: (1−α)·ℓ(t) + (α/C)·Σ_k ℓ(k) is a loss for a smoothed target.
+    normalised: whether it is −log f_t of a distribution f, and so has a likelihood.
+    shift_invariant, scale_invariant: whether o + a, or a·o with a > 0, have the same loss.
+    upper_bound: whether it is never below −log softmax if π = 1.
+    smoothable: whether label smoothing, (1−α)·ℓ(t) + (α/C)·Σ_k ℓ(k), is defined for this loss.
     """
 
     normalised: ClassVar[bool] = False

@@ -1,17 +1,26 @@
-"""When a sum of squares is no more than what rounding makes of nothing.
+"""Bounds below which a sum of squares is only rounding error.
 
 With the machine epsilon eps, one operation has a relative error of at most eps/2. The sum of n
-terms then has an error of at most n eps/2 Σ|terms|, and, if the errors of single operations are
-independent with mean zero, seldom more than √n eps/2 Σ|terms|. So numbers that would be equal, each
-computed as a sum of n terms, differ by no more than about
+terms, one after another as in a matrix product, has an error of at most n eps/2 Σ|terms|. If the
+errors of single operations are independent with mean zero, it is seldom more than
+√n eps/2 Σ|terms|. So outputs that would be equal, each computed as a sum of n terms, differ by no
+more than about
 
     (4 + √n) eps Σ|terms|,
 
-where the 4 stands for the few operations around the sum and for sums in another order. Every bound
-in this package against rounding is made from this one, with the number of terms that were summed
-and their sizes, and it is no larger, since what falls below a bound is lost.
+where the 4 stands for the few operations around the sum and for sums in another order. PyTorch
+adds up the elements of a tensor in pairs, pairs of pairs and so on. The relative error of such a
+sum of n positive numbers is at most about
 
-Source: Higham & Mary 2019, SIAM Journal on Scientific Computing 41 (the bound with √n).
+    (4 + log₂ n) eps.
+
+Every bound in this package against rounding is made from these two, with the number of terms that
+were summed and their sizes. The bounds are kept tight, since real differences below them would be
+set to zero. What never entered a sum, such as a row that was subtracted exactly before, does not
+count. Numbers that were given and not summed are equal only if they are the same.
+
+Source: Higham & Mary 2019, SIAM Journal on Scientific Computing 41 (the bound with √n); Higham
+1993, SIAM Journal on Scientific Computing 14 (pairwise sums).
 """
 
 from __future__ import annotations
@@ -21,31 +30,34 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["above_rounding", "is_rounding", "spread_of_equals"]
+__all__ = ["above_rounding", "error_of_sum", "is_rounding", "spread_of_equals"]
 
 
-def spread_of_equals(terms: int | float | Tensor, dtype: torch.dtype) -> float | Tensor:
+def spread_of_equals(terms: int, dtype: torch.dtype) -> float:
     """(4 + √n) eps: how far apart equal sums of n terms may come out, relative to Σ|terms|."""
-    root = terms.sqrt() if isinstance(terms, Tensor) else math.sqrt(terms)
-    return (4 + root) * torch.finfo(dtype).eps
+    return (4 + math.sqrt(terms)) * torch.finfo(dtype).eps
 
 
-def above_rounding(q: Tensor, size: Tensor, mass: float | Tensor, terms: int = 0) -> Tensor:
+def error_of_sum(terms: int | float | Tensor, dtype: torch.dtype) -> float | Tensor:
+    """(4 + log₂ n) eps: the relative error of a pairwise sum of n positive numbers."""
+    levels = terms.clamp_min(1).log2() if isinstance(terms, Tensor) else math.log2(max(terms, 1))
+    return (4 + levels) * torch.finfo(dtype).eps
+
+
+def above_rounding(q: Tensor, apart: Tensor, mass: float | Tensor) -> Tensor:
     """q = Σ_k π_k (o_k − μ)², or 0 where equal outputs might have given as much.
 
     By Popoviciu's inequality numbers that are at most r apart have a variance of at most r²/4.
 
     Args:
-        q: (...), in the dtype in which the outputs were summed.
-        size: (...), Σ|terms| of an output: its own absolute value if the outputs were given.
+        q: (...), at least 0.
+        apart: (...), how far apart equal outputs may have come out.
         mass: M = Σ_k π_k.
-        terms: the number of terms of this size that were summed to an output; 0 if none were,
-            since the mean row was taken off before, or since the outputs were given.
 
     Returns q with zeros; NaN stays NaN.
     """
-    apart = spread_of_equals(terms, q.dtype) * size
-    return torch.where(q <= mass * (apart / 2).square(), 0.0, q)
+    # Deviations are compared, since the square of `apart` may overflow or vanish.
+    return torch.where((q.detach() / mass).sqrt() <= apart / 2, 0.0, q)
 
 
 def is_rounding(variance: Tensor, mean: Tensor, terms: float | Tensor) -> Tensor:
@@ -55,4 +67,4 @@ def is_rounding(variance: Tensor, mean: Tensor, terms: float | Tensor) -> Tensor
     terms: the number of outputs that were summed
     """
     # one relative error from q, and two from the square of μ
-    return variance <= 3 * spread_of_equals(terms, variance.dtype) * mean * mean
+    return variance <= 3 * error_of_sum(terms, variance.dtype) * mean * mean

@@ -150,7 +150,7 @@ class Accumulation:
         return Inputs(H, self.W, self.b, target, self.pi)
 
     def add(self, H: Tensor, target: Tensor, mu: Tensor, g: Gradients, wanted: Both) -> None:
-        """Adds the share of one batch to the gradients that are wanted, of which there is one."""
+        """Adds the share of one batch to the gradients that are wanted. At least one is."""
         assert self.moments is not None
         with torch.autocast(H.device.type, enabled=False):
             small = moments.small_gradient(H, mu, self.moments, g)

@@ -1,4 +1,4 @@
-"""What a backward or a data-parallel wrapper may ask for inside accumulate(), and what not."""
+"""Checks of backward calls and data-parallel wrappers inside accumulate()."""
 
 from __future__ import annotations
 

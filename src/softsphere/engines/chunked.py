@@ -18,7 +18,7 @@ from softsphere.engines.weight import (
     scatter,
     target_outputs,
 )
-from softsphere.rounding import above_rounding
+from softsphere.rounding import above_rounding, error_of_sum, spread_of_equals
 
 __all__ = ["CHUNKED", "tile"]
 
@@ -36,6 +36,14 @@ def _outputs(H: Tensor, x: Tensor, x1: Tensor | None) -> Tensor:
     return H @ x.mT if x1 is None else torch.addmm(x1, H, x.mT)
 
 
+def _add_sizes(size: Tensor, x: Tensor, x1: Tensor | None, weight: Tensor | None) -> None:
+    """size (d + 1) += Σ_k π_k |[x x1]_k|."""
+    rows = x.abs()
+    size[:-1] += rows.sum(0) if weight is None else weight @ rows
+    if x1 is not None:
+        size[-1] += (x1.abs() if weight is None else x1.abs() * weight).sum()
+
+
 def _forward(x: Inputs, how: Settings) -> tuple[Tensor, ...]:
     """s, q, c, and for the backward the shift and what it has left of the mean output of a row.
 
@@ -47,9 +55,12 @@ def _forward(x: Inputs, how: Settings) -> tuple[Tensor, ...]:
     shift = mean_row(x, classes, how.dtype) if how.centred else None
     H = H.to(how.dtype)
     s, q = H.new_zeros(len(H)), H.new_zeros(len(H))
+    size = H.new_zeros(W.shape[1] + 1)  # Σ_k π_k |[W b]_k|, of the rows as they are multiplied
     for part in chunks(len(W), classes):
         w, w1 = read(W[part], None if b is None else b[part], shift, how.dtype, None)
         weight = None if pi is None else pi[part].to(how.dtype)
+        if how.centred:
+            _add_sizes(size, w, w1, weight)
         for row in chunks(len(H), rows):
             o = _outputs(H[row], w, w1)
             s[row] += o.sum(1) if weight is None else o @ weight
@@ -59,8 +70,11 @@ def _forward(x: Inputs, how: Settings) -> tuple[Tensor, ...]:
     if shift is None:
         return s, q, c, H.new_zeros(W.shape[1] + (b is not None)), torch.zeros_like(s)
     rest = s / x.mass
-    size = H.abs() @ shift[: H.shape[1]].abs() + shift[H.shape[1] :].abs().sum()
-    q = above_rounding((q - s * rest).clamp_min(0), size, x.mass)
+    size = (size / x.mass).to(how.dtype)
+    apart = spread_of_equals(H.shape[1], how.dtype) * (H.abs() @ size[:-1] + size[-1])
+    # the rounding errors of s and q, as in `is_rounding`
+    apart = torch.maximum(apart, 2 * (3 * error_of_sum(len(W), how.dtype)) ** 0.5 * rest.abs())
+    q = above_rounding((q - s * rest).clamp_min(0), apart, x.mass)
     return torch.zeros_like(s), q, c - rest.unsqueeze(1), shift, rest
 
 

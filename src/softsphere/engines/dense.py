@@ -7,7 +7,7 @@ from torch import Tensor
 
 from softsphere.engines.engine import Engine, Inputs, Settings, Workload, mass_of
 from softsphere.engines.row_statistics import output_statistics
-from softsphere.engines.weight import output_size
+from softsphere.engines.weight import accumulator, spread_of_outputs
 from softsphere.rounding import above_rounding
 
 __all__ = ["DENSE", "LOGITS_LIMIT"]
@@ -25,8 +25,9 @@ def _statistics_of_outputs(x: Inputs, how: Settings) -> tuple[Tensor, Tensor, Te
     found = output_statistics(o, x.target, x.pi, centred=how.centred)
     if not how.centred:
         return found.s, found.q, found.c
-    size = output_size(x, found.q.dtype)
-    q = above_rounding(found.q, size, mass_of(x.pi, x.W.shape[0]), x.H.shape[1])
+    # The outputs have the digits of their own dtype, even if they are summed in a wider one.
+    apart = spread_of_outputs(x, accumulator(x.H, x.W, torch.float32))
+    q = above_rounding(found.q, apart, mass_of(x.pi, x.W.shape[0]))
     return found.s, q, found.c
 
 

@@ -14,7 +14,6 @@ from torch import Tensor
 from softsphere.matrix import FactoredTensor, StructuredGradient
 from softsphere.matrix.gradient import GradientFactors
 from softsphere.matrix.gradient_tensors import Content
-from softsphere.rounding import above_rounding
 from softsphere.stats import Stats
 
 __all__ = ["TWICE", "factored_statistics"]
@@ -62,8 +61,7 @@ class _FactoredStatistics(torch.autograd.Function):
         c = (at_rows.view(*target.shape, d) * H.unsqueeze(1)).sum(-1)
         ctx.save_for_backward(H, target, P, mu, at_rows)
         if centred:
-            size = H.abs() @ W.small("mean")[:d].abs()
-            return torch.zeros_like(mu), above_rounding(q, size, W.mass), c
+            return torch.zeros_like(mu), q, c
         s = W.mass * mu
         return s, q + s * mu, c + mu.unsqueeze(1)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from softsphere._torch import forward_mode_active, transforms_active
-from softsphere.rounding import above_rounding
+from softsphere.rounding import above_rounding, error_of_sum
 from softsphere.stats import Stats
 
 __all__ = ["accumulator", "dense_statistics", "output_statistics", "row_parts"]
@@ -56,9 +56,9 @@ def dense_statistics(
     if not centred:
         weighted = o if pi is None else o * pi
         return Stats(weighted.sum(-1), (weighted * o).sum(-1), o, total, y=y, pi=pi)
-    d, mean = _centre(o, pi)
+    d, apart = _centre(o, pi)
     q = (d * d if pi is None else d * d * pi).sum(-1)
-    q = above_rounding(q, mean.squeeze(-1).abs(), _mass(o, pi))
+    q = above_rounding(q, apart, _mass(o, pi))
     return Stats(torch.zeros_like(q), q, d, total, y=y, pi=pi)
 
 
@@ -124,11 +124,11 @@ def _forward(
         d = o.to(dtype)
         weighted = d * pi
         return weighted.sum(-1), (weighted * d).sum(-1), c
-    d, mean = _centre(o, pi)
+    d, apart = _centre(o, pi)
     q = _sum_of_squares(d, dtype) if pi is None else (d * d * pi).sum(-1)
     return (
         torch.zeros_like(q),
-        above_rounding(q, mean.squeeze(-1).abs(), _mass(o, pi)),
+        above_rounding(q, apart, _mass(o, pi)),
         d.gather(-1, target),
     )
 
@@ -178,14 +178,17 @@ def _sum_of_squares(o: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _centre(o: Tensor, pi: Tensor | None) -> tuple[Tensor, Tensor]:
-    """o − μ with μ = Σ π o / M, and μ (..., 1).
+    """o − μ with μ = Σ π o / M, and how far from 0 that may be on both sides if all o are equal.
 
-    It is subtracted twice, since the first mean is rounded to the digits of o, not of the rest.
+    A mean is subtracted twice, since the first one is rounded to the digits of o, not of the rest.
+    If all o are equal, all of the rest is equal as well, and the second mean differs from it by
+    rounding alone.
     """
     d = o.to(accumulator(o.dtype))
-    mean = _average(d, pi)
-    d = d - mean
-    return d - _average(d, pi), mean
+    d = d - _average(d, pi)
+    rest = _average(d, pi)
+    apart = 2 * error_of_sum(o.shape[-1], d.dtype) * rest.detach().squeeze(-1).abs()
+    return d - rest, apart
 
 
 def _average(d: Tensor, pi: Tensor | None) -> Tensor:

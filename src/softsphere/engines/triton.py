@@ -21,7 +21,7 @@ from torch import Tensor
 from softsphere.engines.engine import Engine, Gradients, Inputs, Settings, Workload
 from softsphere.engines.operators import LinearOperator
 from softsphere.engines.row_statistics import accumulator
-from softsphere.engines.weight import output_size
+from softsphere.engines.weight import spread_of_outputs
 from softsphere.rounding import above_rounding
 
 __all__ = ["TRITON", "TRITON_INSTALLED", "symmetric_gram"]
@@ -90,7 +90,7 @@ def _forward(x: Inputs, how: Settings) -> tuple[Tensor, ...]:
     mean = launch.mean_output(x)
     s, q, c = launch.sums(x, mean)
     rest = s / x.mass
-    q = above_rounding((q - s * rest).clamp_min(0), output_size(x, how.dtype), x.mass, x.H.shape[1])
+    q = above_rounding((q - s * rest).clamp_min(0), spread_of_outputs(x, how.dtype), x.mass)
     return torch.zeros_like(s), q, c - rest.unsqueeze(1), mean, rest
 
 

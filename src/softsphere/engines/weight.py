@@ -1,7 +1,7 @@
 """Reads [W b] in chunks of rows and at the targets, and adds gradients at the targets.
 
 W (D, d) and b (D) or None are never joined, and never copied as a whole. A shift (n) is subtracted
-from every row of [W b]; it is about their mean. n = d, or d + 1 with a b.
+from every row of [W b]. The shift is close to the mean of the rows. n = d, or d + 1 with a b.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from softsphere.engines.engine import Inputs
+from softsphere.rounding import spread_of_equals
 
 __all__ = [
     "accumulator",
@@ -19,9 +20,9 @@ __all__ = [
     "chunk_room",
     "chunks",
     "mean_row",
-    "output_size",
     "read",
     "scatter",
+    "spread_of_outputs",
     "target_outputs",
 ]
 
@@ -83,16 +84,19 @@ def target_outputs(x: Inputs, shift: Tensor | None, dtype: torch.dtype) -> Tenso
     return c
 
 
-def output_size(x: Inputs, dtype: torch.dtype) -> Tensor:
-    """Σ_j |h_j w_j| + |b| (m) for the first target of each row, or for the first class.
+def spread_of_outputs(x: Inputs, dtype: torch.dtype) -> Tensor:
+    """How far apart the outputs H Wᵀ + b of equal rows [W b] may come out: (m).
 
-    Rounding errors of outputs are in proportion to it. It is asked for where all outputs of a row
-    are about equal, so that any class will do.
+    It follows from Σ_j |h_j w̄_j| + |b̄| with the mean row w̄, which is any row if all are equal.
     """
-    H, W, target = x.H.detach().to(dtype), x.W.detach(), x.target
-    t = target[:, 0] if target.shape[1] else target.new_zeros(target.shape[0])
-    size = (H * W.index_select(0, t).to(dtype)).abs().sum(1)
-    return size if x.b is None else size + x.b.detach().index_select(0, t).to(dtype).abs()
+    H, W, b = x.H.detach().to(dtype), x.W.detach(), None if x.b is None else x.b.detach().to(dtype)
+    if x.pi is None:
+        row, column = W.mean(0, dtype=dtype), None if b is None else b.mean()
+    else:
+        weight = (x.pi / x.mass).to(dtype)
+        row, column = weight @ W.to(dtype), None if b is None else weight @ b
+    size = H.abs() @ row.abs()
+    return spread_of_equals(H.shape[1], dtype) * (size if column is None else size + column.abs())
 
 
 def add_target_rows(

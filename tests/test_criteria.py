@@ -212,3 +212,14 @@ def test_a_margin_is_for_training_in_every_form(form):
     plain = nn.functional.cross_entropy(logits, target)
     assert module(logits, target) > plain + 0.1
     torch.testing.assert_close(module.eval()(logits, target), plain)
+
+
+def test_an_assigned_loss_is_a_loss_or_refused():
+    criterion = softsphere.SphericalLoss("softmax").eval()
+    criterion.loss = "taylor_softmax"
+    logits, target = torch.tensor([[1.0, 0.0, -1.0]]), torch.tensor([0])
+    want = softsphere.TaylorSoftmaxLoss()(logits, target)
+    assert torch.equal(criterion(logits, target), want)
+    with pytest.raises(ValueError, match="loss must be one of"):
+        criterion.loss = "taylor"
+    assert torch.equal(criterion(logits, target), want)

@@ -172,3 +172,12 @@ def test_bouchard_finds_its_minimum(classes):
     # ξ² − (κ ξ coth(ξ/2))² = v, the stationarity condition as the papers write it
     residual = xi**2 - (kappa * xi / torch.tanh(xi / 2)) ** 2 - v
     assert (residual.abs() <= 1e-12 * xi**2 + 1e-10 * v + 1e-10).all()
+
+
+@pytest.mark.parametrize("slope", [0.0, 1e38])
+@pytest.mark.parametrize("name", SPHERICAL)
+def test_a_sum_of_squares_that_overflows_gives_no_loss(name, slope):
+    q = torch.tensor([torch.inf, 7.0])
+    x = Stats(torch.tensor([slope, 0.0]), q, torch.tensor([[1.0], [1.0]]), mass=7.0)
+    finite = CASES[name][0].value(x).isfinite()
+    assert finite.tolist() == [False, True]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -83,6 +85,9 @@ class SphericalLoss(WithPrior):
         self.reduction = given.reduction
         self.ignore_index = given.ignore_index
         self.label_smoothing = given.label_smoothing
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, losses.get(value) if name == "loss" else value)
 
     @property
     def conventions(self) -> Conventions:

@@ -61,7 +61,8 @@ def log_prob(
     Returns a tensor of the shape of the logits, in their dtype or in `dtype`.
 
     Raises TypeError for a loss that is not a distribution, and ValueError or TypeError for other
-    wrong arguments.
+    invalid arguments. On a CPU these include logits by which softmax would leave out a class, such
+    as −∞, where t(o) is infinite; pass `mask` instead.
 
     >>> log_prob(torch.zeros(2), "taylor_softmax", prior=torch.tensor([1.0, 3.0])).exp()
     tensor([0.2500, 0.7500])

@@ -14,6 +14,7 @@ from softsphere import (
     SphericalLoss,
     losses,
 )
+from softsphere.matrix import SingularStepError
 from softsphere.optim import FactoredSGD
 
 SPHERICAL = {name: case[0] for name, case in CASES.items() if isinstance(case[0], losses.Spherical)}
@@ -368,3 +369,22 @@ def test_wrong_arguments_are_named(case):
     call, words = WRONG[case]
     with pytest.raises((ValueError, TypeError), match=words):
         call(layer(dtype=torch.float32))
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("prior", [False, True])
+def test_training_that_diverges_ends_before_the_weight_overflows(prior, momentum):
+    torch.manual_seed(0)
+    counts = torch.rand(500) + 0.01 if prior else None
+    head = FactoredSphericalLoss(8, 500, "bohning_bound", prior=counts)
+    optimizer = FactoredSGD(head.parameters(), lr=50.0, momentum=momentum)
+    hidden, target = torch.randn(32, 8), torch.randint(500, (32,))
+    before = head.dense()
+    with pytest.raises(SingularStepError, match="squares overflow.*lower lr"):
+        for _ in range(200):
+            optimizer.zero_grad()
+            head(hidden, target).backward()
+            before = head.dense()
+            optimizer.step()
+    assert before.isfinite().all() and before.abs().max() > 1e6
+    torch.testing.assert_close(head.dense(), before)

@@ -32,6 +32,25 @@ def test_a_step_that_is_singular_or_not_finite_changes_nothing():
     W.add_(singular, alpha=-0.2)
 
 
+@pytest.mark.parametrize("pi", [None, torch.linspace(0.5, 1.5, D)], ids=["uniform", "prior"])
+def test_a_step_after_which_squares_overflow_changes_nothing(pi):
+    """Entries of 1e19 are finite in float32, but the next loss needs their squares."""
+    matrix = FactoredMatrix(torch.ones(D, d), pi=pi)
+    one, none = torch.ones(1, d), torch.empty(0, dtype=torch.long)
+    shift = GradientFactors(one, 0 * one, torch.ones(1), none, none, one.new_empty(0))
+    matrix.add_(shift, alpha=1e15)
+    before = copy.deepcopy(matrix.arrays.state())
+    for alpha in (1e19, -1e22, 1e38):
+        with pytest.raises(SingularStepError, match="squares overflow in torch.float32"):
+            matrix.add_(shift, alpha=alpha)
+    for name, value in matrix.arrays.state().items():
+        assert torch.equal(value, before[name]), name
+    torch.testing.assert_close(matrix.arrays.to_dense(), torch.full((D, d), 1e15))
+    wide = FactoredMatrix(torch.ones(D, d).double(), pi=None if pi is None else pi.double())
+    wide.add_(in_dtype(shift, torch.float64), alpha=1e38)
+    assert wide.arrays.to_dense().isfinite().all()
+
+
 def test_harsh_steps_are_mended_at_once():
     """One step takes all but 1e-3 of a direction; float32 keeps its digits."""
     torch.manual_seed(0)

@@ -85,12 +85,15 @@ class Update:
         W.renamed()
         W.changed()
 
-    def after(self, W: Arrays, name: str) -> Tensor:
-        """Returns the value that a small array will have after the step."""
-        if name in self.scaled:
-            return self.scaled[name] + self.to_small[name]
+    def after(self, W: Arrays, name: str, diagonal: bool = False) -> Tensor:
+        """Returns the value that a small array, or its diagonal, will have after the step."""
         before: Tensor = getattr(W, name)
-        return before * self.blocks.base[0][0] ** _POWER[name] + self.to_small[name]
+        before, change = self.scaled.get(name, before), self.to_small[name]
+        if diagonal:
+            before, change = before.diagonal(), change.diagonal()
+        if name in self.scaled:
+            return before + change
+        return before * self.blocks.base[0][0] ** _POWER[name] + change
 
 
 def plan(
@@ -155,6 +158,12 @@ def _compute(W: Arrays, gradient: GradientFactors, blocks: Blocks, flag: Tensor 
     return _guarded(W, g, update, seen, LU.diagonal(), flag)
 
 
+def _largest_square(W: Arrays, update: Update) -> Tensor:
+    """The largest Σ_k π_k W_kj² of a column of W after the step, in float64."""
+    spread = update.after(W, "centred_gram", diagonal=True)
+    return (spread + update.after(W, "colsum").square() / W.mass).max()
+
+
 def _half_of_gram(
     W: Arrays, gradient: GradientFactors, R: Tensor, entries: EntryProducts, blocks: Blocks
 ) -> Tensor:
@@ -212,6 +221,7 @@ def _guarded(
 ) -> Update:
     """Returns the update if all of `seen` is finite and S is not singular by its pivots.
 
+    The sums of squares of W's columns must be finite in its dtype as well, which W then is too.
     Otherwise the update says why it is refused; on a GPU, where asking would wait for the device,
     it is one that changes nothing.
     """
@@ -220,9 +230,11 @@ def _guarded(
     share = size.min() / size.max().clamp_min(1) if len(size) else total.new_ones(())
     # Each entry of S sums up to w products, and elimination subtracts up to as many more.
     terms = max(64, W.V.width + len(pivots))
-    ok = total.isfinite() & (share > terms * torch.finfo(pivots.dtype).eps)
+    enough = terms * torch.finfo(pivots.dtype).eps
+    ok = total.isfinite() & (share > enough)
+    ok = ok & (_largest_square(W, update) <= torch.finfo(W.dtype).max)
     if W.device.type == "cpu":
-        refused = None if bool(ok) else _reason(gradient)
+        refused = None if bool(ok) else _reason(gradient, bool(share <= enough), W.dtype)
         return replace(update, refused=refused, share=float(share))
     flag = ~ok if flag is None else flag | ~ok
     ok = ~flag
@@ -236,13 +248,18 @@ def _guarded(
     )
 
 
-def _reason(gradient: GradientFactors) -> str:
+def _reason(gradient: GradientFactors, singular: bool, dtype: torch.dtype) -> str:
     """Says why a step cannot be taken, and how to mend it."""
     parts = (gradient.H, gradient.L, gradient.s, gradient.x)
     if not all(bool(part.isfinite().all()) for part in parts):
         return (
             "the gradient of the output layer holds a value that is not finite; look for an "
             "overflow in the layers below, lower lr, or clip. Nothing was changed"
+        )
+    if not singular:
+        return (
+            f"the step would make the weight so large that its squares overflow in {dtype}, as in "
+            "training that diverges; lower lr, or clip. Nothing was changed"
         )
     return (
         "the step would make the output layer's map I − lr·A singular (lr · 2q'‖h‖² is near 1); "

@@ -25,6 +25,7 @@ __all__ = [
     "forward_mode_active",
     "gradients_wanted",
     "has_gradient_hooks",
+    "has_own_call",
     "has_tangent",
     "hooks_of",
     "is_recorded",
@@ -164,6 +165,16 @@ def data_parallel_in_forward() -> DistributedDataParallel | None:
 def products_have_out_dtype() -> bool:
     """Whether torch.mm of half-precision factors can return float32. It can since torch 2.8."""
     return "dtype" in torch.ops.aten.mm.overloads()
+
+
+def has_own_call(module: nn.Module) -> bool:
+    """Whether a call of a module does something else than run its hooks and its forward."""
+    names = ("__call__", "_wrapped_call_impl", "_call_impl", "_slow_forward")
+    return any(
+        name in vars(module)
+        or getattr(type(module), name, None) is not getattr(nn.Module, name, None)
+        for name in names
+    )
 
 
 def hooks_of(module: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -37,6 +37,30 @@ class ScaledEmbedding(nn.Embedding):
         return 2 * super().forward(x)
 
 
+class WeightByProperty(nn.Linear):
+    @property
+    def weight(self):
+        return nn.Parameter(2 * self._parameters["weight"])
+
+    @weight.setter
+    def weight(self, value):
+        self._parameters["weight"] = value
+
+    def register_parameter(self, name, value):
+        self._parameters[name] = value
+
+
+class WeightByGetattr(nn.Linear):
+    def __getattr__(self, name):
+        value = super().__getattr__(name)
+        return nn.Parameter(2 * value) if name == "weight" else value
+
+
+class CalledInside(nn.Linear):
+    def _call_impl(self, *args):
+        return 2 * super()._call_impl(*args)
+
+
 class LowRank(nn.Module):
     """An adapter as peft has it: a wrapper that shows the weight of the layer inside."""
 
@@ -99,6 +123,11 @@ def forward_replaced(layer):
     layer.forward = lambda x: 2 * plain(x)
 
 
+def call_replaced(layer):
+    plain = layer._call_impl
+    layer._call_impl = lambda x: 2 * plain(x)
+
+
 def doubled(module, args, output):
     return 2 * output
 
@@ -141,6 +170,14 @@ REFUSED = {
     "data parallel": (lambda: nn.DataParallel(nn.Linear(d, D)), "got DataParallel; if it wraps"),
     "own forward": (lambda: Scaled(d, D), "Scaled has a forward of its own"),
     "own call": (lambda: Called(d, D), "Called has a forward of its own"),
+    "call replaced": (changed(call_replaced), "Linear has a forward of its own"),
+    "call inside": (lambda: CalledInside(d, D), "CalledInside has a forward of its own"),
+    "weight by property": (lambda: WeightByProperty(d, D), "WeightByProperty computes it"),
+    "weight by getattr": (lambda: WeightByGetattr(d, D), "WeightByGetattr computes it"),
+    "sparse": (
+        changed(with_parameter("weight", torch.zeros(D, d).to_sparse())),
+        "must be a dense tensor, got layout torch.sparse_coo",
+    ),
     "forward replaced": (changed(forward_replaced), "Linear has a forward of its own"),
     "embedding's own forward": (
         lambda: ScaledEmbedding(D, d),
@@ -408,6 +445,14 @@ def test_the_layer_is_not_kept_alive():
     assert head._tie._layer() is None
     head.weight = nn.Parameter(torch.randn(D, d))
     head(torch.randn(2, d), TOKENS[1])
+
+
+def test_a_layer_object_that_is_gone_is_not_told():
+    """Nothing tells a layer that was replaced as a whole from one that was meant to be dropped."""
+    model = Model()
+    model.words = nn.Embedding(D, d)
+    gc.collect()
+    model(*TOKENS)
 
 
 def test_the_bias_is_looked_at_as_well():

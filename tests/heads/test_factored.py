@@ -379,12 +379,22 @@ def test_training_that_diverges_ends_before_the_weight_overflows(prior, momentum
     head = FactoredSphericalLoss(8, 500, "bohning_bound", prior=counts)
     optimizer = FactoredSGD(head.parameters(), lr=50.0, momentum=momentum)
     hidden, target = torch.randn(32, 8), torch.randint(500, (32,))
-    before = head.dense()
-    with pytest.raises(SingularStepError, match="squares overflow.*lower lr"):
-        for _ in range(200):
-            optimizer.zero_grad()
-            head(hidden, target).backward()
-            before = head.dense()
+    told, before = "", head.dense()
+    for _ in range(200):
+        optimizer.zero_grad()
+        head(hidden, target).backward()
+        before = head.dense()
+        try:
             optimizer.step()
+        except SingularStepError as error:
+            told = str(error)
+            break
+    assert "squares overflow" in told and "lower lr" in told
     assert before.isfinite().all() and before.abs().max() > 1e6
     torch.testing.assert_close(head.dense(), before)
+
+
+def test_a_mask_of_classes_is_for_the_other_layer():
+    head = FactoredSphericalLoss(d, D)
+    with pytest.raises(TypeError, match=r"mask cannot be used.*LinearSphericalLoss"):
+        head(torch.randn(2, d), torch.arange(2), mask=torch.ones(D, dtype=torch.bool))

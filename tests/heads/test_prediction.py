@@ -10,6 +10,7 @@ import _factored
 from _cases import CASES
 from _output_layers import (
     COUNTS,
+    EVERY,
     SOME,
     D,
     all_or_some,
@@ -388,3 +389,52 @@ def test_rows_that_differ_in_one_simple_number_are_not_equal(kind, dtype):
     for t in range(0, 400, 7):
         want = 1 + (o > o[:, [t]]).sum(1)
         assert torch.equal(head.rank(hidden, torch.full((2,), t)), want)
+
+
+@pytest.mark.parametrize("ask", ["predict", "topk", "rank", "log_prob", "some", "differentiable"])
+@pytest.mark.parametrize("value", [-torch.inf, torch.inf, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize(
+    ("kind", "name"), [x for x in EVERY if x[1] not in ("softmax", "soft_margin")]
+)
+def test_a_class_cannot_be_forbidden_by_a_bias(kind, name, value, ask):
+    """For a softmax it has probability 0. Here t(o) grows again, and it would be the best class."""
+    head = kind(d, D, CASES[name][0])
+    state = {key: x.clone() for key, x in head.state_dict().items()}
+    state["bias"][5] = value
+    head.load_state_dict(state)
+    hidden, target = torch.randn(4, d), torch.arange(4)
+    asked = {
+        "predict": lambda: head.predict(hidden),
+        "topk": lambda: head.topk(hidden, 2),
+        "rank": lambda: head.rank(hidden, target),
+        "log_prob": lambda: head.requires_grad_(False).log_prob(hidden),
+        "some": lambda: head.requires_grad_(False).log_prob(hidden, target),
+        "differentiable": lambda: head.log_prob(hidden),
+    }
+    with pytest.raises(ValueError, match=r"outputs .* must be finite.*mask=…"):
+        asked[ask]()
+
+
+def test_a_softmax_may_forbid_a_class_by_its_bias():
+    head = LinearSphericalLoss(d, D, "softmax")
+    with torch.no_grad():
+        head.bias[5] = -torch.inf
+    hidden = torch.randn(4, d)
+    for context in (torch.enable_grad, torch.no_grad):
+        with context():
+            assert (head.log_prob(hidden).exp()[:, 5] == 0).all()
+            assert (head.topk(hidden, D).indices[:, -1] == 5).all()
+            assert (head.rank(hidden, torch.full((4,), 5)) == D).all()
+
+
+@both
+def test_infinite_scores_rank_last_where_values_cannot_be_looked_at(kind):
+    head = kind(d, D)
+    state = {key: x.clone() for key, x in head.state_dict().items()}
+    state["bias"][5] = -torch.inf
+    head.load_state_dict(state)
+    hidden = torch.randn(4, d)
+    assert (torch.func.vmap(head.predict)(hidden) != 5).all()
+    five = torch.full((4,), 5)
+    assert (torch.func.vmap(head.rank)(hidden, five) == D).all()
+    assert (torch.func.vmap(head.rank)(hidden, five - 1) < D).all()

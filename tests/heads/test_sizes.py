@@ -307,3 +307,35 @@ def test_no_row_is_ignored_with_none(kind):
     head(hidden, torch.tensor([0, 1]))
     with pytest.raises(ValueError, match=r"target must be in \[0, 30\)"):
         head(hidden, torch.tensor([0, -100]))
+
+
+WRONG_KINDS = {
+    "complex weight": ("weight", torch.complex64, "weight must be a floating-point tensor"),
+    "integer weight": ("weight", torch.int64, "weight must be a floating-point tensor"),
+    "float8 weight": ("weight", torch.float8_e4m3fn, "weight must be float16"),
+    "complex bias": ("bias", torch.complex64, "bias must be a floating-point tensor"),
+    "wide bias": ("bias", torch.float64, "bias must have the dtype of"),
+    "narrow bias": ("bias", torch.bfloat16, "bias must have the dtype of"),
+    "sparse weight": ("weight", torch.sparse_coo, "weight must be a dense tensor"),
+}
+
+
+@pytest.mark.parametrize("ask", ["forward", "log_prob", "some", "topk", "predict", "rank"])
+@pytest.mark.parametrize("case", WRONG_KINDS)
+def test_a_replaced_parameter_of_another_kind_is_refused_everywhere(case, ask):
+    name, kind, words = WRONG_KINDS[case]
+    head = LinearSphericalLoss(d, D)
+    value = getattr(head, name).detach()
+    value = value.to_sparse() if kind is torch.sparse_coo else value.to(kind)
+    setattr(head, name, nn.Parameter(value, requires_grad=False))
+    hidden, target = torch.randn(3, d), torch.arange(3)
+    asked = {
+        "forward": lambda: head(hidden, target),
+        "log_prob": lambda: head.log_prob(hidden),
+        "some": lambda: head.log_prob(hidden, target),
+        "topk": lambda: head.topk(hidden, 2),
+        "predict": lambda: head.predict(hidden),
+        "rank": lambda: head.rank(hidden, target),
+    }
+    with pytest.raises(TypeError, match=words):
+        asked[ask]()

@@ -41,7 +41,7 @@ def test_a_step_after_which_squares_overflow_changes_nothing(pi):
     matrix.add_(shift, alpha=1e15)
     before = copy.deepcopy(matrix.arrays.state())
     for alpha in (1e19, -1e22, 1e38):
-        with pytest.raises(SingularStepError, match="squares overflow in torch.float32"):
+        with pytest.raises(SingularStepError, match=r"squares overflow in torch.float32"):
             matrix.add_(shift, alpha=alpha)
     for name, value in matrix.arrays.state().items():
         assert torch.equal(value, before[name]), name

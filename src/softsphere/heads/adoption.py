@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
-from softsphere._torch import hooks_of, transforms_active
-from softsphere.checks.kinds import FLOATING
+from softsphere._torch import has_own_call, hooks_of, transforms_active
+from softsphere.checks.kinds import FLOATING, dense
 
 __all__ = ["Tie", "plain_parameters"]
 
@@ -78,11 +78,8 @@ def plain_parameters(
 
 def _has_own_forward(layer: nn.Module, base: type[nn.Module]) -> bool:
     """Whether a call of the layer runs anything but the forward of base."""
-    kind: Any = type(layer)
     return (
-        kind.forward is not base.forward
-        or kind.__call__ is not nn.Module.__call__
-        or "forward" in vars(layer)
+        type(layer).forward is not base.forward or "forward" in vars(layer) or has_own_call(layer)
     )
 
 
@@ -101,12 +98,20 @@ def _checked_parameters(
 ) -> tuple[nn.Parameter, nn.Parameter | None]:
     """Returns weight and bias, each a parameter of a shape and dtype that a loss can be made of."""
     W, b = getattr(linear, "weight", None), getattr(linear, "bias", None)
+    own = dict(linear.named_parameters(recurse=False))
+    for name, x in (("weight", W), ("bias", b)):
+        if isinstance(x, nn.Parameter) and x is not own.get(name):
+            raise TypeError(
+                f"linear must have its {name} as a parameter, but this {type(linear).__name__} "
+                f"computes it (by a property, __getattr__ or the like); {_INSTEAD}"
+            )
     if not isinstance(W, nn.Parameter) or W.dim() != 2 or len(W) == 0:
         shape = f" of shape {tuple(W.shape)}" if isinstance(W, Tensor) else ""
         raise TypeError(
             "linear must have a parameter `weight` of shape (num_classes, in_features) with at "
             f"least one class, got {type(W).__name__}{shape}"
         )
+    dense("the weight of linear", W)
     if W.dtype not in FLOATING:
         raise TypeError(
             f"linear must have a weight of {', '.join(map(str, FLOATING))}, got {W.dtype}; "

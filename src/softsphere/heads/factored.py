@@ -34,8 +34,9 @@ class FactoredSphericalLoss(FactoredState, OutputLayer):
 
     `torch.optim.SGD` without momentum steps it, `softsphere.optim.FactoredSGD` also with momentum.
     Schedulers, `clip_grad_norm_`, gradient scaling, accumulation, hooks and weight averaging work
-    on it as on any parameter. What acts on single numbers of W, as Adam does, raises TypeError
-    before anything has changed. Weight and bias share a learning rate and weight decay.
+    on it as on any parameter. Optimizers that update entries of W individually, such as Adam,
+    raise TypeError before anything has changed. Weight and bias share a learning rate and weight
+    decay.
 
     With a prior the parameter is diag(√π) [W b], and that is what SGD steps. `dense()`,
     `to_linear()` and `state_dict()` give W and b themselves.
@@ -54,7 +55,7 @@ class FactoredSphericalLoss(FactoredState, OutputLayer):
     target_values (…, K).
 
     A step takes about 7 m d² + 5 m² d multiply-adds for m < d rows, whatever D is. It takes 2 m d²
-    more once U has begun anew (`health().renewed`), and about four times as many with momentum.
+    more after U has been replaced (`health().renewed`), and about four times as many with momentum.
     Good learning rates grow with D: begin at 0.001·D to 0.1·D with the mean reduction.
 
     Raises: ValueError or TypeError that names the argument, says what came and what would do.
@@ -144,7 +145,11 @@ class FactoredSphericalLoss(FactoredState, OutputLayer):
         'LinearSphericalLoss with options=LinearSphericalOptions(engine="dense")'
     )
     def forward(
-        self, hidden: Tensor, target: Tensor, target_values: Tensor | None = None
+        self,
+        hidden: Tensor,
+        target: Tensor,
+        target_values: Tensor | None = None,
+        mask: None = None,
     ) -> Tensor:
         """Computes the loss of hidden (…, d) against target, in the dtype of the weight.
 
@@ -152,12 +157,18 @@ class FactoredSphericalLoss(FactoredState, OutputLayer):
             hidden: (…, d), floating-point.
             target: (…), class indices of any integer dtype, or (…, K) with target_values.
             target_values: (…, K), the values of K-sparse targets.
+            mask: must be None. `LinearSphericalLoss` takes a mask of classes.
 
         Returns: a scalar, or (…) for reduction "none". The mean of no rows at all is NaN.
 
         Raises: ValueError or TypeError that names the argument; RuntimeError inside torch.func
         transforms and in a backward that asks for second derivatives.
         """
+        if mask is not None:
+            raise TypeError(
+                "mask cannot be used with a FactoredSphericalLoss, which keeps sums over all its "
+                "classes; use LinearSphericalLoss, whose forward takes a mask of classes"
+            )
         if transforms_active():
             raise RuntimeError(TWICE)
         reader = self._reader()
@@ -199,7 +210,7 @@ class FactoredSphericalLoss(FactoredState, OutputLayer):
 
     @property
     def bias(self) -> Tensor | None:
-        """b (D), or None: the last column of `weight`, as it is when it is read.
+        """b (D), or None: a view of the last column of `weight`; it shows the current values.
 
         It cannot be written by itself. With a prior it is √π b.
         """

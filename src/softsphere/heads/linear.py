@@ -159,17 +159,25 @@ class LinearSphericalLoss(AccumulatingLayer, OutputLayer, WithPrior):
         is a class like any other.
 
         It must compute W h + b and nothing else. Hooks, adapters and parametrizations that it is
-        given later have no effect on the loss. As long as the layer exists, losses and predictions
-        warn if the two no longer have the same parameters (not inside compiled graphs).
+        given later have no effect on the loss.
+
+        As long as that layer object exists, losses and predictions outside compiled graphs warn if
+        the two no longer have the same parameters, as after ``layer.weight = …`` or
+        ``load_state_dict(assign=True)``. A layer object that a model replaces as a whole
+        (``model.lm_head = nn.Linear(…)``) is gone, and nothing can tell that from a layer that was
+        meant to be dropped, so there is no warning. Then make the output layer again. Neither is
+        there one in a copy that pickle made, or that `copy.deepcopy` made without the layer or
+        with the output layer first. Parameters that are shared stay so in copies of the model.
 
         Args:
             linear: the layer.
             loss, prior, weight, reduction, ignore_index, label_smoothing, options: as in
                 `LinearSphericalLoss`.
 
-        Raises: TypeError or ValueError, with what can be done instead, for a layer that wraps or
-        overrides nn.Linear (LoRA, quantisation), has hooks or a parametrization, or merely has a
-        weight; and for an nn.Embedding with max_norm.
+        Raises: TypeError or ValueError, with what can be done instead, for a layer that is neither
+        an nn.Linear nor an nn.Embedding, for one that overrides what these compute (LoRA,
+        quantisation), computes its weight, or has hooks or a parametrization, for a sparse weight,
+        and for an nn.Embedding with max_norm.
 
         >>> embedding = nn.Embedding(1000, 8)
         >>> LinearSphericalLoss.from_linear(embedding).weight is embedding.weight
@@ -236,13 +244,16 @@ class LinearSphericalLoss(AccumulatingLayer, OutputLayer, WithPrior):
     def _layer(self) -> Affine:
         """Weight and bias, read once, since a parametrization may compute others the next time.
 
-        Raises ValueError if bias, prior or class weights do not fit the weight, as after one of
-        them was replaced. Warns if the parameters are no longer those of the layer that was given
-        to from_linear.
+        Raises TypeError if weight or bias is not a dense floating-point tensor, and ValueError if
+        bias, prior or class weights do not fit the weight, as after one of them was replaced.
+        Warns if the parameters are no longer those of the layer that was given to from_linear.
         """
         if not torch.compiler.is_compiling():
             self._tie.check(self)
         W, b = self.weight, self.bias
+        checks.floating("weight", W)
+        if b is not None:
+            checks.floating("bias", b)
         if W.dim() != 2:
             raise ValueError(
                 f"weight must have shape (num_classes, in_features), got {tuple(W.shape)}"
@@ -257,7 +268,10 @@ class LinearSphericalLoss(AccumulatingLayer, OutputLayer, WithPrior):
         return Affine(W, b, _NAMES)
 
     def _reader(self) -> DenseReader:
-        return DenseReader(self._layer(), self.prior, self.loss, self.options)
+        layer = self._layer()
+        W, b, _ = layer
+        checks.same_dtype(W, W, b, ("weight", "weight", "bias"))
+        return DenseReader(layer, self.prior, self.loss, self.options)
 
     @property
     def base_measure(self) -> Tensor | None:

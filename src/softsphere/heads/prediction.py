@@ -55,7 +55,9 @@ class OutputLayer(nn.Module, ABC):
     """log_prob, topk, predict and rank of a layer that has a `Reader` of its weight.
 
     Scores are computed in float32 or wider, also for half-precision layers, so that classes are
-    never ordered by rounded numbers. NaN scores rank last.
+    never ordered by rounded numbers. NaN scores rank last. For a loss that is a distribution, an
+    infinite output has a numerator of +∞, so that it raises ValueError on a CPU; elsewhere its
+    score is NaN. For softmax an output of −∞ has probability 0.
     """
 
     loss: losses.Loss
@@ -97,12 +99,15 @@ class OutputLayer(nn.Module, ABC):
             if classes.dim() != 1:
                 raise ValueError(f"classes must have shape (n,), got {tuple(classes.shape)}")
         H = reader.rows_of(hidden)
-        if classes is not None:
-            result = reader.scores_of(H, classes) - reader.log_normaliser(H).unsqueeze(1)
-        elif _in_one_piece(reader, hidden):
+        if classes is None and _in_one_piece(reader, hidden):
             result = torch.log_softmax(reader.every_score(H), -1)
+            # A row with an infinite score is NaN everywhere.
+            reader.check_normaliser(H, result[:, 0].detach())
+            return result.view(*hidden.shape[:-1], result.shape[-1])
+        log_norm = reader.check_normaliser(H, reader.log_normaliser(H)).unsqueeze(1)
+        if classes is not None:
+            result = reader.scores_of(H, classes) - log_norm
         else:
-            log_norm = reader.log_normaliser(H).unsqueeze(1)
             result = H.new_empty(H.shape[0], reader.num_classes)
             for part, scores in reader.chunks_of_scores(H):
                 result[:, part] = scores - log_norm
@@ -129,7 +134,7 @@ class OutputLayer(nn.Module, ABC):
         k = checks.number_of_best("k", k, reader.num_classes)
         H = reader.rows_of(hidden)
         best, index = reader.topk(H, k)
-        best = best - reader.log_normaliser(H).unsqueeze(1)
+        best = best - reader.check_normaliser(H, reader.log_normaliser(H)).unsqueeze(1)
         shape = (*hidden.shape[:-1], k)
         return TopK(best.view(shape), index.view(shape))
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from softsphere import checks
-from softsphere._torch import exporting, transformed
+from softsphere._torch import exporting, transformed, values_on_cpu
 from softsphere.losses import Loss
 
 __all__ = ["Reader", "keys_of_rows"]
@@ -22,6 +22,12 @@ __all__ = ["Reader", "keys_of_rows"]
 _SCORES = 8 << 20
 # The keys of rows are polynomials at this number modulo 2⁶⁴.
 _BASE = 0x5851F42D4C957F2D
+_INFINITE = (
+    "the outputs of the layer must be finite for this loss, but one is infinite or its square "
+    "overflows; a −inf in bias or weight does not forbid a class here, since t(o) grows again: "
+    "keep them finite, pass mask=… to the loss, and take predictions among the classes that "
+    "take part from log_prob(hidden, classes)"
+)
 
 
 class Reader(ABC):
@@ -119,6 +125,30 @@ class Reader(ABC):
         for part, rows in self.weight_chunks(size):
             yield part, self.scores(H @ rows.mT, None if self.pi is None else self.pi[part])
 
+    def ranked(self, scores: Tensor) -> Tensor:
+        """Scores with NaN for those of +∞, which infinite outputs of either sign have.
+
+        On a CPU, raises ValueError instead. A loss that is not a distribution ranks by the outputs
+        themselves, and keeps them.
+        """
+        if not self.loss.normalised:
+            return scores
+        infinite = scores == torch.inf
+        if not values_on_cpu(scores):
+            return scores.masked_fill(infinite, torch.nan)
+        if bool(infinite.any()):
+            raise ValueError(_INFINITE)
+        return scores
+
+    def check_normaliser(self, H: Tensor, log_norm: Tensor) -> Tensor:
+        """Returns a log-normaliser (m). On a CPU, raises ValueError if outputs are infinite."""
+        if values_on_cpu(log_norm) and not bool(log_norm.isfinite().all()):
+            if bool((log_norm == torch.inf).any()):
+                raise ValueError(_INFINITE)
+            for _, scores in self.chunks_of_scores(H.detach()):
+                self.ranked(scores)
+        return log_norm
+
     def topk(self, H: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The k best scores of each row, best first, and their classes: (m, k) each.
 
@@ -127,7 +157,7 @@ class Reader(ABC):
         best = H.new_empty(H.shape[0], 0)
         index = torch.empty(H.shape[0], 0, dtype=torch.long, device=H.device)
         for part, scores in self.chunks_of_scores(H):
-            values, places = _best(scores, k)
+            values, places = _best(self.ranked(scores), k)
             best, order = _best(torch.cat([best, values], 1), k)
             index = torch.cat([index, places + part.start], 1).gather(1, order)
         return best, index
@@ -141,14 +171,14 @@ class Reader(ABC):
         o = (H * self.weight_rows(target)).sum(-1)
         pi = self.pi if self.loss.normalised else None
         own_pi = None if pi is None else pi[target].unsqueeze(1)
-        own = self.scores(o.unsqueeze(1), own_pi)
+        own = self.ranked(self.scores(o.unsqueeze(1), own_pi))
         # PyTorch 2.6 has no rule for bits of rows that vmap maps over.
         every = transformed()
         own_key = self.row_keys(slice(None))[target] if every else self.row_keys(target)
         above = torch.zeros_like(target)
         for part, scores in self.chunks_of_scores(H):
             twin = self.row_keys(part) == own_key.unsqueeze(1)
-            better = (scores > own) & ~twin
+            better = (self.ranked(scores) > own) & ~twin
             if pi is not None and own_pi is not None:
                 better = better | (twin & (pi[part] > own_pi))
             above = above + better.sum(1)

@@ -54,10 +54,11 @@ def above_rounding(q: Tensor, apart: Tensor, mass: float | Tensor) -> Tensor:
         apart: (...), how far apart equal outputs may have come out.
         mass: M = Σ_k π_k.
 
-    Returns q with zeros; NaN stays NaN.
+    Returns q with zeros; NaN and ∞ stay what they are.
     """
     # Deviations are compared, since the square of `apart` may overflow or vanish.
-    return torch.where((q.detach() / mass).sqrt() <= apart / 2, 0.0, q)
+    equal = ((q.detach() / mass).sqrt() <= apart / 2) & (q.detach() < torch.inf)
+    return torch.where(equal, 0.0, q)
 
 
 def is_rounding(variance: Tensor, mean: Tensor, terms: float | Tensor) -> Tensor:

@@ -93,7 +93,8 @@ def spread_of_outputs(x: Inputs, dtype: torch.dtype) -> Tensor:
     if x.pi is None:
         row, column = W.mean(0, dtype=dtype), None if b is None else b.mean()
     else:
-        weight = (x.pi / x.mass).to(dtype)
+        # not x.mass: the compiler of torch 2.6 cannot trace a property of a named tuple
+        weight = (x.pi / x.pi.sum(dtype=torch.float64)).to(dtype)
         row, column = weight @ W.to(dtype), None if b is None else weight @ b
     size = H.abs() @ row.abs()
     return spread_of_equals(H.shape[1], dtype) * (size if column is None else size + column.abs())

@@ -44,7 +44,7 @@ class FactoredSGD(torch.optim.Optimizer):
             is 1e18.
         differentiable, fused: must be False or None.
 
-    Raises: ValueError or TypeError for what `torch.optim.SGD` refuses. `step` raises
+    Raises ValueError or TypeError for what `torch.optim.SGD` refuses. `step` raises
     softsphere.matrix.SingularStepError if a step cannot be taken. Then no factored weight and no
     ordinary parameter has changed.
 
@@ -102,7 +102,7 @@ class FactoredSGD(torch.optim.Optimizer):
     def add_param_group(self, param_group: Any) -> None:
         """Adds a group of parameters, after checks of its options.
 
-        Raises: ValueError or TypeError for options that SGD or AdamW refuses, and for a factored
+        Raises ValueError or TypeError for options that SGD or AdamW refuses, and for a factored
         weight in a group with the algorithm "adamw".
         """
         if not isinstance(param_group, dict) or "params" not in param_group:
@@ -159,9 +159,9 @@ class FactoredSGD(torch.optim.Optimizer):
         Args:
             closure: recomputes the loss and its gradients, and returns the loss.
 
-        Returns: the loss of the closure, or None.
+        Returns the loss of the closure, or None.
 
-        Raises: SingularStepError, TypeError or RuntimeError, before anything has changed, for a
+        Raises SingularStepError, TypeError or RuntimeError, before anything has changed, for a
         factored weight that cannot be stepped: because its gradient is not finite, is dense, or
         belongs to an earlier weight.
         """

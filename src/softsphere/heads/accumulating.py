@@ -21,7 +21,7 @@ __all__ = ["AccumulatingLayer"]
 
 
 class AccumulatingLayer(nn.Module, ABC):
-    """A linear output layer that can accumulate gradients of many batches at the price of one."""
+    """A linear output layer that accumulates the gradients of many batches at the cost of one."""
 
     weight: nn.Parameter
     bias: nn.Parameter | None
@@ -40,22 +40,27 @@ class AccumulatingLayer(nn.Module, ABC):
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
-        """A context for gradient accumulation at the price of one batch.
+        """Accumulates the gradients of many batches for about the cost of one.
 
-        Inside, the Gram matrix of the weight is computed once. A backward leaves its small share
-        and keeps its rows of hidden. When the context ends, autograd delivers the sum of all
-        gradients at once, through all hooks. Until then `weight.grad` and `bias.grad` are pending:
-        zero_grad forgets them, and any other access raises. Step the optimizer after the context.
+        It is a context manager. Inside, the Gram matrix of the weight is computed once. Each
+        backward adds its small share and keeps its rows of hidden. When the context ends, autograd
+        delivers the sum of all gradients at once, through all hooks. Until then `weight.grad` and
+        `bias.grad` are pending: zero_grad forgets them, and any other access raises. Step the optimizer after the context.
         If an exception leaves it, nothing is added. Under autocast the weight is not rounded.
 
         DistributedDataParallel reduces the gradients of this layer at the end. Run forward and
         backward of every micro-batch but the last under its no_sync().
 
-        Raises: RuntimeError if it is nested, if the weight is changed or its gradient is read
-        inside, or if backward is called after it, asks for second derivatives or, with hooks or a
-        process group, covers some tensors only. RuntimeError also under data-parallel wrappers that
-        shard the weight, look for unused parameters, or share it with another layer. ValueError or
-        TypeError for what the gram engine cannot do.
+        Raises RuntimeError
+
+        * if it is nested, if the weight is changed or its gradient is read inside,
+        * if backward is called after it or asks for second derivatives,
+        * if backward, with hooks or a process group, computes the gradients of only some
+          parameters,
+        * under data-parallel wrappers that shard the weight, look for unused parameters, or share
+          it with another layer.
+
+        Raises ValueError or TypeError for anything that the gram engine cannot compute.
 
         >>> import softsphere, torch
         >>> head = softsphere.LinearSphericalLoss(8, 1000)

@@ -58,7 +58,8 @@ class FactoredSphericalLoss(FactoredState, OutputLayer):
     more after U has been replaced (`health().renewed`), and about four times as many with momentum.
     Good learning rates grow with D: begin at 0.001·D to 0.1·D with the mean reduction.
 
-    Raises: ValueError or TypeError that names the argument, says what came and what would do.
+    Raises ValueError or TypeError for invalid arguments. The message names the argument, the value
+    received and a valid alternative.
 
     Source: Vincent, de Brébisson & Bouthillier 2015, arXiv:1412.7091; 2016, arXiv:1606.08061.
 
@@ -159,9 +160,9 @@ class FactoredSphericalLoss(FactoredState, OutputLayer):
             target_values: (…, K), the values of K-sparse targets.
             mask: must be None. `LinearSphericalLoss` takes a mask of classes.
 
-        Returns: a scalar, or (…) for reduction "none". The mean of no rows at all is NaN.
+        Returns a scalar, or (…) for reduction "none". The mean of no rows at all is NaN.
 
-        Raises: ValueError or TypeError that names the argument; RuntimeError inside torch.func
+        Raises ValueError or TypeError for invalid arguments, and RuntimeError inside torch.func
         transforms and in a backward that asks for second derivatives.
         """
         if mask is not None:

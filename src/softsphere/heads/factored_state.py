@@ -28,7 +28,7 @@ class FactoredState(nn.Module):
     def factored_weight(self) -> FactoredTensor:
         """The parameter `weight`.
 
-        Raises: TypeError or ValueError if it was replaced by one that this layer cannot use.
+        Raises TypeError or ValueError if it was replaced by one that this layer cannot use.
         """
         weight: Tensor = self.weight
         if not isinstance(weight, FactoredTensor):

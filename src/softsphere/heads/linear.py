@@ -54,7 +54,8 @@ class LinearSphericalLoss(AccumulatingLayer, OutputLayer, WithPrior):
     A step of the gram engine takes 4 D d² + 4 m d² FLOPs for m rows, where a step on logits takes
     6 m D d. `softsphere.engines.choose` tells which engine is taken.
 
-    Raises: ValueError or TypeError that names the argument, says what came and what would do.
+    Raises ValueError or TypeError for invalid arguments. The message names the argument, the value
+    received and a valid alternative.
 
     Source: Vincent, de Brébisson & Bouthillier 2015, arXiv:1412.7091; Krichene et al. 2018,
     arXiv:1807.07187 (the Gram identity).
@@ -162,19 +163,18 @@ class LinearSphericalLoss(AccumulatingLayer, OutputLayer, WithPrior):
         given later have no effect on the loss.
 
         As long as that layer object exists, losses and predictions outside compiled graphs warn if
-        the two no longer have the same parameters, as after ``layer.weight = …`` or
-        ``load_state_dict(assign=True)``. A layer object that a model replaces as a whole
-        (``model.lm_head = nn.Linear(…)``) is gone, and nothing can tell that from a layer that was
-        meant to be dropped, so there is no warning. Then make the output layer again. Neither is
-        there one in a copy that pickle made, or that `copy.deepcopy` made without the layer or
-        with the output layer first. Parameters that are shared stay so in copies of the model.
+        the two no longer share their parameters, as after ``load_state_dict(assign=True)``. If a
+        model replaces the layer as a whole (``model.lm_head = nn.Linear(…)``), the old one is gone
+        like a layer that was meant to be dropped: there is no warning, so make the output layer
+        again. Copies by pickle, or by `copy.deepcopy` with the output layer first, do not warn
+        either. Parameters that are shared stay shared in copies of the model.
 
         Args:
             linear: the layer.
             loss, prior, weight, reduction, ignore_index, label_smoothing, options: as in
                 `LinearSphericalLoss`.
 
-        Raises: TypeError or ValueError, with what can be done instead, for a layer that is neither
+        Raises TypeError or ValueError, with what can be done instead, for a layer that is neither
         an nn.Linear nor an nn.Embedding, for one that overrides what these compute (LoRA,
         quantisation), computes its weight, or has hooks or a parametrization, for a sparse weight,
         and for an nn.Embedding with max_norm.
@@ -198,8 +198,7 @@ class LinearSphericalLoss(AccumulatingLayer, OutputLayer, WithPrior):
             device="meta",
             dtype=W.dtype,
         )
-        head.weight, head.bias = W, b
-        head._tie = Tie(linear)
+        head.weight, head.bias, head._tie = W, b, Tie(linear)
         for name in _BUFFERS:
             value = getattr(head, name)
             setattr(head, name, None if value is None else value.to(W.device))
@@ -244,9 +243,8 @@ class LinearSphericalLoss(AccumulatingLayer, OutputLayer, WithPrior):
     def _layer(self) -> Affine:
         """Weight and bias, read once, since a parametrization may compute others the next time.
 
-        Raises TypeError if weight or bias is not a dense floating-point tensor, and ValueError if
-        bias, prior or class weights do not fit the weight, as after one of them was replaced.
-        Warns if the parameters are no longer those of the layer that was given to from_linear.
+        Raises TypeError or ValueError if weight, bias, prior or class weights are of a wrong kind or
+        do not fit together, as after one was replaced. Warns where a tie of from_linear is lost.
         """
         if not torch.compiler.is_compiling():
             self._tie.check(self)

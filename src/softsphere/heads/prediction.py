@@ -83,11 +83,11 @@ class OutputLayer(nn.Module, ABC):
             hidden: (…, d), floating-point.
             classes: (n) class indices of any integer dtype, or None for all D classes.
 
-        Returns: (…, D) or (…, n).
+        Returns (…, D) or (…, n).
 
-        Raises: TypeError for a loss that is not a distribution, ValueError or TypeError for
-        arguments of a wrong shape or kind, RuntimeError in a backward that asks for second
-        derivatives where there are none.
+        Raises TypeError for a loss that is not a distribution, ValueError or TypeError for
+        arguments of a wrong shape or kind, ValueError for infinite outputs (on a CPU), and
+        RuntimeError in a backward that asks for second derivatives where they do not exist.
         """
         reader = self._reader()
         reader.check(hidden)
@@ -125,9 +125,10 @@ class OutputLayer(nn.Module, ABC):
             hidden: (…, d), floating-point.
             k: from 1 to D.
 
-        Returns: `TopK` of values and indices, (…, k) each.
+        Returns `TopK` of values and indices, (…, k) each.
 
-        Raises: ValueError or TypeError for arguments of a wrong shape or kind.
+        Raises ValueError or TypeError for arguments of a wrong shape or kind, and for infinite
+        outputs as described at the class.
         """
         reader = self._reader()
         reader.check(hidden)
@@ -146,7 +147,8 @@ class OutputLayer(nn.Module, ABC):
         It is not always the class of the largest output, since t(o) need not be monotone. A class
         with a NaN score is never the best one, unless all are NaN.
 
-        Raises: ValueError or TypeError for hidden states of a wrong shape or kind.
+        Raises ValueError or TypeError for hidden states of a wrong shape or kind, and for infinite
+        outputs as described at the class.
         """
         reader = self._reader()
         reader.check(hidden)
@@ -164,9 +166,10 @@ class OutputLayer(nn.Module, ABC):
             hidden: (…, d), floating-point.
             target: (…) class indices of any integer dtype, every one in [0, D).
 
-        Returns: (…), int64.
+        Returns (…), int64.
 
-        Raises: ValueError or TypeError for arguments of a wrong shape or kind.
+        Raises ValueError or TypeError for arguments of a wrong shape or kind, and for infinite
+        outputs as described at the class.
         """
         reader = self._reader()
         reader.check(hidden)

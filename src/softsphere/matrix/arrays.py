@@ -101,7 +101,7 @@ class Arrays:
         Where V is W itself, as after `state_dict()`, the change is adopted, and G and w̄ are
         computed again.
 
-        Raises: RuntimeError where V is not W, so that the change has no meaning.
+        Raises RuntimeError where V is not W, so that the change has no meaning.
         """
         if not self.V.changed_by_others():
             return

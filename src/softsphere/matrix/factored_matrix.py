@@ -33,7 +33,7 @@ class FactoredMatrix:
         pi: (D) positive with Σ π = D, the base measure; None for one everywhere.
 
     A step costs O(r w² + r² w) for a gradient of r factors, whatever D is.
-    Raises: TypeError for blocks of another dtype or number of dimensions.
+    Raises TypeError for blocks of another dtype or number of dimensions.
     Source: Vincent, de Brébisson & Bouthillier 2015, arXiv:1412.7091; 2016, arXiv:1606.08061.
 
     >>> W = FactoredMatrix(torch.ones(5, 2))
@@ -73,9 +73,11 @@ class FactoredMatrix:
         return self.arrays.edition
 
     def plan(self, gradient: GradientFactors, blocks: Blocks) -> Callable[[], None]:
-        """Returns a function that takes the step of `transform_`. Nothing has changed before.
+        """Returns a function that takes the step of `transform_`.
 
-        Raises: SingularStepError if the step cannot be taken.
+        Nothing changes until that function is called.
+
+        Raises SingularStepError if the step cannot be taken.
         """
         W = self.arrays
         W.check()
@@ -114,8 +116,8 @@ class FactoredMatrix:
     def transform_(self, gradient: GradientFactors, blocks: Blocks) -> None:
         """[W₁ … W_k] ← [W₁ … W_k] (base ⊗ I) + G (spread ⊗ I), with a gradient G of W₁.
 
-        Raises: SingularStepError, with nothing changed, if the step would make U singular or holds
-        a value that is not finite.
+        Raises SingularStepError, with nothing changed, if the step would make U singular, holds
+        a value that is not finite, or makes squares of W overflow.
         """
         self.plan(gradient, blocks)()
 

@@ -1,9 +1,10 @@
 """The coordinates that each row of V is written in, so that U can be replaced without rewriting V.
 
 Row k of V belongs to the generation g = made_k in which it was last written: W_k = V_k M_g U + ω,
-where M_g = I for the current one. When U has worn, U ← P and M_g ← M_g (U P⁻¹) for every g, and no
-row is read. A row is carried over, V_k ← V_k M_g, when it is next a target. A direction that U has
-shrunk stays shrunk in M_g. Since V_k was rounded before that, this loses no digit of W.
+where M_g = I for the current one. When the condition of U has grown too large, U ← P and
+M_g ← M_g (U P⁻¹) for every g, and no row is read. A row is carried over, V_k ← V_k M_g, when it is
+next a target. A direction that U has shrunk stays shrunk in M_g. Since V_k was rounded before
+that, this loses no digit of W.
 """
 
 from __future__ import annotations

@@ -148,7 +148,7 @@ def _gram_times(W: Arrays, gradient: GradientFactors) -> Tensor:
 
 def inner_product(W: Arrays, one: GradientFactors, two: GradientFactors) -> Tensor:
     """tr(G₁ᵀ Π G₂) of two gradients that were taken at W, in O(r² d)."""
-    # Both gradients' left factors are there, and the right factors of the second alone.
+    # This term uses the left factors of both gradients and the right factors of the second.
     both = one if one is two else one * 0.0 + two
     cross = _gram_times(W, both)[: one.rank]
     result = (cross * one.H).sum(dtype=torch.float64)

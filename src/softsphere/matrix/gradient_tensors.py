@@ -38,7 +38,7 @@ class Content:
     def current(self) -> GradientFactors:
         """Returns the factors.
 
-        Raises: RuntimeError if the weight has been changed since the gradient was taken.
+        Raises RuntimeError if the weight has been changed since the gradient was taken.
         """
         if self.edition not in (None, self.block.matrix.edition):
             raise stale()
@@ -53,7 +53,7 @@ class StructuredGradient(Wrapper):
     `torch.dot` with another gradient are exact and cost nothing in D. `to_dense()` returns the
     D × w numbers.
 
-    Raises: RuntimeError if it is added to a gradient of another weight, or used after the weight
+    Raises RuntimeError if it is added to a gradient of another weight, or used after the weight
     has changed; TypeError for an operation that needs all its D × w numbers.
 
     >>> from softsphere import FactoredSphericalLoss

@@ -1,4 +1,4 @@
-"""What mends the factors of W = V U + 1 ωᵀ; W itself is unchanged."""
+"""Operations that restore the accuracy of the factors of W = V U + 1 ωᵀ. They leave W unchanged."""
 
 from __future__ import annotations
 

@@ -111,7 +111,7 @@ def _read(part: Part, func: Any) -> Tensor:
 def writes(func: Any, args: tuple[Any, ...]) -> bool:
     """Whether an operation writes its first argument, a part of a weight.
 
-    Raises: TypeError if it writes into a part that is another argument.
+    Raises TypeError if it writes into a part that is another argument.
     """
     written = [
         isinstance(x, Part) and writes

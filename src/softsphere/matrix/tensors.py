@@ -34,7 +34,7 @@ class FactoredTensor(Wrapper):
         bias: (D), one more column, or None.
         pi: (D) positive with Σ π = D, the base measure; None for one everywhere.
 
-    Raises: TypeError for a weight of another dtype or number of dimensions, and for every
+    Raises TypeError for a weight of another dtype or number of dimensions, and for every
     operation that would need all D × w numbers; the error says what to use instead.
     Source: Vincent, de Brébisson & Bouthillier 2015, arXiv:1412.7091; 2016, arXiv:1606.08061.
 

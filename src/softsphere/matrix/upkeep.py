@@ -1,17 +1,17 @@
-"""When the factors of W = V U + 1 ωᵀ are measured, and what is then done about their wear.
+"""Decides when the factors of W = V U + 1 ωᵀ are measured, and mends them.
 
 While a step shrinks some directions of U, the rows that are added to V grow by U⁻¹, and rounding
 errors of V with them; `wear` defines the condition κ that measures this. When κ has grown, a new
 generation begins (see `generations`): U ← P, orthogonal, and only rows that are written from then
-on are written in its coordinates. P are the directions that U = L P has by Gram and Schmidt. Taken
-again and again they turn to those that steps shrink least, second least and so on. These are then
-rows of U and can shrink by many powers of ten before anything is lost, so the next generation is
-far off. All that this costs in D is a look at the generation of each row, and the rows of the
-smallest generation, no more than steps have written. Only where 1 ωᵀ has outgrown W is all of V
-written again.
+on are written in its coordinates. P comes from the decomposition U = L P with orthonormal rows
+(Gram–Schmidt). From one generation to the next, its rows turn to the directions that steps shrink
+least, second least and so on. These are then rows of U and can shrink by many powers of ten before
+a digit is lost, so the next generation is far off. The only work that grows with D is reading the
+generation of each row. The rows of the smallest generation are rewritten; they are no more than
+steps have written. All of V is rewritten only where 1 ωᵀ has outgrown W.
 
-With a second block, an optimizer's momentum B, the part e ⊗ · of [W B] that momentum only scales
-shrinks by μ a step beside the rest. With U ← ((P, 0), (e₁P, e₂P)) it is rows of U as well.
+With a second block, an optimizer's momentum B, each step shrinks the component e ⊗ · of [W B] by μ
+relative to the rest. With U ← ((P, 0), (e₁P, e₂P)) that component consists of rows of U as well.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ class Watch:
     def check(self, W: Arrays) -> None:
         """Measures, mends by the cheapest means that suffices, and sets the next period.
 
-        Raises: SingularStepError if a step since the last check was left out on a GPU.
+        Raises SingularStepError if a step since the last check was left out on a GPU.
         """
         if self.refused is not None and bool(self.refused):
             self.refused = None
@@ -180,7 +180,7 @@ class Watch:
 
 
 def too_harsh(W: Arrays, update: Update) -> bool:
-    """Whether a step leaves so little of a direction that κ would pass twice its limit at once."""
+    """Whether this single step would raise κ above twice its limit."""
     if update.share >= HARSH or W.blocks > 1:
         return False
     U, U_inv = update.after(W, "U"), update.after(W, "U_inv")

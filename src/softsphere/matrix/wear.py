@@ -1,4 +1,4 @@
-"""How well the factors of W = V U + 1 ωᵀ stand; measuring changes nothing.
+"""Measures the numerical condition of the factors of W = V U + 1 ωᵀ, without changing them.
 
 A rounding error of column i of V is relative to that column and comes back multiplied by row i of
 U. What matters is therefore the condition of U with each of its rows scaled at will,

@@ -45,8 +45,9 @@ class AccumulatingLayer(nn.Module, ABC):
         It is a context manager. Inside, the Gram matrix of the weight is computed once. Each
         backward adds its small share and keeps its rows of hidden. When the context ends, autograd
         delivers the sum of all gradients at once, through all hooks. Until then `weight.grad` and
-        `bias.grad` are pending: zero_grad forgets them, and any other access raises. Step the optimizer after the context.
-        If an exception leaves it, nothing is added. Under autocast the weight is not rounded.
+        `bias.grad` are pending: zero_grad forgets them, and any other access raises. Step the
+        optimizer after the context. If an exception leaves it, nothing is added. Under autocast the
+        weight is not rounded.
 
         DistributedDataParallel reduces the gradients of this layer at the end. Run forward and
         backward of every micro-batch but the last under its no_sync().

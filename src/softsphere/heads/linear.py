@@ -184,20 +184,10 @@ class LinearSphericalLoss(AccumulatingLayer, OutputLayer, WithPrior):
         True
         """
         W, b = plain_parameters(linear)
-        head = cls(
-            W.shape[1],
-            W.shape[0],
-            loss,
-            b is not None,
-            prior,
-            weight=weight,
-            reduction=reduction,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            options=options,
-            device="meta",
-            dtype=W.dtype,
-        )
+        rest: dict[str, Any] = {"label_smoothing": label_smoothing, "options": options}
+        rest |= {"weight": weight, "reduction": reduction, "ignore_index": ignore_index}
+        rest |= {"device": "meta", "dtype": W.dtype}
+        head = cls(W.shape[1], W.shape[0], loss, b is not None, prior, **rest)
         head.weight, head.bias, head._tie = W, b, Tie(linear)
         for name in _BUFFERS:
             value = getattr(head, name)
@@ -243,8 +233,8 @@ class LinearSphericalLoss(AccumulatingLayer, OutputLayer, WithPrior):
     def _layer(self) -> Affine:
         """Weight and bias, read once, since a parametrization may compute others the next time.
 
-        Raises TypeError or ValueError if weight, bias, prior or class weights are of a wrong kind or
-        do not fit together, as after one was replaced. Warns where a tie of from_linear is lost.
+        Raises TypeError or ValueError if weight, bias, prior or class weights are of a wrong kind
+        or do not fit together, as after one was replaced. Warns where a tie is lost.
         """
         if not torch.compiler.is_compiling():
             self._tie.check(self)

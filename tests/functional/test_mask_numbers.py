@@ -54,10 +54,13 @@ def test_minus_infinity_of_float16():
         spherical_loss(marked(-torch.inf, torch.float16), TARGET, "taylor_softmax")
 
 
+@pytest.mark.parametrize("least", [None, -torch.inf, torch.finfo(torch.float32).min])
 @pytest.mark.parametrize("name", losses.REGISTRY)
-def test_a_model_that_diverges_has_a_loss_that_is_not_finite(name):
+def test_a_model_that_diverges_has_a_loss_that_is_not_finite(name, least):
     """It is not an error, so that a training loop can end the run."""
     o = 1e30 * torch.randn(2, 5, generator=torch.Generator().manual_seed(0))
+    if least is not None:
+        o[:, 3] = least
     if isinstance(losses.get(name), losses.OnLogits):
         return
     assert not spherical_loss(o, TARGET, name, reduction="none").isfinite().any()

@@ -31,24 +31,25 @@ def logits_shape(input: Any) -> int:
     return dim
 
 
-def mask_numbers(lost: Tensor) -> None:
-    """Raises ValueError if rows of logits (..., C) whose loss is not finite hold a mask of softmax.
+def mask_numbers(lost: Tensor, demand: str = "input must hold finite logits") -> None:
+    """Raises ValueError if logits (..., C) or a bias (C) without a finite loss mask classes.
 
     Such a mask is −∞, about the smallest number of the dtype, or one number in several places whose
-    square overflows. Other numbers may be the outputs of a model that diverges.
+    square overflows, beside logits that are not large. Otherwise the model may diverge.
     """
     smallest = torch.finfo(lost.dtype).min
     lost = lost.detach() if lost.dtype == torch.float64 else lost.detach().float()
-    low = lost[lost < -math.sqrt(torch.finfo(lost.dtype).max / lost.shape[-1])]
-    if not low.numel():
+    limit = math.sqrt(torch.finfo(lost.dtype).max / lost.shape[-1])
+    low = lost[lost < -limit]
+    if not low.numel() or not bool((lost <= limit).all()):
         return
     least = float(low.min())
     repeated = low.numel() > 1 and bool((low == least).all())
-    if least <= smallest / 2 or repeated:
+    if float(low.max()) <= smallest / 2 or repeated:
         came = "−inf" if math.isinf(least) else f"{least:g}, whose square overflows"
         raise ValueError(
-            f"input must hold finite logits for this loss, got {came}; for classes that do not "
-            "take part pass mask=…, True for those that do"
+            f"{demand} for this loss, got {came}; for classes that do not take part pass mask=…, "
+            "True for those that do"
         )
 
 

@@ -59,8 +59,9 @@ def spherical_loss(
 
     Do not mark classes by large negative logits, as is done with softmax: the losses of this
     package grow again there. Pass `mask`. If the loss is not finite, logits of −∞ or
-    `torch.finfo(dtype).min` raise ValueError on a CPU, as does one very negative number in several
-    places; on a GPU and in compiled code the loss is then NaN or infinite. A number such as −10⁴,
+    `torch.finfo(dtype).min` beside ordinary ones raise ValueError on a CPU, as does one very
+    negative number in several places; on a GPU and in compiled code the loss is then NaN or
+    infinite. A number such as −10⁴,
     or the smallest number of float16, cannot be told from an output of the model.
 
     Raises ValueError or TypeError for invalid arguments. The message names the argument, the value

@@ -97,12 +97,7 @@ def linear_spherical_loss(
     layer = Affine(linear_weight, linear_bias)
     checks.floating("linear_weight", linear_weight)
     if linear_weight.dim() > 2:
-        if chosen.engine not in ("auto", "dense"):
-            raise ValueError(
-                f"linear_weight of shape {tuple(linear_weight.shape)} (a K-dimensional loss) needs "
-                f"the logits, got engine={chosen.engine!r}; use engine='dense' (or 'auto')"
-            )
-        o = _K_dimensional_logits(input, layer)
+        o = _K_dimensional_logits(input, layer, chosen)
         return loss_on_logits(o, target, kind, conventions, target_values=target_values)
     return loss_on_linear(
         input, layer, target, kind, conventions, target_values=target_values, options=chosen
@@ -129,14 +124,8 @@ def loss_on_linear(
     num_classes, leading = len(W), input.shape[:-1]
     soft = _check_target(input, num_classes, target, target_values, names[0])
     mask = _check_mask(input, num_classes, conventions.mask, names[0])
-    if mask is not None and statistics is not None:
-        raise ValueError(
-            "mask cannot be used inside accumulate(), whose Gram matrix is that of all classes; "
-            "accumulate without this context"
-        )
     if mask is not None:
-        W = W.masked_fill(~mask.unsqueeze(1), 0.0)
-        b = None if b is None else b.masked_fill(~mask, 0.0)
+        W, b = _masked(W, b, mask, statistics)
     refusal = without_logits(loss, conventions.label_smoothing, soft)
     if refusal and (statistics or options.engine not in ("auto", "dense")):
         raise refusal
@@ -210,9 +199,27 @@ def _refuse_infinite_bias(rows: Tensor, b: Tensor | None, name: str) -> None:
         checks.mask_numbers(b, f"{name} must be finite")
 
 
-def _K_dimensional_logits(input: Any, layer: Affine) -> Tensor:
+def _masked(
+    W: Tensor, b: Tensor | None, mask: Tensor, statistics: Statistics | None
+) -> tuple[Tensor, Tensor | None]:
+    """W and b with zeros for the classes that take no part, whatever was there."""
+    if statistics is not None:
+        raise ValueError(
+            "mask cannot be used inside accumulate(), whose Gram matrix is that of all classes; "
+            "accumulate without this context"
+        )
+    W = W.masked_fill(~mask.unsqueeze(1), 0.0)
+    return W, None if b is None else b.masked_fill(~mask, 0.0)
+
+
+def _K_dimensional_logits(input: Any, layer: Affine, options: LinearSphericalOptions) -> Tensor:
     """Logits (N, C, d1, …, dK) of rows (N, d) for a weight (C, d1, …, dK, d)."""
     W, b, _ = layer
+    if options.engine not in ("auto", "dense"):
+        raise ValueError(
+            f"linear_weight of shape {tuple(W.shape)} (a K-dimensional loss) needs the logits, "
+            f"got engine={options.engine!r}; use engine='dense' (or 'auto')"
+        )
     checks.K_dimensional(input, W, b)
     checks.same_dtype(_autocast(input), _autocast(W), None if b is None else _autocast(b))
     flat = None if b is None else b.flatten()

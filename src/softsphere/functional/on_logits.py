@@ -61,8 +61,8 @@ def spherical_loss(
     package grow again there. Pass `mask`. If the loss is not finite, logits of −∞ or
     `torch.finfo(dtype).min` beside ordinary ones raise ValueError on a CPU, as does one very
     negative number in several places; on a GPU and in compiled code the loss is then NaN or
-    infinite. A number such as −10⁴,
-    or the smallest number of float16, cannot be told from an output of the model.
+    infinite. A number such as −10⁴, or the smallest number of float16, cannot be told from an
+    output of the model.
 
     Raises ValueError or TypeError for invalid arguments. The message names the argument, the value
     received and a valid alternative.

@@ -73,9 +73,7 @@ class FactoredMatrix:
         return self.arrays.edition
 
     def plan(self, gradient: GradientFactors, blocks: Blocks) -> Callable[[], None]:
-        """Returns a function that takes the step of `transform_`.
-
-        Nothing changes until that function is called.
+        """Returns a function that takes the step of `transform_`; nothing changes until its call.
 
         Raises SingularStepError if the step cannot be taken.
         """

@@ -83,7 +83,7 @@ def test_a_process_of_a_job_that_finds_no_data_says_so(tmp_path):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize("jobs", ["1", "2"])
+@pytest.mark.parametrize("jobs", ["1", pytest.param("2", marks=pytest.mark.slow)])
 def test_killed_again_and_again_nothing_is_lost_and_nothing_goes_on_alone(jobs, tmp_path):
     if int(jobs) > (os.cpu_count() or 1):
         pytest.skip("as many jobs as cores")

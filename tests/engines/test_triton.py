@@ -377,6 +377,7 @@ def test_without_triton():
     assert "`pip install triton`" in says
 
 
+@pytest.mark.slow
 def test_kernels_compile_for_a_gpu(tmp_path, monkeypatch):
     pytest.importorskip("triton", "3.3", "the arguments of ASTSource were others")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))

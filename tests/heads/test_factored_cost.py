@@ -104,10 +104,15 @@ WITH_MOMENTUM = {"momentum": 0.9, "weight_decay": 0.01}
 
 
 @pytest.mark.parametrize("sgd", [{}, WITH_MOMENTUM], ids=["plain", "momentum"])
-@pytest.mark.parametrize("name", RATES)
+@pytest.mark.parametrize(
+    "name",
+    [name for name in RATES if name != "bouchard_bound"]
+    # Its steps take the longest, and it reaches the matrix as Böhning's bound does.
+    + [pytest.param("bouchard_bound", marks=pytest.mark.slow)],
+)
 def test_float32_stays_as_near_as_the_dense_layer_over_many_steps(name, sgd):
-    """These are 250 steps. The slow test below takes ten thousand."""
-    factored, dense = drift(name, 250, sgd)
+    """These are a thousand steps. The slow test below takes ten thousand."""
+    factored, dense = drift(name, 1_000, sgd)
     assert factored <= 5 * dense
 
 

@@ -5,9 +5,10 @@ BIN := .venv/bin
 OLDEST := .venv-oldest/bin
 
 .PHONY: demo test test-oldest clean
-# One thread: the network is so small that several would only wait for each other.
+# Two processes of one thread each: the network is so small that threads would wait for each other.
 demo: .venv/.ready
-	OMP_NUM_THREADS=1 $(BIN)/softsphere compare --tune
+	OMP_NUM_THREADS=1 $(BIN)/softsphere compare --tune \
+		--jobs $$(($$(getconf _NPROCESSORS_ONLN) > 1 ? 2 : 1))
 
 test: .venv/.ready
 	$(BIN)/ruff format --check .

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from softsphere.engines.engine import Inputs
+from softsphere.engines.engine import Inputs, mass_of
 from softsphere.rounding import spread_of_equals
 
 __all__ = [
@@ -94,7 +94,7 @@ def spread_of_outputs(x: Inputs, dtype: torch.dtype) -> Tensor:
         row, column = W.mean(0, dtype=dtype), None if b is None else b.mean()
     else:
         # not x.mass: the compiler of torch 2.6 cannot trace a property of a named tuple
-        weight = (x.pi / x.pi.sum(dtype=torch.float64)).to(dtype)
+        weight = (x.pi / mass_of(x.pi, W.shape[0])).to(dtype)
         row, column = weight @ W.to(dtype), None if b is None else weight @ b
     size = H.abs() @ row.abs()
     return spread_of_equals(H.shape[1], dtype) * (size if column is None else size + column.abs())

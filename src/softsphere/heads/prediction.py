@@ -101,8 +101,9 @@ class OutputLayer(nn.Module, ABC):
         H = reader.rows_of(hidden)
         if classes is None and _in_one_piece(reader, hidden):
             result = torch.log_softmax(reader.every_score(H), -1)
-            # A row with an infinite score is NaN everywhere.
-            reader.check_normaliser(H, result[:, 0].detach())
+            # A row with an infinite score is NaN everywhere. Its first entry is selected, since the
+            # export of torch 2.6 compares the rows of a slice with its open end.
+            reader.check_normaliser(H, result.detach().select(1, 0))
             return result.view(*hidden.shape[:-1], result.shape[-1])
         log_norm = reader.check_normaliser(H, reader.log_normaliser(H)).unsqueeze(1)
         if classes is not None:

@@ -12,7 +12,7 @@ STUDIES = {
     if isinstance(experiment, StudyReproduction)
 }
 # The reproductions on text whose outputs are layers with losses.
-ON_TEXT = ("ptb", "wikipedia", "ablation", "classes")
+ON_TEXT = ("ptb", "wikipedia", "ablation", "classes", "clusters")
 DATA = {"words": 10, "train": 100, "test": 50}
 
 

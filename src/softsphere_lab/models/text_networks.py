@@ -32,18 +32,23 @@ def ngram_network(
     widths: Sequence[int],
     activation: str = "relu",
     dropout: float = 0.0,
+    linear_last: bool = False,
 ) -> nn.Sequential:
     """Returns embeddings of the context side by side, followed by linear layers of those widths.
 
     The network takes word numbers (N, context) to hidden rows (N, widths[-1]).
 
     activation: a key of ACTIVATIONS. dropout: its probability before each linear layer.
+    linear_last: whether no activation follows the last of them.
     """
     layers: list[nn.Module] = [nn.Embedding(vocabulary, embedding), nn.Flatten()]
     for inputs, outputs in itertools.pairwise((context * embedding, *widths)):
         if dropout:
             layers.append(nn.Dropout(dropout))
         layers += [nn.Linear(inputs, outputs), *ACTIVATIONS[activation](outputs)]
+    if linear_last:
+        while not isinstance(layers[-1], nn.Linear):
+            layers.pop()
     return nn.Sequential(*layers)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import cast
 
 import torch
@@ -13,6 +13,7 @@ from softsphere_lab.data.similarity import Pair, spearman
 from softsphere_lab.data.text import Text
 from softsphere_lab.models.output_layers import Output, Ranks, layer
 from softsphere_lab.models.text_networks import LSTM, ngram_network
+from softsphere_lab.records.folder import Line
 from softsphere_lab.training.rates import cosine
 from softsphere_lab.training.run import Run
 from softsphere_lab.training.text_parts import (
@@ -31,6 +32,9 @@ TOP = 10
 # AdamW moves a weight by about its rate in a step, whatever the weight's size. Embeddings of rare
 # words that begin with PyTorch's standard deviation of 1 would stay the noise that they are.
 EMBEDDING_STD = 0.1
+# Fields of a setup that records made before them do not have. A configuration has them only where
+# they are not at their default, so that those records can still be resumed.
+LATER = ("linear_last", "warm_up", "clip", "beta2")
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,9 @@ class Setup:
     n: the words of an n-gram. hidden: the width of all layers but the last; width: d, that of the
     last. length: the words of a window of the LSTM. batch_size: the words of a step. train, held:
     how many words of the training part, and of each of the others, are used; None means all.
+    linear_last: whether the last layer of the n-gram model has no activation. warm_up: the share of
+    the steps in which the rate rises. clip: the largest norm of all gradients together; None means
+    any. beta2: how much of its mean of squared gradients AdamW keeps in a step.
     """
 
     n: int = 5
@@ -55,6 +62,23 @@ class Setup:
     train: int | None = None
     held: int | None = None
     device: str = "cpu"
+    linear_last: bool = False
+    warm_up: float = 0.0
+    clip: float | None = None
+    beta2: float = 0.999
+
+    def config(self) -> Line:
+        """Returns the fields as the configuration of a record has them.
+
+        >>> [key for key in Setup(warm_up=0.1).config() if key in LATER]
+        ['warm_up']
+        """
+        default = {field.name: field.default for field in fields(self)}
+        return {
+            key: value
+            for key, value in asdict(self).items()
+            if key not in LATER or value != default[key]
+        }
 
 
 @dataclass(frozen=True)
@@ -111,21 +135,23 @@ class LanguageRun(Run[Epoch]):
 
     def __init__(self, data: Text, output: Output, lr: float, seed: int, setup: Setup) -> None:
         torch.manual_seed(seed)
-        self.output = output
+        self.output, self.clip = output, setup.clip
         self.examples = _examples(data, output, setup)
         self.model = _network(len(data.words), output, setup).to(setup.device)
         counts = data.counts if output.classes is None else data.cut(output.classes).counts
         self.head, own = layer(output, setup.width, counts, setup.device)
         parameters = [*self.model.parameters(), *([] if own else self.head.parameters())]
         # without decay this is Adam; it is fused, since the embeddings have most of the parameters
-        shared = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0, fused=True)
+        shared = torch.optim.AdamW(
+            parameters, lr=lr, betas=(0.9, setup.beta2), weight_decay=0.0, fused=True
+        )
         _, y = self.examples["train"]
         rows = max(1, setup.batch_size * len(y) // y.numel())
         steps = setup.epochs * math.ceil(len(y) / rows)
         super().__init__(
             {"model": self.model, "head": self.head},
             [shared, *([own] if own else [])],
-            lambda step: cosine(step, steps),
+            lambda step: cosine(step, steps, setup.warm_up),
             rows=len(y),
             batch_size=rows,
             seed=seed,
@@ -136,6 +162,11 @@ class LanguageRun(Run[Epoch]):
         x, y = self.examples["train"]
         loss: Tensor = self.head(self.model(x[index]), y[index])
         return loss
+
+    def before_step(self) -> None:
+        if self.clip is not None:
+            parameters = [*self.model.parameters(), *self.head.parameters()]
+            nn.utils.clip_grad_norm_(parameters, self.clip)
 
     def look(self, epoch: int, train_loss: float, seconds: float) -> tuple[Epoch, float] | None:
         nll = self.nll("valid")
@@ -225,6 +256,7 @@ def _network(vocabulary: int, output: Output, setup: Setup) -> nn.Module:
             (setup.hidden,) * (depth - 1) + (setup.width,),
             activation=output.activation or setup.activation,
             dropout=setup.dropout,
+            linear_last=setup.linear_last,
         )
     nn.init.normal_(_embedding_of(model).weight, std=EMBEDDING_STD)
     return model

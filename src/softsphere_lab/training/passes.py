@@ -51,12 +51,14 @@ class Pass:
         batch_size: int,
         loss_of: Callable[[Tensor], Tensor],
         optimizers: Sequence[torch.optim.Optimizer],
+        before_step: Callable[[], None],
         after_step: Callable[[int], None],
     ) -> None:
         """Takes steps until no row is left.
 
-        loss_of: returns the mean loss of the rows with those numbers. after_step: called with the
-        number of the step in the pass; its time is not counted.
+        loss_of: returns the mean loss of the rows with those numbers. before_step: called once the
+        gradients are there. after_step: called with the number of the step in the pass; its time is
+        not counted.
         """
         device, step = self.total.device, self.done // batch_size
         while self.done < len(self.order):
@@ -66,6 +68,7 @@ class Pass:
             for optimizer in optimizers:
                 optimizer.zero_grad(set_to_none=True)
             loss.backward()
+            before_step()
             for optimizer in optimizers:
                 optimizer.step()
             self.total += loss.detach().double() * len(index)

@@ -60,6 +60,9 @@ class Run(ABC, Generic[E]):
     def loss_of(self, index: Tensor) -> Tensor:
         """Returns the mean loss of the training rows with those numbers."""
 
+    def before_step(self) -> None:
+        """Is called between the gradients and the step that they make; it may change them."""
+
     @abstractmethod
     def look(self, epoch: int, train_loss: float, seconds: float) -> tuple[E, float] | None:
         """Returns an epoch and how bad it is on validation data, or None if it diverged."""
@@ -107,7 +110,9 @@ class Run(ABC, Generic[E]):
             after_step(step)
 
         try:
-            under_way.train(self.batch_size, self.loss_of, self.optimizers, stepped)
+            under_way.train(
+                self.batch_size, self.loss_of, self.optimizers, self.before_step, stepped
+            )
         except SingularStepError:
             self.diverged = True
             return

@@ -27,6 +27,10 @@ RUNS = {
         ),
         "softmax",
     ),
+    "warm-up, clipping and a linear last layer": (
+        replace(TEXT, setup=replace(TEXT.setup, warm_up=0.3, clip=0.1, linear_last=True)),
+        "softmax",
+    ),
     **{
         name: (TEXT, name)
         for name in (

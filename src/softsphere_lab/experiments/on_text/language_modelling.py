@@ -52,7 +52,7 @@ class LanguageModelling(Study):
             "dataset": self.dataset,
             "outputs": list(self.names),
             "seeds": list(self.seeds),
-            **asdict(self.setup),
+            **self.setup.config(),
             "search": axes_config(True, lr=self.rates, rate=self.layer_rates),
             "trial_epochs": self.trial_epochs,
             "trial_words": self.trial_words,

@@ -173,9 +173,10 @@ def text_setup(results: Results) -> str:
         depths = sorted({output.depth or asked["depth"] for output in outputs})
         layers = " or ".join(map(str, depths))
         wider = f" (of width {asked['hidden']} but for the last)" if max(depths) > 1 else ""
+        linear = ", the last without activation" if asked.get("linear_last") else ""
         networks.append(
             f"a {asked['n']}-gram model with embeddings of {asked['embedding']} and {layers} "
-            f"hidden layers{wider}, dropout {asked['dropout']:g}"
+            f"hidden layers{wider}{linear}, dropout {asked['dropout']:g}"
         )
     if any(output.lstm for output in outputs):
         networks.append(
@@ -188,8 +189,25 @@ def text_setup(results: Results) -> str:
         f"{asked['width']} wide. Batches of {asked['batch_size']} words, "
         f"{_epochs(asked['epochs'])}; in the search {_epochs(asked['trial_epochs'])} "
         f"of {'all words' if trial is None else f'the first {trial:,} words'}"
-        f"{results.second_look}.\n"
+        f"{results.second_look}.{_steps_in_words(asked)}\n"
     )
+
+
+def _steps_in_words(asked: Line) -> str:
+    """Returns a sentence about steps that are not as PyTorch's defaults have them, if any are not.
+
+    >>> _steps_in_words({"warm_up": 0.1, "clip": 1.0, "beta2": 0.99})
+    ' The rate rises in the first 10 % of the steps; gradients are cut to a norm of 1; β₂ is 0.99.'
+    """
+    parts = []
+    if "warm_up" in asked:
+        parts.append(f"the rate rises in the first {100 * asked['warm_up']:g} % of the steps")
+    if "clip" in asked:
+        parts.append(f"gradients are cut to a norm of {asked['clip']:g}")
+    if "beta2" in asked:
+        parts.append(f"β₂ is {asked['beta2']:g}")
+    told = "; ".join(parts)
+    return f" {told[0].upper()}{told[1:]}." if told else ""
 
 
 def _epochs(epochs: int) -> str:

@@ -117,3 +117,24 @@ def partials(
                 high = xi
         return y * (1 / mass - 2 * lam * s / mass), y * lam, -y
     raise KeyError(name)
+
+
+def expected_counts(weight: list[float], n: int) -> list[float]:
+    """min(1, λ w_k) with a sum of n, or all 1 for n of at least their number; λ by bisection."""
+    if n >= len(weight):
+        return [1.0] * len(weight)
+    low, high = 0.0, n / min(weight)
+    for _ in range(300):
+        middle = (low + high) / 2
+        if sum(min(1.0, middle * w) for w in weight) < n:
+            low = middle
+        else:
+            high = middle
+    return [min(1.0, high * w) for w in weight]
+
+
+def sampled_softmax(o: list[float], t: int, negatives: list[int], expected: list[float]) -> float:
+    """−log of the share of the target, whose own output is not corrected; `expected` is of every
+    class."""
+    rest = sum(math.exp(o[k]) / expected[k] for k in negatives if k != t)
+    return -math.log(math.exp(o[t]) / (math.exp(o[t]) + rest))

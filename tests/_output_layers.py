@@ -99,7 +99,7 @@ def parts(head, grads):
 
 
 class Largest(TorchDispatchMode):
-    """Records the number of entries of each new tensor."""
+    """Records the number of entries of each new tensor. Those of a sparse one are its values."""
 
     def __init__(self):
         super().__init__()
@@ -109,5 +109,6 @@ class Largest(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         every = out if isinstance(out, (tuple, list)) else [out]
         if not func.is_view and not func.name().endswith("_.Tensor"):
-            self.made += [x.numel() for x in every if isinstance(x, torch.Tensor)]
+            dense = [x for x in every if isinstance(x, torch.Tensor) and not x.is_sparse]
+            self.made += [x.numel() for x in dense]
         return out

@@ -8,7 +8,7 @@ from softsphere.criteria import (
     TaylorSoftmaxLoss,
 )
 from softsphere.engines import LinearSphericalOptions
-from softsphere.heads import FactoredSphericalLoss, LinearSphericalLoss
+from softsphere.heads import FactoredSphericalLoss, LinearSphericalLoss, SampledSoftmaxLoss
 
 __version__ = "0.1.0"
 
@@ -16,6 +16,7 @@ __all__ = [
     "FactoredSphericalLoss",
     "LinearSphericalLoss",
     "LinearSphericalOptions",
+    "SampledSoftmaxLoss",
     "SoftMarginSoftmaxLoss",
     "SphericalLoss",
     "SphericalSoftmaxLoss",

@@ -2,5 +2,6 @@
 
 from softsphere.heads.factored import FactoredSphericalLoss
 from softsphere.heads.linear import LinearSphericalLoss
+from softsphere.heads.sampled import SampledSoftmaxLoss
 
-__all__ = ["FactoredSphericalLoss", "LinearSphericalLoss"]
+__all__ = ["FactoredSphericalLoss", "LinearSphericalLoss", "SampledSoftmaxLoss"]

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from softsphere import checks, losses
-from softsphere.checks.kinds import FLOATING
 from softsphere.engines import LinearSphericalOptions, options_or_default
 from softsphere.engines.row_statistics import accumulator
 from softsphere.functional.conventions import Conventions
@@ -17,14 +15,13 @@ from softsphere.functional.on_linear import Affine, loss_on_linear
 from softsphere.functional.with_prior import WithPrior
 from softsphere.heads.accumulating import AccumulatingLayer
 from softsphere.heads.adoption import Tie, plain_parameters
+from softsphere.heads.affine import made_dtype, start_as_linear, whole_layer
 from softsphere.heads.dense_reader import DenseReader
 from softsphere.heads.prediction import OutputLayer
 
 __all__ = ["LinearSphericalLoss"]
 
 _BUFFERS = ("class_weight", "prior")
-# What errors call the rows, W and b.
-_NAMES = ("hidden", "weight", "bias")
 
 
 class LinearSphericalLoss(AccumulatingLayer, OutputLayer, WithPrior):
@@ -91,7 +88,7 @@ class LinearSphericalLoss(AccumulatingLayer, OutputLayer, WithPrior):
         in_features = checks.at_least_one("in_features", in_features)
         num_classes = checks.at_least_one("num_classes", num_classes)
         checks.flag("bias", bias)
-        _check_dtype(dtype)
+        made_dtype(dtype)
         self.loss = losses.get(loss)
         self.options = options_or_default(options)
         made: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -196,10 +193,7 @@ class LinearSphericalLoss(AccumulatingLayer, OutputLayer, WithPrior):
 
     def reset_parameters(self) -> None:
         """Draws the initial values of `nn.Linear`, uniform within ±1/√d."""
-        bound = 1 / math.sqrt(self.in_features)
-        nn.init.uniform_(self.weight, -bound, bound)
-        if self.bias is not None:
-            nn.init.uniform_(self.bias, -bound, bound)
+        start_as_linear(self.weight, self.bias)
 
     def forward(
         self,
@@ -238,22 +232,8 @@ class LinearSphericalLoss(AccumulatingLayer, OutputLayer, WithPrior):
         """
         if not torch.compiler.is_compiling():
             self._tie.check(self)
-        W, b = self.weight, self.bias
-        checks.floating("weight", W)
-        if b is not None:
-            checks.floating("bias", b)
-        if W.dim() != 2:
-            raise ValueError(
-                f"weight must have shape (num_classes, in_features), got {tuple(W.shape)}"
-            )
-        for name, x in (("bias", b), *((name, getattr(self, name)) for name in _BUFFERS)):
-            if x is not None and x.shape != W.shape[:1]:
-                raise ValueError(
-                    f"{name} must have shape ({len(W)},), one entry for each row of the weight "
-                    f"{tuple(W.shape)}, got {tuple(x.shape)}; where the weight was replaced or "
-                    f"resized, set head.{name} to one of that size, or make a new layer"
-                )
-        return Affine(W, b, _NAMES)
+        vectors = {name: getattr(self, name) for name in _BUFFERS}
+        return whole_layer(self.weight, self.bias, vectors)
 
     def _reader(self) -> DenseReader:
         layer = self._layer()
@@ -292,9 +272,3 @@ class LinearSphericalLoss(AccumulatingLayer, OutputLayer, WithPrior):
             f"ignore_index={self.ignore_index}, label_smoothing={self.label_smoothing}, "
             f"engine={self.options.engine!r}" + "".join(f", {name}=…" for name in given)
         )
-
-
-def _check_dtype(dtype: Any) -> None:
-    """Raises TypeError for a dtype in which there are no such weights."""
-    if dtype is not None and dtype not in FLOATING:
-        raise TypeError(f"dtype must be one of {', '.join(map(str, FLOATING))}, got {dtype!r}")

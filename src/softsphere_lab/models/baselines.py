@@ -155,12 +155,14 @@ class AdaptiveSoftmax(Baseline):
     r"""`nn.AdaptiveLogSoftmaxWithLoss` for rows of any leading shape, with ranks.
 
     The commonest classes and the clusters of the others share one softmax; the i-th cluster has a
-    softmax of its own over ⌊d / 4ⁱ⌋ projected numbers.
+    softmax of its own over ⌊d / vⁱ⌋ projected numbers.
 
     Args:
         in_features: d.
         num_classes: D, at least 2.
         cutoffs: the first class of each cluster; see `default_cutoffs`.
+        div_value: v, how many times narrower each cluster is than the one before; None means 4, or
+            d if that is less.
         bias: whether the first softmax has a bias; those of the clusters have none.
 
     Shapes: hidden (…, d); target (…) class indices.
@@ -177,6 +179,7 @@ class AdaptiveSoftmax(Baseline):
         num_classes: int,
         *,
         cutoffs: Sequence[int] | None = None,
+        div_value: float | None = None,
         bias: bool = True,
     ) -> None:
         super().__init__(in_features, num_classes)
@@ -184,7 +187,7 @@ class AdaptiveSoftmax(Baseline):
             in_features,
             num_classes,
             default_cutoffs(in_features, num_classes) if cutoffs is None else list(cutoffs),
-            div_value=_shrinkage(in_features),
+            div_value=_shrinkage(in_features) if div_value is None else div_value,
             head_bias=bias,
         )
 

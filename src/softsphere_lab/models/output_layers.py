@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from softsphere.engines.options import LinearSphericalOptions
-from softsphere.heads import FactoredSphericalLoss, LinearSphericalLoss
+from softsphere.heads import FactoredSphericalLoss, LinearSphericalLoss, SampledSoftmaxLoss
 from softsphere.losses import Spherical
 from softsphere.optim import FactoredSGD
 from softsphere_lab.errors import LabError
@@ -27,13 +27,8 @@ class Ranks(Protocol):
     def rank(self, hidden: Tensor, target: Tensor) -> Tensor: ...
 
 
-# Softmax at less cost, by an approximation or another distribution. Not losses of the library.
-BASELINES: dict[str, Callable[[int, int], nn.Module]] = {
-    "adaptive_softmax": AdaptiveSoftmax,
-    "hierarchical_softmax": HierarchicalSoftmax,
-}
-
-
+# The negatives of sampled softmax, if an output does not name their number.
+SAMPLES = 1024
 # The initial weights of a loss, as a multiple of those of nn.Linear. The outputs that minimise
 # squared error are about 1/D. From the usual weights, its first steps would shrink the hidden layer
 # until no ReLU is active.
@@ -48,7 +43,9 @@ class Output:
     base measure. factored: whether FactoredSGD steps the layer, with the learning rate rate · D;
     otherwise AdamW steps it. lstm: whether the network is the LSTM and not the n-gram model. depth,
     activation: those of the n-gram model. classes: how many of the commonest words are told apart;
-    None means all.
+    None means all. samples, sampler: those of sampled softmax, whose bias begins with the
+    logarithms of the word frequencies if prior is True. cutoffs, div_value: those of adaptive
+    softmax. For all of these None means the default.
     """
 
     loss: str
@@ -59,12 +56,27 @@ class Output:
     depth: int | None = None
     activation: str | None = None
     classes: int | None = None
+    samples: int | None = None
+    sampler: str | None = None
+    cutoffs: tuple[int, ...] | None = None
+    div_value: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, loss in _MEANT_FOR.items():
+            if getattr(self, name) is not None and self.loss != loss:
+                raise LabError(f"{name} is for {loss}, got it for {self.loss}; leave it out")
+        taken = {"prior": self.loss == "sampled_softmax", "factored": False}
+        for name, possible in taken.items():
+            if getattr(self, name) and self.loss in BASELINES and not possible:
+                raise LabError(f"{name} has no meaning for {self.loss}; leave it out")
 
     def __str__(self) -> str:
         """Returns the name that `parse` reads.
 
         >>> str(Output("softmax", prior=True, depth=2))
         'softmax prior depth=2'
+        >>> str(Output("adaptive_softmax", cutoffs=(2000, 10_000)))
+        'adaptive_softmax cutoffs=2000,10000'
         """
         words = [self.loss]
         for field in fields(self)[1:]:
@@ -72,7 +84,8 @@ class Output:
             if value is True:
                 words.append(field.name)
             elif value not in (None, False):
-                words.append(f"{field.name}={value}")
+                written = ",".join(map(str, value)) if isinstance(value, tuple) else value
+                words.append(f"{field.name}={written}")
         return " ".join(words)
 
     @classmethod
@@ -90,8 +103,7 @@ class Output:
             key, _, value = word.partition("=")
             if key not in kinds or ("bool" in kinds[key]) != (not value):
                 raise LabError(f"an output layer has {', '.join(kinds)}, got {word!r} in {text!r}")
-            read = int if "int" in kinds[key] else float if "float" in kinds[key] else str
-            given[key] = read(value) if value else True
+            given[key] = _read(kinds[key], value) if value else True
         return cls(loss, **given)
 
     @property
@@ -129,6 +141,50 @@ class Output:
         return replace(self, loss=loss, rate=values.get("rate", self.rate))
 
 
+def _read(kind: str, text: str) -> Any:
+    """The value of a field of this type."""
+    if kind.startswith("tuple"):
+        return tuple(map(int, text.split(",")))
+    return (int if "int" in kind else float if "float" in kind else str)(text)
+
+
+def _adaptive(output: Output, width: int, counts: Tensor) -> nn.Module:
+    cutoffs, div_value = output.cutoffs, output.div_value
+    return AdaptiveSoftmax(width, len(counts), cutoffs=cutoffs, div_value=div_value)
+
+
+def _hierarchical(output: Output, width: int, counts: Tensor) -> nn.Module:
+    return HierarchicalSoftmax(width, len(counts))
+
+
+def _sampled(output: Output, width: int, counts: Tensor) -> nn.Module:
+    """Softmax, trained on negatives that are drawn by frequency unless a sampler is named."""
+    sampler = output.sampler or "frequency"
+    known = None if sampler == "log_uniform" else counts
+    samples = SAMPLES if output.samples is None else output.samples
+    head = SampledSoftmaxLoss(width, len(counts), samples, sampler=sampler, counts=known)
+    if output.prior and head.bias is not None:
+        with torch.no_grad():
+            head.bias.copy_((counts / counts.sum()).log())
+    return head
+
+
+# Softmax at less cost, by an approximation or another distribution: a layer for an output, a width
+# and counts of words. They are not losses of the library.
+BASELINES: dict[str, Callable[[Output, int, Tensor], nn.Module]] = {
+    "adaptive_softmax": _adaptive,
+    "hierarchical_softmax": _hierarchical,
+    "sampled_softmax": _sampled,
+}
+# What has a meaning for one of them alone.
+_MEANT_FOR = {
+    "samples": "sampled_softmax",
+    "sampler": "sampled_softmax",
+    "cutoffs": "adaptive_softmax",
+    "div_value": "adaptive_softmax",
+}
+
+
 def layer(
     output: Output, width: int, counts: Tensor, device: str
 ) -> tuple[nn.Module, torch.optim.Optimizer | None]:
@@ -141,7 +197,7 @@ def layer(
     """
     D = len(counts)
     if output.spec is None:
-        return BASELINES[output.loss](width, D).to(device), None
+        return BASELINES[output.loss](output, width, counts).to(device), None
     linear = nn.Linear(width, D)
     with torch.no_grad():
         for parameter in linear.parameters():

@@ -28,6 +28,7 @@ LABELS = {
     "soft_margin_softmax:order=2": "SM-Taylor softmax",
     "adaptive_softmax": "adaptive softmax",
     "hierarchical_softmax": "hierarchical softmax",
+    "sampled_softmax": "sampled softmax",
 }
 WORDS = {"prior": "base measure", "factored": "factored, SGD", "lstm": "LSTM"}
 

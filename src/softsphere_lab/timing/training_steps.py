@@ -12,7 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from softsphere import FactoredSphericalLoss, LinearSphericalLoss, LinearSphericalOptions
+from softsphere import (
+    FactoredSphericalLoss,
+    LinearSphericalLoss,
+    LinearSphericalOptions,
+    SampledSoftmaxLoss,
+)
 from softsphere.optim import FactoredSGD
 from softsphere_lab.models.baselines import AdaptiveSoftmax, HierarchicalSoftmax
 from softsphere_lab.timing.setting import Setting
@@ -87,32 +92,6 @@ class CoreSoftmax(Softmax):
         return F.linear_cross_entropy(hidden, self.weight, target, options=self.options)
 
 
-class SampledSoftmax(Softmax):
-    """Softmax over the target and log-uniform negatives, which all rows share.
-
-    Its gradients are sparse.
-    """
-
-    def __init__(self, setting: Setting, negatives: int) -> None:
-        super().__init__(setting)
-        self.negatives = negatives
-        self.log_D = math.log(setting.D + 1)
-
-    def log_chance(self, classes: Tensor) -> Tensor:
-        """Returns the logarithm of how often each class is expected among the negatives."""
-        return torch.log(self.negatives * torch.log1p(1 / (classes + 1)) / self.log_D)
-
-    def forward(self, hidden: Tensor, target: Tensor) -> Tensor:
-        drawn = torch.exp(torch.rand(self.negatives) * self.log_D).long() - 1
-        drawn = drawn.clamp_(0, len(self.weight) - 1)
-        rows = F.embedding(torch.cat([target, drawn]), self.weight, sparse=True)
-        own, others = rows[: len(target)], rows[len(target) :]
-        hit = drawn == target.unsqueeze(1)
-        o = (hidden @ others.T - self.log_chance(drawn)).masked_fill(hit, -torch.inf)
-        first = ((hidden * own).sum(1) - self.log_chance(target)).unsqueeze(1)
-        return F.cross_entropy(torch.cat([first, o], 1), torch.zeros_like(target))
-
-
 def _softmax(setting: Setting) -> Step:
     return _sgd(Softmax(setting))
 
@@ -126,7 +105,7 @@ def _adaptive(setting: Setting) -> Step:
 
 
 def _sampled(setting: Setting) -> Step:
-    return _sgd(SampledSoftmax(setting, negatives=1024))
+    return _sgd(SampledSoftmaxLoss(setting.d, setting.D, num_samples=1024, bias=False, sparse=True))
 
 
 def _hierarchical(setting: Setting) -> Step:

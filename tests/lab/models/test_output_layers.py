@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from softsphere_lab.models.output_layers import SMALLER, Output, layer
+from softsphere import SampledSoftmaxLoss
+from softsphere_lab.errors import LabError
+from softsphere_lab.models.output_layers import SAMPLES, SMALLER, Output, layer
 
 COUNTS = torch.arange(1, 31)
 
@@ -36,3 +38,63 @@ def test_layers_begin_with_the_same_weights_and_squared_error_with_smaller_ones(
     got = head.to_linear() if output.factored else head
     torch.testing.assert_close(got.weight, smaller * begun.weight)
     torch.testing.assert_close(got.bias, smaller * begun.bias)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "sampled_softmax",
+        "sampled_softmax samples=1024",
+        "sampled_softmax prior samples=64 sampler=log_uniform",
+        "adaptive_softmax cutoffs=2000,10000,40000 div_value=2.0",
+        "hierarchical_softmax lstm",
+        "taylor_softmax prior factored rate=0.1",
+    ],
+)
+def test_names_are_read_as_they_are_written(name):
+    assert str(Output.parse(name)) == name
+
+
+@pytest.mark.parametrize("sampler", ["frequency", "log_uniform", "in_batch"])
+@pytest.mark.parametrize("prior", [False, True])
+def test_sampled_softmax_may_begin_with_the_frequencies(prior, sampler):
+    torch.manual_seed(0)
+    output = Output("sampled_softmax", prior=prior, samples=None, sampler=sampler)
+    head, own = layer(output, 8, COUNTS, "cpu")
+    assert own is None and isinstance(head, SampledSoftmaxLoss) and head.sampler == sampler
+    if prior:
+        share = head.eval().log_prob(torch.zeros(8)).exp()
+        torch.testing.assert_close(share, COUNTS / COUNTS.sum())
+    else:
+        assert torch.equal(head.weight, linear(8).weight)
+        assert torch.equal(head.bias, linear(8).bias)
+
+
+def test_sampled_softmax_has_the_samples_of_its_name():
+    head, _ = layer(Output.parse("sampled_softmax samples=7"), 8, COUNTS, "cpu")
+    assert head.num_samples == 7
+    assert layer(Output("sampled_softmax"), 8, COUNTS, "cpu")[0].num_samples == SAMPLES == 1024
+
+
+def test_adaptive_softmax_has_the_cutoffs_and_widths_of_its_name():
+    output = Output.parse("adaptive_softmax cutoffs=10,20 div_value=2")
+    head, _ = layer(output, 8, COUNTS, "cpu")
+    assert head.layer.cutoffs == [10, 20, 30]
+    assert [tail[0].out_features for tail in head.layer.tail] == [4, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    {
+        "softmax samples=3": "samples is for sampled_softmax, got it for softmax",
+        "adaptive_softmax sampler=in_batch": "sampler is for sampled_softmax",
+        "sampled_softmax cutoffs=3,4": "cutoffs is for adaptive_softmax",
+        "hierarchical_softmax div_value=2": "div_value is for adaptive_softmax",
+        "adaptive_softmax prior": "prior has no meaning for adaptive_softmax",
+        "hierarchical_softmax factored": "factored has no meaning for hierarchical_softmax",
+        "sampled_softmax factored": "factored has no meaning for sampled_softmax",
+    }.items(),
+)
+def test_words_that_a_layer_has_no_use_for_are_refused(name, words):
+    with pytest.raises(LabError, match=words):
+        Output.parse(name)

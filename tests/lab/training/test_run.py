@@ -31,10 +31,6 @@ RUNS = {
         replace(TEXT, setup=replace(TEXT.setup, warm_up=0.3, clip=0.1, linear_last=True)),
         "softmax",
     ),
-    "an LSTM of two layers with dropout": (
-        replace(TEXT, setup=replace(TEXT.setup, layers=2, recurrent_dropout=0.2, context=8)),
-        "softmax lstm",
-    ),
     **{
         name: (TEXT, name)
         for name in (
@@ -45,6 +41,7 @@ RUNS = {
             "z_loss",
             "adaptive_softmax",
             "hierarchical_softmax",
+            "sampled_softmax prior samples=20",
             "taylor_softmax lstm",
             "softmax depth=1 activation=batchnorm",
             "softmax classes=50",
@@ -130,7 +127,7 @@ def test_a_run_that_is_stopped_within_an_epoch_ends_as_one_that_was_not(
 def test_a_network_that_gives_no_numbers_is_last_everywhere_and_has_diverged():
     data = TEXT.load()
     for name in ("softmax", "z_loss", "taylor_softmax factored rate=0.1", "adaptive_softmax",
-                 "hierarchical_softmax"):  # fmt: skip
+                 "hierarchical_softmax", "sampled_softmax samples=20"):  # fmt: skip
         one = LanguageRun(data.text, Output.parse(name), 3e-3, 0, TEXT.setup)
         with torch.no_grad():
             list(one.model.parameters())[-1].fill_(math.nan)

@@ -6,7 +6,8 @@ import _oracle as oracle
 from softsphere import losses
 
 CASES = {
-    "squared_error": (losses.SquaredError(), oracle.squared_error),
+    "squared_error": (losses.SquaredError(), oracle.squared_error(1.0)),
+    "squared_error_unobserved": (losses.SquaredError(0.2), oracle.squared_error(0.2)),
     "spherical_softmax": (
         losses.SphericalSoftmax(eps=0.3),
         oracle.likelihood("spherical", eps=0.3),

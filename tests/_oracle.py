@@ -23,12 +23,19 @@ def likelihood(kind: str, **p: float):
     return loss
 
 
-def squared_error(o: list[float], t: int, pi: list[float]) -> float:
-    return sum(pi[k] * (o[k] - (k == t)) ** 2 for k in range(len(o)))
+def squared_error(unobserved: float):
+    def loss(o: list[float], t: int, pi: list[float]) -> float:
+        y = [float(k == t) for k in range(len(o))]
+        return squared_error_vector(o, y, pi, unobserved)
+
+    return loss
 
 
-def squared_error_vector(o: list[float], y: list[float], pi: list[float]) -> float:
-    return sum(pi[k] * (o[k] - y[k]) ** 2 for k in range(len(o)))
+def squared_error_vector(
+    o: list[float], y: list[float], pi: list[float], unobserved: float
+) -> float:
+    each = [unobserved * x**2 if v == 0 else (x - v) ** 2 for x, v in zip(o, y, strict=True)]
+    return sum(pi[k] * each[k] for k in range(len(o)))
 
 
 def z_loss(a: float, b: float):
@@ -91,6 +98,8 @@ def partials(
     """d(y ℓ)/d(s, q, c) in closed form, with the hyper-parameters of `_cases`."""
     if name == "squared_error":
         return 0.0, 1.0, -2 * pi * y
+    if name == "squared_error_unobserved":
+        return 0.0, 0.2, 2 * pi * (0.8 * c - y)
     if name == "taylor_softmax":
         n = mass + s + q / 2
         return y / n, y / (2 * n), -y * (1 + c) / (1 + c + c * c / 2)

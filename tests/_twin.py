@@ -13,7 +13,8 @@ def every_class(kind: losses.Loss, o: Tensor, pi: Tensor) -> Tensor:
     mass = pi.sum()
     if isinstance(kind, losses.SquaredError):
         onehot = torch.eye(len(pi)).double()
-        return (pi * (o.unsqueeze(1) - onehot) ** 2).sum(-1)
+        weight = onehot + kind.unobserved * (1 - onehot)
+        return (pi * weight * (o.unsqueeze(1) - onehot) ** 2).sum(-1)
     if isinstance(kind, losses.TaylorSoftmax):
         f = pi * (1 + o + o**2 / 2)
         return -(f / f.sum(1, keepdim=True)).log()
@@ -87,5 +88,6 @@ class DenseTwin:
             for t, y in zip(target[i][real[i]].tolist(), values[i][real[i]].tolist(), strict=True):
                 vector[i, t] += y
         if isinstance(kind, losses.SquaredError):
-            return ((o - vector) ** 2) @ self.pi
+            weight = torch.ones_like(vector).masked_fill(vector == 0, kind.unobserved)
+            return (weight * (o - vector) ** 2) @ self.pi
         return (vector * every_class(kind, o, self.pi)).sum(1)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import _oracle as oracle
 import softsphere
 from _cases import CASES
 from softsphere import losses
@@ -113,7 +114,13 @@ def test_sparse_targets(name):
     vector = torch.zeros(3, 7, dtype=torch.float64)
     vector[0, 2], vector[0, 5], vector[1, 6], vector[1, 0] = 0.75, -1.5, 1.0, 2.0
     if isinstance(loss, losses.SquaredError):
-        want = ((logits - vector) ** 2).sum(-1)
+        want = torch.tensor(
+            [
+                oracle.squared_error_vector(row, y, [1.0] * 7, loss.unobserved)
+                for row, y in zip(logits.tolist(), vector.tolist(), strict=True)
+            ],
+            dtype=torch.float64,
+        )
     else:
         every = [
             spherical_loss(logits, torch.full((3,), k), loss, reduction="none") for k in range(7)

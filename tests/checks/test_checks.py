@@ -23,6 +23,8 @@ WRONG = {
     "got a scalar": lambda: call(logits=torch.tensor(1.0), target=TARGET[0]),
     "at least one class": lambda: call(logits=torch.zeros(4, 0)),
     "loss must be one of .*taylor_softmax.*got 'hinge'": lambda: call(loss="hinge"),
+    "unobserved must be positive and finite, got 0": lambda: losses.SquaredError(0),
+    "unobserved must be at most 1, .* got 1.5": lambda: losses.SquaredError(1.5),
     "eps must be positive and finite, got 0": lambda: losses.SphericalSoftmax(eps=0),
     "a must be positive": lambda: losses.ZLoss(a=-1.0),
     "b must be finite": lambda: losses.ZLoss(b=float("nan")),

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from _cases import CASES
 from _engines import ENGINES, SPHERICAL, layer, with_gradients
-from softsphere import FactoredSphericalLoss, LinearSphericalOptions, checks
+from softsphere import FactoredSphericalLoss, LinearSphericalOptions, checks, losses
 from softsphere.engines.dispatch import linear_statistics
 from softsphere.engines.factored_statistics import factored_statistics
 from softsphere.functional import linear_spherical_loss, spherical_loss
@@ -51,7 +51,7 @@ def setting(name, m=13, D=123, d=6, K=None, classes=None, ignored=False, **optio
     for key in ("prior", "weight"):
         if options.get(key):
             options[key] = torch.rand(D).double() + 0.2
-    if K is not None and name == "squared_error":
+    if K is not None and isinstance(SPHERICAL[name], losses.SquaredError):
         options["weight"] = None
     return H, W, b, target, options
 

@@ -59,8 +59,8 @@ class Conventions:
         label_smoothing = checks.label_smoothing(label_smoothing)
         if label_smoothing and not loss.smoothable:
             raise ValueError(
-                f"label_smoothing has no meaning for {type(loss).__name__}, which is no "
-                "distribution over classes; leave it 0"
+                f"label_smoothing has no meaning for {loss}, which tells targets from all other "
+                "classes; leave it 0"
             )
         if weight is not None:
             checks.class_weights(weight)

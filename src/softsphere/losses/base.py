@@ -20,19 +20,22 @@ class Loss:
     normalised: whether it is −log f_t of a distribution f, and so has a likelihood.
     shift_invariant, scale_invariant: whether o + a, or a·o with a > 0, have the same loss.
     upper_bound: whether it is never below −log softmax if π = 1.
-    smoothable: whether label smoothing, (1−α)·ℓ(t) + (α/C)·Σ_k ℓ(k), is defined for this loss.
     """
 
     normalised: ClassVar[bool] = False
     shift_invariant: ClassVar[bool] = False
     scale_invariant: ClassVar[bool] = False
     upper_bound: ClassVar[bool] = False
-    smoothable: ClassVar[bool] = True
 
     @property
     def plain(self) -> Loss:
         """The loss outside training: this one, unless it has a part for training alone."""
         return self
+
+    @property
+    def smoothable(self) -> bool:
+        """Whether label smoothing, (1−α)·ℓ(t) + (α/C)·Σ_k ℓ(k), has a meaning for this loss."""
+        return True
 
     def log_numerator(self, o: Tensor) -> Tensor:
         """log t(o), elementwise, where f_k = π_k t(o_k) / Σ_j π_j t(o_j).

@@ -47,11 +47,14 @@ class ZLoss(Spherical):
 
     shift_invariant: ClassVar[bool] = True
     scale_invariant: ClassVar[bool] = True
-    smoothable: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         checks.positive("a", self.a)
         checks.finite("b", self.b)
+
+    @property
+    def smoothable(self) -> bool:
+        return False
 
     def standardised(self, x: Stats) -> Tensor:
         """z (..., K), which is zero where σ is."""

@@ -107,7 +107,7 @@ class StudyReproduction(Reproduction):
 
     def unfinished(self, record: Record) -> str:
         study = self.studies[(record.config() or {})["budget"]]
-        lacking, runs = missing(study, record), len(study.seeds) * len(study.names)
+        lacking, runs = missing(study, record), study.finals
         if not lacking:
             return ""
         counted = ", ".join(f"{label(name)} ({count})" for name, count in lacking.items())

@@ -53,13 +53,31 @@ def ngram_network(
 
 
 class LSTM(nn.Module):
-    """An LSTM over windows of words, each from a zero state: (N, length) → (N, length, width)."""
+    """An LSTM over windows of words, each from a zero state.
 
-    def __init__(self, vocabulary: int, embedding: int, width: int) -> None:
+    It takes (N, context + length) to (N, length, width): the first `context` words fill its state.
+
+    layers: how many LSTMs stand one upon the other, each of that width. dropout: its probability
+    after the embeddings and after each layer.
+    """
+
+    def __init__(
+        self,
+        vocabulary: int,
+        embedding: int,
+        width: int,
+        layers: int = 1,
+        dropout: float = 0.0,
+        context: int = 0,
+    ) -> None:
         super().__init__()
+        self.context = context
         self.embedding = nn.Embedding(vocabulary, embedding)
-        self.layer = nn.LSTM(embedding, width, batch_first=True)
+        between = dropout if layers > 1 else 0.0
+        self.layer = nn.LSTM(embedding, width, layers, batch_first=True, dropout=between)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden: Tensor = self.layer(self.embedding(x))[0]
-        return hidden
+        hidden: Tensor = self.layer(self.dropout(self.embedding(x)))[0]
+        counted: Tensor = self.dropout(hidden[:, self.context :])
+        return counted

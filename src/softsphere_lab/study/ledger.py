@@ -154,7 +154,7 @@ def _ends_by_task(study: Study, record: Record) -> tuple[dict[Task, Line], dict[
             for line in lines
             if "final" in line
             and line["loss"] in study.names
-            and (what["trial"] or line["seed"] in study.seeds)
+            and (what["trial"] or line["seed"] in study.seeds_of(line["loss"]))
         }
 
     short = by_task(_ends_in(TRIALS, kind, record), trial=True)
@@ -175,7 +175,7 @@ def planned(study: Study, record: Record) -> Plan:
     finals = 0
     for seed in study.seeds:
         for name, (_, choice) in found.items():
-            if choice is None:
+            if choice is None or seed not in study.seeds_of(name):
                 continue
             task = Task(name, *choice, seed, trial=False)
             if task in run:
@@ -183,7 +183,7 @@ def planned(study: Study, record: Record) -> Plan:
             else:
                 tasks.append(task)
     searching = any(choice is None for _, choice in found.values())
-    return Plan(tasks, len(tried), searching, finals, len(study.seeds) * len(study.names))
+    return Plan(tasks, len(tried), searching, finals, study.finals)
 
 
 def missing(study: Study, record: Record) -> dict[str, int]:
@@ -192,7 +192,7 @@ def missing(study: Study, record: Record) -> dict[str, int]:
     lacking: dict[str, int] = {}
     for name in study.names:
         _, choice = _searched(study, name, tried)
-        for seed in study.seeds:
+        for seed in study.seeds_of(name):
             if choice is None or Task(name, *choice, seed, trial=False) not in run:
                 lacking[name] = lacking.get(name, 0) + 1
     return lacking

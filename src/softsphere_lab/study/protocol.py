@@ -68,6 +68,15 @@ class Study(ABC):
     def names(self) -> tuple[str, ...]:
         """The names of what is compared."""
 
+    def seeds_of(self, name: str) -> tuple[int, ...]:
+        """Returns the seeds that a name is run with: all of them, or the first ones."""
+        return self.seeds
+
+    @property
+    def finals(self) -> int:
+        """How many final runs the study asks for."""
+        return sum(len(self.seeds_of(name)) for name in self.names)
+
     @abstractmethod
     def space(self, name: str) -> Space:
         """Returns what the search for a name may try."""

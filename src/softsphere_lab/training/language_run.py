@@ -34,7 +34,7 @@ TOP = 10
 EMBEDDING_STD = 0.1
 # Fields of a setup that records made before them do not have. A configuration has them only where
 # they are not at their default, so that those records can still be resumed.
-LATER = ("linear_last", "warm_up", "clip", "beta2")
+LATER = ("linear_last", "warm_up", "clip", "beta2", "layers", "recurrent_dropout", "context")
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ class Setup:
     how many words of the training part, and of each of the others, are used; None means all.
     linear_last: whether the last layer of the n-gram model has no activation. warm_up: the share of
     the steps in which the rate rises. clip: the largest norm of all gradients together; None means
-    any. beta2: how much of its mean of squared gradients AdamW keeps in a step.
+    any. beta2: how much of its mean of squared gradients AdamW keeps in a step. layers,
+    recurrent_dropout, context: those of the LSTM.
     """
 
     n: int = 5
@@ -66,6 +67,9 @@ class Setup:
     warm_up: float = 0.0
     clip: float | None = None
     beta2: float = 0.999
+    layers: int = 1
+    recurrent_dropout: float = 0.0
+    context: int = 0
 
     def config(self) -> Line:
         """Returns the fields as the configuration of a record has them.
@@ -232,7 +236,7 @@ def _examples(data: Text, output: Output, setup: Setup) -> Examples:
 
     def parts(of: Text) -> Examples:
         if output.lstm:
-            return window_parts(of, setup.length, setup.device)
+            return window_parts(of, setup.length, setup.device, setup.context)
         return ngram_parts(of, setup.n, setup.device)
 
     read = parts(data)
@@ -246,7 +250,14 @@ def _network(vocabulary: int, output: Output, setup: Setup) -> nn.Module:
     """The layers below the output layer."""
     model: nn.Module
     if output.lstm:
-        model = LSTM(vocabulary, setup.embedding, setup.width)
+        model = LSTM(
+            vocabulary,
+            setup.embedding,
+            setup.width,
+            layers=setup.layers,
+            dropout=setup.recurrent_dropout,
+            context=setup.context,
+        )
     else:
         depth = output.depth or setup.depth
         model = ngram_network(

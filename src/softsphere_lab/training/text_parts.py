@@ -34,10 +34,19 @@ def ngram_parts(text: Text, n: int, device: str) -> Examples:
     return {name: (x.to(device), y.to(device)) for name, (x, y) in pairs.items()}
 
 
-def window_parts(text: Text, length: int, device: str) -> Examples:
-    """Returns windows of each part (N, length) and the word after each of their words."""
+def window_parts(text: Text, length: int, device: str, context: int = 0) -> Examples:
+    """Returns windows of each part (N, context + length) and the words to predict (N, length).
+
+    These are the words after each of the last `length` words of a window. The first `context` words
+    are the end of the window before, and of the first window ends of sentences.
+    """
     pairs = {name: windows(getattr(text, name), length, text.end) for name in PARTS}
-    return {name: (x.to(device), y.to(device)) for name, (x, y) in pairs.items()}
+
+    def preceded(x: Tensor) -> Tensor:
+        padded = torch.cat([x.new_full((context,), text.end), x.flatten()])
+        return padded.unfold(0, context + length, length)
+
+    return {name: (preceded(x).to(device), y.to(device)) for name, (x, y) in pairs.items()}
 
 
 def rows_at_once(y: Tensor) -> int:

@@ -221,3 +221,18 @@ def test_what_a_study_asks_for_is_known_from_the_start_but_for_the_length_of_its
         (plan.searching for plan in plans), reverse=True
     )
     assert plans[-1].finals == 4
+
+
+def test_an_output_that_is_asked_for_once_has_the_first_seed_alone(tmp_path):
+    once = Output("taylor_softmax")
+    asked = replace(
+        ptb.FULL, outputs=(Output("softmax"), once), once=(once,), rates=Axis.fixed(1e-3)
+    )
+    assert asked.finals == len(asked.seeds) + 1
+    record = Record.create(tmp_path / "r", asked.config())
+    assert ledger.missing(asked, record) == {"softmax": 3, "taylor_softmax": 1}
+    plan = ledger.planned(asked, record)
+    assert [(task.loss, task.seed) for task in plan.tasks] == [
+        ("softmax", 0), ("taylor_softmax", 0), ("softmax", 1), ("softmax", 2)
+    ]  # fmt: skip
+    assert (plan.finals, plan.finals_in_all) == (0, 4)

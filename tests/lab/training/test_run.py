@@ -31,6 +31,10 @@ RUNS = {
         replace(TEXT, setup=replace(TEXT.setup, warm_up=0.3, clip=0.1, linear_last=True)),
         "softmax",
     ),
+    "an LSTM of two layers with dropout": (
+        replace(TEXT, setup=replace(TEXT.setup, layers=2, recurrent_dropout=0.2, context=8)),
+        "softmax lstm",
+    ),
     **{
         name: (TEXT, name)
         for name in (

@@ -10,12 +10,11 @@ from pathlib import Path
 from softsphere_lab.experiments.experiment import StudyReproduction
 from softsphere_lab.experiments.on_text import text_pictures as pictures
 from softsphere_lab.experiments.on_text.language_modelling import LanguageModelling
+from softsphere_lab.experiments.on_text.setup_in_words import outputs_named, text_setup
 from softsphere_lab.experiments.on_text.text_sections import (
     PERPLEXITY,
-    outputs_named,
     softmax_references,
     table_beside_softmax,
-    text_setup,
 )
 from softsphere_lab.models.output_layers import Output
 from softsphere_lab.report.inference import LEVEL

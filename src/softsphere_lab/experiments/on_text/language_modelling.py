@@ -30,7 +30,7 @@ class LanguageModelling(Study):
     rates, layer_rates: the learning rates of AdamW, and of FactoredSGD as multiples of the number
     of classes D, that the search may try. trial_words: how many words of the training part a trial
     reads; None for all. second_look: whether the rates about the best are then tried in runs as
-    long as final ones.
+    long as final ones. once: those of the outputs that are run with the first seed alone.
     """
 
     dataset: str
@@ -43,6 +43,7 @@ class LanguageModelling(Study):
     trial_words: int | None = None
     second_look: bool = False
     data_dir: Path | None = None
+    once: tuple[Output, ...] = ()
 
     Epoch, Final, tested = Epoch, Final, "test_mrr"
     grows = ("outputs", "seeds")
@@ -67,6 +68,9 @@ class LanguageModelling(Study):
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(self.by_name)
+
+    def seeds_of(self, name: str) -> tuple[int, ...]:
+        return self.seeds[:1] if self.by_name[name] in self.once else self.seeds
 
     def space(self, name: str) -> Space:
         return Space({**self.by_name[name].axes(self.layer_rates), "lr": self.rates})

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 
 from softsphere_lab.experiments.on_text import text_pictures as pictures
+from softsphere_lab.experiments.on_text.setup_in_words import outputs_named, text_setup
 from softsphere_lab.models.output_layers import Output
 from softsphere_lab.records.folder import Line
 from softsphere_lab.report.grids import markdown
@@ -32,14 +33,12 @@ __all__ = [
     "MRR",
     "PERPLEXITY",
     "goals",
-    "outputs_named",
     "ratios_to_softmax",
     "seconds_to_goal",
     "softmax_on_same_network",
     "softmax_references",
     "table_beside_softmax",
     "text_section",
-    "text_setup",
 ]
 
 PERPLEXITY = Metric("test_nll", "test perplexity", 1, perplexity, figures=3)
@@ -49,11 +48,6 @@ MRR = Metric("test_mrr", "MRR", 4)
 SIMLEX = Metric("simlex999", "SimLex-999", 3)
 WORDSIM = Metric("wordsim353", "WordSim-353", 3)
 VALID_NLL = Metric("valid_nll", "", 1)
-
-
-def outputs_named(names: Iterable[str]) -> dict[str, Output]:
-    """Reads the names of output layers in a record. Sections read them here and nowhere else."""
-    return {name: Output.parse(name) for name in names}
 
 
 def softmax_on_same_network(output: Output) -> Output:
@@ -162,60 +156,6 @@ def table_beside_softmax(
             for name, other in reference.items()
         ],
     )
-
-
-def text_setup(results: Results) -> str:
-    """Returns sentences about the text, the networks and their training."""
-    asked, data = results.config, results.config["data"]
-    outputs = outputs_named(asked["outputs"]).values()
-    networks = []
-    if not all(output.lstm for output in outputs):
-        depths = sorted({output.depth or asked["depth"] for output in outputs})
-        layers = " or ".join(map(str, depths))
-        wider = f" (of width {asked['hidden']} but for the last)" if max(depths) > 1 else ""
-        linear = ", the last without activation" if asked.get("linear_last") else ""
-        networks.append(
-            f"a {asked['n']}-gram model with embeddings of {asked['embedding']} and {layers} "
-            f"hidden layers{wider}{linear}, dropout {asked['dropout']:g}"
-        )
-    if any(output.lstm for output in outputs):
-        networks.append(
-            f"an LSTM with embeddings of {asked['embedding']} on windows of {asked['length']} words"
-        )
-    trial = asked["trial_words"]
-    return (
-        f"{data['words']:,} words of vocabulary, {data['train']:,} of text to train on and "
-        f"{data['test']:,} to test on. The network is {', or '.join(networks)}; its output is "
-        f"{asked['width']} wide. Batches of {asked['batch_size']} words, "
-        f"{_epochs(asked['epochs'])}; in the search {_epochs(asked['trial_epochs'])} "
-        f"of {'all words' if trial is None else f'the first {trial:,} words'}"
-        f"{results.second_look}.{_steps_in_words(asked)}\n"
-    )
-
-
-def _steps_in_words(asked: Line) -> str:
-    """Returns a sentence about steps that are not as PyTorch's defaults have them, if any are not.
-
-    >>> _steps_in_words({"warm_up": 0.1, "clip": 1.0, "beta2": 0.99})
-    ' The rate rises in the first 10 % of the steps; gradients are cut to a norm of 1; β₂ is 0.99.'
-    """
-    parts = []
-    if "warm_up" in asked:
-        parts.append(f"the rate rises in the first {100 * asked['warm_up']:g} % of the steps")
-    if "clip" in asked:
-        parts.append(f"gradients are cut to a norm of {asked['clip']:g}")
-    if "beta2" in asked:
-        parts.append(f"β₂ is {asked['beta2']:g}")
-    told = "; ".join(parts)
-    return f" {told[0].upper()}{told[1:]}." if told else ""
-
-
-def _epochs(epochs: int) -> str:
-    """
-    >>> _epochs(1), _epochs(2)
-    ('1 epoch', '2 epochs')
-    """
-    return f"{epochs} epoch" if epochs == 1 else f"{epochs} epochs"
 
 
 def _engines_of(runs: Mapping[int, Line]) -> str:

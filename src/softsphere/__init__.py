@@ -1,6 +1,6 @@
 """Softmax alternatives of the spherical loss family."""
 
-from softsphere import functional, losses, optim
+from softsphere import clusters, functional, losses, optim
 from softsphere.criteria import (
     SoftMarginSoftmaxLoss,
     SphericalLoss,
@@ -21,6 +21,7 @@ __all__ = [
     "SphericalLoss",
     "SphericalSoftmaxLoss",
     "TaylorSoftmaxLoss",
+    "clusters",
     "functional",
     "losses",
     "optim",

@@ -1,0 +1,98 @@
+"""Clusters of classes that are alike are found where they were planted."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from softsphere import clusters
+from softsphere.clusters import by_neighbours, by_vectors
+
+
+def partition(assignment: torch.Tensor) -> set[frozenset[int]]:
+    return {
+        frozenset((assignment == c).nonzero().flatten().tolist())
+        for c in range(int(assignment.max()) + 1)
+    }
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_planted_directions_are_found_whatever_the_lengths(seed):
+    g = torch.Generator().manual_seed(seed)
+    group = torch.randint(6, (240,), generator=g)
+    vectors = F.one_hot(group, 16) + 0.03 * torch.randn(240, 16, generator=g)
+    vectors = vectors * torch.rand(240, 1, generator=g).add(0.1).pow(3)
+    counts = 100 / torch.rand(240, generator=g).add(0.1)
+    found = by_vectors(vectors, counts, num_clusters=6, shortlist=0, seed=seed)
+    assert partition(found.assignment) == partition(group)
+    assert torch.equal(found.vectors, vectors)
+
+
+def text() -> tuple[torch.Tensor, torch.Tensor]:
+    """Words 0 – 3 are common; each of the words 4 – 43 comes after one of them, and before one."""
+    g = torch.Generator().manual_seed(0)
+    word = torch.randint(40, (4000,), generator=g)
+    group = word % 4
+    return torch.stack([group, word + 4, (group + 1) % 4], 1).flatten(), group
+
+
+def test_words_with_the_same_neighbours_are_found():
+    tokens, _ = text()
+    found = by_neighbours(tokens, tokens.bincount(), num_clusters=4, shortlist=4)
+    assert found.classes(-1).tolist() == tokens.bincount().argsort(descending=True)[:4].tolist()
+    assert partition(found.assignment) == {frozenset(range(4 + c, 44, 4)) for c in range(4)}
+
+
+def test_items_of_the_same_users_are_found():
+    g = torch.Generator().manual_seed(0)
+    item = torch.randint(40, (4000,), generator=g)
+    user = (item % 4) * 1000 + torch.randint(10, (4000,), generator=g)
+    pairs = torch.stack([item, user], 1)
+    found = by_neighbours(pairs, item.bincount(), num_clusters=4, shortlist=0)
+    assert partition(found.assignment) == {frozenset(range(c, 40, 4)) for c in range(4)}
+
+
+def test_the_same_arguments_give_the_same_clusters_and_the_caller_keeps_its_random_state():
+    torch.manual_seed(5)
+    g = torch.Generator().manual_seed(0)
+    tokens = (torch.rand(20_000, generator=g) ** 3 * 300).long()
+    counts = tokens.bincount(minlength=300)
+    before = torch.get_rng_state()
+    one = by_neighbours(tokens, counts, num_clusters=8, seed=3)
+    assert torch.equal(torch.get_rng_state(), before)
+    again = by_neighbours(tokens, counts, num_clusters=8, seed=3)
+    assert torch.equal(one.assignment, again.assignment)
+    assert torch.equal(one.vectors, again.vectors)
+    other = by_neighbours(tokens, counts, num_clusters=8, seed=4)
+    assert not torch.equal(one.assignment, other.assignment)
+
+
+def test_sizes_are_those_of_the_cost_model_by_default():
+    tokens, _ = text()
+    counts = tokens.bincount()
+    found = by_neighbours(tokens, counts)
+    assert (found.shortlist, found.num_clusters) == clusters.default_sizes(counts)
+
+
+@pytest.mark.parametrize("module", ["sklearn.cluster", "scipy.sparse", "threadpoolctl"])
+def test_without_the_extra_the_error_says_how_to_install_it(monkeypatch, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    tokens, _ = text()
+    with pytest.raises(ImportError, match=r"pip install 'softsphere\[clusters\]'"):
+        by_neighbours(tokens, tokens.bincount(), num_clusters=4)
+
+
+def test_the_library_and_clusters_by_frequency_need_no_extra():
+    program = (
+        "import sys, torch, softsphere\n"
+        "before = set(sys.modules)\n"
+        "softsphere.clusters.by_frequency(torch.arange(1, 99))\n"
+        "print(*{name.partition('.')[0] for name in sys.modules} & "
+        "{'sklearn', 'scipy', 'threadpoolctl', 'joblib'})"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+    assert done.stdout.strip() == b""

@@ -26,7 +26,7 @@ def random_gradient(m: int, n: int, seed: int, width: int = d, rows: int = D) ->
 
 def in_dtype(g: GradientFactors, dtype: torch.dtype) -> GradientFactors:
     H, L, s, x = (part.to(dtype) for part in (g.H, g.L, g.s, g.x))
-    return GradientFactors(H, L, s, g.rows, g.cols, x)
+    return GradientFactors(H, L, s, g.rows, g.cols, x, cluster=g.cluster, rho=g.rho)
 
 
 def dense_gradient(W: torch.Tensor, g: GradientFactors) -> torch.Tensor:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from softsphere.matrix import FactoredTensor, StructuredGradient
+from softsphere.matrix.abstract import Block
 from softsphere.matrix.blocks import Blocks
-from softsphere.matrix.factored_matrix import Block
 from softsphere.matrix.lists import check_distinct
 from softsphere.matrix.refusals import stale
 

@@ -8,8 +8,9 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from _gradients import D, d, dense_gradient, in_dtype, random_gradient
+from softsphere.matrix.abstract import Block
 from softsphere.matrix.blocks import Blocks
-from softsphere.matrix.factored_matrix import Block, FactoredMatrix
+from softsphere.matrix.factored_matrix import FactoredMatrix
 
 
 class Machine(RuleBasedStateMachine):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from softsphere.engines.factored_statistics import TWICE
 from softsphere.matrix import FactoredTensor
-from softsphere.matrix.factored_matrix import Block
+from softsphere.matrix.abstract import Block
 
 __all__ = ["constant_in_transforms", "factored_outputs"]
 

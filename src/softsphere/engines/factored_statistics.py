@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from softsphere.matrix import FactoredTensor, StructuredGradient
+from softsphere.matrix.factored_matrix import single_matrix
 from softsphere.matrix.gradient import GradientFactors
 from softsphere.matrix.gradient_tensors import Content
 from softsphere.stats import Stats
@@ -32,7 +33,7 @@ def factored_statistics(
     centred: whether the mean of the outputs is taken off, for losses that do not see a shift.
     """
     s, q, c = _FactoredStatistics.apply(H, weight, target, centred)  # type: ignore[no-untyped-call]
-    W = weight.matrix.arrays
+    W = single_matrix(weight.block).arrays
     pi = None if W.pi is None else W.pi[target]
     return Stats(s, q, c, W.mass, pi=pi)
 
@@ -50,7 +51,7 @@ class _FactoredStatistics(torch.autograd.Function):
     def forward(
         ctx: Any, H: Tensor, weight: FactoredTensor, target: Tensor, centred: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        matrix = weight.matrix
+        matrix = single_matrix(weight.block)
         ctx.block, ctx.edition, ctx.centred = weight.block, matrix.edition, centred
         W, d = matrix.arrays, matrix.arrays.width
         P = H @ W.small("centred_gram")[:d, :d]
@@ -72,7 +73,7 @@ class _FactoredStatistics(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError(TWICE)
         H, target, P, mu, at_rows = ctx.saved_tensors
-        matrix = ctx.block.matrix
+        matrix = single_matrix(ctx.block)
         if matrix.edition != ctx.edition:
             raise RuntimeError(
                 "the factored weight has been changed since this loss was computed; "

@@ -14,6 +14,7 @@ from softsphere.engines.factored_statistics import factored_statistics
 from softsphere.heads.reader import Reader, keys_of_rows
 from softsphere.matrix import FactoredTensor
 from softsphere.matrix.arrays import Arrays
+from softsphere.matrix.factored_matrix import single_matrix
 
 __all__ = ["EXPORT", "FactoredReader"]
 
@@ -42,7 +43,7 @@ class FactoredReader(Reader):
 
         Raises RuntimeError if they were changed in another way than through the weight.
         """
-        W = self.weight.matrix.arrays
+        W = single_matrix(self.weight.block).arrays
         W.check()
         return W
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from softsphere import checks
 from softsphere.matrix import FactoredTensor
-from softsphere.matrix.factored_matrix import FactoredMatrix
+from softsphere.matrix.factored_matrix import FactoredMatrix, single_matrix
 from softsphere.matrix.interrupts import uninterrupted
 
 __all__ = ["FactoredState"]
@@ -45,7 +45,7 @@ class FactoredState(nn.Module):
     @property
     def matrix(self) -> FactoredMatrix:
         """The matrix that holds [W b] in factors."""
-        return self.factored_weight.matrix
+        return single_matrix(self.factored_weight.block)
 
     def _saved(self) -> dict[str, Tensor]:
         """Returns weight (D, d), bias (D) and prior (D), ordinary tensors.

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from softsphere.matrix.abstract import Kept
 from softsphere.matrix.generations import Generations
 from softsphere.matrix.precision import Rounded, float32_is_exact, in_full_precision, product
 from softsphere.matrix.rows import Rows
@@ -19,16 +19,13 @@ _SMALL = ("U", "U_inv", "omega", "centred_gram", "colsum")
 _SAMPLE = 256
 
 
-class Arrays:
+class Arrays(Kept):
     """V, U, U⁻¹, ω, G, w̄ and M of a D × w matrix W = V U + 1 ωᵀ.
 
     V is (D, w) and large. U, U⁻¹, G (w, w), ω and w̄ (w) are small and always float64. With the base
     measure Π = diag(π), the identity if none is given, M = Σ π, w̄ = Wᵀπ, r = w̄/M is the mean row,
-    and G = (W − 1rᵀ)ᵀ Π (W − 1rᵀ), so that a large common row costs G no digits. W may consist of
-    several blocks of `width` columns side by side: the weight, and an optimizer's momentum.
-
-    G and w̄ are computed from V when they are first needed. `edition` names the value of W: it
-    changes with each change of W, and copies and conversions of W keep it.
+    and G = (W − 1rᵀ)ᵀ Π (W − 1rᵀ), so that a large common row costs G no digits. G and w̄ are
+    computed from V when they are first needed.
 
     Args:
         V: the rows, which are not copied.
@@ -43,24 +40,6 @@ class Arrays:
         self.generations = Generations(V.num_rows, V.width, V.device, self.rounded)
         self.is_written = False
         self.reset_()
-
-    @property
-    def device(self) -> torch.device:
-        return self.V.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.V.dtype
-
-    @property
-    def num_rows(self) -> int:
-        """D."""
-        return self.V.num_rows
-
-    @property
-    def blocks(self) -> int:
-        """The number of blocks of `width` columns."""
-        return self.V.width // self.width
 
     @property
     def mass(self) -> float:
@@ -84,36 +63,6 @@ class Arrays:
     def changed(self) -> None:
         """Notes that the small arrays have changed, so that they are rounded again."""
         self.rounded.forget(*_SMALL, "mean")
-
-    def renamed(self) -> None:
-        """Notes that W has changed."""
-        self.edition = uuid.uuid4().hex
-
-    def begin_change(self) -> None:
-        """Prepares for writing: tensors that were handed out keep their values."""
-        self.check()
-        self.V.own()
-        self.is_written = False
-
-    def check(self) -> None:
-        """Notices changes of V in place by others.
-
-        Where V is W itself, as after `state_dict()`, the change is adopted, and G and w̄ are
-        computed again.
-
-        Raises RuntimeError where V is not W, so that the change has no meaning.
-        """
-        if not self.V.changed_by_others():
-            return
-        if not self.is_written:
-            raise RuntimeError(
-                "the rows of a factored weight were changed in place by other means than its own "
-                "operations; change it by head.load_state_dict(…) or torch.nn.init, which write "
-                "the whole weight"
-            )
-        self.V.note()
-        self.renamed()
-        self.forget_gram()
 
     @property
     def gram(self) -> Tensor:
@@ -170,6 +119,12 @@ class Arrays:
         """
         return [x.contiguous() for x in rows.split(self.width, 1)]
 
+    def squares(self) -> Tensor:
+        return self.gram.diagonal()
+
+    def sums_are_finite(self) -> bool:
+        return bool((self.centred_gram.diagonal() + self.colsum).isfinite().all())
+
     def small(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """Returns a small array in float64 or in the dtype of V, valid until the next step."""
         if dtype == torch.float64:
@@ -177,11 +132,7 @@ class Arrays:
             return exact
         return self.rounded.get(name, self.dtype, lambda: getattr(self, name))
 
-    def block(self, j: int) -> slice:
-        """Returns the columns of block j."""
-        return slice(j * self.width, (j + 1) * self.width)
-
-    def rows(self, index: Tensor, columns: slice = slice(None)) -> Tensor:
+    def rows(self, index: Tensor | slice, columns: slice = slice(None)) -> Tensor:
         """W[index]: (n, w)."""
         return self.outputs(self.coordinates(index), columns)
 
@@ -204,14 +155,6 @@ class Arrays:
         """Returns V[index] in the current coordinates, from which U and ω make W[index]."""
         return self.generations.carried(self.V[index], self.generations.made[index])
 
-    def chunks(
-        self, size: int | None = None, columns: slice = slice(None)
-    ) -> Iterator[tuple[slice, Tensor]]:
-        """Yields (slice of rows, W there) over all rows, in pieces of `size` rows or some MiB."""
-        for part in self.V.chunks(size):
-            rows = self.V[part][:, columns] if self.is_written else None
-            yield part, self.outputs(self.coordinates(part), columns) if rows is None else rows
-
     @in_full_precision
     def times(self, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Yields (slice of rows, W x there) for x (w, p), in float64. O(D w p) a generation."""
@@ -221,30 +164,6 @@ class Arrays:
             made = self.generations.made[part].long()
             by_each = self.V.times(part, flat).view(len(made), len(each), -1)
             yield part, shift + by_each[torch.arange(len(made), device=made.device), made]
-
-    def to_dense(self, chunk: int | None = None, columns: slice = slice(None)) -> Tensor:
-        """Returns W, or columns of it, as a new tensor (D, w)."""
-        width = len(range(*columns.indices(self.V.width)))
-        dense = torch.empty(self.num_rows, width, dtype=self.dtype, device=self.device)
-        for part, rows in self.chunks(chunk, columns):
-            dense[part] = rows
-        return dense
-
-    @in_full_precision
-    def rewrite_(self, j: int, change: Callable[[slice, Tensor], Tensor]) -> None:
-        """Replaces block j of W by change(part, its rows there), in row chunks. O(D w²).
-
-        V must be W; see `FactoredMatrix.canonical_`.
-        """
-        columns = self.block(j)
-        for part in self.V.chunks():
-            rows = self.V[part]
-            new = change(part, rows[:, columns])
-            rows = rows.clone()
-            rows[:, columns] = new
-            self.V[part] = rows
-        self.renamed()
-        self.forget_gram()
 
     def copied(self, device: torch.device, dtype: torch.dtype) -> Arrays:
         """Copies a matrix of one block, factor by factor, to a device and a dtype."""

@@ -83,7 +83,7 @@ def _rows_of(x: Operand, part: slice) -> Operand:
     if isinstance(x, FactoredTensor):
         W = x.matrix.arrays
         W.check()
-        rows = W.outputs(W.coordinates(part), x.block.columns)
+        rows = W.rows(part, x.block.columns)
         scale = root(x, part)
         return rows if scale is None else rows * scale
     if isinstance(x, Tensor) and x.dim() == 2 and x.shape[0] > 1:

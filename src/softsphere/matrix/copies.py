@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softsphere.matrix.factored_matrix import Block, FactoredMatrix
-from softsphere.matrix.gradient import GradientFactors
+from softsphere.matrix.abstract import Block
 from softsphere.matrix.gradient_tensors import Content, StructuredGradient
 from softsphere.matrix.refusals import HALF, refusal
 from softsphere.matrix.tensors import FactoredTensor
@@ -75,7 +74,7 @@ def empty_like_weight(
     pi = W.pi
     if pi is not None and not pi.is_meta and device.type != "meta":
         pi = pi.to(device, dtype)
-    return FactoredTensor.alias(Block(FactoredMatrix(*blocks, pi=pi)))
+    return FactoredTensor.alias(Block(x.matrix.like(blocks, pi)))
 
 
 def new_empty(
@@ -85,7 +84,7 @@ def new_empty(
 
 
 def empty_gradient(func: Any, g: StructuredGradient, *_: Any, **__: Any) -> StructuredGradient:
-    return StructuredGradient(Content(zero_factors(g.content.block), g.content.block, None))
+    return StructuredGradient(Content(g.content.block.matrix.zero(), g.content.block, None))
 
 
 def zero_gradient(
@@ -98,10 +97,4 @@ def zero_gradient(
     """
     if memory_format is not None:
         raise refusal(func, x.described)
-    return StructuredGradient(Content(zero_factors(x.block), x.block, None))
-
-
-def zero_factors(block: Block) -> GradientFactors:
-    """Returns the factors of a gradient that is zero."""
-    W = block.matrix.arrays
-    return GradientFactors.zero(W.width, torch.empty(0, dtype=W.dtype, device=W.device))
+    return StructuredGradient(Content(x.matrix.zero(), x.block, None))

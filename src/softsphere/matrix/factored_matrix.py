@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from softsphere.matrix.abstract import Block, Matrix
 from softsphere.matrix.arrays import Arrays
 from softsphere.matrix.blocks import Blocks
 from softsphere.matrix.gradient import GradientFactors
@@ -21,10 +22,10 @@ from softsphere.matrix.step import SingularStepError, Update, plan
 from softsphere.matrix.upkeep import Watch, too_harsh
 from softsphere.matrix.wear import Health, health
 
-__all__ = ["Block", "FactoredMatrix"]
+__all__ = ["FactoredMatrix", "single_matrix"]
 
 
-class FactoredMatrix:
+class FactoredMatrix(Matrix):
     """W = V U + 1 ωᵀ (D, w) with the arrays kept beside it, its steps and its upkeep.
 
     Args:
@@ -42,6 +43,8 @@ class FactoredMatrix:
             [5., 5.]], dtype=torch.float64)
     """
 
+    arrays: Arrays
+
     def __init__(self, *blocks: Tensor, pi: Tensor | None = None) -> None:
         for block in blocks:
             if block.dim() != 2 or block.dtype not in (torch.float32, torch.float64):
@@ -51,32 +54,15 @@ class FactoredMatrix:
                 )
         self.arrays = Arrays(Rows(*blocks), pi)
         self.watch = Watch()
-        # the owner of the second block of columns
-        self.beside: weakref.ref[Block] | None = None
 
     @classmethod
     def of(cls, arrays: Arrays) -> FactoredMatrix:
         """Returns the matrix with these arrays."""
         matrix = cls.__new__(cls)
         matrix.arrays, matrix.watch = arrays, Watch()
-        matrix.beside = None
         return matrix
 
-    @property
-    def device(self) -> torch.device:
-        return self.arrays.device
-
-    @property
-    def edition(self) -> str:
-        """The name of the present value of W."""
-        self.arrays.check()
-        return self.arrays.edition
-
     def plan(self, gradient: GradientFactors, blocks: Blocks) -> Callable[[], None]:
-        """Returns a function that takes the step of `transform_`; nothing changes until its call.
-
-        Raises SingularStepError if the step cannot be taken.
-        """
         W = self.arrays
         W.check()
         if len(blocks.spread) != W.blocks:
@@ -111,38 +97,24 @@ class FactoredMatrix:
             self.watch.refused = update.flag
         self.watch.after_step(self.arrays, blocks, update.share)
 
-    def transform_(self, gradient: GradientFactors, blocks: Blocks) -> None:
-        """[W₁ … W_k] ← [W₁ … W_k] (base ⊗ I) + G (spread ⊗ I), with a gradient G of W₁.
-
-        Raises SingularStepError, with nothing changed, if the step would make U singular, holds
-        a value that is not finite, or makes squares of W overflow.
-        """
-        self.plan(gradient, blocks)()
-
-    def add_(self, gradient: GradientFactors, alpha: float = 1.0, decay: float = 0.0) -> None:
-        """W ← (1 − decay) W + alpha G, with the errors of `transform_`."""
-        self.transform_(gradient, Blocks(((1 - decay,),), (alpha,)))
+    def zero(self) -> GradientFactors:
+        W = self.arrays
+        return GradientFactors.zero(W.width, torch.empty(0, dtype=W.dtype, device=W.device))
 
     @in_full_precision
     def dot(self, one: GradientFactors, two: GradientFactors) -> Tensor:
-        """tr(G₁ᵀ Π G₂), the inner product of two gradients taken at W, in O(r² d)."""
+        """See `Matrix.dot`. O(r² d)."""
         return inner_product(self.arrays, one, two)
-
-    def norm(self, gradient: GradientFactors) -> Tensor:
-        """√tr(Gᵀ Π G), the Frobenius norm of the gradient with respect to diag(√π) W."""
-        return self.dot(gradient, gradient).clamp_min(0).sqrt()
 
     @in_full_precision
     def to_dense_gradient(self, gradient: GradientFactors) -> Tensor:
-        """G as a new tensor (D, d)."""
         return dense_gradient(self.arrays, gradient)
+
+    def forget_wear(self) -> None:
+        self.watch.restart()
 
     @in_full_precision
     def canonical_(self) -> None:
-        """Writes V as W, so that it can be read and saved as it is. O(D w²).
-
-        Later steps give the same numbers whether they go on from here or V is saved and loaded.
-        """
         W = self.arrays
         W.check()
         if not W.is_written:
@@ -151,35 +123,11 @@ class FactoredMatrix:
             W.forget_gram()
             self.watch.restart()
 
-    @in_full_precision
-    def rewrite_(self, j: int, change: Callable[[slice, Tensor], Tensor]) -> None:
-        """Replaces block j of W by change(part, its rows there), in row chunks. O(D w²)."""
-        self.canonical_()
-        with uninterrupted():
-            self.arrays.begin_change()
-            self.arrays.rewrite_(j, change)
-            self.arrays.is_written = True
-        self.watch.restart()
-
-    def scale_(self, j: int, scale: float) -> None:
-        """Multiplies block j of W by a number that is not zero. O(w²)."""
-        W, k = self.arrays, self.arrays.blocks
-        base = [[float(a == b) for b in range(k)] for a in range(k)]
-        base[j][j] = scale
-        blocks = Blocks(tuple(map(tuple, base)), (0.0,) * k)
-        nothing = GradientFactors.zero(W.width, torch.empty(0, dtype=W.dtype, device=W.device))
-        self.transform_(nothing, blocks)
-
-    @in_full_precision
-    def reset_(self) -> None:
-        """Takes V for W after V was written."""
-        self.arrays.V.note()
-        self.arrays.reset_()
-        self.watch.restart()
+    def like(self, columns: Sequence[Tensor], pi: Tensor | None) -> FactoredMatrix:
+        return FactoredMatrix(*columns, pi=pi)
 
     @in_full_precision
     def copied(self, j: int, device: torch.device, dtype: torch.dtype) -> FactoredMatrix:
-        """Returns a copy of block j as a matrix of its own."""
         W = self.arrays
         W.check()
         if W.blocks == 1:
@@ -194,14 +142,7 @@ class FactoredMatrix:
 
     @in_full_precision
     def widen_(self, block: Block, blocks: Blocks, values: Tensor | None = None) -> None:
-        """Puts a second block of columns beside W. O(D w).
-
-        Args:
-            block: the owner of the new columns.
-            blocks: κ of the steps to come.
-            values: (D, w) the first values of the columns. None stands for zeros, which are
-                written in the basis that `blocks` only scales.
-        """
+        """See `Matrix.widen_`. Zeros are written in the basis that `blocks` only scales."""
         W = self.arrays
         self.part_()
         size, known = W.width, None
@@ -231,7 +172,6 @@ class FactoredMatrix:
 
     @in_full_precision
     def part_(self) -> None:
-        """Takes the second block away and gives it to its owner, if the owner still exists."""
         W = self.arrays
         if W.blocks == 1:
             return
@@ -271,30 +211,11 @@ class FactoredMatrix:
         self.watch.check(self.arrays)
 
 
-class Block:
-    """Says which columns of which matrix a tensor stands for: block j.
-
-    Tensors that are the same weight share one Block. `multiple` holds, for a tensor that was made
-    by scaling another, its edition, the edition of the other, and the factor.
-    """
-
-    def __init__(self, matrix: FactoredMatrix, j: int = 0) -> None:
-        self.matrix, self.j = matrix, j
-        self.multiple: tuple[str, str, float] | None = None
-
-    def of(self) -> tuple[str | None, float]:
-        """Returns an edition and the factor by which this block is a multiple of it.
-
-        The edition is its own or that of the matrix it was made of. It is None for a momentum,
-        which is a multiple of no weight.
-        """
-        edition = self.matrix.edition
-        if self.j:
-            return None, 1.0
-        if self.multiple is not None and self.multiple[0] == edition:
-            return self.multiple[1:]
-        return edition, 1.0
-
-    @property
-    def columns(self) -> slice:
-        return self.matrix.arrays.block(self.j)
+def single_matrix(block: Block) -> FactoredMatrix:
+    """Returns the matrix of a block. Raises TypeError if the block is of a stack of matrices."""
+    if not isinstance(block.matrix, FactoredMatrix):
+        raise TypeError(
+            "this layer needs the weight of one matrix, got one of a stack of matrices, which is "
+            "the weight of the leaves of a clustered layer"
+        )
+    return block.matrix

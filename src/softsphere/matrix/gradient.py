@@ -10,7 +10,7 @@ from torch import Tensor
 
 __all__ = ["GradientFactors"]
 
-_ARRAYS = ("H", "L", "s", "rows", "cols", "x", "centred_back", "at_rows")
+_ARRAYS = ("H", "L", "s", "rows", "cols", "x", "centred_back", "at_rows", "cluster")
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class GradientFactors:
                            their mean rows under π taken off
     at_rows: (n, d) or None   W_c[rows] if it is known
     rho: ρ                 a multiple of W itself, as weight decay adds it
+    cluster: (r) or None   the matrix of a stack whose rows W_c take the place of W for each factor;
+                           column i of J is then zero at the rows of all others
 
     W is the matrix that the gradient was taken at, so the factors mean something only beside it.
     `centred_back` and `at_rows` save computing the same again for the step. The form is closed
@@ -43,6 +45,7 @@ class GradientFactors:
     centred_back: Tensor | None = None
     at_rows: Tensor | None = None
     rho: float = 0.0
+    cluster: Tensor | None = None
 
     @classmethod
     def zero(cls, width: int, like: Tensor) -> GradientFactors:
@@ -110,6 +113,7 @@ class GradientFactors:
             both(self.centred_back, other.centred_back),
             both(self.at_rows, other.at_rows),
             self.rho + other.rho,
+            both(self.cluster, other.cluster),
         )
 
     def is_finite(self) -> Tensor:

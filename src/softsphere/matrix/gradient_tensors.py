@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from softsphere._torch import wrapper_tensor
-from softsphere.matrix.factored_matrix import Block
+from softsphere.matrix.abstract import Block
 from softsphere.matrix.gradient import GradientFactors
 from softsphere.matrix.refusals import COMPILED, stale
 from softsphere.matrix.wrapper import Wrapper

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from softsphere._torch import wrapper_tensor
-from softsphere.matrix.factored_matrix import Block
+from softsphere.matrix.abstract import Block
 from softsphere.matrix.wrapper import Wrapper
 
 __all__ = ["Part"]

@@ -197,7 +197,7 @@ def _square_norm(x: FactoredTensor | StructuredGradient) -> Tensor:
         return x.content.block.matrix.dot(x.content.current(), x.value)
     W = x.matrix.arrays
     W.check()
-    return W.gram.diagonal()[x.block.columns].sum()
+    return W.squares()[x.block.columns].sum()
 
 
 def norm(

@@ -22,20 +22,28 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from softsphere.matrix.abstract import POWER
 from softsphere.matrix.arrays import Arrays
 from softsphere.matrix.blocks import Blocks
 from softsphere.matrix.gradient import GradientFactors
 from softsphere.matrix.gradient_products import EntryProducts, at_entries
 from softsphere.matrix.precision import float32_is_exact
 
-__all__ = ["HARSH", "SingularStepError", "Update", "plan"]
+__all__ = [
+    "HARSH",
+    "THIN",
+    "SingularStepError",
+    "Update",
+    "plan",
+    "reason",
+    "smallest_share",
+    "unusable",
+]
 
 # Above this share of w, r factors cost more than the w × w matrix that they make.
-_THIN = 0.75
+THIN = 0.75
 # A step whose smallest pivot of S is below this is harsh, and float32 loses digits of it.
 HARSH = 0.8
-# How often κ acts on each small array.
-_POWER = {"U": 1, "U_inv": -1, "centred_gram": 2, "omega": 1, "colsum": 1}
 
 
 class SingularStepError(RuntimeError):
@@ -80,7 +88,7 @@ class Update:
             if name in self.scaled:
                 array.copy_(self.scaled[name])
             elif self.blocks.base[0][0] != 1:
-                array.mul_(self.blocks.base[0][0] ** _POWER[name])
+                array.mul_(self.blocks.base[0][0] ** POWER[name])
             array.add_(increment)
         W.renamed()
         W.changed()
@@ -93,7 +101,7 @@ class Update:
             before, change = before.diagonal(), change.diagonal()
         if name in self.scaled:
             return before + change
-        return before * self.blocks.base[0][0] ** _POWER[name] + change
+        return before * self.blocks.base[0][0] ** POWER[name] + change
 
 
 def plan(
@@ -107,17 +115,23 @@ def plan(
     sets its `flag`; so does every later one until the flag is read.
     """
     g, blocks = gradient, blocks.with_weight(gradient.rho)
-    if not blocks.finite():
-        why = "lr, momentum, dampening and weight_decay must be finite. Nothing was changed"
-        return Update(g.rows, g.H, {}, {}, blocks, refused=why)
-    if not blocks.invertible():
-        why = "the weight decay of this step removes all of W; lower lr or weight_decay"
+    why = unusable(blocks)
+    if why is not None:
         return Update(g.rows, g.H, {}, {}, blocks, refused=why)
     if W.device.type == "cpu" and float32_is_exact():
         update = _compute(W, g.to(W.dtype), blocks, flag)
         if update.share >= HARSH:
             return update
     return _compute(W, g.to(torch.float64), blocks, flag)
+
+
+def unusable(blocks: Blocks) -> str | None:
+    """Says why no step can be taken with this map of the blocks; None if one can."""
+    if not blocks.finite():
+        return "lr, momentum, dampening and weight_decay must be finite. Nothing was changed"
+    if not blocks.invertible():
+        return "the weight decay of this step removes all of W; lower lr or weight_decay"
+    return None
 
 
 def _compute(W: Arrays, gradient: GradientFactors, blocks: Blocks, flag: Tensor | None) -> Update:
@@ -127,7 +141,7 @@ def _compute(W: Arrays, gradient: GradientFactors, blocks: Blocks, flag: Tensor 
     R = _spread_out(g.H, blocks.spread)
     carried = None if W.generations.alone else W.coordinates(g.rows)
     entries = EntryProducts.of(W, g, w, carried)
-    thin = g.rank <= _THIN * w
+    thin = g.rank <= THIN * w
     L_T = g.L if thin else torch.eye(d, dtype=dtype, device=R.device)
     R_T = R if thin else g.L.mT @ R
 
@@ -228,13 +242,11 @@ def _guarded(
     total = sum((part.sum() for part in seen), pivots.new_zeros(()))
     size = pivots.abs()
     share = size.min() / size.max().clamp_min(1) if len(size) else total.new_ones(())
-    # Each entry of S sums up to w products, and elimination subtracts up to as many more.
-    terms = max(64, W.V.width + len(pivots))
-    enough = terms * torch.finfo(pivots.dtype).eps
+    enough = smallest_share(W.V.width, len(pivots), pivots.dtype)
     ok = total.isfinite() & (share > enough)
     ok = ok & (_largest_square(W, update) <= torch.finfo(W.dtype).max)
     if W.device.type == "cpu":
-        refused = None if bool(ok) else _reason(gradient, bool(share <= enough), W.dtype)
+        refused = None if bool(ok) else reason(gradient, bool(share <= enough), W.dtype)
         return replace(update, refused=refused, share=float(share))
     flag = ~ok if flag is None else flag | ~ok
     ok = ~flag
@@ -248,7 +260,15 @@ def _guarded(
     )
 
 
-def _reason(gradient: GradientFactors, singular: bool, dtype: torch.dtype) -> str:
+def smallest_share(width: int, rank: int, dtype: torch.dtype) -> float:
+    """The share below which S is singular as far as its rounding errors let it be known.
+
+    Each entry of S sums up to w products, and elimination subtracts up to as many more.
+    """
+    return max(64, width + rank) * torch.finfo(dtype).eps
+
+
+def reason(gradient: GradientFactors, singular: bool, dtype: torch.dtype) -> str:
     """Says why a step cannot be taken, and how to mend it."""
     parts = (gradient.H, gradient.L, gradient.s, gradient.x)
     if not all(bool(part.isfinite().all()) for part in parts):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from softsphere.matrix.copies import zero_factors
-from softsphere.matrix.factored_matrix import Block
+from softsphere.matrix.abstract import Block
 from softsphere.matrix.gradient import GradientFactors
 from softsphere.matrix.gradient_tensors import Content, StructuredGradient
 from softsphere.matrix.refusals import refusal, stale
@@ -43,10 +43,7 @@ def _plus_weight(one: Content, W: FactoredTensor, alpha: float) -> tuple[Gradien
 
 def _multiple(W: FactoredTensor, alpha: float) -> GradientFactors:
     """Returns alpha W as a gradient."""
-    zero = zero_factors(W.block)
-    return GradientFactors(
-        zero.H, zero.L, zero.s, zero.rows, zero.cols, zero.x, zero.centred_back, zero.at_rows, alpha
-    )
+    return replace(W.matrix.zero(), rho=alpha)
 
 
 def summed(func: Any, one: Content, two: Any, alpha: float) -> tuple[GradientFactors, str | None]:
@@ -123,14 +120,14 @@ def negate_gradient_(func: Any, g: StructuredGradient) -> StructuredGradient:
 
 
 def zero_gradient_(func: Any, g: StructuredGradient) -> StructuredGradient:
-    g.content.set(zero_factors(g.content.block), None)
+    g.content.set(g.content.block.matrix.zero(), None)
     return g
 
 
 def fill_gradient_(func: Any, g: StructuredGradient, value: float) -> StructuredGradient:
     if value != 0:
         raise refusal(func, "the gradient of a factored weight")
-    g.content.set(zero_factors(g.content.block), None)
+    g.content.set(g.content.block.matrix.zero(), None)
     return g
 
 

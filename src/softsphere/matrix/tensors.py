@@ -7,6 +7,7 @@ an operation that is not in the table is refused.
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
@@ -14,7 +15,9 @@ import torch
 from torch import Tensor
 
 from softsphere._torch import wrapper_tensor
-from softsphere.matrix.factored_matrix import Block, FactoredMatrix
+from softsphere.matrix.abstract import Block, Matrix
+from softsphere.matrix.factored_matrix import FactoredMatrix
+from softsphere.matrix.factored_stack import FactoredStack
 from softsphere.matrix.refusals import COMPILED
 from softsphere.matrix.wrapper import Wrapper
 
@@ -58,6 +61,22 @@ class FactoredTensor(Wrapper):
         super().__init__()
 
     @classmethod
+    def stack(
+        cls, columns: Sequence[Tensor], starts: Tensor, pi: Tensor | None = None
+    ) -> FactoredTensor:
+        """Returns the tensor of many factored matrices, whose rows are stepped together.
+
+        Its rows from starts[c] to starts[c + 1] have factors of their own, for a loss that sees
+        them alone. Everything else is as for one matrix, but that there is no momentum.
+
+        Args:
+            columns: (D, w_j) float32 or float64, side by side. They are not copied.
+            starts: (C + 1) integers, from 0 to D.
+            pi: (D) positive, with a sum over each matrix that is the number of its rows, or None.
+        """
+        return cls.alias(Block(FactoredStack(*columns, starts=starts, pi=pi)))
+
+    @classmethod
     def alias(cls, block: Block) -> FactoredTensor:
         """Returns the tensor that stands for those columns."""
         W = block.matrix.arrays
@@ -69,7 +88,7 @@ class FactoredTensor(Wrapper):
         self.block = other.block
 
     @property
-    def matrix(self) -> FactoredMatrix:
+    def matrix(self) -> Matrix:
         """The factors; this tensor is their first or second block of columns."""
         return self.block.matrix
 
@@ -77,7 +96,7 @@ class FactoredTensor(Wrapper):
         """Whether each number is finite: (D, w), without memory for them if all are finite."""
         W = self.matrix.arrays
         W.check()
-        if bool((W.centred_gram.diagonal() + W.colsum).isfinite().all()):
+        if W.sums_are_finite():
             return torch.ones((), dtype=torch.bool, device=self.device).expand(self.shape)
         return self.to_dense().isfinite()
 
@@ -120,13 +139,14 @@ class FactoredTensor(Wrapper):
         return _rebuild, self.pickled()
 
     def pickled(self) -> tuple[Any, ...]:
-        """Returns the arguments of `_rebuild`: columns, base measure and kind of leaf."""
+        """Returns the arguments of `_rebuild`: columns, π, starts of a stack, and kind of leaf."""
         matrix = self.matrix
         if matrix.arrays.blocks > 1:
             matrix = matrix.copied(self.block.j, self.device, self.dtype)
         matrix.canonical_()
         W = matrix.arrays
-        return list(W.V.blocks), W.pi, self.requires_grad, isinstance(self, torch.nn.Parameter)
+        kind = self.requires_grad, isinstance(self, torch.nn.Parameter)
+        return list(W.V.blocks), W.pi, W.starts, *kind
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         raise TypeError(COMPILED)
@@ -145,10 +165,17 @@ def _kind(made: FactoredTensor, requires_grad: bool, is_parameter: bool) -> Fact
 
 
 def _rebuild(
-    columns: list[Tensor], pi: Tensor | None, requires_grad: bool, is_parameter: bool
+    columns: list[Tensor],
+    pi: Tensor | None,
+    starts: Tensor | None,
+    requires_grad: bool,
+    is_parameter: bool,
 ) -> FactoredTensor:
     """Makes a factored tensor of what `FactoredTensor.pickled` returned."""
-    made = FactoredTensor.alias(Block(FactoredMatrix(*columns, pi=pi)))
+    if starts is None:
+        made = FactoredTensor.alias(Block(FactoredMatrix(*columns, pi=pi)))
+    else:
+        made = FactoredTensor.stack(columns, starts, pi)
     return _kind(made, requires_grad, is_parameter)
 
 

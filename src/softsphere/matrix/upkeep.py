@@ -27,20 +27,21 @@ from softsphere.matrix.blocks import Blocks
 from softsphere.matrix.gradient import GradientFactors
 from softsphere.matrix.mending import directions, rebase, reinvert, renew
 from softsphere.matrix.step import HARSH, SingularStepError, Update
-from softsphere.matrix.wear import block_sizes, gram_drift, kappa, measures, tolerance
+from softsphere.matrix.wear import (
+    CONDITION,
+    FLOOR,
+    LONGEST,
+    RANGE,
+    SHIFT,
+    block_sizes,
+    gram_drift,
+    kappa,
+    measures,
+    tolerance,
+)
 
 __all__ = ["Watch", "too_harsh"]
 
-# A rounding error may be amplified by this much before a new generation begins.
-_CONDITION = 4.0
-# Logarithms of a measure begin here.
-_FLOOR = 1e-14
-# ‖1 ωᵀ‖ against ‖W‖. Beyond it, W = V U + 1 ωᵀ is a small difference of large numbers.
-_SHIFT = 8.0
-# Rows of U may be 2^±_RANGE long.
-_RANGE = 40
-# The most steps between two measurements.
-_LONGEST = 64
 _MEANS = ("renewed", "refactorised", "reinverted", "regrammed")
 
 
@@ -49,12 +50,12 @@ class _Gauge:
 
     def __init__(self, limit: float) -> None:
         self.asked = self.limit = limit
-        self.level = math.log(_FLOOR)
+        self.level = math.log(FLOOR)
         self.rate = 0.0
 
     def steps_left(self, value: float, steps: int) -> float:
         """Takes the value after that many more steps. An earlier rate counts for half of it."""
-        level = math.log(max(value, _FLOOR)) if math.isfinite(value) else math.log(self.limit)
+        level = math.log(max(value, FLOOR)) if math.isfinite(value) else math.log(self.limit)
         self.rate = max((level - self.level) / steps, self.rate / 2, 1e-9)
         self.level = level
         return (math.log(self.limit) - level) / self.rate
@@ -62,7 +63,7 @@ class _Gauge:
     def settle(self, value: float) -> None:
         """Takes the value after mending, and raises the limit where mending cannot reach it."""
         self.limit = max(self.asked, 2 * value)
-        self.level = math.log(max(value, _FLOOR))
+        self.level = math.log(max(value, FLOOR))
 
 
 class Watch:
@@ -94,7 +95,7 @@ class Watch:
         """Forgets what was seen, so that the next step is followed by a measurement."""
         self.period, self.steps, self.since_gram = 1, 0, 0
         self.checks, self.refused = 0, None
-        limits = (_CONDITION**2 - 1, 1.0, _SHIFT, 2.0**_RANGE)
+        limits = (CONDITION**2 - 1, 1.0, SHIFT, 2.0**RANGE)
         self.gauges = tuple(_Gauge(limit) for limit in limits)
 
     def prepare(self, W: Arrays, gradient: GradientFactors, blocks: Blocks) -> None:
@@ -115,7 +116,7 @@ class Watch:
         self.blocks = blocks
         self.steps += 1
         # With less momentum than before, what momentum scales shrinks faster than was planned for.
-        self.period = min(self.period, blocks.horizon(2 * _CONDITION))
+        self.period = min(self.period, blocks.horizon(2 * CONDITION))
         if share < HARSH or self.steps >= self.period:
             self.check(W)
 
@@ -140,7 +141,7 @@ class Watch:
             for gauge, x in zip(self.gauges, measures(W, self.checks), strict=True):
                 gauge.settle(x)
             left = [(math.log(g.limit) - g.level) / g.rate for g in self.gauges]
-        ahead = min(2 * self.period, _LONGEST, self.blocks.horizon(2 * _CONDITION), min(left) / 2)
+        ahead = min(2 * self.period, LONGEST, self.blocks.horizon(2 * CONDITION), min(left) / 2)
         self.period, self.steps = max(int(ahead), 1), 0
         self.seconds += time.perf_counter() - start
 
@@ -156,7 +157,7 @@ class Watch:
         The intervals are such that reading W costs O(w²) a step and computing it again O(w³).
         """
         self.since_gram += steps
-        if self.since_gram < max(_LONGEST, W.num_rows // len(W.U)):
+        if self.since_gram < max(LONGEST, W.num_rows // len(W.U)):
             return
         self.since_gram = 0
         self.mend_gram(W)
@@ -184,4 +185,4 @@ def too_harsh(W: Arrays, update: Update) -> bool:
     if update.share >= HARSH or W.blocks > 1:
         return False
     U, U_inv = update.after(W, "U"), update.after(W, "U_inv")
-    return kappa(U, U_inv, block_sizes(W)) > 2 * _CONDITION
+    return kappa(U, U_inv, block_sizes(W)) > 2 * CONDITION

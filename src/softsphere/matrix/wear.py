@@ -16,9 +16,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from softsphere.matrix.abstract import Kept
 from softsphere.matrix.arrays import Arrays
 
 __all__ = [
+    "CONDITION",
+    "FLOOR",
+    "LONGEST",
+    "RANGE",
+    "SHIFT",
     "Health",
     "block_sizes",
     "gram_drift",
@@ -28,6 +34,16 @@ __all__ = [
     "tolerance",
 ]
 
+# A rounding error may be amplified by this much before a new generation begins.
+CONDITION = 4.0
+# ‖1 ωᵀ‖ against ‖W‖. Beyond it, W = V U + 1 ωᵀ is a small difference of large numbers.
+SHIFT = 8.0
+# Rows of U may be 2^±RANGE long.
+RANGE = 40
+# The most steps between two measurements.
+LONGEST = 64
+# Logarithms of a measure begin here.
+FLOOR = 1e-14
 # How far U U⁻¹ may be from I, and the Gram matrix from its definition, in units of the square
 # root of V's precision.
 _DRIFT = 0.03
@@ -77,7 +93,7 @@ def health(W: Arrays, probes: int, seconds: float, done: dict[str, int]) -> Heal
     )
 
 
-def tolerance(W: Arrays) -> float:
+def tolerance(W: Kept) -> float:
     """How far U U⁻¹ may be from I, and xᵀGx from ‖W_c x‖²."""
     return _DRIFT * math.sqrt(torch.finfo(W.dtype).eps)
 

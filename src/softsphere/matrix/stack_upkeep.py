@@ -1,0 +1,127 @@
+"""Measures the factors of a stack of matrices and mends them, as `wear` and `upkeep` do for one.
+
+Each matrix has a period of its own: it is measured after so many steps in which it had factors, and
+only then. When its condition has grown too large, U_c ← P with orthonormal rows, its map takes
+U_c P⁻¹ up, and the rows that were stepped since the last time are carried over. So an update of
+the coordinates costs O(w³), and O(w²) for each row that has been a target, not for each row.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+
+import torch
+from torch import Tensor
+
+from softsphere.matrix.stack_arrays import StackArrays
+from softsphere.matrix.stack_mending import (
+    recompute_sums,
+    renew_coordinates,
+    rewrite_rows,
+    stack_directions,
+)
+from softsphere.matrix.stack_step import Increments, StackUpdate
+from softsphere.matrix.stack_wear import levels, square_conditions, stack_gram_drift
+from softsphere.matrix.step import HARSH
+from softsphere.matrix.wear import CONDITION, FLOOR, LONGEST, tolerance
+
+__all__ = ["StackWatch", "too_harsh_steps"]
+
+
+class StackWatch:
+    """Decides which matrices to measure after a step, and mends them.
+
+    steps, period: (C) steps since a matrix was measured, and after how many it is measured again
+    level, rate: (C) the logarithm of its worst measure against the limit, and its growth a step
+    since_gram: (C) steps since its Gram matrix was compared with its rows
+    """
+
+    def __init__(self, W: StackArrays) -> None:
+        self.done = dict.fromkeys(("renewed", "refactorised", "reinverted", "regrammed"), 0)
+        self.seconds = 0.0
+        self.restart(W)
+
+    def restart(self, W: StackArrays) -> None:
+        """Forgets what was seen, so that the next step of a matrix is followed by a measurement."""
+        ones = torch.ones(W.count, dtype=torch.float64, device=W.device)
+        self.steps, self.since_gram, self.period = ones * 0, ones * 0, ones
+        self.level, self.rate = ones * math.log(FLOOR), ones * 0
+
+    def after_step(self, W: StackArrays, ids: Tensor, share: Tensor) -> None:
+        """Counts a step of some matrices, and measures those whose time has come."""
+        self.steps[ids] += 1
+        self.since_gram[ids] += 1
+        due = (self.steps[ids] >= self.period[ids]) | (share < HARSH)
+        if bool(due.any()):
+            self.check(W, ids[due])
+
+    def check(self, W: StackArrays, ids: Tensor) -> None:
+        """Measures some matrices, mends those that need it, and sets their next period."""
+        start = time.perf_counter()
+        for some in W.split(ids):
+            level = levels(W, some)
+            worst = level.amax(1)
+            rate = (worst - self.level[some]) / self.steps[some].clamp_min(1)
+            self.rate[some] = torch.maximum(rate, self.rate[some] / 2).clamp_min(1e-9)
+            if bool((worst >= 0).any()):
+                self._mend(W, some, level >= 0)
+                worst = levels(W, some).amax(1)
+            left = (-worst / self.rate[some] / 2).floor()
+            longest = (2 * self.period[some]).clamp_max(LONGEST)
+            self.period[some] = torch.minimum(left, longest).clamp_min(1)
+            self.level[some], self.steps[some] = worst, 0.0
+        self._check_gram(W, ids)
+        self.seconds += time.perf_counter() - start
+
+    def _mend(self, W: StackArrays, ids: Tensor, beyond: Tensor) -> None:
+        """Mends matrices by what of (condition, inverse, shift, lengths) is beyond its limit."""
+        worn = ids[beyond[:, [0, 1, 3]].any(1)]
+        if len(worn):
+            renew_coordinates(W, worn, stack_directions(W.of("U", worn)))
+            self.done["renewed"] += len(worn)
+        shifted = ids[beyond[:, 2]]
+        if len(shifted):
+            rewrite_rows(W, shifted, stack_directions(W.of("U", shifted)))
+            self.done["refactorised"] += len(shifted)
+
+    def _check_gram(self, W: StackArrays, ids: Tensor) -> None:
+        """Has G computed again where it has drifted.
+
+        The intervals are such that reading the rows of a matrix costs O(w²) a step.
+        """
+        often = (W.sizes[ids] / W.width).clamp_min(LONGEST)
+        ids = ids[self.since_gram[ids] >= often]
+        if not len(ids):
+            return
+        self.since_gram[ids] = 0.0
+        drifted = ids[stack_gram_drift(W, ids) > tolerance(W)]
+        if len(drifted):
+            recompute_sums(W, drifted)
+            self.done["regrammed"] += len(drifted)
+
+    def prepare(self, W: StackArrays, part: Increments, kappa: float, chosen: Tensor) -> None:
+        """Before a step that leaves next to nothing of a direction, makes that a row of U.
+
+        With T = X Σ Yᵀ, U = Xᵀ becomes Σ Yᵀ, whose rows are orthogonal too.
+        """
+        start = time.perf_counter()
+        (left, _), (_, right) = part.products["U_inv"], part.products["U"]
+        eye = torch.eye(W.width, dtype=torch.float64, device=W.device)
+        T = kappa * (eye - left[chosen] @ right[chosen])
+        renew_coordinates(W, part.ids[chosen], torch.linalg.svd(T).U.mT)
+        self.done["renewed"] += int(chosen.sum())
+        self.seconds += time.perf_counter() - start
+
+
+def too_harsh_steps(W: StackArrays, update: StackUpdate) -> list[tuple[Increments, Tensor]]:
+    """Which matrices (k) of each part this single step would wear beyond twice their limit."""
+    found = []
+    for part in update.parts:
+        chosen = part.share < HARSH
+        if bool(chosen.any()):
+            U, U_inv = (part.after(W, name, update.kappa, chosen) for name in ("U", "U_inv"))
+            chosen[chosen.clone()] = square_conditions(U, U_inv) > (2 * CONDITION) ** 2
+            if bool(chosen.any()):
+                found.append((part, chosen))
+    return found

@@ -1,0 +1,105 @@
+"""Measures the numerical condition of the factors of a stack of matrices, without changing them.
+
+The measures are those of `wear`, of many matrices at once. W_c has one block of columns, so its
+units do not matter to κ.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from softsphere.matrix.stack_arrays import StackArrays
+from softsphere.matrix.wear import CONDITION, FLOOR, RANGE, SHIFT, Health, tolerance
+
+__all__ = ["levels", "square_conditions", "stack_gram_drift", "stack_health"]
+
+_LIMITS = (CONDITION**2 - 1, 1.0, SHIFT, 2.0**RANGE)
+
+
+def square_conditions(U: Tensor, U_inv: Tensor) -> Tensor:
+    """κ² of each matrix: (k)."""
+    amplified: Tensor = U.norm(dim=2) * U_inv.norm(dim=1)
+    return amplified.square().mean(1)
+
+
+def levels(W: StackArrays, ids: Tensor) -> Tensor:
+    """The logarithms of κ² − 1, the drift of U⁻¹, the share of 1 ωᵀ and the length of U's rows.
+
+    Returns (k, 4), each against its limit; 0 for a measure that is not finite.
+    """
+    U, U_inv = W.of("U", ids), W.of("U_inv", ids)
+    lengths = U.norm(dim=2, keepdim=True)
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(W.width, 2, generator=generator, dtype=torch.float64).to(W.device)
+    drift = (U @ (U_inv @ (z * lengths)) / lengths - z).norm(dim=(1, 2)) / z.norm()
+    spread = W.of("centred_gram", ids).diagonal(dim1=1, dim2=2).sum(1).clamp_min(0)
+    squares = spread + W.of("colsum", ids).square().sum(1) / W.mass[ids]
+    shift = W.of("omega", ids).square().sum(1) * W.mass[ids]
+    reach = lengths.squeeze(2).log2().abs().amax(1).clamp_max(1000.0)
+    measures = (
+        square_conditions(U, U_inv) - 1,
+        drift / tolerance(W),
+        (shift / squares.clamp_min(1e-300)).sqrt(),
+        2.0**reach,
+    )
+    limits = torch.tensor(_LIMITS, dtype=torch.float64, device=W.device)
+    share = torch.stack(measures, 1) / limits
+    share = torch.where(share.isfinite(), share.clamp_min(FLOOR), 1.0)
+    return share.log()
+
+
+def stack_gram_drift(W: StackArrays, ids: Tensor, probes: int = 1) -> Tensor:
+    """The largest relative error of xᵀG_c x against ‖W_c x‖² under Π, over random x: (k).
+
+    O(w probes) a row. A difference as small as the rounding of V can make does not count.
+    """
+    x = torch.randn(W.width, probes, generator=torch.Generator().manual_seed(0))
+    x = x.to(W.device, torch.float64)
+    mean, mass = W.mean(ids), W.mass[ids].unsqueeze(1)
+    common = mean @ x
+    squares, rest = torch.zeros_like(common), torch.zeros_like(common)
+    local = W.local(ids)
+    for piece in W.segments(ids).pieces(W.width, W.V.chunk_size()):
+        at = local[piece.ids]
+        V = W.V[piece.index.flatten()].view(*piece.index.shape, W.width).double()
+        through = W.of("U", piece.ids) @ x
+        outputs = V @ through
+        if W.maps is not None:
+            old = W.old[piece.index].unsqueeze(2)
+            outputs = torch.where(old, V @ (W.maps[piece.ids] @ through), outputs)
+        shifted = outputs + (W.of("omega", piece.ids) @ x - common[at]).unsqueeze(1)
+        if piece.real is not None:
+            shifted.masked_fill_(~piece.real.unsqueeze(2), 0.0)
+        weighted = shifted if W.pi is None else shifted * W.pi[piece.index].unsqueeze(2)
+        squares.index_add_(0, at, (weighted * shifted).sum(1))
+        rest.index_add_(0, at, weighted.sum(1))
+    exact = squares - rest.square() / mass
+    kept = (x * (W.of("centred_gram", ids) @ x)).sum(1)
+    unseen = mass * (torch.finfo(W.dtype).eps * (mean.abs() @ x.abs())).square()
+    return ((kept - exact).abs() / (exact + unseen).clamp_min(1e-300)).amax(1)
+
+
+def stack_health(W: StackArrays, probes: int, seconds: float, done: dict[str, int]) -> Health:
+    """Measures all matrices and returns the worst of each measure.
+
+    `done` counts by name what was mended, in `seconds`.
+    """
+    ids = W.all_ids()[W.sizes > 0]
+    limits = torch.tensor(_LIMITS, dtype=torch.float64, device=W.device)
+    most, drift = torch.zeros_like(limits), math.nan
+    for some in W.split(ids):
+        most = torch.maximum(most, levels(W, some).exp().amax(0) * limits)
+    if probes and len(ids):
+        drift = float(stack_gram_drift(W, ids, probes).max())
+    return Health(
+        condition=math.sqrt(float(most[0]) + 1),
+        inverse_drift=float(most[1]) * tolerance(W),
+        gram_drift=drift,
+        shift=float(most[2]),
+        generations=1 + int(bool(W.old.any())),
+        seconds=seconds,
+        **done,
+    )

@@ -59,7 +59,7 @@ EXPERIMENT = StudyReproduction(
     ),
     studies={
         "smoke": SMOKE,
-        "small": replace(FULL, setup=replace(FULL.setup, epochs=4)),
+        "small": replace(FULL, setup=replace(FULL.setup, epochs=4), trial_words=300_000),
         "full": FULL,
     },
     section_of=text_section,

@@ -147,3 +147,32 @@ def sampled_softmax(o: list[float], t: int, negatives: list[int], expected: list
     class."""
     rest = sum(math.exp(o[k]) / expected[k] for k in negatives if k != t)
     return -math.log(math.exp(o[t]) / (math.exp(o[t]) + rest))
+
+
+def clustered(
+    kind: str,
+    root: list[float],
+    outputs: list[float],
+    assignment: list[int],
+    counts: list[float],
+    **p: float,
+) -> list[float]:
+    """The probability of every class of a layer of clusters.
+
+    root: the scores of the classes with the assignment −1, in their order, and then of every
+    cluster. outputs: o_k of the classes in clusters; those of the others are not read.
+    """
+    classes, listed = range(len(assignment)), [k for k, c in enumerate(assignment) if c < 0]
+    entry = {k: i for i, k in enumerate(listed)}
+    used = [entry[k] for k in listed] + sorted({len(listed) + c for c in assignment if c >= 0})
+    total = sum(math.exp(root[e]) for e in used)
+    found = []
+    for k in classes:
+        c = assignment[k]
+        if c < 0:
+            found.append(math.exp(root[entry[k]]) / total)
+            continue
+        mates = [j for j in classes if assignment[j] == c]
+        own = {j: counts[j] * numerator(kind, outputs[j], **p) for j in mates}
+        found.append(math.exp(root[len(listed) + c]) / total * own[k] / sum(own.values()))
+    return found

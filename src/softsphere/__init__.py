@@ -8,11 +8,17 @@ from softsphere.criteria import (
     TaylorSoftmaxLoss,
 )
 from softsphere.engines import LinearSphericalOptions
-from softsphere.heads import FactoredSphericalLoss, LinearSphericalLoss, SampledSoftmaxLoss
+from softsphere.heads import (
+    ClusteredLoss,
+    FactoredSphericalLoss,
+    LinearSphericalLoss,
+    SampledSoftmaxLoss,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ClusteredLoss",
     "FactoredSphericalLoss",
     "LinearSphericalLoss",
     "LinearSphericalOptions",

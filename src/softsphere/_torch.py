@@ -31,6 +31,7 @@ __all__ = [
     "is_recorded",
     "is_shared_with_others",
     "is_wrapper",
+    "pair_products",
     "products_have_out_dtype",
     "runs_in_this_backward",
     "saveable_in_exports",
@@ -165,6 +166,16 @@ def data_parallel_in_forward() -> DistributedDataParallel | None:
 def products_have_out_dtype() -> bool:
     """Whether torch.mm of half-precision factors can return float32. It can since torch 2.8."""
     return "dtype" in torch.ops.aten.mm.overloads()
+
+
+def pair_products(Z: Tensor, W: Tensor, row: Tensor, leaf: Tensor, offsets: Tensor) -> Tensor:
+    """z_i · w_k of a list of pairs (P), which is sorted by i: the derivative of `F.embedding_bag`.
+
+    row, leaf: (P) the numbers i and k of each pair. offsets: the first pair of each row of Z.
+    """
+    derivative = torch.ops.aten._embedding_bag_per_sample_weights_backward
+    products: Tensor = derivative(Z.contiguous(), W, leaf, offsets, row, 0)
+    return products
 
 
 def has_own_call(module: nn.Module) -> bool:

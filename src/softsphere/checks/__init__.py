@@ -7,6 +7,7 @@ from softsphere.checks.class_vectors import (
     class_mask,
     class_vector,
     class_weights,
+    counts,
     loaded_prior,
     narrowed_prior,
     normalised_prior,
@@ -35,6 +36,7 @@ from softsphere.checks.inputs import (
 )
 from softsphere.checks.kinds import dense, floating
 from softsphere.checks.labels import (
+    assignment,
     classes,
     indices,
     masked_targets,
@@ -74,6 +76,7 @@ __all__ = [
     "class_vectors",
     "class_weights",
     "classes",
+    "counts",
     "dense",
     "even_order",
     "finite",

@@ -1,6 +1,7 @@
 """Engines compute (s, q, c) and pull their partials back; they never name a loss."""
 
 from softsphere.engines.choice import Choice, choose
+from softsphere.engines.leaf_choice import choose_leaves
 from softsphere.engines.options import LinearSphericalOptions, options_or_default
 
-__all__ = ["Choice", "LinearSphericalOptions", "choose", "options_or_default"]
+__all__ = ["Choice", "LinearSphericalOptions", "choose", "choose_leaves", "options_or_default"]

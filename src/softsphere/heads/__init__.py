@@ -1,7 +1,8 @@
 """Output layers that own their weight and never make the logits."""
 
+from softsphere.heads.clustered import ClusteredLoss
 from softsphere.heads.factored import FactoredSphericalLoss
 from softsphere.heads.linear import LinearSphericalLoss
 from softsphere.heads.sampled import SampledSoftmaxLoss
 
-__all__ = ["FactoredSphericalLoss", "LinearSphericalLoss", "SampledSoftmaxLoss"]
+__all__ = ["ClusteredLoss", "FactoredSphericalLoss", "LinearSphericalLoss", "SampledSoftmaxLoss"]

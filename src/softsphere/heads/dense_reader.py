@@ -17,12 +17,13 @@ from softsphere.engines.gram import guarded_statistics
 from softsphere.engines.row_statistics import accumulator
 from softsphere.engines.weight import chunks
 from softsphere.functional.on_linear import Affine
-from softsphere.heads.reader import Reader, keys_of_rows
+from softsphere.heads.row_keys import keys_of_rows
+from softsphere.heads.weight_reader import WeightReader
 
 __all__ = ["DenseReader"]
 
 
-class DenseReader(Reader):
+class DenseReader(WeightReader):
     """A reader of W (D, d) and b (D), in float32 or wider whatever their dtype."""
 
     def __init__(

@@ -11,7 +11,8 @@ from softsphere import losses
 from softsphere._torch import exporting, is_recorded, transformed
 from softsphere.engines.factored_outputs import constant_in_transforms, factored_outputs
 from softsphere.engines.factored_statistics import factored_statistics
-from softsphere.heads.reader import Reader, keys_of_rows
+from softsphere.heads.row_keys import keys_of_rows
+from softsphere.heads.weight_reader import WeightReader
 from softsphere.matrix import FactoredTensor
 from softsphere.matrix.arrays import Arrays
 from softsphere.matrix.factored_matrix import single_matrix
@@ -26,7 +27,7 @@ EXPORT = (
 )
 
 
-class FactoredReader(Reader):
+class FactoredReader(WeightReader):
     """A reader of a factored [W b] (D, w)."""
 
     def __init__(self, weight: FactoredTensor, in_features: int, loss: losses.Loss) -> None:

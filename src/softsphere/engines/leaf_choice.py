@@ -1,0 +1,83 @@
+"""Which engine computes the leaves of a clustered layer for which sizes, and why."""
+
+from __future__ import annotations
+
+from softsphere import checks
+from softsphere.engines.choice import Choice
+
+__all__ = ["LEAF_ENGINES", "choose_leaves", "leaf_costs"]
+
+# The engines of the leaves by name. "factored" keeps another weight, so that it is chosen when the
+# layer is made, and never by "auto".
+LEAF_ENGINES = ("logits", "gram", "factored")
+
+# A pair's output passes through memory several times; see `engine.Workload`.
+_FLOPS_PER_OUTPUT = 200
+# Products of single pairs take as long as this many times their FLOPs in a matrix product.
+_SLOWNESS_OF_PAIRS = 4
+# What the Gram matrices pay for each number of the weight besides their products: the mean row is
+# taken off, blocks are copied, and all of it is differentiated.
+_FLOPS_PER_NUMBER = 120
+
+
+def leaf_costs(rows: int, pairs: int, leaves: int, width: int) -> dict[str, float]:
+    """The cost of the leaves in a step, forward and backward, by engine, in FLOP equivalents.
+
+    Args:
+        rows: n, the rows whose target is in a cluster.
+        pairs: P = Σ_i n_c(i), the outputs that they need.
+        leaves: L, the classes in clusters.
+        width: w, the width of their weight with the bias.
+    """
+    return {
+        "logits": pairs * (6.0 * width * _SLOWNESS_OF_PAIRS + _FLOPS_PER_OUTPUT),
+        "gram": 6.0 * (leaves + rows) * width * width + _FLOPS_PER_NUMBER * leaves * width,
+        "factored": 17.0 * rows * width * width,
+    }
+
+
+def choose_leaves(
+    rows: int, num_classes: int, num_clusters: int, in_features: int, *, bias: bool = True
+) -> Choice:
+    """Returns the engine that `ClusteredLoss` takes for its leaves with these sizes, and why.
+
+    Only rows whose target is in a cluster have a cost here. A row of them needs the n = L / C
+    classes of its cluster, if the L classes are shared evenly by C clusters:
+
+        logits      n outputs: 24 n w FLOPs, and the passes over them
+        gram        one Gram matrix for each cluster: 6 L w² / rows, and 6 w²; spherical leaves
+        factored    17 w²; spherical leaves, an engine of its own weight, stepped by SGD alone
+
+    with w = in_features, and one more with a bias. "auto" takes the cheaper one of the first two.
+    The factored engine must be asked for when the layer is made; it pays once a cluster has more
+    than about w classes, and by the more, the larger they are.
+
+    Args:
+        rows: the number of rows whose target is in a cluster.
+        num_classes: L, the classes in clusters.
+        num_clusters: C.
+        in_features: the width of the weight of the leaves.
+        bias: whether they have a bias.
+
+    Raises TypeError or ValueError for a size that cannot be.
+
+    >>> choose_leaves(200, 72_000, 256, 128).engine
+    'logits'
+    >>> choose_leaves(100_000, 72_000, 16, 128).engine
+    'gram'
+    """
+    checks.sizes(
+        rows=rows, num_classes=num_classes, num_clusters=num_clusters, in_features=in_features
+    )
+    pairs = rows * num_classes // max(1, num_clusters)
+    costs = leaf_costs(rows, pairs, num_classes, in_features + int(bias))
+    engine = "logits" if costs["logits"] <= costs["gram"] else "gram"
+    listed = ", ".join(f"{name} {cost:.2g}" for name, cost in costs.items())
+    hint = (
+        "; with SGD, engine='factored' costs least" if min(costs.values()) < costs[engine] else ""
+    )
+    return Choice(
+        engine,
+        f"{engine} is the cheapest for any optimizer; estimated costs in FLOP equivalents: "
+        f"{listed}{hint}",
+    )

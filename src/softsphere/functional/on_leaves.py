@@ -1,0 +1,135 @@
+"""−log f of targets within their cluster, for rows that are grouped by clusters."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from softsphere import losses
+from softsphere._torch import values_on_cpu
+from softsphere.engines.grouped_gram import cluster_statistics, target_outputs_of
+from softsphere.engines.grouped_products import group_outputs
+from softsphere.engines.grouping import Group
+from softsphere.engines.leaf_choice import leaf_costs
+from softsphere.stats import Stats
+
+__all__ = ["Leaves", "leaf_losses", "log_sums"]
+
+# The outputs that are in memory at once.
+_PAIRS = 1 << 24
+# The share of q that rounding may take from it, beyond which "auto" takes the logits.
+_LOST = 1e-3
+
+
+class Leaves(NamedTuple):
+    """The leaves of a clustered layer.
+
+    W: (L, d) the weight; b: (L) the bias or None; pi: (L) the base measure, whose sum over a
+    cluster is its number of leaves.
+    """
+
+    W: Tensor
+    b: Tensor | None
+    pi: Tensor
+
+
+def leaf_losses(
+    loss: losses.Loss, Z: Tensor, leaves: Leaves, group: Group, *, engine: str, sparse: bool
+) -> Tensor:
+    """−log f_t of the target of each row among the leaves of its cluster: (n).
+
+    Args:
+        loss: a loss that is a distribution.
+        Z: (n, d), the rows, in float32 or wider, in the order of the group.
+        leaves: all leaves.
+        group: the cluster and the target of each row.
+        engine: "logits", "gram" or "auto".
+        sparse: whether the gradient of W is sparse; it is with the logits alone.
+    """
+    if engine == "auto":
+        engine = _cheapest(loss, Z, leaves, group, sparse)
+        careful = True
+    else:
+        careful = False
+    if engine == "gram":
+        assert isinstance(loss, losses.Normalised)
+        s, q, error = cluster_statistics(Z, leaves.W, leaves.b, leaves.pi, group)
+        if not (careful and values_on_cpu(q) and bool((error > _LOST * q.detach()).any())):
+            c = target_outputs_of(Z, leaves.W, leaves.b, group.target)
+            return _of_statistics(loss, s, q, c, leaves.pi, group)
+    parts = list(_parts(group))
+    if len(parts) == 1:
+        return _by_outputs(loss, Z, leaves, group, sparse)
+    rows = [
+        checkpoint(
+            _by_outputs, loss, Z[part], leaves, group.part(part), sparse, use_reentrant=False
+        )
+        for part in parts
+    ]
+    return torch.cat(rows)
+
+
+def _cheapest(loss: losses.Loss, Z: Tensor, leaves: Leaves, group: Group, sparse: bool) -> str:
+    if sparse or not isinstance(loss, losses.Normalised):
+        return "logits"
+    width = leaves.W.shape[1] + int(leaves.b is not None)
+    costs = leaf_costs(len(Z), group.pairs, len(leaves.W), width)
+    return "logits" if costs["logits"] <= costs["gram"] else "gram"
+
+
+def _parts(group: Group) -> Iterator[slice]:
+    """Slices of rows whose pairs fit into memory together, at least one row in each."""
+    n = len(group.cluster)
+    if group.pairs <= _PAIRS or n < 2:
+        yield slice(0, n)
+        return
+    last = group.lengths.cumsum(0)
+    edges = torch.arange(1, group.pairs // _PAIRS + 1, device=last.device) * _PAIRS
+    cuts = torch.searchsorted(last, edges).clamp_min(1).unique().tolist()
+    for start, stop in itertools.pairwise([0, *(cut for cut in cuts if cut < n), n]):
+        yield slice(start, stop)
+
+
+def _by_outputs(loss: losses.Loss, Z: Tensor, leaves: Leaves, group: Group, sparse: bool) -> Tensor:
+    """The losses from the outputs themselves."""
+    W, b, pi = leaves
+    o = group_outputs(Z, W, b, group, sparse=sparse)
+    if isinstance(loss, losses.Normalised):
+        weighted = pi[group.leaf] * o
+        s = _row_sums(weighted, group)
+        return _of_statistics(loss, s, _row_sums(weighted * o, group), o[group.own], pi, group)
+    if isinstance(loss, losses.SoftMarginSoftmax):
+        o = o.index_add(0, group.own, o.new_full((len(group.own),), -loss.margin))
+    scores = loss.log_numerator(o) + pi.log()[group.leaf]
+    return log_sums(scores, group.row, len(Z)) - scores[group.own]
+
+
+def _of_statistics(
+    loss: losses.Normalised, s: Tensor, q: Tensor, c: Tensor, pi: Tensor, group: Group
+) -> Tensor:
+    mass = group.lengths.to(s.dtype)
+    own = pi[group.target].unsqueeze(1)
+    return loss.value(Stats(s, q, c.unsqueeze(1), mass, pi=own))
+
+
+def _row_sums(x: Tensor, group: Group) -> Tensor:
+    """The sums of the pairs of each row: (n)."""
+    return x.new_zeros(len(group.cluster)).index_add(0, group.row, x)
+
+
+def log_sums(scores: Tensor, segment: Tensor, count: int) -> Tensor:
+    """log Σ exp of the scores of each segment, along the last dimension: (…, count).
+
+    A segment without scores has −∞.
+    """
+    shape = (*scores.shape[:-1], count)
+    index = segment.expand_as(scores)
+    most = scores.new_full(shape, -torch.inf).scatter_reduce(-1, index, scores.detach(), "amax")
+    shift = torch.where(most.isfinite(), most, 0.0)
+    shares = (scores - shift.gather(-1, index)).exp()
+    return shift + scores.new_zeros(shape).index_add(scores.dim() - 1, segment, shares).log()

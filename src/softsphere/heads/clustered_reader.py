@@ -1,0 +1,187 @@
+"""Predictions from a clustered layer: log p_k = log p(cluster) + log π_k t(o_k) − log N_cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from softsphere import losses
+from softsphere._torch import exporting, is_recorded, values_on_cpu
+from softsphere.engines.grouping import Grouping
+from softsphere.engines.row_statistics import accumulator
+from softsphere.functional.on_leaves import Leaves, log_sums
+from softsphere.heads.reader import INFINITE, SCORES, Reader
+from softsphere.heads.row_keys import keys_of_rows
+
+__all__ = ["ClusteredReader", "Root", "root_log_prob"]
+
+
+class Root(NamedTuple):
+    """The layers above the leaves: what scores shortlist and clusters, and what projects rows."""
+
+    scores: nn.Linear
+    project: nn.Linear | None
+
+
+def root_log_prob(logits: Tensor, grouping: Grouping) -> Tensor:
+    """log p of the classes of the shortlist and of the clusters: (m, S + C), float32 or wider.
+
+    Clusters without classes have probability 0.
+    """
+    logits = logits.to(accumulator(logits.dtype))
+    if grouping.has_empty:
+        empty = F.pad(grouping.sizes == 0, (len(grouping.shortlist), 0))
+        logits = logits.masked_fill(empty, -torch.inf)
+    return logits.log_softmax(1)
+
+
+class ClusteredReader(Reader):
+    """A reader of a clustered layer, whose scores are log-probabilities already.
+
+    The rows H of its methods are [log p of the root, z], so that each is computed once. Classes are
+    read in the order of the shortlist and then of the leaves.
+    """
+
+    def __init__(
+        self, loss: losses.Loss, root: Root, leaves: Leaves, grouping: Grouping, num_classes: int
+    ) -> None:
+        weight = root.scores.weight
+        super().__init__(loss, weight.shape[1], num_classes, weight.device)
+        self.root, self.leaves, self.grouping = root, leaves, grouping
+        self.dtype = accumulator(weight.dtype)
+        self.S = len(grouping.shortlist)
+
+    def rows_of(self, hidden: Tensor) -> Tensor:
+        H = hidden.reshape(-1, self.in_features).to(self.dtype)
+        log_p = root_log_prob(self._affine(self.root.scores, H), self.grouping)
+        z = H if self.root.project is None else self._affine(self.root.project, H)
+        return torch.cat([log_p, z], 1)
+
+    def _affine(self, layer: nn.Linear, H: Tensor) -> Tensor:
+        b = dict(layer.named_parameters()).get("bias")
+        return F.linear(H, layer.weight.to(self.dtype), None if b is None else b.to(self.dtype))
+
+    def _split(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """log p of the shortlist (m, S) and of the clusters (m, C), and z (m, d')."""
+        C = self.grouping.num_clusters
+        short, clusters, z = rows.split([self.S, C, rows.shape[1] - self.S - C], 1)
+        return short, clusters, z
+
+    def _numerators(self, z: Tensor, leaves: Tensor | slice) -> Tensor:
+        """log π_k t(o_k) of some leaves: (m, ·)."""
+        W, b, pi = self.leaves
+        o = F.linear(z, W[leaves].to(z.dtype), None if b is None else b[leaves].to(z.dtype))
+        return self.loss.log_numerator(o) + pi[leaves].log().to(o.dtype)
+
+    def _log_normalisers(self, z: Tensor) -> Tensor:
+        """log N_c of every cluster: (m, C)."""
+        C = self.grouping.num_clusters
+        total = z.new_full((len(z), C), -torch.inf)
+        for part in self._leaf_parts(len(z)):
+            clusters = self.grouping.cluster_of_leaf[part]
+            total = torch.logaddexp(total, log_sums(self._numerators(z, part), clusters, C))
+        return self._finite(total)
+
+    def _finite(self, log_norm: Tensor) -> Tensor:
+        """Raises ValueError, on a CPU, if outputs are infinite."""
+        if values_on_cpu(log_norm) and bool((log_norm == torch.inf).any()):
+            raise ValueError(INFINITE)
+        return log_norm
+
+    def _leaf_parts(self, rows: int) -> Iterator[slice]:
+        L = len(self.grouping.leaves)
+        size = max(1, L if exporting() else SCORES // max(rows, self.leaves.W.shape[1], 1))
+        for start in range(0, L, size):
+            yield slice(start, min(start + size, L))
+
+    def chunks_of_scores(self, H: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        short, clusters, z = self._split(H)
+        if self.S:
+            yield self.grouping.shortlist, short.clone()
+        if not len(self.grouping.leaves):
+            return
+        offset = clusters - self._log_normalisers(z)
+        for part in self._leaf_parts(len(H)):
+            of_leaf = self.grouping.cluster_of_leaf[part]
+            yield self.grouping.leaves[part], self._numerators(z, part) + offset[:, of_leaf]
+
+    def every_score(self, H: Tensor) -> Tensor:
+        classes, scores = zip(*self.chunks_of_scores(H), strict=True)
+        return torch.cat(scores, 1)[:, torch.cat(classes).argsort()]
+
+    def scores_of(self, H: Tensor, classes: Tensor) -> Tensor:
+        short, clusters, z = self._split(H)
+        cluster, place = self.grouping.cluster[classes], self.grouping.place[classes]
+        listed = cluster < 0
+        found = short[:, torch.where(listed, place, 0)] if self.S else H.new_zeros(len(H), 1)
+        if bool(listed.all()):
+            return found
+        needed, slot = cluster.clamp_min(0).unique(return_inverse=True)
+        leaves = self.grouping.leaves_of(needed)
+        of_leaf = torch.searchsorted(needed, self.grouping.cluster_of_leaf[leaves])
+        total = z.new_full((len(z), len(needed)), -torch.inf)
+        size = max(1, SCORES // max(len(z), self.leaves.W.shape[1], 1))
+        for part, owner in zip(leaves.split(size), of_leaf.split(size), strict=True):
+            sums = log_sums(self._numerators(z, part), owner, len(needed))
+            total = torch.logaddexp(total, sums)
+        offset = clusters[:, needed] - self._finite(total)
+        own = self._numerators(z, torch.where(listed, 0, place)) + offset[:, slot]
+        return torch.where(listed, found, own)
+
+    def log_normaliser(self, H: Tensor) -> Tensor:
+        """0: the scores are normalised."""
+        return H.new_zeros(len(H))
+
+    def is_differentiated(self, hidden: Tensor) -> bool:
+        root, project = self.root
+        projection = None if project is None else project.weight
+        return is_recorded(hidden, root.weight, root.bias, projection, *self.leaves)
+
+    def rank(self, H: Tensor, target: Tensor) -> Tensor:
+        own, above = self._own_scores(H, target), torch.zeros_like(target)
+        own_key, own_pi = self._keys(target).unsqueeze(1), self._measure(target).unsqueeze(1)
+        for classes, scores in self.chunks_of_scores(H):
+            twin = self._keys(classes) == own_key
+            better = (scores > own.unsqueeze(1)) & ~twin
+            better = better | (twin & (self._measure(classes) > own_pi))
+            above = above + better.sum(1)
+        return torch.where(own.isnan(), self.num_classes, above + 1)
+
+    def _own_scores(self, H: Tensor, target: Tensor) -> Tensor:
+        """The scores of one class for each row: (m)."""
+        own = H.new_zeros(len(H))
+        for classes, scores in self.chunks_of_scores(H):
+            slot = torch.full((self.num_classes,), -1, device=H.device)
+            slot[classes] = torch.arange(len(classes), device=H.device)
+            place = slot[target]
+            found = scores.gather(1, place.clamp_min(0).unsqueeze(1)).squeeze(1)
+            own = torch.where(place >= 0, found, own)
+        return own
+
+    def _keys(self, classes: Tensor) -> Tensor:
+        """Integers that are equal for classes of one cluster, or of the shortlist, with equal rows
+        of the weight."""
+        cluster, place = self.grouping.cluster[classes], self.grouping.place[classes]
+        listed = cluster < 0
+        keys = torch.empty_like(cluster)
+        scores = self.root.scores
+        tables = (
+            (listed, scores.weight, scores.bias, place[listed]),
+            (~listed, self.leaves.W, self.leaves.b, place[~listed]),
+        )
+        for some, W, b, places in tables:
+            columns = [W] if b is None else [W, b.unsqueeze(1)]
+            owner = cluster[some].to(self.dtype).unsqueeze(1)
+            rows = (x.detach()[places].to(self.dtype) for x in columns)
+            keys[some] = keys_of_rows(owner, *rows)
+        return keys
+
+    def _measure(self, classes: Tensor) -> Tensor:
+        """π of classes in clusters, and 1 of those of the shortlist: (n)."""
+        pi = F.pad(self.leaves.pi, (0, 1), value=1.0)
+        place = self.grouping.place[classes]
+        return pi[torch.where(self.grouping.cluster[classes] < 0, len(pi) - 1, place)]

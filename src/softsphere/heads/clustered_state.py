@@ -1,0 +1,97 @@
+"""What a clustered layer keeps besides its parameters: its grouping and the frequencies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from softsphere import checks
+from softsphere.engines.grouping import Grouping
+from softsphere.engines.row_statistics import accumulator
+
+__all__ = ["WithGrouping"]
+
+
+class WithGrouping(nn.Module):
+    """A module with the buffers assignment (D), prior (L) and root_shares (S + C).
+
+    The assignment never changes. The other two stay in float32 or wider.
+    """
+
+    assignment: Tensor
+    prior: Tensor
+    root_shares: Tensor
+    weight: nn.Parameter
+    num_classes: int
+    _grouping: Grouping
+
+    def keep_grouping(self, assignment: Tensor, counts: Tensor | None, like: Tensor) -> None:
+        """Registers the buffers, on the device of a tensor, for parameters of its dtype.
+
+        Raises TypeError or ValueError for a wrong assignment, and for wrong counts (None: ones).
+        """
+        self._grouping = Grouping.of(checks.assignment(assignment, self.num_classes))
+        if counts is None:
+            counts = torch.ones(self.num_classes)
+        counts = checks.counts(counts, self.num_classes).to(self._grouping.cluster.device)
+        device, dtype = like.device, accumulator(like.dtype)
+        self.register_buffer("assignment", self._grouping.cluster.to(device))
+        self.register_buffer("prior", self._grouping.base_measure(counts).to(device, dtype))
+        self.register_buffer("root_shares", self._grouping.root_shares(counts).to(device, dtype))
+
+    @property
+    def num_clusters(self) -> int:
+        """C, with empty clusters."""
+        return self._grouping.num_clusters
+
+    @property
+    def grouping(self) -> Grouping:
+        """Shortlist and clusters, on the device of the parameters."""
+        self._grouping = self._grouping.to(self.weight.device)
+        return self._grouping
+
+    @property
+    def base_measure(self) -> Tensor:
+        """π of every class (D); 1 for those of the shortlist."""
+        pi = self.prior.new_ones(self.num_classes)
+        pi[self.grouping.leaves] = self.prior
+        return pi
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WithGrouping:
+        before = {"prior": self.prior, "root_shares": self.root_shares}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, wide in before.items():
+            moved = getattr(self, name)
+            if moved.dtype in (torch.float16, torch.bfloat16):
+                setattr(self, name, wide.to(moved.device))
+        if not self.assignment.is_meta:
+            # `to_empty` makes buffers without values.
+            self.assignment.copy_(self._grouping.cluster)
+        return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Loads as every module does, but refuses the weights of another assignment."""
+        loaded = state_dict.get(f"{prefix}assignment")
+        own = self._grouping.cluster
+        if loaded is not None and not torch.equal(loaded.to(own.device), own):
+            error_msgs.append(
+                f"{prefix}assignment is not the one that the layer was made with; make the layer "
+                "with the assignment that was saved, and load again"
+            )
+            # The layers below load after this one: nothing changes.
+            state_dict.update({prefix + key: x for key, x in self.state_dict().items()})
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )

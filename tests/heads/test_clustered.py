@@ -1,0 +1,433 @@
+"""Clustered layers: the loss, its gradients and the predictions against the explicit definition."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+
+from _clustered import ASSIGNMENTS, COUNTS, LEAVES, MIXED, D, d, layer, probabilities, rows
+from softsphere import ClusteredLoss
+from softsphere.engines import grouped_products
+from softsphere.functional import on_leaves
+
+M = 33
+TARGET = torch.randint(D, (M,), generator=torch.Generator().manual_seed(2))
+CLOSE = {"rtol": 1e-12, "atol": 1e-12}
+SPHERICAL = ("taylor_softmax", "spherical_softmax")
+# What the layer is made with, for every way in which its leaves are computed.
+WAYS = {
+    "auto": {},
+    "logits": {"engine": "logits"},
+    "sparse": {"sparse": True},
+    "gram": {"engine": "gram"},
+    "projected": {"leaf_features": 3},
+    "without bias": {"bias": False},
+}
+
+every_assignment = pytest.mark.parametrize("name", ASSIGNMENTS)
+every_leaf = pytest.mark.parametrize("leaf", LEAVES)
+# every leaf with every assignment, and every way with the leaves that have it
+CASES = [(name, leaf, "auto") for name in ASSIGNMENTS for leaf in LEAVES] + [
+    (name, leaf, way)
+    for name in ("mixed", "empty clusters", "one cluster", "all shortlist")
+    for leaf in ("taylor_softmax", "spherical_softmax", "softmax")
+    for way in WAYS
+    if way != "auto" and (way != "gram" or leaf in SPHERICAL)
+]
+every_case = pytest.mark.parametrize(("name", "leaf", "way"), CASES)
+
+
+@pytest.fixture(params=["pairs", "tiles"])
+def products(request, monkeypatch):
+    """Both ways to multiply rows with the leaves of their clusters."""
+    rows_at_least = 0 if request.param == "tiles" else 10**9
+    monkeypatch.setattr(grouped_products, "_MANY_ROWS", rows_at_least)
+
+
+@every_case
+def test_loss_is_the_negative_log_probability_of_the_definition(name, leaf, way, products):
+    head = layer(ASSIGNMENTS[name], leaf, **WAYS[way]).eval()
+    p = probabilities(head, leaf, rows(M))
+    want = -p.gather(1, TARGET.unsqueeze(1)).squeeze(1).log()
+    head.reduction = "none"
+    torch.testing.assert_close(head(rows(M), TARGET), want, **CLOSE)
+
+
+@every_leaf
+@every_assignment
+def test_probabilities_are_those_of_the_definition_and_sum_to_one(name, leaf):
+    head = layer(ASSIGNMENTS[name], leaf)
+    want = probabilities(head, leaf, rows(4)).log()
+    recorded = head.log_prob(rows(4))
+    with torch.no_grad():
+        in_chunks = head.log_prob(rows(4))
+    for found in (recorded, in_chunks):
+        torch.testing.assert_close(found, want, **CLOSE)
+        torch.testing.assert_close(found.exp().sum(1), torch.ones(4).double(), **CLOSE)
+
+
+@every_case
+def test_gradients_are_those_of_log_prob(name, leaf, way, products):
+    head = layer(ASSIGNMENTS[name], leaf, **WAYS[way]).eval()
+    hidden = rows(M).requires_grad_()
+    given = [hidden, *head.parameters()]
+    mean = -head.log_prob(hidden).gather(1, TARGET.unsqueeze(1)).mean()
+    # without a class in a cluster there is nothing to use
+    want = torch.autograd.grad(mean, given, allow_unused=True, materialize_grads=True)
+    found = torch.autograd.grad(head(hidden, TARGET), given)
+    for x, y in zip(found, want, strict=True):
+        torch.testing.assert_close(x.to_dense(), y, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("leaf", "way"),
+    [(leaf, "projected") for leaf in LEAVES] + [(leaf, "gram") for leaf in SPHERICAL],
+)
+def test_gradcheck(leaf, way, products):
+    head = layer(MIXED, leaf, **WAYS[way])
+    target = TARGET[:7]
+
+    def loss(hidden, *parameters):
+        named = dict(zip(names, parameters, strict=True))
+        return torch.func.functional_call(head, named, (hidden, target))
+
+    names, parameters = zip(*head.named_parameters(), strict=True)
+    inputs = [x.detach().clone().requires_grad_() for x in (rows(7), *parameters)]
+    assert torch.autograd.gradcheck(loss, inputs)
+
+
+@every_assignment
+def test_permuting_the_classes_changes_nothing(name):
+    order = torch.randperm(D, generator=torch.Generator().manual_seed(5))
+    head = layer(ASSIGNMENTS[name])
+    other = layer(ASSIGNMENTS[name][order], counts=COUNTS[order])
+    of_class = torch.empty(D, dtype=torch.long)
+    of_class[order] = torch.arange(D)
+    with torch.no_grad():
+        S = len(head.grouping.shortlist)
+        shortlist = of_class[head.grouping.shortlist]
+        leaves = of_class[head.grouping.leaves]
+        for mine, its, at in (
+            (head.root.weight[:S], other.root.weight, other.grouping.place[shortlist]),
+            (head.root.bias[:S], other.root.bias, other.grouping.place[shortlist]),
+            (head.weight, other.weight, other.grouping.place[leaves]),
+            (head.bias, other.bias, other.grouping.place[leaves]),
+        ):
+            its[at] = mine
+        other.root.weight[S:], other.root.bias[S:] = head.root.weight[S:], head.root.bias[S:]
+    torch.testing.assert_close(
+        other(rows(M), of_class[TARGET]), head(rows(M), TARGET), rtol=1e-13, atol=1e-13
+    )
+    found, want = other.log_prob(rows(4)), head.log_prob(rows(4))
+    torch.testing.assert_close(found, want[:, order], **CLOSE)
+    assert torch.equal(of_class[head.predict(rows(M))], other.predict(rows(M)))
+
+
+def test_all_shortlist_is_softmax():
+    head = layer(ASSIGNMENTS["all shortlist"])
+    logits = torch.nn.functional.linear(rows(M), head.root.weight, head.root.bias)
+    want = torch.nn.functional.cross_entropy(logits, TARGET)
+    torch.testing.assert_close(head(rows(M), TARGET), want, **CLOSE)
+
+
+def test_begins_with_the_frequencies():
+    for assignment in ASSIGNMENTS.values():
+        head = ClusteredLoss(d, D, assignment, counts=COUNTS, dtype=torch.float64)
+        p = head.log_prob(torch.zeros(1, d, dtype=torch.float64)).exp().squeeze(0)
+        torch.testing.assert_close(p, COUNTS.double() / COUNTS.sum(), **CLOSE)
+
+
+def test_counts_of_one_are_no_counts():
+    head = ClusteredLoss(d, D, MIXED, dtype=torch.float64)
+    p = head.log_prob(torch.zeros(1, d, dtype=torch.float64)).exp()
+    torch.testing.assert_close(p, torch.full((1, D), 1 / D, dtype=torch.float64), **CLOSE)
+
+
+@pytest.mark.parametrize("way", ["auto", "sparse", "gram"])
+def test_ignored_rows_have_no_loss_and_no_gradient(way):
+    head = layer(MIXED, **WAYS[way])
+    target = TARGET.clone()
+    target[::3] = -100
+    hidden, kept = rows(M).requires_grad_(), target >= 0
+    head(hidden, target).backward()
+    grads = [x.grad.to_dense() for x in head.parameters()]
+    assert not hidden.grad[~kept].any()
+    head.zero_grad()
+    loss = head(rows(M)[kept], target[kept])
+    torch.testing.assert_close(loss, head(hidden, target), **CLOSE)
+    loss.backward()
+    for x, y in zip(head.parameters(), grads, strict=True):
+        torch.testing.assert_close(x.grad.to_dense(), y, **CLOSE)
+
+
+@pytest.mark.parametrize("way", ["auto", "sparse", "gram"])
+def test_batches_without_rows_or_within_one_cluster(way):
+    head = layer(MIXED, **WAYS[way])
+    whole = torch.full((4,), -100)
+    assert head(rows(4), whole).isnan()
+    head.reduction = "sum"
+    for target in (whole[:0], whole, torch.full((4,), int(head.grouping.leaves[0]))):
+        hidden = rows(len(target)).requires_grad_()
+        head(hidden, target).backward()
+        assert hidden.grad.isfinite().all()
+        assert hidden.grad.any() == (len(target) > 0 and int(target[0]) >= 0)
+
+
+def test_reductions_and_leading_shapes():
+    head = layer(MIXED)
+    head.reduction = "none"
+    each = head(rows(12).view(3, 4, d), TARGET[:12].view(3, 4))
+    assert each.shape == (3, 4)
+    for reduction in ("mean", "sum"):
+        head.reduction = reduction
+        value = head(rows(12), TARGET[:12].int())
+        torch.testing.assert_close(value, getattr(each, reduction)(), **CLOSE)
+
+
+def test_many_pairs_are_computed_in_parts(monkeypatch):
+    head = layer(MIXED, engine="logits")
+    hidden = rows(M).requires_grad_()
+    want = torch.autograd.grad(head(hidden, TARGET), [hidden, *head.parameters()])
+    seen = []
+    by_outputs = on_leaves._by_outputs
+
+    def spy(loss, Z, leaves, group, sparse):
+        seen.append(group.pairs)
+        return by_outputs(loss, Z, leaves, group, sparse)
+
+    monkeypatch.setattr(on_leaves, "_by_outputs", spy)
+    monkeypatch.setattr(on_leaves, "_PAIRS", 20)
+    found = torch.autograd.grad(head(hidden, TARGET), [hidden, *head.parameters()])
+    # each part has at most that many pairs more than one row of the largest cluster
+    assert len(seen) > 4
+    assert max(seen) <= 20 + head.grouping.largest
+    for x, y in zip(found, want, strict=True):
+        torch.testing.assert_close(x, y, **CLOSE)
+
+
+def test_auto_leaves_a_gram_matrix_that_has_lost_its_digits():
+    """Two columns of the weight take each other off, and leave little of q."""
+    far = layer(MIXED, engine="logits", dtype=torch.float32)
+    with torch.no_grad():
+        far.weight[:, 0] += 3000 * torch.randn(len(far.weight))
+        far.weight[:, 1] = -far.weight[:, 0] + 1e-3 * far.weight[:, 1]
+    hidden = rows(2000, dtype=torch.float32)
+    hidden[:, 1] = hidden[:, 0]
+    target = torch.randint(D, (2000,))
+    want = copy.deepcopy(far).double()(hidden.double(), target)
+    named, auto = copy.deepcopy(far), copy.deepcopy(far)
+    named.engine, auto.engine = "gram", "auto"
+    error = torch.finfo(torch.float32).eps * 3000 * 4
+    assert abs(auto(hidden, target) - want) < error
+    assert abs(named(hidden, target) - want) > 10 * error
+
+
+@every_leaf
+@every_assignment
+def test_predictions_are_those_of_log_prob(name, leaf):
+    head = layer(ASSIGNMENTS[name], leaf)
+    log_p = head.log_prob(rows(M))
+    values, indices = log_p.topk(6)
+    best = head.topk(rows(M), 6)
+    torch.testing.assert_close(best.values, values, **CLOSE)
+    assert torch.equal(best.indices, indices)
+    assert torch.equal(head.predict(rows(M)), log_p.argmax(1))
+    some = torch.tensor([D - 1, 3, 3, 0])
+    torch.testing.assert_close(head.log_prob(rows(M), some), log_p[:, some], **CLOSE)
+    above = log_p > log_p.gather(1, TARGET.unsqueeze(1))
+    assert torch.equal(head.rank(rows(M), TARGET), above.sum(1) + 1)
+
+
+def test_equal_classes_of_a_cluster_rank_alike():
+    head = layer(torch.arange(D) // 8 - 1, counts=None)
+    first = int(head.grouping.starts[2])
+    with torch.no_grad():
+        head.weight[first : first + 8] = head.weight[first]
+        head.bias[first : first + 8] = head.bias[first]
+    classes = head.grouping.leaves[first : first + 8]
+    ranks = torch.stack([head.rank(rows(M), k.expand(M)) for k in classes])
+    assert (ranks == ranks[0]).all()
+
+
+def test_state_dict_and_copies():
+    head = layer(MIXED, leaf_features=3)
+    assert set(head.state_dict()) == {
+        *("root.weight", "root.bias", "project.weight", "weight", "bias"),
+        *("assignment", "prior", "root_shares"),
+    }
+    want = head(rows(M), TARGET)
+    buffer = io.BytesIO()
+    torch.save(head.state_dict(), buffer)
+    buffer.seek(0)
+    other = ClusteredLoss(d, D, MIXED, leaf_features=3, dtype=torch.float64)
+    other.load_state_dict(torch.load(buffer, weights_only=True))
+    for same in (other, copy.deepcopy(head), pickle.loads(pickle.dumps(head))):
+        torch.testing.assert_close(same(rows(M), TARGET), want, rtol=0, atol=0)
+
+
+def test_another_assignment_is_not_loaded():
+    state = layer(MIXED).state_dict()
+    other = layer(MIXED.roll(1))
+    before = {key: value.clone() for key, value in other.state_dict().items()}
+    with pytest.raises(RuntimeError, match="assignment is not the one that the layer was made"):
+        other.load_state_dict(state)
+    torch.testing.assert_close(dict(other.state_dict()), before, rtol=0, atol=0)
+
+
+def test_made_on_the_meta_device():
+    head = ClusteredLoss(d, D, MIXED, counts=COUNTS, device="meta", dtype=torch.float64)
+    head = head.to_empty(device="cpu")
+    want = layer(MIXED)
+    head.load_state_dict(want.state_dict())
+    torch.testing.assert_close(head(rows(M), TARGET), want(rows(M), TARGET), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_in_float32(dtype, products):
+    head = layer(MIXED).to(dtype)
+    assert head.prior.dtype == torch.float64
+    wide = layer(MIXED)
+    with torch.no_grad():
+        for x, y in zip(wide.parameters(), head.parameters(), strict=True):
+            x.copy_(y)
+    hidden = rows(M, dtype=dtype)
+    # the logits of the root are rounded as those of F.linear
+    error = 4 * torch.finfo(dtype).eps
+    want = wide(hidden.double(), TARGET)
+    torch.testing.assert_close(head(hidden, TARGET).double(), want, rtol=error, atol=error)
+    head(hidden, TARGET).backward()
+    assert head.weight.grad.dtype == dtype
+
+
+def test_autocast():
+    head = layer(MIXED, dtype=torch.float32)
+    hidden = rows(M, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = head(hidden.bfloat16(), TARGET)
+    assert found.dtype == torch.float32
+    error = 4 * torch.finfo(torch.bfloat16).eps
+    torch.testing.assert_close(found, head(hidden, TARGET), rtol=error, atol=error)
+
+
+def test_sparse_gradient_has_the_rows_of_the_clusters_with_targets():
+    head = layer(MIXED, sparse=True)
+    cluster = head.grouping.cluster_of_leaf
+    target = head.grouping.leaves[(cluster == 1) | (cluster == 4)][:5]
+    head(rows(5), target).backward()
+    grad = head.weight.grad
+    assert grad.is_sparse
+    wanted = torch.isin(cluster, cluster[head.grouping.place[target]]).nonzero().squeeze(1)
+    assert torch.equal(grad.coalesce().indices().squeeze(0), wanted)
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
+    dense = layer(MIXED)
+    dense(rows(5), target).backward()
+    torch.optim.SGD(dense.parameters(), lr=0.1).step()
+    optimizer.step()
+    torch.testing.assert_close(head.weight, dense.weight, **CLOSE)
+
+
+def test_compiles_around_the_layer():
+    head = layer(MIXED)
+    model = torch.nn.Sequential(torch.nn.Linear(d, d, dtype=torch.float64))
+
+    def step(hidden, target):
+        return head(model(hidden), target)
+
+    found = torch.compile(step, backend="eager")(rows(M), TARGET)
+    torch.testing.assert_close(found, step(rows(M), TARGET), **CLOSE)
+
+
+ERRORS = {
+    "assignment: a list": (lambda: ClusteredLoss(d, 3, [0, 1, 1]), TypeError, "assignment must be"),
+    "assignment: floats": (
+        lambda: ClusteredLoss(d, 3, torch.zeros(3)),
+        TypeError,
+        r"assignment must be a tensor of cluster numbers.*torch\.float32",
+    ),
+    "assignment: too short": (
+        lambda: ClusteredLoss(d, D, MIXED[:-1]),
+        ValueError,
+        rf"assignment must have shape \({D},\).*got \({D - 1},\)",
+    ),
+    "assignment: −2": (
+        lambda: ClusteredLoss(d, D, MIXED - 1),
+        ValueError,
+        "assignment must be −1 for classes of the shortlist.*got -2",
+    ),
+    "assignment: a large number": (
+        lambda: ClusteredLoss(d, D, MIXED + 2 * D),
+        ValueError,
+        f"assignment must number the clusters from 0, below num_classes = {D}",
+    ),
+    "counts: a zero": (
+        lambda: ClusteredLoss(d, D, MIXED, counts=torch.arange(D)),
+        ValueError,
+        "counts must be positive.*counts \\+ 1",
+    ),
+    "counts: too few": (
+        lambda: ClusteredLoss(d, D, MIXED, counts=COUNTS[1:]),
+        ValueError,
+        rf"counts must have shape \({D},\)",
+    ),
+    "leaf: no distribution": (
+        lambda: ClusteredLoss(d, D, MIXED, leaf="z_loss"),
+        TypeError,
+        "leaf must be a loss that is a distribution, got ZLoss.*taylor_softmax",
+    ),
+    "engine: gram of softmax": (
+        lambda: ClusteredLoss(d, D, MIXED, leaf="softmax", engine="gram"),
+        TypeError,
+        "engine='gram' needs a spherical leaf.*engine='logits'",
+    ),
+    "engine: gram and sparse": (
+        lambda: ClusteredLoss(d, D, MIXED, engine="gram", sparse=True),
+        ValueError,
+        "sparse must be False for engine='gram'",
+    ),
+    "engine: unknown": (
+        lambda: ClusteredLoss(d, D, MIXED, engine="dense"),
+        ValueError,
+        "engine must be one of auto, logits, gram",
+    ),
+    "target: K-sparse": (
+        lambda: layer(MIXED)(rows(M), TARGET.unsqueeze(1), torch.ones(M, 1)),
+        TypeError,
+        "target_values cannot be used.*LinearSphericalLoss",
+    ),
+    "target: probabilities": (
+        lambda: layer(MIXED)(rows(2), torch.ones(2, D) / D),
+        TypeError,
+        "target must hold class indices, got class probabilities",
+    ),
+    "target: out of range": (
+        lambda: layer(MIXED)(rows(2), torch.tensor([0, D])),
+        ValueError,
+        rf"target must be in \[0, {D}\).*got {D}",
+    ),
+    "mask": (
+        lambda: layer(MIXED)(rows(M), TARGET, mask=torch.ones(D).bool()),
+        TypeError,
+        "mask cannot be used with a ClusteredLoss",
+    ),
+    "hidden: width": (
+        lambda: layer(MIXED)(rows(M)[:, 1:], TARGET),
+        ValueError,
+        r"hidden must have shape \(…, in_features = 5\)",
+    ),
+    "hidden: dtype": (
+        lambda: layer(MIXED)(rows(M, dtype=torch.float32), TARGET),
+        TypeError,
+        "weight must have the dtype of hidden",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_wrong_arguments_are_refused_by_name(name):
+    call, error, words = ERRORS[name]
+    with pytest.raises(error, match=words):
+        call()

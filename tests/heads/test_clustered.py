@@ -141,6 +141,15 @@ def test_begins_with_the_frequencies():
         torch.testing.assert_close(p, COUNTS.double() / COUNTS.sum(), **CLOSE)
 
 
+def test_a_class_without_any_counts_like_the_rarest():
+    counts = COUNTS.clone()
+    counts[7], counts[8] = 0, counts.min()
+    same = torch.where(counts == 0, counts[counts > 0].min(), counts)
+    one, other = (ClusteredLoss(d, D, MIXED, counts=x) for x in (counts, same))
+    assert torch.equal(one.prior, other.prior)
+    assert torch.equal(one.root_shares, other.root_shares)
+
+
 def test_counts_of_one_are_no_counts():
     head = ClusteredLoss(d, D, MIXED, dtype=torch.float64)
     p = head.log_prob(torch.zeros(1, d, dtype=torch.float64)).exp()
@@ -346,7 +355,7 @@ ERRORS = {
     "assignment: floats": (
         lambda: ClusteredLoss(d, 3, torch.zeros(3)),
         TypeError,
-        r"assignment must be a tensor of cluster numbers.*torch\.float32",
+        r"assignment must be a tensor of cluster indices.*torch\.float32",
     ),
     "assignment: too short": (
         lambda: ClusteredLoss(d, D, MIXED[:-1]),
@@ -356,17 +365,17 @@ ERRORS = {
     "assignment: −2": (
         lambda: ClusteredLoss(d, D, MIXED - 1),
         ValueError,
-        "assignment must be −1 for classes of the shortlist.*got -2",
+        "assignment must hold clusters 0, 1, ….*got -2",
     ),
     "assignment: a large number": (
         lambda: ClusteredLoss(d, D, MIXED + 2 * D),
         ValueError,
-        f"assignment must number the clusters from 0, below num_classes = {D}",
+        f"assignment must number the clusters from 0, below the number of classes {D}",
     ),
-    "counts: a zero": (
-        lambda: ClusteredLoss(d, D, MIXED, counts=torch.arange(D)),
+    "counts: negative": (
+        lambda: ClusteredLoss(d, D, MIXED, counts=torch.arange(D) - 1),
         ValueError,
-        "counts must be positive.*counts \\+ 1",
+        "counts must be zero or positive.*got -1 for class 0",
     ),
     "counts: too few": (
         lambda: ClusteredLoss(d, D, MIXED, counts=COUNTS[1:]),

@@ -7,7 +7,6 @@ from softsphere.checks.class_vectors import (
     class_mask,
     class_vector,
     class_weights,
-    counts,
     loaded_prior,
     narrowed_prior,
     normalised_prior,
@@ -36,7 +35,6 @@ from softsphere.checks.inputs import (
 )
 from softsphere.checks.kinds import dense, floating
 from softsphere.checks.labels import (
-    assignment,
     classes,
     indices,
     masked_targets,
@@ -76,7 +74,6 @@ __all__ = [
     "class_vectors",
     "class_weights",
     "classes",
-    "counts",
     "dense",
     "even_order",
     "finite",

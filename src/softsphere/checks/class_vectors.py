@@ -72,18 +72,6 @@ def prior(value: Any, dtype: torch.dtype | None = None, name: str = "prior") -> 
     return narrow
 
 
-def counts(value: Any, num_classes: int) -> Tensor:
-    """Returns class frequencies or counts (D) in float64, with a sum of D.
-
-    Raises TypeError or ValueError unless all values are positive and finite and need no gradient.
-    """
-    pi = prior(value, torch.float64, "counts")
-    class_vector("counts", pi, num_classes)
-    if pi.is_meta:
-        raise ValueError("counts must have values, got a tensor on the meta device")
-    return pi
-
-
 def loaded_prior(value: Any, dtype: torch.dtype | None = None) -> Tensor:
     """Returns a prior that is loaded or assigned as `prior` does, a normalised one to its last bit.
 

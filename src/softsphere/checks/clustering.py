@@ -121,18 +121,32 @@ def largest_share(value: Any, least: float, why: str) -> float:
     return share
 
 
-def assignment(value: Any) -> Tensor:
-    """Returns the cluster of each class, or −1 for the shortlist, as int64 on the CPU."""
+def assignment(value: Any, num_classes: int | None = None) -> Tensor:
+    """Returns the cluster of each class, or −1 for the shortlist, as int64 on the CPU.
+
+    num_classes: D; None for any number.
+    """
     if not is_integer(value):
         came = value.dtype if isinstance(value, Tensor) else repr(value)
         raise TypeError(f"assignment must be a tensor of cluster indices (torch.int64), got {came}")
     dense("assignment", value)
-    if value.dim() != 1 or value.numel() == 0:
-        raise ValueError(f"assignment must have shape (num_classes,), got {tuple(value.shape)}")
-    found: Tensor = value.detach().to("cpu", torch.int64)
-    if int(found.min()) < -1:
+    size = "num_classes" if num_classes is None else str(num_classes)
+    if value.dim() != 1 or len(value) == 0 or len(value) != (num_classes or len(value)):
         raise ValueError(
-            "assignment must hold clusters 0, 1, …, or −1 for the shortlist, "
-            f"got {int(found.min())}"
+            f"assignment must have shape ({size},), the cluster of each class or −1 for the "
+            f"shortlist, got {tuple(value.shape)}"
+        )
+    if value.is_meta:
+        raise ValueError("assignment must have values, got a tensor on the meta device")
+    found: Tensor = value.detach().to("cpu", torch.int64)
+    low, high = int(found.min()), int(found.max())
+    if low < -1:
+        raise ValueError(
+            f"assignment must hold clusters 0, 1, …, or −1 for the shortlist, got {low}"
+        )
+    if high >= len(found):
+        raise ValueError(
+            f"assignment must number the clusters from 0, below the number of classes {len(found)}"
+            f", got {high}; number them anew by torch.unique(…, return_inverse=True)"
         )
     return found

@@ -130,31 +130,3 @@ def classes(value: Any, num_classes: int, name: str = "classes") -> Tensor:
             bad = low if low < 0 else high
             raise ValueError(f"{name} must be in [0, {num_classes}), got {bad}")
     return found
-
-
-def assignment(value: Any, num_classes: int) -> Tensor:
-    """Returns the cluster of each class (D), or −1 for the shortlist, as int64."""
-    if not is_integer(value):
-        came = value.dtype if isinstance(value, Tensor) else repr(value)
-        raise TypeError(f"assignment must be a tensor of cluster numbers (torch.int64), got {came}")
-    dense("assignment", value)
-    if value.shape != (num_classes,):
-        raise ValueError(
-            f"assignment must have shape ({num_classes},), the cluster of each class or −1 for "
-            f"the shortlist, got {tuple(value.shape)}"
-        )
-    if value.is_meta:
-        raise ValueError("assignment must have values, got a tensor on the meta device")
-    cluster: Tensor = value.detach().long()
-    low, high = int(cluster.min()), int(cluster.max())
-    if low < -1:
-        raise ValueError(
-            "assignment must be −1 for classes of the shortlist and at least 0 for all others, "
-            f"got {low}"
-        )
-    if high >= num_classes:
-        raise ValueError(
-            f"assignment must number the clusters from 0, below num_classes = {num_classes}, got "
-            f"{high}; number them anew by torch.unique(…, return_inverse=True)"
-        )
-    return cluster

@@ -59,7 +59,8 @@ class ClusteredLoss(WithGrouping, OutputLayer):
         counts: (D), positive class frequencies or counts. Within each cluster they are the base
             measure π, kept as the buffer `prior` (L) with a sum of one a class. The initial bias of
             the root is the logarithm of their shares, so that the model begins with the frequencies
-            where hidden states are near 0. None stands for equal counts.
+            where hidden states are near 0. A class without any counts like the rarest one. None
+            stands for equal counts.
         bias: whether root and leaves have a bias.
         engine: "logits" computes the outputs of each row's cluster, "gram" one Gram matrix for each
             cluster, and "auto" takes the cheaper one; see `softsphere.engines.choose_leaves`.

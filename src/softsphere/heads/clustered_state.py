@@ -36,7 +36,8 @@ class WithGrouping(nn.Module):
         self._grouping = Grouping.of(checks.assignment(assignment, self.num_classes))
         if counts is None:
             counts = torch.ones(self.num_classes)
-        counts = checks.counts(counts, self.num_classes).to(self._grouping.cluster.device)
+        counts = checks.class_counts(counts)
+        checks.class_vector("counts", counts, self.num_classes)
         device, dtype = like.device, accumulator(like.dtype)
         self.register_buffer("assignment", self._grouping.cluster.to(device))
         self.register_buffer("prior", self._grouping.base_measure(counts).to(device, dtype))

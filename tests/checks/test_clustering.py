@@ -96,9 +96,8 @@ WRONG = {
     "assignment must hold clusters 0, 1, …, or −1 for the shortlist, got -2": (
         lambda: Clusters(torch.tensor([0, -2]), COUNTS[:2])
     ),
-    "assignment must have shape (num_classes,), got (1, 2)": (
-        lambda: Clusters(torch.tensor([[0, 1]]), COUNTS[:2])
-    ),
+    "assignment must have shape (num_classes,), the cluster of each class or −1 for the shortlist, "
+    "got (1, 2)": (lambda: Clusters(torch.tensor([[0, 1]]), COUNTS[:2])),
     "counts must have one entry for each of the 2 entries of assignment, got 4": (
         lambda: Clusters(torch.tensor([0, 1]), COUNTS)
     ),

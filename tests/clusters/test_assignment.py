@@ -31,8 +31,8 @@ def test_sizes_and_shares_are_those_of_the_definition():
 
 
 def test_an_empty_cluster_and_a_shortlist_of_all_classes_are_described_as_well():
-    gap = Clusters(torch.tensor([0, 2]), torch.ones(2))
-    assert gap.sizes.tolist() == [1, 0, 1] and gap.classes(1).tolist() == []
+    gap = Clusters(torch.tensor([0, 2, 2]), torch.ones(3))
+    assert gap.sizes.tolist() == [1, 0, 2] and gap.classes(1).tolist() == []
     whole = Clusters(torch.full((2,), -1), torch.ones(2))
     assert (whole.num_clusters, whole.shortlist, whole.outputs) == (0, 2, 2)
     assert whole.sizes.tolist() == whole.shares.tolist() == []

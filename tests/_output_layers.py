@@ -12,6 +12,7 @@ from softsphere import (
     FactoredSphericalLoss,
     LinearSphericalLoss,
     LinearSphericalOptions,
+    SampledSoftmaxLoss,
     SphericalLoss,
 )
 
@@ -33,7 +34,11 @@ LOSSES = ("taylor_softmax", "spherical_softmax", "softmax", "taylor_4", "soft_ma
 SPHERICAL = LOSSES[:2]
 
 
-EVERY = [(LinearSphericalLoss, x) for x in LOSSES] + [(FactoredSphericalLoss, x) for x in SPHERICAL]
+EVERY = [
+    *((LinearSphericalLoss, x) for x in LOSSES),
+    *((FactoredSphericalLoss, x) for x in SPHERICAL),
+    (SampledSoftmaxLoss, "softmax"),
+]
 
 
 every_layer = pytest.mark.parametrize(
@@ -44,6 +49,13 @@ every_layer = pytest.mark.parametrize(
 both = pytest.mark.parametrize("kind", [LinearSphericalLoss, FactoredSphericalLoss])
 
 
+# Those and the layer of softmax alone, for what does not depend on the loss.
+KINDS = [LinearSphericalLoss, FactoredSphericalLoss, SampledSoftmaxLoss]
+
+
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
 all_or_some = pytest.mark.parametrize("classes", [None, SOME], ids=["all", "some"])
 
 
@@ -51,8 +63,11 @@ with_prior = pytest.mark.parametrize("prior", [None, COUNTS], ids=["uniform", "p
 
 
 def layer(kind, name="taylor_softmax", engine="auto", dtype=torch.float64, **options):
-    """A layer. A factored one has taken some steps."""
+    """A layer. A factored one has taken some steps, and one of softmax alone has no prior."""
     torch.manual_seed(0)
+    if kind is SampledSoftmaxLoss:
+        options.pop("prior", None)
+        return kind(d, D, num_samples=10, dtype=dtype, **options)
     if kind is LinearSphericalLoss:
         options["options"] = LinearSphericalOptions(engine=engine)
         return kind(d, D, CASES[name][0], dtype=dtype, **options)

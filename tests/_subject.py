@@ -8,7 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softsphere import FactoredSphericalLoss, LinearSphericalLoss, TaylorSoftmaxLoss
+from softsphere import (
+    FactoredSphericalLoss,
+    LinearSphericalLoss,
+    SampledSoftmaxLoss,
+    SphericalLoss,
+)
 from softsphere.optim import FactoredSGD
 
 d, D, m, LR = 5, 23, 6, 0.5
@@ -17,18 +22,29 @@ d, D, m, LR = 5, 23, 6, 0.5
 class Plain(nn.Linear):
     """nn.Linear and a criterion on its outputs."""
 
+    loss = "taylor_softmax"
+
     def forward(self, hidden: Tensor, target: Tensor) -> Tensor:
-        return TaylorSoftmaxLoss()(super().forward(hidden), target)
+        return SphericalLoss(self.loss)(super().forward(hidden), target)
 
     def log_prob(self, hidden: Tensor) -> Tensor:
-        return TaylorSoftmaxLoss().log_prob(super().forward(hidden))
+        return SphericalLoss(self.loss).log_prob(super().forward(hidden))
+
+
+class PlainSoftmax(Plain):
+    loss = "softmax"
 
 
 KINDS: dict[str, Callable[..., nn.Module]] = {
     "plain": lambda **k: Plain(d, D, **k),
     "linear": lambda **k: LinearSphericalLoss(d, D, **k),
     "factored": lambda **k: FactoredSphericalLoss(d, D, **k),
+    "plain softmax": lambda **k: PlainSoftmax(d, D, **k),
+    # with every class as a negative, so that its numbers are those of softmax
+    "sampled": lambda **k: SampledSoftmaxLoss(d, D, num_samples=D, **k),
 }
+# What each kind of output layer is compared with.
+LIKE = {"linear": "plain", "factored": "plain", "sampled": "plain softmax"}
 
 
 class Model(nn.Module):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from _handlings import HANDLINGS
-from _subject import Subject
+from _subject import LIKE, Subject
 
 
 def run(name: str, kind: str) -> dict[str, torch.Tensor]:
@@ -14,10 +14,10 @@ def run(name: str, kind: str) -> dict[str, torch.Tensor]:
     return handling.run(Subject(kind, handling.bias))
 
 
-@pytest.mark.parametrize("kind", ["linear", "factored"])
+@pytest.mark.parametrize("kind", LIKE)
 @pytest.mark.parametrize("name", [n for n, h in HANDLINGS.items() if h.refusal is None])
 def test_numbers_are_those_of_a_linear_layer_and_a_criterion(name, kind):
-    got, want = run(name, kind), run(name, "plain")
+    got, want = run(name, kind), run(name, LIKE[kind])
     assert got.keys() == want.keys()
     for key, value in want.items():
         near = {} if value.dtype == torch.bool else {"rtol": 1e-10, "atol": 1e-10}

@@ -9,7 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from softsphere import FactoredSphericalLoss, LinearSphericalLoss, SphericalLoss
+from softsphere import (
+    FactoredSphericalLoss,
+    LinearSphericalLoss,
+    SampledSoftmaxLoss,
+    SphericalLoss,
+)
 from softsphere.functional import linear_spherical_loss, log_prob, spherical_loss, taylor_softmax
 
 INPUT, TARGET = torch.zeros(4, 3), torch.tensor([0, 1, 2, 0])
@@ -47,6 +52,7 @@ USES: dict[str, Callable[[Any], Any]] = {
     ),
     "hidden of LinearSphericalLoss": lambda x: LinearSphericalLoss(3, 5)(x, TARGET),
     "hidden of FactoredSphericalLoss": lambda x: FactoredSphericalLoss(3, 5)(x, TARGET),
+    "hidden of SampledSoftmaxLoss": lambda x: SampledSoftmaxLoss(3, 5)(x, TARGET),
     "hidden of predict": lambda x: LinearSphericalLoss(3, 5).predict(x),
 }
 
@@ -66,6 +72,7 @@ FORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "linear_spherical_loss": lambda t: linear_spherical_loss(INPUT, W, t, "z_loss"),
     "LinearSphericalLoss": lambda t: LinearSphericalLoss(3, 5)(INPUT, t),
     "FactoredSphericalLoss": lambda t: FactoredSphericalLoss(3, 5)(INPUT, t),
+    "SampledSoftmaxLoss": lambda t: SampledSoftmaxLoss(3, 5)(INPUT, t),
 }
 TARGETS: dict[str, Callable[[], Tensor]] = {
     "sparse": TARGET.to_sparse,

@@ -15,14 +15,15 @@ from _output_layers import (
     SOME,
     D,
     all_or_some,
-    both,
     d,
+    every_kind,
     layer,
     rows,
 )
 from softsphere import (
     FactoredSphericalLoss,
     LinearSphericalLoss,
+    SampledSoftmaxLoss,
     SphericalLoss,
 )
 from softsphere.criteria import TopK
@@ -33,6 +34,13 @@ ASKED = {
     "predict": lambda head, hidden, some: head.predict(hidden),
     "topk": lambda head, hidden, some: head.topk(hidden, 3),
 }
+
+
+EXPORTED = [
+    (LinearSphericalLoss, "taylor_softmax"),
+    (LinearSphericalLoss, "softmax"),
+    (SampledSoftmaxLoss, "softmax"),
+]
 
 
 class Asked(nn.Module):
@@ -56,9 +64,9 @@ def exported(module, shape, strict):
 
 @pytest.mark.parametrize("strict", [False, True], ids=["traced", "strict"])
 @pytest.mark.parametrize("what", ASKED)
-@pytest.mark.parametrize("name", ["taylor_softmax", "softmax"])
-def test_an_exported_layer_takes_batches_of_any_size(name, what, strict):
-    module = Asked(layer(LinearSphericalLoss, name, prior=COUNTS), what)
+@pytest.mark.parametrize(("kind", "name"), EXPORTED)
+def test_an_exported_layer_takes_batches_of_any_size(kind, name, what, strict):
+    module = Asked(layer(kind, name, prior=COUNTS), what)
     program = exported(module, (4,), strict)
     nodes = [node for node in program.graph.nodes if node.op == "call_function"]
     assert all(node.target.__module__ != "torch.ops.softsphere" for node in nodes)
@@ -149,16 +157,9 @@ def _forget():
 
 @pytest.mark.usefixtures("_forget")
 @all_or_some
-@pytest.mark.parametrize(
-    ("kind", "name"),
-    [
-        (LinearSphericalLoss, "taylor_softmax"),
-        (LinearSphericalLoss, "softmax"),
-        (FactoredSphericalLoss, "taylor_softmax"),
-    ],
-)
+@pytest.mark.parametrize(("kind", "name"), [*EXPORTED, (FactoredSphericalLoss, "taylor_softmax")])
 def test_a_compiled_layer_has_the_same_gradients(kind, name, classes):
-    head, whole = layer(kind, name, prior=COUNTS), kind is LinearSphericalLoss
+    head, whole = layer(kind, name, prior=COUNTS), kind is not FactoredSphericalLoss
 
     def log_prob(hidden):
         return head.log_prob(hidden, classes)
@@ -177,14 +178,14 @@ def test_a_compiled_layer_has_the_same_gradients(kind, name, classes):
 
 
 @pytest.mark.usefixtures("_forget")
-@both
+@every_kind
 def test_compiled_predictions(kind):
     head = layer(kind, prior=COUNTS)
 
     def predictions(hidden, target):
         return head.predict(hidden), head.topk(hidden, 3), head.rank(hidden, target)
 
-    whole = kind is LinearSphericalLoss
+    whole = kind is not FactoredSphericalLoss
     compiled = torch.compile(predictions, backend="aot_eager", fullgraph=whole)
     for m in (4, 9, 1):
         given = rows(m), torch.arange(m)

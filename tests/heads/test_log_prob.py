@@ -18,8 +18,8 @@ from _output_layers import (
     Largest,
     OnLogits,
     all_or_some,
-    both,
     d,
+    every_kind,
     every_layer,
     layer,
     parts,
@@ -81,7 +81,7 @@ def test_a_prior_of_less_precision_is_that_of_the_criterion(classes):
 
 
 @all_or_some
-@both
+@every_kind
 def test_a_frozen_weight_leaves_the_gradient_of_hidden(kind, classes):
     head, hidden = layer(kind, prior=COUNTS), rows(4)
     want = torch.autograd.grad(OnLogits(head)(hidden, classes).square().sum(), hidden)
@@ -90,7 +90,7 @@ def test_a_frozen_weight_leaves_the_gradient_of_hidden(kind, classes):
     torch.testing.assert_close(got, want, **CLOSE)
 
 
-@both
+@every_kind
 def test_hidden_without_a_gradient_leaves_that_of_the_weight(kind):
     head = layer(kind)
     head.log_prob(rows(4).detach()).square().sum().backward()
@@ -117,7 +117,7 @@ def test_log_prob_of_some_classes_makes_no_table_of_all_to_be_differentiated():
 
 
 @pytest.mark.parametrize("why", ["no_grad", "inference", "frozen"])
-@both
+@every_kind
 def test_without_a_gradient_one_table_is_made_and_the_rest_streamed(kind, why):
     head, hidden = layer(kind, prior=COUNTS), rows(5)
     want = head.log_prob(hidden).detach()
@@ -209,7 +209,7 @@ def test_gradients_join_those_that_accumulate():
 
 
 @all_or_some
-@both
+@every_kind
 def test_gradients_have_the_same_digits_under_autocast(kind, classes):
     head = layer(kind, dtype=torch.float32)
     grads = []
@@ -303,7 +303,7 @@ def test_transforms_are_those_of_the_logits(kind, name, classes, transform, trai
     torch.testing.assert_close(got, want, **CLOSE)
 
 
-@both
+@every_kind
 def test_predictions_can_be_mapped(kind):
     head, hidden = layer(kind, prior=COUNTS), rows(5).detach()
     read_in_chunks(head, 7)

@@ -16,6 +16,7 @@ from _output_layers import (
     all_or_some,
     both,
     d,
+    every_kind,
     every_layer,
     layer,
     rows,
@@ -24,6 +25,7 @@ from _reading import read_in_chunks
 from softsphere import (
     FactoredSphericalLoss,
     LinearSphericalLoss,
+    SampledSoftmaxLoss,
     SphericalLoss,
     losses,
 )
@@ -54,7 +56,7 @@ def test_an_empty_batch_has_a_gradient_of_zero(kind, name, classes):
     assert all(not x.grad.any() for x in head.parameters())
 
 
-@both
+@every_kind
 def test_no_classes_at_all_and_a_single_row(kind):
     head = layer(kind)
     assert head.log_prob(rows(3), SOME[:0]).shape == (3, 0)
@@ -62,7 +64,7 @@ def test_no_classes_at_all_and_a_single_row(kind):
     assert head.predict(rows()).shape == ()
 
 
-@both
+@every_kind
 def test_classes_are_a_list(kind):
     for classes in (SOME.view(2, 2), SOME[0]):
         with pytest.raises(ValueError, match=r"classes must have shape \(n,\)"):
@@ -175,10 +177,10 @@ INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torc
 
 
 @pytest.mark.parametrize("dtype", INTEGERS)
-@both
+@every_kind
 def test_classes_and_targets_may_be_of_any_integer_dtype(kind, dtype):
     """They are as in forward. In particular uint8 is not a mask."""
-    head, hidden = layer(kind, prior=COUNTS), rows(4)
+    head, hidden = layer(kind, prior=COUNTS).eval(), rows(4)
     target = torch.tensor([0, 1, 30, 5])
     other = target.to(dtype)
     torch.testing.assert_close(head(hidden, other), head(hidden, target), rtol=0, atol=0)
@@ -192,7 +194,7 @@ def test_classes_and_targets_may_be_of_any_integer_dtype(kind, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.complex64])
-@both
+@every_kind
 def test_classes_and_targets_are_integers(kind, dtype):
     head, hidden = layer(kind), rows(4)
     wrong = torch.ones(4, dtype=dtype)
@@ -283,7 +285,7 @@ def test_nan_scores_rank_last(kind, name):
         assert torch.equal(head.rank(hidden, torch.full((9,), target)), want)
 
 
-@both
+@every_kind
 def test_a_row_of_nan_has_some_class_and_the_last_rank(kind):
     head, hidden = layer(kind), torch.full((2, d), torch.nan).double()
     assert ((head.predict(hidden) >= 0) & (head.predict(hidden) < D)).all()
@@ -331,10 +333,10 @@ def test_a_large_common_part_that_the_bias_cancels_costs_no_digits(kind, size, s
     torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=1e-5)
 
 
-def twins(kind, many, prior=None):
+def twins(kind, many, **options):
     """A layer whose classes all have the same row of W."""
     torch.manual_seed(0)
-    head = kind(64, many, prior=prior)
+    head = kind(64, many, **options)
     state = {"weight": torch.randn(64).repeat(many, 1), "bias": torch.full((many,), 0.3)}
     head.load_state_dict(state, strict=False)
     read_in_chunks(head, 300)
@@ -342,7 +344,7 @@ def twins(kind, many, prior=None):
 
 
 @pytest.mark.parametrize("many", [1000, 1003])
-@both
+@every_kind
 def test_classes_with_equal_rows_all_rank_first(kind, many):
     """Products with equal rows may differ in their last digits, and so may scores."""
     head, hidden = twins(kind, many), torch.randn(40, 64)
@@ -415,8 +417,9 @@ def test_a_class_cannot_be_forbidden_by_a_bias(kind, name, value, ask):
         asked[ask]()
 
 
-def test_a_softmax_may_forbid_a_class_by_its_bias():
-    head = LinearSphericalLoss(d, D, "softmax")
+@pytest.mark.parametrize("kind", [LinearSphericalLoss, SampledSoftmaxLoss])
+def test_a_softmax_may_forbid_a_class_by_its_bias(kind):
+    head = layer(kind, "softmax", dtype=torch.float32)
     with torch.no_grad():
         head.bias[5] = -torch.inf
     hidden = torch.randn(4, d)

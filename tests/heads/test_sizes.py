@@ -16,13 +16,16 @@ from softsphere import (
     FactoredSphericalLoss,
     LinearSphericalLoss,
     LinearSphericalOptions,
+    SampledSoftmaxLoss,
     SphericalLoss,
 )
 from softsphere.losses import REGISTRY
 from softsphere.matrix import FactoredTensor
 
 d, D, MORE = 6, 30, 40
-both = pytest.mark.parametrize("kind", [LinearSphericalLoss, FactoredSphericalLoss])
+KINDS = [LinearSphericalLoss, FactoredSphericalLoss, SampledSoftmaxLoss]
+every_kind = pytest.mark.parametrize("kind", KINDS)
+both = pytest.mark.parametrize("kind", KINDS[:2])
 
 
 # How a vocabulary grows: transformers gives the parameter new data, or the layer a new parameter.
@@ -191,7 +194,7 @@ BAD_DTYPES = [torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn, "fl
 
 
 @pytest.mark.parametrize("dtype", BAD_DTYPES, ids=str)
-@both
+@every_kind
 def test_a_dtype_without_weights_is_refused_at_once(kind, dtype):
     with pytest.raises(TypeError, match=r"dtype must be .*torch.float32.*got"):
         kind(d, D, dtype=dtype)
@@ -220,9 +223,6 @@ WRONG = {
 }
 
 
-KINDS = [LinearSphericalLoss, FactoredSphericalLoss]
-
-
 @pytest.mark.parametrize(
     ("kind", "case"),
     [
@@ -238,14 +238,14 @@ def test_a_wrong_option_is_refused_at_once(kind, case):
         kind(d, D, **options)
 
 
-@both
+@every_kind
 def test_sizes_are_integers_of_any_kind(kind):
     head = kind(np.int64(d), np.int32(D), ignore_index=np.int64(-1))
     assert (type(head.in_features), type(head.num_classes)) == (int, int)
     hidden, target = torch.randn(3, d), torch.tensor([0, -1, 5])
     want = kind(d, D, ignore_index=-1)
     want.load_state_dict(head.state_dict())
-    torch.testing.assert_close(head(hidden, target), want(hidden, target))
+    torch.testing.assert_close(head.eval()(hidden, target), want.eval()(hidden, target))
     for wrong in (0, True, 2.0, None, torch.ones(2)):
         for sizes in ((wrong, D), (d, wrong)):
             with pytest.raises((TypeError, ValueError), match=r"(in_features|num_classes) must be"):
@@ -261,7 +261,7 @@ CALLS = {
 
 
 @pytest.mark.parametrize("words", CALLS)
-@both
+@every_kind
 def test_errors_name_the_arguments_of_the_layer(kind, words):
     head, (hidden, target) = kind(d, D), CALLS[words]
     asked = [head, head.rank]
@@ -280,14 +280,14 @@ def test_a_dtype_that_differs_is_named_as_the_layer_names_it():
 
 
 @pytest.mark.parametrize("ask", [x for x in ASKED if x != "accumulate"])
-@both
+@every_kind
 def test_tensors_on_different_devices_are_named(kind, ask):
     head, away = kind(d, D), torch.empty(2, d, device="meta")
     with pytest.raises(ValueError, match=r"must be on the device of .*(meta.*cpu|cpu.*meta)"):
         ASKED[ask](head, away)
 
 
-@both
+@every_kind
 def test_targets_on_another_device_are_named(kind):
     head, hidden, away = (
         kind(d, D),
@@ -301,7 +301,7 @@ def test_targets_on_another_device_are_named(kind):
         head.log_prob(hidden, away)
 
 
-@both
+@every_kind
 def test_no_row_is_ignored_with_none(kind):
     head, hidden = kind(d, D, ignore_index=None), torch.ones(2, d)
     head(hidden, torch.tensor([0, 1]))
@@ -322,11 +322,12 @@ WRONG_KINDS = {
 
 @pytest.mark.parametrize("ask", ["forward", "log_prob", "some", "topk", "predict", "rank"])
 @pytest.mark.parametrize("case", WRONG_KINDS)
-def test_a_replaced_parameter_of_another_kind_is_refused_everywhere(case, ask):
-    name, kind, words = WRONG_KINDS[case]
-    head = LinearSphericalLoss(d, D)
+@pytest.mark.parametrize("kind", [LinearSphericalLoss, SampledSoftmaxLoss])
+def test_a_replaced_parameter_of_another_kind_is_refused_everywhere(kind, case, ask):
+    name, other, words = WRONG_KINDS[case]
+    head = kind(d, D)
     value = getattr(head, name).detach()
-    value = value.to_sparse() if kind is torch.sparse_coo else value.to(kind)
+    value = value.to_sparse() if other is torch.sparse_coo else value.to(other)
     setattr(head, name, nn.Parameter(value, requires_grad=False))
     hidden, target = torch.randn(3, d), torch.arange(3)
     asked = {

@@ -126,7 +126,7 @@ class SampledSoftmaxLoss(OutputLayer):
         self.loss = Softmax()
         self.sampler = sampler
         self._sampler: Sampler = sampler_of(sampler, num_classes, num_samples, counts, power)
-        self.num_samples, self.power = num_samples, power
+        self.num_samples, self.power = checks.integer("num_samples", num_samples), power
         given = Conventions.checked(self.loss, reduction=reduction, ignore_index=ignore_index)
         self.reduction, self.ignore_index = given.reduction, given.ignore_index
         made: dict[str, Any] = {"device": device, "dtype": dtype}

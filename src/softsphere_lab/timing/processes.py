@@ -23,13 +23,13 @@ from softsphere_lab.errors import LabError
 from softsphere_lab.timing.clock import Effort, step_times
 from softsphere_lab.timing.linear_losses import LINEAR_LOSSES, ForwardBackward
 from softsphere_lab.timing.setting import Setting
-from softsphere_lab.timing.training_steps import CHUNKED, LAYERS
+from softsphere_lab.timing.training_steps import CHUNKED, CLUSTERS, LAYERS
 
 __all__ = ["FORWARD_BACKWARD", "TRAINING_STEP", "Measured", "TookTooLongError", "measure"]
 
 TRAINING_STEP, FORWARD_BACKWARD = "training step", "forward and backward"
 KINDS: Mapping[str, Mapping[str, Callable[[Setting], Any]]] = {
-    TRAINING_STEP: {**LAYERS, **CHUNKED},
+    TRAINING_STEP: {**LAYERS, **CHUNKED, **CLUSTERS},
     FORWARD_BACKWARD: LINEAR_LOSSES,
 }
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from softsphere import (
+    ClusteredLoss,
     FactoredSphericalLoss,
     LinearSphericalLoss,
     LinearSphericalOptions,
@@ -22,12 +23,25 @@ from softsphere.optim import FactoredSGD
 from softsphere_lab.models.baselines import AdaptiveSoftmax, HierarchicalSoftmax
 from softsphere_lab.timing.setting import Setting
 
-__all__ = ["CHUNKED", "CORE", "FACTORED", "GRAM", "LAYERS", "Step", "factored", "obstacle"]
+__all__ = [
+    "CHUNKED",
+    "CLUSTERED",
+    "CLUSTERS",
+    "CORE",
+    "FACTORED",
+    "GRAM",
+    "LAYERS",
+    "Step",
+    "clustered",
+    "factored",
+    "obstacle",
+]
 
 RATE = 0.01
 LOSS = "taylor_softmax"
 FACTORED = "factored Taylor (ours)"
 GRAM = "linear Taylor, gram (ours)"
+CLUSTERED = "clustered Taylor (ours)"
 CORE = "softmax, core fused"
 # The share of the machine's memory that a layer may take.
 SHARE = 0.8
@@ -108,6 +122,23 @@ def _sampled(setting: Setting) -> Step:
     return _sgd(SampledSoftmaxLoss(setting.d, setting.D, num_samples=1024, bias=False, sparse=True))
 
 
+def clustered(setting: Setting, leaf: str = LOSS, *, sparse: bool = True) -> Step:
+    """A shortlist of 2,000 classes, and clusters of equal sizes and nearly equal frequencies."""
+    shortlist = min(2_000, setting.D // 2)
+    number = 256 if setting.D < 500_000 else 1_024
+    assignment = (torch.arange(setting.D) - shortlist) % min(number, setting.D - shortlist)
+    assignment[:shortlist] = -1
+    counts = 1 / torch.arange(1, setting.D + 1, dtype=torch.float64)
+    head = ClusteredLoss(setting.d, setting.D, assignment, leaf=leaf, counts=counts, sparse=sparse)
+    return _sgd(head)
+
+
+def _adaptive_of_wikipedia(setting: Setting) -> Step:
+    """With the cutoffs 2,000, 10,000 and 40,000, as far as there are so many classes."""
+    cutoffs = [cut for cut in (2_000, 10_000, 40_000) if cut < setting.D]
+    return _sgd(AdaptiveSoftmax(setting.d, setting.D, cutoffs=cutoffs or [1], bias=False))
+
+
 def _hierarchical(setting: Setting) -> Step:
     return _sgd(HierarchicalSoftmax(setting.d, setting.D, bias=False, sparse=True))
 
@@ -124,6 +155,14 @@ LAYERS: Mapping[str, Callable[[Setting], Step]] = {
 # Those among which the best chunk of PyTorch's fused softmax is looked for.
 CHUNKED: Mapping[str, Callable[[Setting], Step]] = {
     f"{CORE}, chunk {chunk}": partial(_core, chunk=chunk) for chunk in (25, 50, 100, 200)
+}
+
+# Clustered layers, and the adaptive softmax that they are compared with besides those above.
+CLUSTERS: Mapping[str, Callable[[Setting], Step]] = {
+    CLUSTERED: clustered,
+    "clustered softmax (ours)": partial(clustered, leaf="softmax"),
+    "clustered Taylor, dense gradient (ours)": partial(clustered, sparse=False),
+    "adaptive softmax, cutoffs 2000, 10000, 40000": _adaptive_of_wikipedia,
 }
 
 

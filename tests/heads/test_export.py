@@ -33,6 +33,9 @@ ASKED = {
     "some": lambda head, hidden, some: head.log_prob(hidden, some),
     "predict": lambda head, hidden, some: head.predict(hidden),
     "topk": lambda head, hidden, some: head.topk(hidden, 3),
+    "excluding": lambda head, hidden, some: head.topk(
+        hidden, 3, some.expand(*hidden.shape[:-1], -1)
+    ),
 }
 
 
@@ -183,7 +186,8 @@ def test_compiled_predictions(kind):
     head = layer(kind, prior=COUNTS)
 
     def predictions(hidden, target):
-        return head.predict(hidden), head.topk(hidden, 3), head.rank(hidden, target)
+        left = head.topk(hidden, 3, exclude=target.unsqueeze(1))
+        return head.predict(hidden), head.topk(hidden, 3), left, head.rank(hidden, target)
 
     whole = kind is not FactoredSphericalLoss
     compiled = torch.compile(predictions, backend="aot_eager", fullgraph=whole)

@@ -36,6 +36,7 @@ from softsphere.checks.inputs import (
 from softsphere.checks.kinds import dense, floating
 from softsphere.checks.labels import (
     classes,
+    excluded,
     indices,
     masked_targets,
     probability_rows,
@@ -76,6 +77,7 @@ __all__ = [
     "classes",
     "dense",
     "even_order",
+    "excluded",
     "finite",
     "flag",
     "floating",

@@ -117,16 +117,38 @@ def rows_target(rows: torch.Size, target: Any, name: str = "hidden") -> None:
         )
 
 
-def classes(value: Any, num_classes: int, name: str = "classes") -> Tensor:
-    """Returns class indices of any integer dtype as int64, every one in [0, D)."""
+def classes(
+    value: Any, num_classes: int, name: str = "classes", padding: int | None = None
+) -> Tensor:
+    """Returns class indices of any integer dtype as int64, every one in [0, D) or the padding."""
     if not is_integer(value):
         came = value.dtype if isinstance(value, Tensor) else repr(value)
         raise TypeError(f"{name} must be a tensor of class indices (torch.int64), got {came}")
     dense(name, value)
     found: Tensor = value.long()
+    spared = "" if padding is None else f" or {padding} for padding"
     if values_on_cpu(found) and found.numel():
-        low, high = int(found.min()), int(found.max())
-        if low < 0 or high >= num_classes:
-            bad = low if low < 0 else high
-            raise ValueError(f"{name} must be in [0, {num_classes}), got {bad}")
+        real = found if padding is None else found[found != padding]
+        bad = real[(real < 0) | (real >= num_classes)]
+        if len(bad):
+            raise ValueError(f"{name} must be in [0, {num_classes}){spared}, got {int(bad[0])}")
+    return found
+
+
+def excluded(value: Any, rows: torch.Size, num_classes: int, k: int) -> Tensor:
+    """Returns the classes (…, n) that rows (…) leave out, −1 for none, as int64.
+
+    Raises ValueError if a row might have fewer than k classes left.
+    """
+    found = classes(value, num_classes, "exclude", padding=-1)
+    if found.dim() != len(rows) + 1 or found.shape[:-1] != rows:
+        raise ValueError(
+            f"exclude must have shape (…, n) for rows {tuple(rows)} of hidden, "
+            f"got {tuple(found.shape)}"
+        )
+    if k + found.shape[-1] > num_classes:
+        raise ValueError(
+            f"exclude must leave at least k = {k} of the {num_classes} classes in every row, got "
+            f"{found.shape[-1]} entries a row; pass a smaller k, or less padding"
+        )
     return found

@@ -116,7 +116,7 @@ class OutputLayer(nn.Module, ABC):
 
     @_without_gradient
     @_without_autocast
-    def topk(self, hidden: Tensor, k: int) -> TopK:
+    def topk(self, hidden: Tensor, k: int, exclude: Tensor | None = None) -> TopK:
         """Returns the k best classes of each row, best first, without a gradient.
 
         The values are log-probabilities, or the outputs for a loss that is not a distribution. The
@@ -125,17 +125,25 @@ class OutputLayer(nn.Module, ABC):
         Args:
             hidden: (…, d), floating-point.
             k: from 1 to D.
+            exclude: (…, n) class indices of any integer dtype that each row leaves out, padded with
+                −1: the items that a user knows already, for example. k + n ≤ D, so that every row
+                has k classes left. It changes no probability.
 
         Returns `TopK` of values and indices, (…, k) each.
 
-        Raises ValueError or TypeError for arguments of a wrong shape or kind, and for infinite
-        outputs as described at the class.
+        Raises ValueError or TypeError for arguments of a wrong shape or kind, ValueError if
+        k + n > D, and for infinite outputs as described at the class.
         """
         reader = self._reader()
         reader.check(hidden)
         k = checks.number_of_best("k", k, reader.num_classes)
+        if exclude is not None:
+            exclude = checks.excluded(exclude, hidden.shape[:-1], reader.num_classes, k)
+            checks.same_device("exclude", exclude, "hidden", hidden)
         H = reader.rows_of(hidden)
-        best, index = reader.topk(H, k)
+        if exclude is not None:
+            exclude = exclude.reshape(H.shape[0], exclude.shape[-1])
+        best, index = reader.topk(H, k, exclude)
         best = best - reader.check_normaliser(H, reader.log_normaliser(H)).unsqueeze(1)
         shape = (*hidden.shape[:-1], k)
         return TopK(best.view(shape), index.view(shape))

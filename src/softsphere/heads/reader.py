@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from softsphere import checks
 from softsphere._torch import values_on_cpu
@@ -110,19 +110,56 @@ class Reader(ABC):
                 self.ranked(scores)
         return log_norm
 
-    def topk(self, H: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def topk(self, H: Tensor, k: int, exclude: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The k best scores of each row, best first, and their classes: (m, k) each.
 
-        NaN scores rank last.
+        NaN scores rank last. The classes exclude (m, n) of a row, −1 for none, are not among them.
         """
         best = H.new_empty(H.shape[0], 0)
         index = torch.empty(H.shape[0], 0, dtype=torch.long, device=H.device)
         for part, scores in self.chunks_of_scores(H):
-            values, places = _best(self.ranked(scores), k)
+            scores = self.ranked(scores)
+            if exclude is not None:
+                scores = _excluding(scores, self._places(part, exclude))
+            values, places = _best(scores, k)
             best, order = _best(torch.cat([best, values], 1), k)
             classes = part[places] if isinstance(part, Tensor) else places + part.start
             index = torch.cat([index, classes], 1).gather(1, order)
-        return best, index
+        return (best if exclude is None else _original(best)), index
+
+    def _places(self, part: Tensor | slice, classes: Tensor) -> Tensor:
+        """Where the given classes, −1 for none, are within a part of all classes.
+
+        It is outside the part for other classes.
+        """
+        if isinstance(part, slice):
+            start: int = part.start
+            return classes - start
+        place = torch.full((self.num_classes + 1,), -1, device=part.device)
+        place[part] = torch.arange(len(part), device=part.device)
+        return place[classes]  # −1 looks at the last entry, which is that of no class
+
+
+def _excluding(scores: Tensor, places: Tensor) -> Tensor:
+    """Scores (m, n) that are NaN at the given places (m, ·) of each row.
+
+    NaN ranks last, so scores that are NaN become −∞ here, and those of −∞ the lowest number; see
+    `_original`. Places outside [0, n) are other classes or padding.
+    """
+    n = scores.shape[1]
+    # A column beyond the scores, which is taken off again.
+    spare = torch.where((places >= 0) & (places < n), places, n)
+    lowest = torch.finfo(scores.dtype).min
+    others = torch.nan_to_num(scores, nan=-torch.inf, posinf=torch.inf, neginf=lowest)
+    marked = nn.functional.pad(others, (0, 1)).scatter(1, spare, torch.nan)
+    return marked.narrow(1, 0, n)
+
+
+def _original(scores: Tensor) -> Tensor:
+    """Scores as they were before `_excluding`."""
+    lowest = torch.finfo(scores.dtype).min
+    found = torch.where(scores == -torch.inf, torch.nan, scores)
+    return torch.where(scores == lowest, -torch.inf, found)
 
 
 def _best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:

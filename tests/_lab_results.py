@@ -12,7 +12,8 @@ STUDIES = {
     if isinstance(experiment, StudyReproduction)
 }
 # The reproductions on text whose outputs are layers with losses.
-ON_TEXT = ("ptb", "wikipedia", "ablation", "classes", "clusters")
+ON_TEXT = ("ptb", "wikipedia", "ablation", "classes", "clusters", "clusters_wikipedia",
+           "clusters_lstm")  # fmt: skip
 DATA = {"words": 10, "train": 100, "test": 50}
 
 

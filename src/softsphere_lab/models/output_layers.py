@@ -10,7 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from softsphere.engines.options import LinearSphericalOptions
-from softsphere.heads import FactoredSphericalLoss, LinearSphericalLoss, SampledSoftmaxLoss
+from softsphere.heads import (
+    ClusteredLoss,
+    FactoredSphericalLoss,
+    LinearSphericalLoss,
+    SampledSoftmaxLoss,
+)
 from softsphere.losses import Spherical
 from softsphere.optim import FactoredSGD
 from softsphere_lab.errors import LabError
@@ -45,7 +50,10 @@ class Output:
     activation: those of the n-gram model. classes: how many of the commonest words are told apart;
     None means all. samples, sampler: those of sampled softmax, whose bias begins with the
     logarithms of the word frequencies if prior is True. cutoffs, div_value: those of adaptive
-    softmax. For all of these None means the default.
+    softmax. clusters: how many clusters the words outside the shortlist make, each a distribution
+    of its own with their frequencies as the base measure. shortlist: how many of the commonest
+    words are in no cluster. by: "frequency" for clusters of words that are about as common; None
+    for clusters by meaning. For all of these None means the default.
     """
 
     loss: str
@@ -60,8 +68,12 @@ class Output:
     sampler: str | None = None
     cutoffs: tuple[int, ...] | None = None
     div_value: float | None = None
+    clusters: int | None = None
+    shortlist: int | None = None
+    by: str | None = None
 
     def __post_init__(self) -> None:
+        self._check_clusters()
         for name, loss in _MEANT_FOR.items():
             if getattr(self, name) is not None and self.loss != loss:
                 raise LabError(f"{name} is for {loss}, got it for {self.loss}; leave it out")
@@ -69,6 +81,20 @@ class Output:
         for name, possible in taken.items():
             if getattr(self, name) and self.loss in BASELINES and not possible:
                 raise LabError(f"{name} has no meaning for {self.loss}; leave it out")
+
+    def _check_clusters(self) -> None:
+        """Raises LabError for what clusters cannot be, or have no meaning together with."""
+        if self.by not in (None, "frequency"):
+            raise LabError(f"by must be frequency or left out, got {self.by!r}")
+        if self.clusters is None:
+            if self.shortlist is not None or self.by is not None:
+                raise LabError("shortlist and by are for an output layer with clusters; add them")
+            return
+        if self.loss in BASELINES:
+            raise LabError(f"clusters have no meaning for {self.loss}; leave them out")
+        for name in ("prior", "factored", "classes"):
+            if getattr(self, name):
+                raise LabError(f"{name} has no meaning for an output layer with clusters")
 
     def __str__(self) -> str:
         """Returns the name that `parse` reads.
@@ -121,6 +147,8 @@ class Output:
         """How the layer is computed, as the record says it."""
         if self.spec is None:
             return self.loss
+        if self.clusters is not None:
+            return "clusters"
         if self.factored:
             return "factored"
         return "gram" if isinstance(self.spec.loss(), Spherical) else "logits"
@@ -186,18 +214,24 @@ _MEANT_FOR = {
 
 
 def layer(
-    output: Output, width: int, counts: Tensor, device: str
+    output: Output, width: int, counts: Tensor, device: str, assignment: Tensor | None = None
 ) -> tuple[nn.Module, torch.optim.Optimizer | None]:
     """Returns the layer and its own optimizer, which is None if AdamW steps it with the network.
 
-    Every layer but the baselines begins with the weights of the same nn.Linear; squared error
-    begins with smaller ones.
+    Every layer but the baselines and those with clusters begins with the weights of the same
+    nn.Linear; squared error begins with smaller ones.
 
     output: a layer with nothing left to search for. counts: (D) how often each class occurs.
+    assignment: (D) the cluster of each class, −1 for the shortlist, where the layer has clusters.
     """
     D = len(counts)
     if output.spec is None:
         return BASELINES[output.loss](output, width, counts).to(device), None
+    if output.clusters is not None:
+        if assignment is None:
+            raise ValueError(f"{output} needs the assignment of the classes to its clusters")
+        clustered = ClusteredLoss(width, D, assignment, leaf=output.spec.loss(), counts=counts)
+        return clustered.to(device), None
     linear = nn.Linear(width, D)
     with torch.no_grad():
         for parameter in linear.parameters():

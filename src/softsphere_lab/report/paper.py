@@ -38,10 +38,23 @@ def label(name: str) -> str:
 
     >>> label("taylor_softmax prior factored depth=2")
     'log-Taylor softmax, base measure, factored, SGD, depth 2'
+    >>> label("softmax clusters=16 shortlist=100 by=frequency")
+    'softmax, 16 clusters, shortlist 100, by frequency'
     """
     loss, *words = name.split()
-    rest = [WORDS.get(word, word.replace("=", " ")) for word in words]
-    return ", ".join([LABELS.get(loss, loss), *rest])
+    return ", ".join([LABELS.get(loss, loss), *map(_phrase, words)])
+
+
+def _phrase(word: str) -> str:
+    """Returns a word of a name in a table.
+
+    >>> _phrase("prior"), _phrase("clusters=1"), _phrase("div_value=1.0")
+    ('base measure', 'one cluster', 'div_value 1')
+    """
+    key, _, value = word.removesuffix(".0").partition("=")
+    if key == "clusters":
+        return "one cluster" if value == "1" else f"{value} clusters"
+    return WORDS.get(word, f"{key} {value}" if value else key)
 
 
 def reported_cell(dataset: str, name: str) -> str:

@@ -109,6 +109,10 @@ class Study(ABC):
     def load(self) -> Any:
         """Loads the data. Each process does so for itself."""
 
+    def furnished(self, data: Any, folder: Path) -> Any:
+        """Returns the data with what is made from it once, and kept in the folder of a record."""
+        return data
+
     @abstractmethod
     def train(
         self, task: Task, data: Any, kept: Checkpoint, on_epoch: OnEpoch

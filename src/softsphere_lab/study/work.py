@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from os import _exit
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ def work(study: Study, data: Any, record: Record, console: Console, jobs: int = 
 
     data: what `study.load` returns. With several jobs each process loads the data for itself.
     """
+    data = study.furnished(data, record.folder)
     searches = any(study.space(name).size > 1 for name in study.names)
     with Phases(console, searches) as phases:
 
@@ -103,7 +105,7 @@ def _run_in_processes(study: Study, record: Record, jobs: int) -> Iterator[Done]
         jobs,
         get_context("spawn"),
         initializer=_begin_process,
-        initargs=(study, theirs, torch.get_num_threads()),
+        initargs=(study, record.folder, theirs, torch.get_num_threads()),
     )
     running: dict[Future[tuple[list[Line], Line]], Task] = {}
     try:
@@ -146,13 +148,13 @@ def _interrupts_held_back() -> Iterator[None]:
 process_state: dict[str, Any] = {}
 
 
-def _begin_process(study: Study, lifeline: Connection, threads: int) -> None:
+def _begin_process(study: Study, folder: Path, lifeline: Connection, threads: int) -> None:
     """Is called once in each process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, args=(lifeline,), daemon=True).start()
     torch.set_num_threads(threads)
     try:
-        process_state.update(study=study, data=study.load())
+        process_state.update(study=study, data=study.furnished(study.load(), folder))
     except Exception as error:
         # The first task raises it: a pool says of a process that fails here only that it is broken.
         process_state["failure"] = error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import cast
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from softsphere_lab.data.similarity import Pair, spearman
 from softsphere_lab.data.text import Text
 from softsphere_lab.models.output_layers import Output, Ranks, layer
+from softsphere_lab.models.text_clusters import Assignments, assignment_name
 from softsphere_lab.models.text_networks import LSTM, ngram_network
 from softsphere_lab.records.folder import Line
 from softsphere_lab.training.rates import cosine
@@ -77,7 +78,7 @@ class Setup:
         >>> [key for key in Setup(warm_up=0.1).config() if key in LATER]
         ['warm_up']
         """
-        default = {field.name: field.default for field in fields(self)}
+        default = {each.name: each.default for each in fields(self)}
         return {
             key: value
             for key, value in asdict(self).items()
@@ -87,10 +88,14 @@ class Setup:
 
 @dataclass(frozen=True)
 class Data:
-    """A text, and pairs of words whose similarity people have judged."""
+    """A text, and pairs of words whose similarity people have judged.
+
+    assignments: the clusters of the words, for output layers that have some.
+    """
 
     text: Text
     pairs: dict[str, list[Pair]]
+    assignments: Assignments = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -137,13 +142,22 @@ class LanguageRun(Run[Epoch]):
 
     epoch_type = Epoch
 
-    def __init__(self, data: Text, output: Output, lr: float, seed: int, setup: Setup) -> None:
+    def __init__(
+        self,
+        data: Text,
+        output: Output,
+        lr: float,
+        seed: int,
+        setup: Setup,
+        assignments: Assignments | None = None,
+    ) -> None:
         torch.manual_seed(seed)
         self.output, self.clip = output, setup.clip
         self.examples = _examples(data, output, setup)
         self.model = _network(len(data.words), output, setup).to(setup.device)
         counts = data.counts if output.classes is None else data.cut(output.classes).counts
-        self.head, own = layer(output, setup.width, counts, setup.device)
+        assignment = (assignments or {}).get(assignment_name(output))
+        self.head, own = layer(output, setup.width, counts, setup.device, assignment)
         parameters = [*self.model.parameters(), *([] if own else self.head.parameters())]
         # without decay this is Adam; it is fused, since the embeddings have most of the parameters
         shared = torch.optim.AdamW(

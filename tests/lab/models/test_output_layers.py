@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from softsphere import SampledSoftmaxLoss
+from softsphere import ClusteredLoss, SampledSoftmaxLoss
 from softsphere_lab.errors import LabError
 from softsphere_lab.models.output_layers import SAMPLES, SMALLER, Output, layer
 
@@ -96,5 +96,36 @@ def test_adaptive_softmax_has_the_cutoffs_and_widths_of_its_name():
     }.items(),
 )
 def test_words_that_a_layer_has_no_use_for_are_refused(name, words):
+    with pytest.raises(LabError, match=words):
+        Output.parse(name)
+
+
+def test_clusters_begin_with_the_frequencies_and_have_the_leaves_of_their_name():
+    assignment = torch.tensor([-1] * 10 + [0, 1, 2, 3] * 5)
+    for loss in ("taylor_softmax", "softmax", "spherical_softmax:eps=0.1"):
+        output = Output(loss, clusters=4, shortlist=10)
+        head, own = layer(output, 8, COUNTS, "cpu", assignment)
+        assert own is None and isinstance(head, ClusteredLoss) and head.num_clusters == 4
+        assert head.loss == output.spec.loss()
+        torch.nn.init.zeros_(head.weight)
+        share = head.log_prob(torch.zeros(8)).exp()
+        torch.testing.assert_close(share, COUNTS / COUNTS.sum())
+    with pytest.raises(ValueError, match="needs the assignment"):
+        layer(Output("softmax", clusters=4), 8, COUNTS, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("softmax shortlist=5", "for an output layer with clusters"),
+        ("softmax by=frequency", "for an output layer with clusters"),
+        ("softmax clusters=5 by=colour", "by must be frequency"),
+        ("adaptive_softmax clusters=5", "no meaning for adaptive_softmax"),
+        ("taylor_softmax prior clusters=5", "prior has no meaning"),
+        ("taylor_softmax factored clusters=5", "factored has no meaning"),
+        ("taylor_softmax classes=9 clusters=5", "classes has no meaning"),
+    ],
+)
+def test_what_has_no_meaning_beside_clusters_is_refused(name, words):
     with pytest.raises(LabError, match=words):
         Output.parse(name)

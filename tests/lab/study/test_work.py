@@ -15,6 +15,7 @@ import pytest
 
 from _lab_studies import IMAGES, TEXT, untimed
 from softsphere_lab.errors import LabError
+from softsphere_lab.models.output_layers import Output
 from softsphere_lab.progress import standard_console
 from softsphere_lab.records.folder import Record
 from softsphere_lab.study import protocol as study
@@ -30,6 +31,18 @@ def test_a_finished_run_leaves_no_state(tmp_path):
         study.TRIALS,
         study.RUNS,
     }
+
+
+def test_every_process_has_what_is_made_from_the_data(tmp_path):
+    output = Output("taylor_softmax", clusters=4, shortlist=20)
+    asked = replace(TEXT, outputs=(output,), setup=replace(TEXT.setup, epochs=1))
+    record = Record.create(tmp_path / "r", asked.config())
+    work.work(asked, asked.load(), record, standard_console(), jobs=2)
+    assert len(ends := [line for line in record.lines(study.RUNS) if "final" in line]) == 2
+    assert not any(line["final"]["diverged"] for line in ends)
+    assert [path.name for path in (record.folder / "clusters").iterdir()] == [
+        "meaning-4-shortlist-20.pt"
+    ]
 
 
 def lines(folder: Path) -> list:
@@ -79,7 +92,7 @@ def test_a_process_of_a_job_that_finds_no_data_says_so(tmp_path):
     gone = replace(TEXT, dataset="ptb", data_dir=tmp_path / "nowhere")
     record = Record.create(tmp_path / "r", TEXT.config())
     with pytest.raises(LabError, match="nowhere"):
-        work.work(gone, None, record, standard_console(), jobs=2)
+        work.work(gone, TEXT.load(), record, standard_console(), jobs=2)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")

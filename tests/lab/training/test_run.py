@@ -17,6 +17,7 @@ from softsphere_lab.training.language_run import LanguageRun
 
 # So high that the first epoch is the best, which a run that goes on has to remember.
 HARMFUL = 0.3
+CLUSTERED = Output("taylor_softmax", clusters=8, shortlist=20)
 # What is stopped, and what of it: every kind of output layer has a state of its own.
 RUNS = {
     "images": (IMAGES, "taylor_softmax"),
@@ -51,7 +52,13 @@ RUNS = {
             "softmax classes=50",
         )
     },
+    "clusters": (replace(TEXT, outputs=(CLUSTERED,)), str(CLUSTERED)),
 }
+
+
+def loaded(asked, folder):
+    """The data of a study, with what is made from it."""
+    return asked.furnished(asked.load(), folder)
 
 
 @pytest.mark.parametrize("case", RUNS)
@@ -60,7 +67,7 @@ def test_a_run_that_is_stopped_after_an_epoch_ends_as_one_that_was_not(case, tmp
     monkeypatch.setattr(run, "FEWEST_STEPS", 1)
     asked, name = RUNS[case]
     lr = HARMFUL if "the best" in case else 3e-3
-    task, data = Task(name, name, lr, 0, trial=False), asked.load()
+    task, data = Task(name, name, lr, 0, trial=False), loaded(asked, tmp_path)
     whole = asked.train(task, data, Checkpoint(), lambda *_: None)
     assert (whole[1]["best_epoch"] == 1) or lr != HARMFUL
     file = tmp_path / "kept" / "run.pt"
@@ -115,7 +122,7 @@ def test_a_run_that_is_stopped_within_an_epoch_ends_as_one_that_was_not(
     case, tmp_path, monkeypatch
 ):
     asked, name = RUNS[case]
-    task, data = Task(name, name, 3e-3, 0, trial=False), asked.load()
+    task, data = Task(name, name, 3e-3, 0, trial=False), loaded(asked, tmp_path)
     monkeypatch.setattr(run, "STEPS", 1)
     whole = asked.train(task, data, Checkpoint(), lambda *_: None)
     kept = Stopping(tmp_path / "kept" / "run.pt")

@@ -120,7 +120,7 @@ def _draw_ratios(curves: Mapping[Output, Curve], dataset: str, path: Path) -> No
         x = sorted(curve)
         middle, ends = [curve[D][0] for D in x], [curve[D][1:] for D in x]
         drawn.append(pictures.Curve(label(str(kind)), x, middle, ends, {}))
-    pictures.ratios_over_classes(
+    pictures.ratios_over(
         drawn,
         "classes D (the commonest words; all others are one)",
         "test perplexity, in times softmax's",

@@ -9,6 +9,7 @@ from softsphere_lab.data import text
 from softsphere_lab.data.similarity import load_pairs
 from softsphere_lab.errors import LabError
 from softsphere_lab.models.output_layers import Output
+from softsphere_lab.models.text_clusters import kept_assignments
 from softsphere_lab.records.checkpoint import Checkpoint
 from softsphere_lab.records.folder import Line
 from softsphere_lab.study.protocol import OnEpoch, Study, Task
@@ -115,6 +116,9 @@ class LanguageModelling(Study):
             some = some.held(self.setup.held)
         return Data(some, load_pairs(self.data_dir))
 
+    def furnished(self, data: Data, folder: Path) -> Data:
+        return replace(data, assignments=kept_assignments(self.outputs, data.text, folder))
+
     def train(
         self, task: Task, data: Data, kept: Checkpoint, on_epoch: OnEpoch
     ) -> tuple[list[Line], Line]:
@@ -123,7 +127,8 @@ class LanguageModelling(Study):
             setup = replace(setup, epochs=self.trial_epochs)
             if self.trial_words is not None:
                 words = words.first(self.trial_words)
-        run = LanguageRun(words, Output.parse(task.setting), task.lr, task.seed, setup)
+        output = Output.parse(task.setting)
+        run = LanguageRun(words, output, task.lr, task.seed, setup, data.assignments)
         run.train(setup.epochs, kept, on_epoch)
         final = run.final(data, read_test=not task.trial)
         return [asdict(epoch) for epoch in run.history], asdict(final)

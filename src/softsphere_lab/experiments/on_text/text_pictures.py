@@ -19,7 +19,7 @@ from softsphere_lab.report.paper import label
 from softsphere_lab.report.results import Results
 from softsphere_lab.training.text_parts import perplexity
 
-__all__ = ["Curve", "curve_over", "learning_curves", "panels", "ratios_over_classes"]
+__all__ = ["Curve", "curve_over", "learning_curves", "panels", "ratios_over"]
 
 # Intervals about the points of several curves at one x stand this far apart, as a share of x.
 APART = 0.02
@@ -223,10 +223,8 @@ def _some_lost(groups: Mapping[str, Sequence[Curve]], xlabel: str) -> str:
     return f"Means are without the runs that diverged: {'; '.join(parts)}." if parts else ""
 
 
-def ratios_over_classes(
-    drawn: Sequence[Curve], xlabel: str, ylabel: str, title: str, path: Path
-) -> None:
-    """Draws curves over the number of classes, and a line at 1."""
+def ratios_over(drawn: Sequence[Curve], xlabel: str, ylabel: str, title: str, path: Path) -> None:
+    """Draws curves of ratios over numbers, on a scale of their logarithms, and a line at 1."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")

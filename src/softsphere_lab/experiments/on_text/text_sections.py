@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial
 
 from softsphere_lab.experiments.on_text import text_pictures as pictures
@@ -32,8 +31,10 @@ from softsphere_lab.training.text_parts import MOST_NLL, perplexity
 __all__ = [
     "MRR",
     "PERPLEXITY",
+    "VALID_NLL",
     "goals",
     "ratios_to_softmax",
+    "seconds_an_epoch",
     "seconds_to_goal",
     "softmax_on_same_network",
     "softmax_references",
@@ -56,7 +57,8 @@ def softmax_on_same_network(output: Output) -> Output:
     >>> str(softmax_on_same_network(Output("taylor_softmax", prior=True, factored=True, lstm=True)))
     'softmax lstm'
     """
-    return replace(output, loss=REFERENCE, prior=False, factored=False, rate=None)
+    network = {name: getattr(output, name) for name in ("lstm", "depth", "activation", "classes")}
+    return Output(REFERENCE, **network)
 
 
 def softmax_references(outputs: Mapping[str, Output]) -> dict[str, str]:
@@ -120,7 +122,7 @@ def _cost_table(results: Results) -> str:
             (
                 label(name),
                 _engines_of(runs),
-                _seconds_an_epoch(results, name),
+                seconds_an_epoch(results, name),
                 *(seconds_to_goal(results, name, goal) for goal in aims),
             )
             for name, runs in results.ends.items()
@@ -133,16 +135,18 @@ def table_beside_softmax(
     reference: Mapping[str, str],
     p: Mapping[str, float],
     first: Mapping[str, Callable[[str], str]],
+    last: Mapping[str, Callable[[str], str]] | None = None,
 ) -> str:
     """Returns a table of perplexities, each also as a multiple of softmax's.
 
-    reference: the softmax that each name is compared with. first: the first columns, by title, each
-    a function of the name.
+    reference: the softmax that each name is compared with. first, last: the first and the last
+    columns, by title, each a function of the name.
     """
+    last = last or {}
     ends = results.ends
     header = ("its numbers", "rate", "trials", "seeds", PERPLEXITY.title, "times softmax", "p")
     return markdown(
-        (*first, *header),
+        (*first, *header, *last),
         [
             (
                 *(cell(name) for cell in first.values()),
@@ -152,6 +156,7 @@ def table_beside_softmax(
                 estimate_cell(ends[name], PERPLEXITY),
                 ratio_cell(ends, name, other, PERPLEXITY),
                 p_cell(p.get(name)),
+                *(cell(name) for cell in last.values()),
             )
             for name, other in reference.items()
         ],
@@ -172,7 +177,7 @@ def _pairs_covered(results: Results) -> str:
     )
 
 
-def _seconds_an_epoch(results: Results, name: str) -> str:
+def seconds_an_epoch(results: Results, name: str) -> str:
     """Returns the mean over all epochs of all seeds."""
     own = [line["seconds"] for line in results.epochs if line["loss"] == name]
     return f"{sum(own) / len(own):.1f}" if own else "–"

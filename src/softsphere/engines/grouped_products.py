@@ -42,42 +42,49 @@ def group_outputs(
 
     Returns (P) in float32 or wider, differentiable once with respect to Z, W and b.
     """
-    o: Tensor = _Outputs.apply(Z, W, group, sparse)  # type: ignore[no-untyped-call]
-    return o if b is None else o + b[group.leaf].to(o.dtype)
+    o: Tensor = _Outputs.apply(Z, W, b, group, sparse)  # type: ignore[no-untyped-call]
+    return o
 
 
 class _Outputs(torch.autograd.Function):
-    """o (P) of Z (n, d) and W (L, d)."""
+    """o (P) of Z (n, d), W (L, d) and b (L)."""
 
     @staticmethod
-    def forward(ctx: Any, Z: Tensor, W: Tensor, group: Group, sparse: bool) -> Tensor:
-        ctx.save_for_backward(Z, W)
+    def forward(
+        ctx: Any, Z: Tensor, W: Tensor, b: Tensor | None, group: Group, sparse: bool
+    ) -> Tensor:
+        ctx.save_for_backward(Z, W, b)
         ctx.group, ctx.sparse = group, sparse
-        return _products_of(group, W).outputs(Z, W)
+        o = _products_of(group, W).outputs(Z, W)
+        return o if b is None else o + b[group.leaf].to(o.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        Z, W = ctx.saved_tensors
-        group, (needs_Z, needs_W, *_) = ctx.group, ctx.needs_input_grad
+        Z, W, b = ctx.saved_tensors
+        group, (needs_Z, needs_W, needs_b, *_) = ctx.group, ctx.needs_input_grad
         products = _products_of(group, W)
         dZ = products.rows_gradient(g, W).to(Z.dtype) if needs_Z else None
-        dW = None
-        if needs_W:
-            leaves, values = products.leaves_gradient(g, Z)
-            dW = _spread(leaves, values.to(W.dtype), W, ctx.sparse)
-        return dZ, dW, None, None
+        dW = _spread(products.leaves_gradient(g, Z), group, W, ctx.sparse) if needs_W else None
+        db = _spread(_sums_of_leaves(g, group), group, b, ctx.sparse) if needs_b else None
+        return dZ, dW, db, None, None
 
 
-def _spread(leaves: Tensor, values: Tensor, W: Tensor, sparse: bool) -> Tensor:
-    """A gradient of the shape of W with the values of some leaves, which are in ascending order."""
+def _sums_of_leaves(g: Tensor, group: Group) -> Tensor:
+    """The sums of the pairs of each leaf in the clusters with rows: (T)."""
+    return g.new_zeros(group.touched.leaves).index_add_(0, group.slot, g)
+
+
+def _spread(values: Tensor, group: Group, whole: Tensor, sparse: bool) -> Tensor:
+    """A gradient of the shape of W or b, from its rows of the clusters with rows (T, …)."""
+    leaves, values = group.grouping.leaves_of(group.touched.cluster), values.to(whole.dtype)
     if sparse:
         return torch.sparse_coo_tensor(
-            leaves.unsqueeze(0), values, W.shape, is_coalesced=True, check_invariants=False
+            leaves.unsqueeze(0), values, whole.shape, is_coalesced=True, check_invariants=False
         )
-    if len(leaves) == len(W):
+    if len(leaves) == len(whole):
         return values
-    return torch.zeros_like(W).index_copy_(0, leaves, values)
+    return torch.zeros_like(whole).index_copy_(0, leaves, values)
 
 
 def _products_of(group: Group, W: Tensor) -> _Pairs | Tiles:
@@ -105,8 +112,8 @@ class _Pairs:
             group.leaf, W, group.offsets, mode="sum", per_sample_weights=g.to(W.dtype)
         )
 
-    def leaves_gradient(self, g: Tensor, Z: Tensor) -> tuple[Tensor, Tensor]:
-        """The leaves of the clusters with rows, and ∂w_k = Σ_i g_ik z_i of each: (T), (T, d)."""
+    def leaves_gradient(self, g: Tensor, Z: Tensor) -> Tensor:
+        """∂w_k = Σ_i g_ik z_i of the leaves in the clusters with rows: (T, d)."""
         group, touched = self.group, self.group.touched
         total = group.pairs
         # The pairs leaf by leaf. Those of a cluster with r rows and k leaves are an (r, k) matrix
@@ -118,14 +125,13 @@ class _Pairs:
         first = group.offsets[touched.first_row]
         source = first[cluster] + row * touched.sizes[cluster] + leaf
         counts = touched.rows.repeat_interleave(touched.sizes)
-        values = F.embedding_bag(
+        return F.embedding_bag(
             touched.first_row[cluster] + row,
             Z.to(g.dtype),
             counts.cumsum(0) - counts,
             mode="sum",
             per_sample_weights=g[source],
         )
-        return group.grouping.leaves_of(touched.cluster), values
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,7 +165,7 @@ class Tiles:
         tile, block = item.div(blocks[u], rounding_mode="floor"), item.remainder(blocks[u])
         in_tile = _within(tile, R, touched.rows[u], device)
         in_block = _within(block, B, touched.sizes[u], device)
-        slot = (touched.sizes.cumsum(0) - touched.sizes)[u].unsqueeze(1) + in_block
+        slot = touched.first_leaf[u].unsqueeze(1) + in_block
         # the pair of row i and leaf k of the cluster u
         u_of_row = consecutive(touched.rows, len(group.cluster))
         i = torch.arange(len(group.cluster), device=device) - touched.first_row[u_of_row]
@@ -187,12 +193,11 @@ class Tiles:
         out = g.new_zeros(len(self.group.cluster), W.shape[1])
         return out.index_add_(0, self.rows.flatten(), products.flatten(0, 1))
 
-    def leaves_gradient(self, g: Tensor, Z: Tensor) -> tuple[Tensor, Tensor]:
-        """The leaves of the clusters with rows, and ∂w_k = Σ_i g_ik z_i of each: (T), (T, d)."""
+    def leaves_gradient(self, g: Tensor, Z: Tensor) -> Tensor:
+        """∂w_k = Σ_i g_ik z_i of the leaves in the clusters with rows: (T, d)."""
         products = torch.bmm(self._padded(g).mT, self._tiles(Z, g.dtype))
-        leaves = self.group.grouping.leaves_of(self.group.touched.cluster)
-        out = g.new_zeros(len(leaves), Z.shape[1])
-        return leaves, out.index_add_(0, self.slots.flatten(), products.flatten(0, 1))
+        out = g.new_zeros(self.group.touched.leaves, Z.shape[1])
+        return out.index_add_(0, self.slots.flatten(), products.flatten(0, 1))
 
     def _tiles(self, Z: Tensor, dtype: torch.dtype) -> Tensor:
         return Z.index_select(0, self.rows.flatten()).to(dtype).view(*self.rows.shape, Z.shape[1])

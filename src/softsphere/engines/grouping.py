@@ -169,6 +169,13 @@ class Group:
         return self.offsets + self.target - self.grouping.starts[self.cluster]
 
     @cached_property
+    def slot(self) -> Tensor:
+        """(P) where the leaf of each pair stands among those of the clusters that have rows."""
+        touched = self.touched
+        of_row = consecutive(touched.rows, len(self.cluster))
+        return ranges(touched.first_leaf[of_row], self.lengths, self.pairs)
+
+    @cached_property
     def touched(self) -> Touched:
         """The clusters that have rows."""
         return Touched.by(self)
@@ -180,15 +187,22 @@ class Touched:
 
     cluster: (U) which they are.
     rows: (U) how many rows each has; first_row: (U) the first of them.
-    sizes: (U) how many leaves each has.
+    sizes: (U) how many leaves each has; first_leaf: (U) the first of them among those of all U.
     """
 
     cluster: Tensor
     rows: Tensor
     first_row: Tensor
     sizes: Tensor
+    first_leaf: Tensor
 
     @classmethod
     def by(cls, group: Group) -> Touched:
         cluster, rows = torch.unique_consecutive(group.cluster, return_counts=True)
-        return cls(cluster, rows, rows.cumsum(0) - rows, group.grouping.sizes[cluster])
+        sizes = group.grouping.sizes[cluster]
+        return cls(cluster, rows, rows.cumsum(0) - rows, sizes, sizes.cumsum(0) - sizes)
+
+    @cached_property
+    def leaves(self) -> int:
+        """T, how many leaves they have together."""
+        return int(self.sizes.sum())

@@ -105,7 +105,7 @@ def _by_outputs(loss: losses.Loss, Z: Tensor, leaves: Leaves, group: Group, spar
         return _of_statistics(loss, s, _row_sums(weighted * o, group), o[group.own], pi, group)
     if isinstance(loss, losses.SoftMarginSoftmax):
         o = o.index_add(0, group.own, o.new_full((len(group.own),), -loss.margin))
-    scores = loss.log_numerator(o) + pi.log()[group.leaf]
+    scores = loss.log_numerator(o) + pi[group.leaf].log()
     return log_sums(scores, group.row, len(Z)) - scores[group.own]
 
 

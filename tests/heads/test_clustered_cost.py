@@ -1,0 +1,79 @@
+"""What a step of a clustered layer touches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from softsphere import ClusteredLoss
+from softsphere.engines import choose_leaves, grouped_products
+
+d = 16
+
+
+class Written(TorchDispatchMode):
+    """The entries of all tensors that operations made, and how many operations there were."""
+
+    def __init__(self):
+        super().__init__()
+        self.entries = self.operations = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.operations += 1
+        for x in result if isinstance(result, tuple) else (result,):
+            # a view or a sparse tensor has no memory of its own
+            if isinstance(x, torch.Tensor) and not x.is_sparse and not func.is_view:
+                self.entries += 0 if func._schema.is_mutable else x.numel()
+        return result
+
+
+def step(clusters: int, size: int, rest: int, leaf: str, **options) -> Written:
+    """A step with targets in the first two clusters, beside one of `rest` classes without any."""
+    assignment = torch.arange(clusters).repeat_interleave(size)
+    assignment = torch.cat([assignment, torch.full((rest,), clusters)])
+    head = ClusteredLoss(d, len(assignment), assignment, leaf=leaf, sparse=True, **options)
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
+    hidden = torch.randn(12, d, requires_grad=True)
+    target = torch.randint(2 * size, (12,), generator=torch.Generator().manual_seed(0))
+    with Written() as written:
+        optimizer.zero_grad()
+        head(hidden, target).backward()
+        optimizer.step()
+    return written
+
+
+@pytest.mark.parametrize("many_rows", [0, 10**9], ids=["tiles", "pairs"])
+@pytest.mark.parametrize("leaf", ["taylor_softmax", "softmax"])
+def test_clusters_without_targets_cost_nothing(leaf, many_rows, monkeypatch):
+    monkeypatch.setattr(grouped_products, "_MANY_ROWS", many_rows)
+    few, many = (step(8, 20, rest, leaf).entries for rest in (1, 50_000))
+    assert few == many > 0
+
+
+@pytest.mark.parametrize("many_rows", [0, 10**9], ids=["tiles", "pairs"])
+def test_there_is_no_loop_over_clusters(many_rows, monkeypatch):
+    monkeypatch.setattr(grouped_products, "_MANY_ROWS", many_rows)
+    few, many = (step(clusters, 3, 1, "softmax").operations for clusters in (2, 60))
+    assert few == many
+
+
+def test_gram_matrices_do_not_loop_over_clusters():
+    def operations(clusters: int) -> int:
+        assignment = torch.arange(clusters).repeat(5)
+        head = ClusteredLoss(d, len(assignment), assignment, engine="gram")
+        with Written() as written:
+            head(torch.randn(40, d), torch.randint(len(assignment), (40,))).backward()
+        return written.operations
+
+    assert operations(2) == operations(60)
+
+
+def test_the_choice_turns_with_the_rows_of_a_cluster():
+    engines = [choose_leaves(rows, 100_000, 100, 64).engine for rows in (100, 1_000_000)]
+    assert engines == ["logits", "gram"]
+    assert "engine='factored' costs least" in choose_leaves(100, 10_000_000, 100, 64).reason
+    assert "factored'" not in choose_leaves(100, 1_000, 100, 64).reason
+    with pytest.raises(ValueError, match="rows must be at least 0, got -1"):
+        choose_leaves(-1, 10, 2, 4)

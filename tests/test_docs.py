@@ -1,11 +1,25 @@
-"""Pages that are made from tables say what the tables say."""
+"""Pages that are made from tables say what the tables say; their examples run."""
 
 from __future__ import annotations
 
 import importlib
+import re
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+EXAMPLES = [
+    pytest.param(code, id=f"{page.stem}-{i}")
+    for page in PAGES
+    for i, code in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
+]
+
+
+@pytest.mark.parametrize("code", EXAMPLES)
+def test_examples_run(code):
+    exec(code, {})
 
 
 def test_the_page_of_costs_is_that_of_the_measured_tables(monkeypatch):

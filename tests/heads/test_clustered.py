@@ -262,6 +262,20 @@ def test_equal_classes_of_a_cluster_rank_alike():
     assert (ranks == ranks[0]).all()
 
 
+@pytest.mark.parametrize("width", [d, 3])
+def test_rows_are_copied_in_the_order_of_the_classes(width):
+    head = layer(MIXED, leaf_features=None if width == d else width)
+    rows_of_classes, before = torch.randn(D, width), head.root.weight.clone()
+    head.copy_rows(rows_of_classes)
+    S = len(head.grouping.shortlist)
+    assert torch.equal(head.weight, rows_of_classes[head.grouping.leaves].double())
+    if width == d:
+        before[:S] = rows_of_classes[MIXED < 0]
+    assert torch.equal(head.root.weight, before)
+    with pytest.raises(ValueError, match=rf"rows must have shape \({D}, {width}\)"):
+        head.copy_rows(rows_of_classes[1:])
+
+
 def test_state_dict_and_copies():
     head = layer(MIXED, leaf_features=3)
     assert set(head.state_dict()) == {

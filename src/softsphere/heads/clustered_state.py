@@ -24,6 +24,7 @@ class WithGrouping(nn.Module):
     assignment: Tensor
     prior: Tensor
     root_shares: Tensor
+    root: nn.Linear
     weight: nn.Parameter
     num_classes: int
     _grouping: Grouping
@@ -60,6 +61,30 @@ class WithGrouping(nn.Module):
         pi = self.prior.new_ones(self.num_classes)
         pi[self.grouping.leaves] = self.prior
         return pi
+
+    @torch.no_grad()
+    def copy_rows(self, rows: Tensor) -> None:
+        """Copies rows in the order of the classes into the weight of the clusters.
+
+        The rows of the shortlist are copied into `root.weight` if the root has the same width.
+
+        Args:
+            rows: (D, d'), floating-point, such as `softsphere.clusters.Clusters.rows` makes.
+
+        Raises TypeError or ValueError for rows of a wrong kind or shape.
+        """
+        checks.floating("rows", rows)
+        shape = (self.num_classes, self.weight.shape[1])
+        if rows.shape != shape:
+            raise ValueError(
+                f"rows must have shape {shape}, one row for each class, got {tuple(rows.shape)}"
+            )
+        grouping, rows = self.grouping, rows.to(self.weight.device)
+        self.weight.copy_(rows[grouping.leaves])
+        if self.root.weight.shape[1] == rows.shape[1]:
+            self.root.weight[: len(grouping.shortlist)] = rows[grouping.shortlist].to(
+                self.root.weight.dtype
+            )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WithGrouping:
         before = {"prior": self.prior, "root_shares": self.root_shares}

@@ -47,6 +47,7 @@ class Text:
 
         The end of a sentence counts as a word. Of equally common words those with lower numbers
         stay, and the unknown word comes after them.
+        Words are counted again, since a count of one may stand for a word that does not occur.
         Raises LabError unless D is from 2 to the number of words.
         """
         if not 2 <= D <= len(self.words):
@@ -55,7 +56,9 @@ class Text:
         kept = [i for i in range(len(self.words)) if i != unknown][: D - 1]
         number = torch.full((len(self.words),), D - 1)
         number[kept] = torch.arange(D - 1)
-        counts = self.counts.new_zeros(D).index_add_(0, number, self.counts)
+        # Counts that were all positive stay so.
+        least = self.counts.min().clamp_max(1)
+        counts = number[self.train].bincount(minlength=D).to(self.counts.dtype).clamp_min(least)
         words = [*(self.words[i] for i in kept), UNKNOWN]
         # only the unknown word is out of its place
         counts, order = counts.sort(descending=True, stable=True)

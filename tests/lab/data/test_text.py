@@ -104,6 +104,15 @@ def test_the_first_words_to_train_on_are_counted_and_leave_all_else_as_it_was():
             words.first(tokens)
 
 
+def test_a_cut_of_the_first_words_counts_the_words_that_are_trained_on():
+    cut = small().first(3).cut(3)
+    assert cut.words == ["b", "a", "<unk>"]
+    # "c" is unknown; that it stands in for words that do not occur adds nothing to its count
+    assert dict(zip(cut.words, cut.counts.tolist(), strict=True)) == {"b": 2, "a": 1, "<unk>": 1}
+    assert cut.counts.dtype == small().counts.dtype
+    assert float(small().cut(4).counts.sum()) == len(small().train)
+
+
 def test_held_out_words_can_be_fewer_and_the_rest_is_as_it_was():
     whole = text.load("generated")
     some = whole.held(100)

@@ -46,10 +46,7 @@ def by_frequency(
     tail, C = order[sizes.shortlist :], sizes.num_clusters
     weight = counts[tail].sqrt()
     middle = (weight.cumsum(0) - weight / 2) / weight.sum()
-    # From one class to the next the cluster is the same or the next one, from 0 to C − 1, so that
-    # every cluster has a class even where one class outweighs several runs.
-    place = torch.arange(len(tail))
-    cluster = torch.minimum((middle * C).long(), place)
-    cluster = (cluster - place).cummin(0).values + place
-    cluster = torch.maximum(cluster, place - (len(tail) - C))
+    # One class may outweigh several runs. The next class is in the next cluster all the same, and
+    # since the counts descend no later one is skipped.
+    cluster = torch.minimum((middle * C).long(), torch.arange(len(tail)))
     return from_tail(counts, tail, cluster)

@@ -32,6 +32,39 @@ def test_planted_directions_are_found_whatever_the_lengths(seed):
     assert torch.equal(found.vectors, vectors)
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_lengths_whose_squares_float32_cannot_hold_change_nothing(scale):
+    vectors = torch.randn(100, 4, generator=torch.Generator().manual_seed(0))
+    counts = torch.arange(1, 101)
+    plain = by_vectors(vectors, counts, num_clusters=5)
+    scaled = by_vectors(vectors * scale, counts, num_clusters=5)
+    assert torch.equal(plain.assignment, scaled.assignment)
+    torch.testing.assert_close(plain.rows(4), scaled.rows(4))
+
+
+def test_the_weight_of_an_embedding_may_be_given_and_trained_on():
+    embedding = torch.nn.Embedding(20, 4, dtype=torch.float32)
+    found = by_vectors(embedding.weight, torch.ones(20), num_clusters=3, shortlist=0)
+    before = found.vectors.clone()
+    with torch.no_grad():
+        embedding.weight.zero_()
+    assert torch.equal(found.vectors, before)
+
+
+def test_the_default_dtype_changes_nothing():
+    tokens, _ = text()
+    counts = tokens.bincount()
+    expected = by_neighbours(tokens, counts, num_clusters=4)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = by_neighbours(tokens, counts, num_clusters=4)
+        assert torch.equal(found.assignment, expected.assignment)
+        assert torch.equal(found.vectors, expected.vectors)
+        assert torch.equal(found.rows(99), expected.rows(99))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def text() -> tuple[torch.Tensor, torch.Tensor]:
     """Words 0 – 3 are common; each of the words 4 – 43 comes after one of them, and before one."""
     g = torch.Generator().manual_seed(0)
@@ -67,6 +100,9 @@ def test_the_same_arguments_give_the_same_clusters_and_the_caller_keeps_its_rand
     again = by_neighbours(tokens, counts, num_clusters=8, seed=3)
     assert torch.equal(one.assignment, again.assignment)
     assert torch.equal(one.vectors, again.vectors)
+    deficient, _ = text()
+    vectors = [by_neighbours(deficient, deficient.bincount()).vectors for _ in range(3)]
+    assert torch.equal(vectors[0], vectors[1]) and torch.equal(vectors[0], vectors[2])
     other = by_neighbours(tokens, counts, num_clusters=8, seed=4)
     assert not torch.equal(one.assignment, other.assignment)
 

@@ -85,6 +85,18 @@ def test_only_the_commonest_classes_place_the_centres(monkeypatch):
     assert torch.equal(clusters.assignment[20:], of[rare[:, :4].argmax(1)])
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_common_classes_have_more_of_the_centres(seed):
+    angle = torch.tensor([0.0, 0.3] + 100 * [2.0, 2.3])
+    vectors = torch.stack([angle.cos(), angle.sin()], 1)
+    counts = torch.tensor([10**6, 10**6] + 200 * [1])
+    options = {"num_clusters": 3, "shortlist": 0, "largest_share": 1.0, "seed": seed}
+    of = by_vectors(vectors, counts, **options).assignment
+    assert of[0] != of[1] and len(of[2:].unique()) == 1
+    of = by_vectors(vectors, torch.ones(202), **options).assignment
+    assert of[0] == of[1] and len(of[2:].unique()) == 2
+
+
 def test_cosines_in_blocks_are_those_of_the_whole(monkeypatch):
     args = (planted("random"), torch.ones(300))
     whole = by_vectors(*args, num_clusters=7, shortlist=0, largest_share=0.15)

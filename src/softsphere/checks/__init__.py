@@ -19,6 +19,7 @@ from softsphere.checks.clustering import (
     class_vectors,
     largest_share,
     number_of_clusters,
+    seed,
     shortlist_size,
     tokens,
 )
@@ -107,6 +108,7 @@ __all__ = [
     "rows_target",
     "same_device",
     "same_dtype",
+    "seed",
     "shortlist_size",
     "sizes",
     "sparse_rows",

@@ -69,7 +69,8 @@ def class_vectors(value: Any, num_classes: int) -> Tensor:
             f"vectors must have shape (num_classes = {num_classes}, n), one row per entry of "
             f"counts, got {tuple(value.shape)}"
         )
-    vectors: Tensor = value.detach().to("cpu", torch.float32)
+    # A copy, since the vectors may be a weight in training.
+    vectors: Tensor = value.detach().to("cpu", torch.float32, copy=True)
     wrong = ~vectors.isfinite().all(1)
     if bool(wrong.any()):
         raise ValueError(
@@ -121,6 +122,14 @@ def largest_share(value: Any, least: float, why: str) -> float:
     return share
 
 
+def seed(value: Any) -> int:
+    """Returns a seed that both PyTorch and scikit-learn take."""
+    number = integer("seed", value)
+    if not 0 <= number < 2**32:
+        raise ValueError(f"seed must be from 0 to 2**32 − 1, got {number}")
+    return number
+
+
 def assignment(value: Any, num_classes: int | None = None) -> Tensor:
     """Returns the cluster of each class, or −1 for the shortlist, as int64 on the CPU.
 
@@ -138,7 +147,7 @@ def assignment(value: Any, num_classes: int | None = None) -> Tensor:
         )
     if value.is_meta:
         raise ValueError("assignment must have values, got a tensor on the meta device")
-    found: Tensor = value.detach().to("cpu", torch.int64)
+    found: Tensor = value.detach().to("cpu", torch.int64, copy=True)
     low, high = int(found.min()), int(found.max())
     if low < -1:
         raise ValueError(

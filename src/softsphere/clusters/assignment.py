@@ -10,10 +10,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from softsphere import checks
 
-__all__ = ["Clusters", "from_tail"]
+__all__ = ["Clusters", "directions", "from_tail"]
 
 _FORMAT = "softsphere.clusters 1"
 
@@ -144,16 +145,15 @@ class Clusters:
             )
         width = checks.at_least_one("width", width)
         checks.positive("std", std)
-        drawn = torch.randn(
-            self.num_classes, width, generator=torch.Generator().manual_seed(seed)
-        ).mul_(std)
-        norm = self.vectors.norm(dim=1)
-        known = norm > 0
-        directions = self.vectors[known, :width] / norm[known, None]
-        directions -= directions.mean(0)
-        spread = directions.std(correction=0)
+        chance = torch.Generator().manual_seed(checks.seed(seed))
+        size = (self.num_classes, width)
+        drawn = torch.randn(size, generator=chance, dtype=torch.float32).mul_(std)
+        known = self.vectors.any(1)
+        own = directions(self.vectors[known])[:, :width]
+        own = own - own.mean(0)
+        spread = own.std(correction=0)
         if float(spread) > 0:
-            drawn[known, : directions.shape[1]] = directions * (std / spread)
+            drawn[known, : own.shape[1]] = own * (std / spread)
         return drawn
 
     def save(self, path: str | os.PathLike[str], *, vectors: bool = True) -> None:
@@ -203,6 +203,13 @@ class Clusters:
         if self.vectors is not None:
             words.append(f"vectors={tuple(self.vectors.shape)}")
         return f"Clusters({', '.join(words)})"
+
+
+def directions(vectors: Tensor) -> Tensor:
+    """Returns v / ‖v‖ for each row, and zeros for a row of zeros."""
+    # The squares of rows divided by their largest entry neither overflow nor vanish.
+    largest = vectors.abs().amax(1, keepdim=True)
+    return F.normalize(torch.where(largest > 0, vectors / largest, 0.0), dim=1)
 
 
 def from_tail(

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from softsphere import checks
-from softsphere.clusters.assignment import Clusters, from_tail
+from softsphere.clusters.assignment import Clusters, directions, from_tail
 from softsphere.clusters.co_occurrence import neighbour_vectors
 from softsphere.clusters.cost_model import default_sizes
 from softsphere.clusters.k_means import spherical_centres, within_bound
@@ -66,7 +65,7 @@ def by_vectors(
     """
     counts = checks.class_counts(counts)
     vectors = checks.class_vectors(vectors, len(counts))
-    seed = checks.integer("seed", seed)
+    seed = checks.seed(seed)
     sizes = default_sizes(counts, shortlist=shortlist, num_clusters=num_clusters)
     tail, C = counts.argsort(descending=True, stable=True)[sizes.shortlist :], sizes.num_clusters
     share = counts[tail] / counts[tail].sum()
@@ -75,7 +74,7 @@ def by_vectors(
     bound = max(SPREAD / C, least)
     if largest_share is not None:
         bound = checks.largest_share(largest_share, least, why)
-    unit = F.normalize(vectors[tail], dim=1)
+    unit = directions(vectors[tail])
     known = unit.any(1)
     if not bool(known.any()):
         raise ValueError(
@@ -137,7 +136,7 @@ def by_neighbours(
     tokens = checks.tokens(tokens, len(counts))
     contexts = checks.at_least_one("contexts", contexts)
     dimensions = checks.at_least_one("dimensions", dimensions)
-    seed = checks.integer("seed", seed)
+    seed = checks.seed(seed)
     default_sizes(counts, shortlist=shortlist, num_clusters=num_clusters)
     return by_vectors(
         neighbour_vectors(tokens, counts, contexts, dimensions, seed),

@@ -34,12 +34,12 @@ def neighbour_vectors(
     tokens: (N) class indices, or (N, 2) pairs of a class and a context.
     """
     table = _positive_information(_table(tokens, counts, contexts))
-    wanted = min(dimensions, min(table.shape) - 1)
-    if not table.nnz or wanted < 1:
-        return torch.zeros(len(counts), 1)
+    if not table.nnz:
+        return torch.zeros(len(counts), 1, dtype=torch.float32)
     weight = needed("scipy.sparse").diags(counts.pow(0.25).float().numpy())
+    # Where the table has a lower rank, scikit-learn's "arpack" draws numbers that no seed controls.
     reduction = needed("sklearn.decomposition").TruncatedSVD(
-        wanted, algorithm="arpack", random_state=seed
+        min(dimensions, *table.shape), random_state=seed
     )
     with one_thread():
         reduction.fit(weight @ table)
@@ -53,7 +53,7 @@ def _table(tokens: Tensor, counts: Tensor, contexts: int) -> Any:
     shape = (len(counts), columns)
     table = sparse.csr_matrix(shape, dtype="float32")
     for rows, places in parts:
-        ones = torch.ones(len(rows)).numpy()
+        ones = torch.ones(len(rows), dtype=torch.float32).numpy()
         table = table + sparse.coo_matrix((ones, (rows.numpy(), places.numpy())), shape).tocsr()
     return table
 

@@ -52,7 +52,7 @@ def test_expected_numbers_are_those_of_the_definition(name, n):
 def test_classes_come_as_often_as_is_expected(name, n):
     """Each draw is of a part of its own, so that the number of a class has a variance below ½."""
     torch.manual_seed(0)
-    made, times = drawn(name, n), 2000
+    made, times = drawn(name, n), 1000
     found = [made.choose(TARGET, NONE) for _ in range(times)]
     for classes, log_expected in found[:20]:
         assert len(classes) == min(n, D)

@@ -124,9 +124,8 @@ class SampledSoftmaxLoss(OutputLayer):
         self.sparse = checks.flag("sparse", sparse)
         made_dtype(dtype)
         self.loss = Softmax()
-        self.sampler = sampler
         self._sampler: Sampler = sampler_of(sampler, num_classes, num_samples, counts, power)
-        self.num_samples, self.power = checks.integer("num_samples", num_samples), power
+        self._settings = sampler, checks.integer("num_samples", num_samples), power
         given = Conventions.checked(self.loss, reduction=reduction, ignore_index=ignore_index)
         self.reduction, self.ignore_index = given.reduction, given.ignore_index
         made: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -146,6 +145,21 @@ class SampledSoftmaxLoss(OutputLayer):
     def num_classes(self) -> int:
         """D, the first size of the weight as it is now."""
         return self.weight.shape[0]
+
+    @property
+    def sampler(self) -> str:
+        """The name of the sampler. To change it or its numbers, make a new layer."""
+        return self._settings[0]
+
+    @property
+    def num_samples(self) -> int:
+        """n, the number of negatives of a step."""
+        return self._settings[1]
+
+    @property
+    def power(self) -> float:
+        """The exponent of counts."""
+        return self._settings[2]
 
     @property
     def base_measure(self) -> None:

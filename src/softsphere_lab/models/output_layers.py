@@ -48,12 +48,12 @@ class Output:
     base measure. factored: whether FactoredSGD steps the layer, with the learning rate rate · D;
     otherwise AdamW steps it. lstm: whether the network is the LSTM and not the n-gram model. depth,
     activation: those of the n-gram model. classes: how many of the commonest words are told apart;
-    None means all. samples, sampler: those of sampled softmax, whose bias begins with the
-    logarithms of the word frequencies if prior is True. cutoffs, div_value: those of adaptive
-    softmax. clusters: how many clusters the words outside the shortlist make, each a distribution
-    of its own with their frequencies as the base measure. shortlist: how many of the commonest
-    words are in no cluster. by: "frequency" for clusters of words that are about as common; None
-    for clusters by meaning. For all of these None means the default.
+    None means all. samples, sampler: those of sampled softmax. cutoffs, div_value: those of
+    adaptive softmax. Both begin with the logarithms of the word frequencies, where they have a
+    bias, if prior is True. clusters: how many clusters the words outside the shortlist make, each
+    a distribution of its own with their frequencies as the base measure. shortlist: how many of the
+    commonest words are in no cluster. by: "frequency" for clusters of words that are about as
+    common; None for clusters by meaning. For all of these None means the default.
     """
 
     loss: str
@@ -77,7 +77,7 @@ class Output:
         for name, loss in _MEANT_FOR.items():
             if getattr(self, name) is not None and self.loss != loss:
                 raise LabError(f"{name} is for {loss}, got it for {self.loss}; leave it out")
-        taken = {"prior": self.loss == "sampled_softmax", "factored": False}
+        taken = {"prior": self.loss != "hierarchical_softmax", "factored": False}
         for name, possible in taken.items():
             if getattr(self, name) and self.loss in BASELINES and not possible:
                 raise LabError(f"{name} has no meaning for {self.loss}; leave it out")
@@ -178,7 +178,13 @@ def _read(kind: str, text: str) -> Any:
 
 def _adaptive(output: Output, width: int, counts: Tensor) -> nn.Module:
     cutoffs, div_value = output.cutoffs, output.div_value
-    return AdaptiveSoftmax(width, len(counts), cutoffs=cutoffs, div_value=div_value)
+    head = AdaptiveSoftmax(width, len(counts), cutoffs=cutoffs, div_value=div_value)
+    if output.prior:
+        first, *others = counts.tensor_split(head.layer.cutoffs[:-1])
+        shares = torch.cat([first, torch.stack([other.sum() for other in others])])
+        with torch.no_grad():
+            head.layer.head.bias.copy_((shares / counts.sum()).log())
+    return head
 
 
 def _hierarchical(output: Output, width: int, counts: Tensor) -> nn.Module:

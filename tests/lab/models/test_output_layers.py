@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -83,6 +85,17 @@ def test_adaptive_softmax_has_the_cutoffs_and_widths_of_its_name():
     assert [tail[0].out_features for tail in head.layer.tail] == [4, 2]
 
 
+@pytest.mark.parametrize("cutoffs", ["10", "10,20"])
+def test_adaptive_softmax_may_begin_with_the_frequencies_of_its_clusters(cutoffs):
+    output = Output.parse(f"adaptive_softmax prior cutoffs={cutoffs} div_value=1.0")
+    head, _ = layer(output, 8, COUNTS, "cpu")
+    share, wanted = head.log_prob(torch.zeros(8)).exp(), COUNTS / COUNTS.sum()
+    torch.testing.assert_close(share[:10], wanted[:10])
+    ends = [*map(int, cutoffs.split(",")), 30]
+    for begin, end in itertools.pairwise(ends):
+        torch.testing.assert_close(share[begin:end].sum(), wanted[begin:end].sum())
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     {
@@ -90,7 +103,7 @@ def test_adaptive_softmax_has_the_cutoffs_and_widths_of_its_name():
         "adaptive_softmax sampler=in_batch": "sampler is for sampled_softmax",
         "sampled_softmax cutoffs=3,4": "cutoffs is for adaptive_softmax",
         "hierarchical_softmax div_value=2": "div_value is for adaptive_softmax",
-        "adaptive_softmax prior": "prior has no meaning for adaptive_softmax",
+        "hierarchical_softmax prior": "prior has no meaning for hierarchical_softmax",
         "hierarchical_softmax factored": "factored has no meaning for hierarchical_softmax",
         "sampled_softmax factored": "factored has no meaning for sampled_softmax",
     }.items(),

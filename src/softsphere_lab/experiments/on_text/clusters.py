@@ -32,6 +32,7 @@ MAIN = (
 OTHERS = (
     Output("softmax"),
     Output("adaptive_softmax"),
+    Output("adaptive_softmax", prior=True, cutoffs=(2000,), div_value=1.0),
     Output("sampled_softmax", prior=True, samples=1024),
     Output("taylor_softmax", prior=True),
 )
@@ -48,7 +49,7 @@ SMALL = (
 # The softmax of Wikipedia takes most of the time, so that it has one seed at the budget small.
 WIKIPEDIA_SOFTMAX = (Output("softmax", prior=True),)
 WIKIPEDIA_MAIN = (
-    Output("adaptive_softmax", cutoffs=(4000, 20_000), div_value=2.0),
+    Output("adaptive_softmax", prior=True, cutoffs=(4000, 20_000), div_value=2.0),
     Output("sampled_softmax", prior=True, samples=1024),
     _clustered("taylor_softmax", 256, shortlist=2000),
     _clustered("softmax", 256, shortlist=2000),
@@ -60,7 +61,7 @@ WIKIPEDIA_OTHERS = (
 )
 RECURRENT = (
     Output("softmax", prior=True, lstm=True),
-    Output("adaptive_softmax", lstm=True, cutoffs=(2000,), div_value=1.0),
+    Output("adaptive_softmax", prior=True, lstm=True, cutoffs=(2000,), div_value=1.0),
     Output("sampled_softmax", prior=True, lstm=True, samples=1024),
     _clustered("taylor_softmax", 256, lstm=True),
     _clustered("softmax", 256, lstm=True),

@@ -1,14 +1,16 @@
 """Rows that belong to clusters, as padded batches, so that no loop runs over clusters.
 
 The rows of a cluster are consecutive, perhaps after a permutation. Clusters of similar size are
-padded to the same number of rows: the sizes of a batch lie between two powers of two, so at most
-half of it is padding, and n rows need at most log₂ n batches, which are cut to some MiB.
+padded to the same number of rows: those of a batch lie between two powers of four, so that n rows
+need at most log₄ n batches. Batches are cut so that matrices which are gathered for them, one for
+each cluster, stay in the cache of a processor.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -16,7 +18,7 @@ from torch import Tensor
 __all__ = ["Piece", "Segments"]
 
 # The size of the matrices, one a cluster, that are gathered at once.
-_GATHERED_BYTES = 8 << 20
+_GATHERED_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -32,9 +34,15 @@ class Piece:
     index: Tensor
     real: Tensor | None
 
+    @cached_property
+    def flat(self) -> Tensor:
+        """The index in one dimension."""
+        return self.index.flatten()
+
     def take(self, values: Tensor) -> Tensor:
         """Gathers values (n, …) of the rows, with zeros as padding: (k, p, …)."""
-        taken = values[self.index]
+        # faster than values[index]
+        taken = values.index_select(0, self.flat).view(*self.index.shape, *values.shape[1:])
         if self.real is None:
             return taken
         # not a product, which would keep the NaN of a row in its padding
@@ -44,7 +52,7 @@ class Piece:
     def put(self, values: Tensor, into: Tensor) -> None:
         """Writes values (k, p, …) of the rows into a tensor (n, …), without the padding."""
         if self.real is None:
-            into.index_copy_(0, self.index.flatten(), values.flatten(0, 1))
+            into.index_copy_(0, self.flat, values.flatten(0, 1))
         else:
             into.index_copy_(0, self.index[self.real], values[self.real])
 
@@ -74,11 +82,11 @@ class Segments:
         """Yields batches that cover every row once; empty clusters are left out.
 
         Args:
-            width: w; a w × w matrix in float64 of each cluster of a piece takes some MiB in all.
+            width: w, of which a w × w matrix in float64 is gathered for each cluster.
             longest: about the most rows of a piece, if a cluster may be cut.
         """
         most = max(1, _GATHERED_BYTES // (8 * width * width))
-        level = torch.where(self.sizes > 0, self.sizes.double().log2().floor(), -1.0)
+        level = torch.where(self.sizes > 0, (self.sizes.double().log2() / 2).floor(), -1.0)
         for each in level.unique().tolist():
             if each < 0:
                 continue

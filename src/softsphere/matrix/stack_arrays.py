@@ -16,6 +16,8 @@ __all__ = ["StackArrays"]
 
 # The rows of a matrix from which its mean row is estimated before its sums are computed.
 _SAMPLE = 8
+# Up to this number of rows, rounding a map to their dtype costs more than the product in float64.
+_FEW = 32
 
 
 class StackArrays(Kept):
@@ -70,7 +72,7 @@ class StackArrays(Kept):
         self.U = eye.repeat(self.count, 1, 1)
         self.U_inv = self.U.clone()
         self.omega = eye.new_zeros(self.count, self.width)
-        self.scale = eye.new_ones(self.count)
+        self.scale, self.is_scaled = eye.new_ones(self.count), False
         self.old.zero_()
         self.maps: Tensor | None = None
         self.has_map = torch.zeros(self.count, dtype=torch.bool, device=self.device)
@@ -100,7 +102,7 @@ class StackArrays(Kept):
 
     def fold(self, ids: Tensor) -> None:
         """Takes the scales of some matrices into their arrays."""
-        if bool((self.scale[ids] == 1).all()):
+        if not self.is_scaled or bool((self.scale[ids] == 1).all()):
             return
         for name in POWER:
             if self.known is not None or name in ("U", "U_inv", "omega"):
@@ -116,13 +118,13 @@ class StackArrays(Kept):
     def of(self, name: str, ids: Tensor) -> Tensor:
         """Returns a small array of some matrices: (k, …)."""
         array: Tensor = getattr(self, name)
-        scale = self.scale[ids]
-        taken = array[ids]
-        return taken if bool((scale == 1).all()) else taken * self._powers(name, scale)
+        taken = array.index_select(0, ids)
+        return taken * self._powers(name, self.scale[ids]) if self.is_scaled else taken
 
     def multiply(self, factor: float) -> None:
         """Multiplies all of W by a number."""
         self.scale *= factor
+        self.is_scaled = True
 
     def add(self, ids: Tensor, increments: dict[str, Tensor]) -> None:
         """Adds to every small array of some matrices (k, …), each of which occurs once."""
@@ -168,19 +170,25 @@ class StackArrays(Kept):
         if self.is_written:
             return V[:, columns]
         out = V[:, columns].clone()
-        at = torch.arange(self.num_rows, device=self.device)[index]
+        at = self._positions(index)
         old = self.old[index]
         for piece in Segments.of(self.cluster_of(at)).pieces(self.width):
             rows = self.outputs(piece.ids, piece.take(V), piece.take(old))
             piece.put(rows[..., columns], out)
         return out
 
+    def _positions(self, index: Tensor | slice) -> Tensor:
+        """The numbers of these rows, which may be counted from the end: (n)."""
+        if isinstance(index, slice):
+            return torch.arange(*index.indices(self.num_rows), device=self.device)
+        return torch.where(index < 0, index + self.num_rows, index)
+
     @in_full_precision
     def outputs(self, ids: Tensor, V: Tensor, old: Tensor) -> Tensor:
         """Computes rows of W_c from rows of V (k, p, w), some of which are old (k, p)."""
         if self.is_written:
             return V
-        current = product(self.carried(ids, V, old), self.of("U", ids))
+        current = _times(self.carried(ids, V, old), self.of("U", ids))
         return current + self.of("omega", ids).unsqueeze(1).to(current.dtype)
 
     @in_full_precision
@@ -188,7 +196,7 @@ class StackArrays(Kept):
         """Takes rows of V (k, p, w) to the current coordinates."""
         if self.maps is None or not bool(old.any()):
             return V
-        return torch.where(old.unsqueeze(-1), product(V, self.maps[ids]), V)
+        return torch.where(old.unsqueeze(-1), _times(V, self.maps.index_select(0, ids)), V)
 
     @in_full_precision
     def computed_sums(self, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -244,4 +252,12 @@ class StackArrays(Kept):
             gram, colsum = self.known
             other.known = gram.to(device, copy=True), colsum.to(device, copy=True)
         other.edition, other.is_written = self.edition, self.is_written
+        other.is_scaled = self.is_scaled
         return other
+
+
+def _times(rows: Tensor, maps: Tensor) -> Tensor:
+    """Rows (k, p, w) times the float64 maps (k, w, w), in the dtype of the rows."""
+    if rows.shape[1] > _FEW:
+        return product(rows, maps)
+    return (rows.double() @ maps).to(rows.dtype)

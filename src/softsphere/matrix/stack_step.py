@@ -43,9 +43,11 @@ class Increments:
 
     def all(self) -> dict[str, Tensor]:
         """What is added, by the name of the small array."""
-        half = self.half[0] @ self.half[1]
-        products = {name: left @ right for name, (left, right) in self.products.items()}
-        return {**products, "centred_gram": half + half.mT, **self.vectors}
+        left, right = self.half
+        both = torch.cat([left, right.mT], 2), torch.cat([right, left.mT], 1)
+        products = {**self.products, "centred_gram": both}
+        increments = {name: left @ right for name, (left, right) in products.items()}
+        return {**increments, **self.vectors}
 
     def after(self, W: StackArrays, name: str, kappa: float, chosen: Tensor) -> Tensor:
         """Returns U or U⁻¹ of the chosen ones of the matrices after the step."""

@@ -22,18 +22,24 @@ from softsphere.matrix.stack_mending import (
     stack_directions,
 )
 from softsphere.matrix.stack_step import Increments, StackUpdate
-from softsphere.matrix.stack_wear import levels, square_conditions, stack_gram_drift
-from softsphere.matrix.step import HARSH
-from softsphere.matrix.wear import CONDITION, FLOOR, LONGEST, tolerance
+from softsphere.matrix.stack_wear import measures, square_conditions, stack_gram_drift
+from softsphere.matrix.wear import CONDITION, LONGEST, RANGE, SHIFT, tolerance
 
 __all__ = ["StackWatch", "too_harsh_steps"]
+
+# The limits of κ², the drift of U⁻¹, the share of 1 ωᵀ and the length of U's rows. κ is mended at
+# half of what it may be, so that a matrix need not be measured again after each of the next steps.
+_LIMITS = ((CONDITION / 2) ** 2, 1.0, SHIFT, 2.0**RANGE)
+# The most steps of a matrix between two measurements.
+_LONGEST = 32
 
 
 class StackWatch:
     """Decides which matrices to measure after a step, and mends them.
 
-    steps, period: (C) steps since a matrix was measured, and after how many it is measured again
-    level, rate: (C) the logarithm of its worst measure against the limit, and its growth a step
+    steps: (C) steps of a matrix since it was measured
+    bound: (C) an upper bound on the logarithm of its κ²: the one that was measured, and what the
+        steps since may have added to it
     since_gram: (C) steps since its Gram matrix was compared with its rows
     """
 
@@ -45,32 +51,28 @@ class StackWatch:
     def restart(self, W: StackArrays) -> None:
         """Forgets what was seen, so that the next step of a matrix is followed by a measurement."""
         ones = torch.ones(W.count, dtype=torch.float64, device=W.device)
-        self.steps, self.since_gram, self.period = ones * 0, ones * 0, ones
-        self.level, self.rate = ones * math.log(FLOOR), ones * 0
+        self.steps, self.since_gram, self.bound = ones * 0, ones * 0, ones * 0
 
     def after_step(self, W: StackArrays, ids: Tensor, share: Tensor) -> None:
         """Counts a step of some matrices, and measures those whose time has come."""
         self.steps[ids] += 1
         self.since_gram[ids] += 1
-        due = (self.steps[ids] >= self.period[ids]) | (share < HARSH)
+        self.bound[ids] -= 2 * share.log()
+        due = (self.steps[ids] >= _LONGEST) | (self.bound[ids] > 2 * math.log(CONDITION))
         if bool(due.any()):
             self.check(W, ids[due])
 
     def check(self, W: StackArrays, ids: Tensor) -> None:
-        """Measures some matrices, mends those that need it, and sets their next period."""
+        """Measures some matrices and mends those that need it."""
         start = time.perf_counter()
         for some in W.split(ids):
-            level = levels(W, some)
-            worst = level.amax(1)
-            rate = (worst - self.level[some]) / self.steps[some].clamp_min(1)
-            self.rate[some] = torch.maximum(rate, self.rate[some] / 2).clamp_min(1e-9)
-            if bool((worst >= 0).any()):
-                self._mend(W, some, level >= 0)
-                worst = levels(W, some).amax(1)
-            left = (-worst / self.rate[some] / 2).floor()
-            longest = (2 * self.period[some]).clamp_max(LONGEST)
-            self.period[some] = torch.minimum(left, longest).clamp_min(1)
-            self.level[some], self.steps[some] = worst, 0.0
+            measured = measures(W, some)
+            beyond = ~(measured <= torch.tensor(_LIMITS, device=W.device))
+            if bool(beyond.any()):
+                self._mend(W, some, beyond)
+                mended = some[beyond.any(1)]
+                measured[beyond.any(1)] = measures(W, mended)
+            self.bound[some], self.steps[some] = measured[:, 0].log(), 0.0
         self._check_gram(W, ids)
         self.seconds += time.perf_counter() - start
 
@@ -118,7 +120,9 @@ def too_harsh_steps(W: StackArrays, update: StackUpdate) -> list[tuple[Increment
     """Which matrices (k) of each part this single step would wear beyond twice their limit."""
     found = []
     for part in update.parts:
-        chosen = part.share < HARSH
+        # Of w directions, r that keep a share s add about r/(w s²) to κ², which is at least 1.
+        rank = part.half[1].shape[1]
+        chosen = part.share.square() < rank / W.width
         if bool(chosen.any()):
             U, U_inv = (part.after(W, name, update.kappa, chosen) for name in ("U", "U_inv"))
             chosen[chosen.clone()] = square_conditions(U, U_inv) > (2 * CONDITION) ** 2

@@ -12,11 +12,9 @@ import torch
 from torch import Tensor
 
 from softsphere.matrix.stack_arrays import StackArrays
-from softsphere.matrix.wear import CONDITION, FLOOR, RANGE, SHIFT, Health, tolerance
+from softsphere.matrix.wear import Health, tolerance
 
-__all__ = ["levels", "square_conditions", "stack_gram_drift", "stack_health"]
-
-_LIMITS = (CONDITION**2 - 1, 1.0, SHIFT, 2.0**RANGE)
+__all__ = ["measures", "square_conditions", "stack_gram_drift", "stack_health"]
 
 
 def square_conditions(U: Tensor, U_inv: Tensor) -> Tensor:
@@ -25,30 +23,24 @@ def square_conditions(U: Tensor, U_inv: Tensor) -> Tensor:
     return amplified.square().mean(1)
 
 
-def levels(W: StackArrays, ids: Tensor) -> Tensor:
-    """The logarithms of κ² − 1, the drift of U⁻¹, the share of 1 ωᵀ and the length of U's rows.
-
-    Returns (k, 4), each against its limit; 0 for a measure that is not finite.
-    """
+def measures(W: StackArrays, ids: Tensor) -> Tensor:
+    """κ², the drift of U⁻¹ in tolerances, the share of 1 ωᵀ and the length of U's rows: (k, 4)."""
     U, U_inv = W.of("U", ids), W.of("U_inv", ids)
     lengths = U.norm(dim=2, keepdim=True)
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(W.width, 2, generator=generator, dtype=torch.float64).to(W.device)
     drift = (U @ (U_inv @ (z * lengths)) / lengths - z).norm(dim=(1, 2)) / z.norm()
-    spread = W.of("centred_gram", ids).diagonal(dim1=1, dim2=2).sum(1).clamp_min(0)
-    squares = spread + W.of("colsum", ids).square().sum(1) / W.mass[ids]
+    spread = W.centred_gram.diagonal(dim1=1, dim2=2)[ids].sum(1) * W.scale[ids].square()
+    squares = spread.clamp_min(0) + W.of("colsum", ids).square().sum(1) / W.mass[ids]
     shift = W.of("omega", ids).square().sum(1) * W.mass[ids]
     reach = lengths.squeeze(2).log2().abs().amax(1).clamp_max(1000.0)
-    measures = (
-        square_conditions(U, U_inv) - 1,
+    each = (
+        square_conditions(U, U_inv),
         drift / tolerance(W),
         (shift / squares.clamp_min(1e-300)).sqrt(),
         2.0**reach,
     )
-    limits = torch.tensor(_LIMITS, dtype=torch.float64, device=W.device)
-    share = torch.stack(measures, 1) / limits
-    share = torch.where(share.isfinite(), share.clamp_min(FLOOR), 1.0)
-    return share.log()
+    return torch.stack(each, 1)
 
 
 def stack_gram_drift(W: StackArrays, ids: Tensor, probes: int = 1) -> Tensor:
@@ -88,14 +80,13 @@ def stack_health(W: StackArrays, probes: int, seconds: float, done: dict[str, in
     `done` counts by name what was mended, in `seconds`.
     """
     ids = W.all_ids()[W.sizes > 0]
-    limits = torch.tensor(_LIMITS, dtype=torch.float64, device=W.device)
-    most, drift = torch.zeros_like(limits), math.nan
+    most, drift = torch.zeros(4, dtype=torch.float64, device=W.device), math.nan
     for some in W.split(ids):
-        most = torch.maximum(most, levels(W, some).exp().amax(0) * limits)
+        most = torch.maximum(most, measures(W, some).amax(0))
     if probes and len(ids):
         drift = float(stack_gram_drift(W, ids, probes).max())
     return Health(
-        condition=math.sqrt(float(most[0]) + 1),
+        condition=math.sqrt(float(most[0])),
         inverse_drift=float(most[1]) * tolerance(W),
         gram_drift=drift,
         shift=float(most[2]),

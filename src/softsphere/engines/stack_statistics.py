@@ -1,0 +1,117 @@
+"""(s, q, c) of H W_cᵀ from what a stack of factored matrices keeps, with its structured gradient.
+
+The formulas are those of `factored_statistics`, with a matrix W_c for each row of H: that of its
+target. They are computed in float64, as all arrays of a stack are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softsphere.engines.factored_statistics import TWICE
+from softsphere.matrix import FactoredTensor, StructuredGradient
+from softsphere.matrix.abstract import Block
+from softsphere.matrix.factored_stack import FactoredStack
+from softsphere.matrix.gradient import GradientFactors
+from softsphere.matrix.gradient_tensors import Content
+from softsphere.matrix.segments import Segments
+from softsphere.matrix.stack_arrays import StackArrays
+from softsphere.stats import Stats
+
+__all__ = ["stack_statistics", "stack_sums"]
+
+
+def stack_statistics(H: Tensor, weight: FactoredTensor, target: Tensor) -> Stats:
+    """Statistics of rows H (n, w) over the matrices of their targets, in O(w²) a row.
+
+    Args:
+        H: (n, w)
+        weight: a stack of matrices, (D, w).
+        target: (n), a row of the stack for each row of H.
+    """
+    s, q, c = _StackStatistics.apply(H, weight, target)  # type: ignore[no-untyped-call]
+    W = _arrays(weight.block)
+    pi = None if W.pi is None else W.pi[target].unsqueeze(1)
+    return Stats(s, q, c, W.mass[W.cluster_of(target)].to(H.dtype), pi=pi)
+
+
+def stack_sums(H: Tensor, weight: FactoredTensor, cluster: Tensor) -> tuple[Tensor, Tensor]:
+    """s and q (n) of rows H (n, w), each over the matrix cluster (n) of a stack, in H's dtype.
+
+    They have no derivative.
+    """
+    W = _arrays(weight.block)
+    W.check()
+    with torch.no_grad():
+        H = H.double()
+        mu = (H * W.mean(cluster)).sum(1)
+        q = (_times_gram(W, H, cluster) * H).sum(1).clamp_min(0)
+        mass = W.mass[cluster]
+        return (mass * mu).to(weight.dtype), (q + mass * mu * mu).to(weight.dtype)
+
+
+def _arrays(block: Block) -> StackArrays:
+    """The arrays of a stack. Raises TypeError if the block is of one matrix."""
+    if not isinstance(block.matrix, FactoredStack):
+        raise TypeError("the leaves of a clustered layer need a stack of matrices, got one matrix")
+    return block.matrix.arrays
+
+
+def _times_gram(W: StackArrays, H: Tensor, cluster: Tensor) -> Tensor:
+    """Each row of H (n, w) times G of its matrix, in float64."""
+    P = torch.empty_like(H)
+    for piece in Segments.of(cluster).pieces(W.width):
+        piece.put(piece.take(H) @ W.of("centred_gram", piece.ids), P)
+    return P
+
+
+class _StackStatistics(torch.autograd.Function):
+    """s = M μ, q = q_c + M μ², c = μ + H·(W[t] − r); see `factored_statistics`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, H: Tensor, weight: FactoredTensor, target: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        W = _arrays(weight.block)
+        ctx.block, ctx.edition = weight.block, weight.matrix.edition
+        cluster, exact = W.cluster_of(target), H.double()
+        P, r, mass = _times_gram(W, exact, cluster), W.mean(cluster), W.mass[cluster]
+        mu = (exact * r).sum(1)
+        at_rows = W.rows(target).double() - r
+        q = (P * exact).sum(1).clamp_min(0) + mass * mu * mu
+        c = (at_rows * exact).sum(1) + mu
+        ctx.save_for_backward(H, target, cluster, P, mu, at_rows)
+        return (mass * mu).to(H.dtype), q.to(H.dtype), c.unsqueeze(1).to(H.dtype)
+
+    @staticmethod
+    def backward(
+        ctx: Any, gs: Tensor, gq: Tensor, gc: Tensor
+    ) -> tuple[Tensor | None, StructuredGradient | None, None]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(TWICE)
+        H, target, cluster, P, mu, at_rows = ctx.saved_tensors
+        W = _arrays(ctx.block)
+        if ctx.block.matrix.edition != ctx.edition:
+            raise RuntimeError(
+                "the factored weight has been changed since this loss was computed; "
+                "call backward before the optimizer's step, or compute the loss again"
+            )
+        gs, gq, gc = gs.double(), gq.double(), gc.double().squeeze(1)
+        back = 2 * gq.unsqueeze(1) * P + gc.unsqueeze(1) * at_rows
+        by_hidden = None
+        if ctx.needs_input_grad[0]:
+            by_mean = W.mass[cluster] * (gs + 2 * gq * mu) + gc
+            by_hidden = (back + by_mean.unsqueeze(1) * W.mean(cluster)).to(H.dtype)
+        if not ctx.needs_input_grad[1]:
+            return by_hidden, None, None
+        # Copies, since the caller may write into these tensors later.
+        H, rows = H.clone(), target.clone()
+        x = gc if W.pi is None else gc / W.pi[rows]
+        L, s, x, back, at_rows = (
+            y.to(H.dtype) for y in (2 * gq.unsqueeze(1) * H, gs, x, back, at_rows)
+        )
+        value = GradientFactors(H, L, s, rows, None, x, back, at_rows, cluster=cluster)
+        return by_hidden, StructuredGradient(Content(value, ctx.block, ctx.edition)), None

@@ -43,9 +43,14 @@ def layer(assignment: Tensor, leaf: str = "taylor_softmax", **options: Any) -> C
     torch.manual_seed(0)
     options = {"counts": COUNTS, "dtype": torch.float64, **options}
     head = ClusteredLoss(d, len(assignment), assignment, leaf=LEAVES[leaf][0], **options)
-    with torch.no_grad():
-        for parameter in head.parameters():
-            parameter.add_(0.5 * torch.randn_like(parameter))
+    # not through the parameters, since those of factored leaves are other ones
+    state = head.state_dict()
+    moved = {
+        name: state[name] + 0.5 * torch.randn_like(state[name])
+        for name in ("weight", "bias", "root.weight", "root.bias", "project.weight")
+        if name in state
+    }
+    head.load_state_dict({**state, **moved})
     return head
 
 
@@ -61,12 +66,13 @@ def probabilities(head: ClusteredLoss, leaf: str, hidden: Tensor) -> Tensor:
     counts = COUNTS.tolist() if len(assignment) == D else [1.0] * len(assignment)
     _, kind, numbers = LEAVES[leaf]
     found = []
+    W, b = head.state_dict()["weight"], head.state_dict().get("bias")
     with torch.no_grad():
         for h in hidden:
             root = head.root.weight @ h
             root = root if head.root.bias is None else root + head.root.bias
             z = h if head.project is None else head.project.weight @ h
-            o = head.weight @ z if head.bias is None else head.weight @ z + head.bias
+            o = W @ z if b is None else W @ z + b
             outputs = torch.zeros(len(assignment), dtype=torch.float64)
             outputs[leaves] = o
             given = root.tolist(), outputs.tolist(), assignment, counts

@@ -24,6 +24,9 @@ WAYS = {
     "logits": {"engine": "logits"},
     "sparse": {"sparse": True},
     "gram": {"engine": "gram"},
+    "factored": {"engine": "factored"},
+    "factored without bias": {"engine": "factored", "bias": False},
+    "factored and projected": {"engine": "factored", "leaf_features": 3},
     "projected": {"leaf_features": 3},
     "without bias": {"bias": False},
 }
@@ -36,7 +39,7 @@ CASES = [(name, leaf, "auto") for name in ASSIGNMENTS for leaf in LEAVES] + [
     for name in ("mixed", "empty clusters", "one cluster", "all shortlist")
     for leaf in ("taylor_softmax", "spherical_softmax", "softmax")
     for way in WAYS
-    if way != "auto" and (way != "gram" or leaf in SPHERICAL)
+    if way != "auto" and (way[:4] not in ("gram", "fact") or leaf in SPHERICAL)
 ]
 every_case = pytest.mark.parametrize(("name", "leaf", "way"), CASES)
 
@@ -57,10 +60,13 @@ def test_loss_is_the_negative_log_probability_of_the_definition(name, leaf, way,
     torch.testing.assert_close(head(rows(M), TARGET), want, **CLOSE)
 
 
-@every_leaf
+@pytest.mark.parametrize(
+    ("leaf", "way"),
+    [(leaf, "auto") for leaf in LEAVES] + [(leaf, "factored") for leaf in SPHERICAL],
+)
 @every_assignment
-def test_probabilities_are_those_of_the_definition_and_sum_to_one(name, leaf):
-    head = layer(ASSIGNMENTS[name], leaf)
+def test_probabilities_are_those_of_the_definition_and_sum_to_one(name, leaf, way):
+    head = layer(ASSIGNMENTS[name], leaf, **WAYS[way])
     want = probabilities(head, leaf, rows(4)).log()
     recorded = head.log_prob(rows(4))
     with torch.no_grad():
@@ -80,7 +86,7 @@ def test_gradients_are_those_of_log_prob(name, leaf, way, products):
     want = torch.autograd.grad(mean, given, allow_unused=True, materialize_grads=True)
     found = torch.autograd.grad(head(hidden, TARGET), given)
     for x, y in zip(found, want, strict=True):
-        torch.testing.assert_close(x.to_dense(), y, **CLOSE)
+        torch.testing.assert_close(x.to_dense(), y.to_dense(), **CLOSE)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +162,7 @@ def test_counts_of_one_are_no_counts():
     torch.testing.assert_close(p, torch.full((1, D), 1 / D, dtype=torch.float64), **CLOSE)
 
 
-@pytest.mark.parametrize("way", ["auto", "sparse", "gram"])
+@pytest.mark.parametrize("way", ["auto", "sparse", "gram", "factored"])
 def test_ignored_rows_have_no_loss_and_no_gradient(way):
     head = layer(MIXED, **WAYS[way])
     target = TARGET.clone()
@@ -173,7 +179,7 @@ def test_ignored_rows_have_no_loss_and_no_gradient(way):
         torch.testing.assert_close(x.grad.to_dense(), y, **CLOSE)
 
 
-@pytest.mark.parametrize("way", ["auto", "sparse", "gram"])
+@pytest.mark.parametrize("way", ["auto", "sparse", "gram", "factored"])
 def test_batches_without_rows_or_within_one_cluster(way):
     head = layer(MIXED, **WAYS[way])
     whole = torch.full((4,), -100)
@@ -235,10 +241,13 @@ def test_auto_leaves_a_gram_matrix_that_has_lost_its_digits():
     assert abs(named(hidden, target) - want) > 10 * error
 
 
-@every_leaf
+@pytest.mark.parametrize(
+    ("leaf", "way"),
+    [(leaf, "auto") for leaf in LEAVES] + [(leaf, "factored") for leaf in SPHERICAL],
+)
 @every_assignment
-def test_predictions_are_those_of_log_prob(name, leaf):
-    head = layer(ASSIGNMENTS[name], leaf)
+def test_predictions_are_those_of_log_prob(name, leaf, way):
+    head = layer(ASSIGNMENTS[name], leaf, **WAYS[way])
     log_p = head.log_prob(rows(M))
     values, indices = log_p.topk(6)
     best = head.topk(rows(M), 6)
@@ -251,24 +260,37 @@ def test_predictions_are_those_of_log_prob(name, leaf):
     assert torch.equal(head.rank(rows(M), TARGET), above.sum(1) + 1)
 
 
-def test_equal_classes_of_a_cluster_rank_alike():
-    head = layer(torch.arange(D) // 8 - 1, counts=None)
+@pytest.mark.parametrize("engine", ["auto", "factored"])
+def test_equal_classes_of_a_cluster_rank_alike(engine):
+    head = layer(torch.arange(D) // 8 - 1, counts=None, engine=engine)
     first = int(head.grouping.starts[2])
-    with torch.no_grad():
-        head.weight[first : first + 8] = head.weight[first]
-        head.bias[first : first + 8] = head.bias[first]
+    state = {name: x.clone() for name, x in head.state_dict().items()}
+    for name in ("weight", "bias"):
+        state[name][first : first + 8] = state[name][first].clone()
+    head.load_state_dict(state)
+    # so that factored rows are written in two ways
+    optimizer = torch.optim.SGD([head.weight], lr=1.0)
+    for cluster in (1, 3):
+        head.zero_grad()
+        own = head.grouping.leaves[head.grouping.starts[cluster] :][:6]
+        head(rows(6), own).backward()
+        optimizer.step()
     classes = head.grouping.leaves[first : first + 8]
     ranks = torch.stack([head.rank(rows(M), k.expand(M)) for k in classes])
     assert (ranks == ranks[0]).all()
 
 
+@pytest.mark.parametrize("engine", ["auto", "factored"])
 @pytest.mark.parametrize("width", [d, 3])
-def test_rows_are_copied_in_the_order_of_the_classes(width):
-    head = layer(MIXED, leaf_features=None if width == d else width)
+def test_rows_are_copied_in_the_order_of_the_classes(width, engine):
+    head = layer(MIXED, leaf_features=None if width == d else width, engine=engine)
+    bias = head.state_dict()["bias"].clone()
     rows_of_classes, before = torch.randn(D, width), head.root.weight.clone()
     head.copy_rows(rows_of_classes)
     S = len(head.grouping.shortlist)
-    assert torch.equal(head.weight, rows_of_classes[head.grouping.leaves].double())
+    state = head.state_dict()
+    assert torch.equal(state["weight"], rows_of_classes[head.grouping.leaves].double())
+    assert torch.equal(state["bias"], bias)
     if width == d:
         before[:S] = rows_of_classes[MIXED < 0]
     assert torch.equal(head.root.weight, before)
@@ -276,8 +298,9 @@ def test_rows_are_copied_in_the_order_of_the_classes(width):
         head.copy_rows(rows_of_classes[1:])
 
 
-def test_state_dict_and_copies():
-    head = layer(MIXED, leaf_features=3)
+@pytest.mark.parametrize("engine", ["auto", "factored"])
+def test_state_dict_and_copies(engine):
+    head = layer(MIXED, leaf_features=3, engine=engine)
     assert set(head.state_dict()) == {
         *("root.weight", "root.bias", "project.weight", "weight", "bias"),
         *("assignment", "prior", "root_shares"),
@@ -286,25 +309,28 @@ def test_state_dict_and_copies():
     buffer = io.BytesIO()
     torch.save(head.state_dict(), buffer)
     buffer.seek(0)
-    other = ClusteredLoss(d, D, MIXED, leaf_features=3, dtype=torch.float64)
+    other = ClusteredLoss(d, D, MIXED, leaf_features=3, engine=engine, dtype=torch.float64)
     other.load_state_dict(torch.load(buffer, weights_only=True))
     for same in (other, copy.deepcopy(head), pickle.loads(pickle.dumps(head))):
         torch.testing.assert_close(same(rows(M), TARGET), want, rtol=0, atol=0)
 
 
-def test_another_assignment_is_not_loaded():
-    state = layer(MIXED).state_dict()
-    other = layer(MIXED.roll(1))
+@pytest.mark.parametrize("engine", ["auto", "factored"])
+def test_another_assignment_is_not_loaded(engine):
+    state = layer(MIXED, engine=engine).state_dict()
+    other = layer(MIXED.roll(1), engine=engine)
     before = {key: value.clone() for key, value in other.state_dict().items()}
     with pytest.raises(RuntimeError, match="assignment is not the one that the layer was made"):
         other.load_state_dict(state)
     torch.testing.assert_close(dict(other.state_dict()), before, rtol=0, atol=0)
 
 
-def test_made_on_the_meta_device():
-    head = ClusteredLoss(d, D, MIXED, counts=COUNTS, device="meta", dtype=torch.float64)
+@pytest.mark.parametrize("engine", ["auto", "factored"])
+def test_made_on_the_meta_device(engine):
+    made = {"counts": COUNTS, "engine": engine, "device": "meta", "dtype": torch.float64}
+    head = ClusteredLoss(d, D, MIXED, **made)
     head = head.to_empty(device="cpu")
-    want = layer(MIXED)
+    want = layer(MIXED, engine=engine)
     head.load_state_dict(want.state_dict())
     torch.testing.assert_close(head(rows(M), TARGET), want(rows(M), TARGET), rtol=0, atol=0)
 
@@ -406,6 +432,35 @@ ERRORS = {
         TypeError,
         "engine='gram' needs a spherical leaf.*engine='logits'",
     ),
+    "engine: factored softmax": (
+        lambda: ClusteredLoss(d, D, MIXED, leaf="softmax", engine="factored"),
+        TypeError,
+        "engine='factored' needs a spherical leaf.*engine='logits'",
+    ),
+    "engine: factored and sparse": (
+        lambda: ClusteredLoss(d, D, MIXED, engine="factored", sparse=True),
+        ValueError,
+        "sparse must be False for engine='factored'",
+    ),
+    "engine: factored in half precision": (
+        lambda: ClusteredLoss(d, D, MIXED, engine="factored", dtype=torch.bfloat16),
+        TypeError,
+        "dtype must be torch.float32 or torch.float64, got torch.bfloat16",
+    ),
+    "weight: factored, of another engine": (
+        lambda: torch.func.functional_call(
+            layer(MIXED), {"weight": layer(MIXED, engine="factored").weight}, (rows(M), TARGET)
+        ),
+        TypeError,
+        "engine='auto' needs an ordinary weight, got a FactoredTensor",
+    ),
+    "weight: ordinary, of factored leaves": (
+        lambda: torch.func.functional_call(
+            layer(MIXED, engine="factored"), {"weight": layer(MIXED).weight}, (rows(M), TARGET)
+        ),
+        TypeError,
+        "the weight must be the factored one of a ClusteredLoss",
+    ),
     "engine: gram and sparse": (
         lambda: ClusteredLoss(d, D, MIXED, engine="gram", sparse=True),
         ValueError,
@@ -414,7 +469,7 @@ ERRORS = {
     "engine: unknown": (
         lambda: ClusteredLoss(d, D, MIXED, engine="dense"),
         ValueError,
-        "engine must be one of auto, logits, gram",
+        "engine must be one of auto, logits, gram, factored",
     ),
     "target: K-sparse": (
         lambda: layer(MIXED)(rows(M), TARGET.unsqueeze(1), torch.ones(M, 1)),

@@ -21,7 +21,7 @@ from softsphere.matrix.segments import Segments
 from softsphere.matrix.stack_arrays import StackArrays
 from softsphere.stats import Stats
 
-__all__ = ["stack_statistics", "stack_sums"]
+__all__ = ["stack_statistics"]
 
 
 def stack_statistics(H: Tensor, weight: FactoredTensor, target: Tensor) -> Stats:
@@ -36,21 +36,6 @@ def stack_statistics(H: Tensor, weight: FactoredTensor, target: Tensor) -> Stats
     W = _arrays(weight.block)
     pi = None if W.pi is None else W.pi[target].unsqueeze(1)
     return Stats(s, q, c, W.mass[W.cluster_of(target)].to(H.dtype), pi=pi)
-
-
-def stack_sums(H: Tensor, weight: FactoredTensor, cluster: Tensor) -> tuple[Tensor, Tensor]:
-    """s and q (n) of rows H (n, w), each over the matrix cluster (n) of a stack, in H's dtype.
-
-    They have no derivative.
-    """
-    W = _arrays(weight.block)
-    W.check()
-    with torch.no_grad():
-        H = H.double()
-        mu = (H * W.mean(cluster)).sum(1)
-        q = (_times_gram(W, H, cluster) * H).sum(1).clamp_min(0)
-        mass = W.mass[cluster]
-        return (mass * mu).to(weight.dtype), (q + mass * mu * mu).to(weight.dtype)
 
 
 def _arrays(block: Block) -> StackArrays:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -16,6 +17,9 @@ from softsphere.engines.grouped_gram import cluster_statistics, target_outputs_o
 from softsphere.engines.grouped_products import group_outputs
 from softsphere.engines.grouping import Group
 from softsphere.engines.leaf_choice import leaf_costs
+from softsphere.engines.stack_statistics import stack_statistics
+from softsphere.matrix import FactoredTensor
+from softsphere.matrix.stack_arrays import StackArrays
 from softsphere.stats import Stats
 
 __all__ = ["Leaves", "leaf_losses", "log_sums"]
@@ -30,12 +34,33 @@ class Leaves(NamedTuple):
     """The leaves of a clustered layer.
 
     W: (L, d) the weight; b: (L) the bias or None; pi: (L) the base measure, whose sum over a
-    cluster is its number of leaves.
+    cluster is its number of leaves. A factored W is diag(√π) [W b], and b is None beside it.
     """
 
     W: Tensor
     b: Tensor | None
     pi: Tensor
+
+    def rows(self, index: Tensor | slice, width: int) -> tuple[Tensor, Tensor | None]:
+        """W (n, width) and b (n) of some leaves."""
+        if not isinstance(self.W, FactoredTensor):
+            return self.W[index], None if self.b is None else self.b[index]
+        if isinstance(index, slice):
+            index = torch.arange(*index.indices(len(self.W)), device=self.W.device)
+        joined = F.embedding(index, self.W) / self.pi[index].sqrt().unsqueeze(1)
+        has_bias = joined.shape[1] > width
+        return joined[:, :width], joined[:, width] if has_bias else None
+
+    def distinct(self, index: Tensor) -> list[Tensor]:
+        """Columns (n, ·) that are equal for leaves of one cluster with equal rows of W and b."""
+        if isinstance(self.W, FactoredTensor):
+            # The rows of a product may be rounded differently.
+            W = self.W.matrix.arrays
+            W.check()
+            assert isinstance(W, StackArrays)
+            return [W.V[index], W.old[index].unsqueeze(1)]
+        columns = [self.W] if self.b is None else [self.W, self.b.unsqueeze(1)]
+        return [x.detach()[index] for x in columns]
 
 
 def leaf_losses(
@@ -48,9 +73,13 @@ def leaf_losses(
         Z: (n, d), the rows, in float32 or wider, in the order of the group.
         leaves: all leaves.
         group: the cluster and the target of each row.
-        engine: "logits", "gram" or "auto".
+        engine: "logits", "gram" or "auto", or "factored" if W is.
         sparse: whether the gradient of W is sparse; it is with the logits alone.
     """
+    if engine == "factored":
+        assert isinstance(loss, losses.Normalised) and isinstance(leaves.W, FactoredTensor)
+        H = F.pad(Z, (0, leaves.W.shape[1] - Z.shape[1]), value=1.0)
+        return loss.value(stack_statistics(H, leaves.W, group.target))
     if engine == "auto":
         engine = _cheapest(loss, Z, leaves, group, sparse)
         careful = True

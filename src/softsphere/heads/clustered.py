@@ -17,6 +17,7 @@ from softsphere.functional.on_leaves import Leaves, leaf_losses
 from softsphere.heads.affine import made_dtype
 from softsphere.heads.clustered_reader import ClusteredReader, Root, root_log_prob
 from softsphere.heads.clustered_state import WithGrouping
+from softsphere.heads.factored_leaves import factored_leaves
 from softsphere.heads.prediction import OutputLayer
 
 __all__ = ["ClusteredLoss"]
@@ -46,7 +47,7 @@ class ClusteredLoss(WithGrouping, OutputLayer):
 
     The parameters are `root.weight` (S + C, d) and `root.bias`, `weight` (L, d') and `bias` (L) of
     the L = D − S classes in clusters, cluster by cluster, and `project.weight` (d', d) with
-    `leaf_features`. Any optimizer can step them.
+    `leaf_features`. Any optimizer can step them, unless the engine is "factored".
 
     Args:
         in_features: d.
@@ -64,6 +65,12 @@ class ClusteredLoss(WithGrouping, OutputLayer):
         bias: whether root and leaves have a bias.
         engine: "logits" computes the outputs of each row's cluster, "gram" one Gram matrix for each
             cluster, and "auto" takes the cheaper one; see `softsphere.engines.choose_leaves`.
+            "factored" keeps the weight of each cluster in factors. A training row then costs
+            O(d'²), however many classes its cluster has. It takes spherical leaves, float32 or
+            float64, and SGD without momentum, as `torch.optim.SGD` and
+            `softsphere.optim.FactoredSGD` do it. The parameter `weight` is then diag(√π) [W b]
+            (L, d' + 1), a `softsphere.matrix.FactoredTensor`, and `bias` is None; state_dict()
+            holds W and b all the same.
         reduction, ignore_index: as in `nn.CrossEntropyLoss`.
         sparse: whether the gradient of `weight` is a sparse tensor of the classes whose clusters
             have rows in the batch, as in `nn.Embedding`. `torch.optim.SGD` without momentum and
@@ -113,13 +120,15 @@ class ClusteredLoss(WithGrouping, OutputLayer):
         self.num_classes = checks.at_least_one("num_classes", num_classes)
         checks.flag("bias", bias)
         made_dtype(dtype)
+        self.has_bias = bias
         self.loss = _distribution(leaf)
         width = self.in_features
         if leaf_features is not None:
             width = checks.at_least_one("leaf_features", leaf_features)
-        checks.one_of("engine", engine, ("auto", *LEAF_ENGINES[:2]))
+        checks.one_of("engine", engine, ("auto", *LEAF_ENGINES))
         self.engine, self.sparse = engine, checks.flag("sparse", sparse)
         _check_engine(self.loss, engine, sparse)
+        self.leaf_width = width
         given = Conventions.checked(self.loss, reduction=reduction, ignore_index=ignore_index)
         self.reduction, self.ignore_index = given.reduction, given.ignore_index
         made: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -131,8 +140,11 @@ class ClusteredLoss(WithGrouping, OutputLayer):
             if leaf_features is None
             else nn.Linear(self.in_features, width, bias=False, **made)
         )
-        self.weight = nn.Parameter(torch.empty(L, width, **made))
-        self.register_parameter("bias", nn.Parameter(torch.empty(L, **made)) if bias else None)
+        W, b = torch.empty(L, width, **made), torch.empty(L, **made) if bias else None
+        if engine == "factored":
+            W, b = factored_leaves(W, b, self._grouping.starts, self.prior), None
+        self.weight = nn.Parameter(W)
+        self.register_parameter("bias", None if b is None else nn.Parameter(b))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -143,11 +155,12 @@ class ClusteredLoss(WithGrouping, OutputLayer):
         for layer in (self.root, self.project):
             if layer is not None:
                 layer.reset_parameters()
-        bound = 1 / math.sqrt(self.weight.shape[1])
-        nn.init.uniform_(self.weight, -bound, bound)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
-            with torch.no_grad():
+        bound = 1 / math.sqrt(self.leaf_width)
+        with torch.no_grad():
+            for block, reach in zip(self.leaf_blocks(), (bound, 0.0), strict=False):
+                block.uniform_(-reach, reach)
+            self.leaves_written()
+            if self.has_bias:
                 self.root.bias.copy_(self.root_shares.log().clamp_min(_NO_SHARE))
 
     @eager(EAGER)
@@ -173,7 +186,7 @@ class ClusteredLoss(WithGrouping, OutputLayer):
         Raises ValueError or TypeError for invalid arguments.
         """
         _refuse(target, target_values, mask)
-        self._check_sizes()
+        self._check_leaves()
         checks.hidden(hidden, self.in_features)
         checks.same_device("weight", self.weight, "hidden", hidden)
         checks.same_device("target", target, "hidden", hidden)
@@ -213,8 +226,9 @@ class ClusteredLoss(WithGrouping, OutputLayer):
             )
         return nll.index_add(0, rows, of_leaves.to(nll.dtype))
 
-    def _check_sizes(self) -> None:
-        """Raises ValueError if a parameter was replaced by one of another shape."""
+    def _check_leaves(self) -> None:
+        """Raises ValueError or TypeError for parameters that were replaced by unfit ones."""
+        self.check_factored()
         L = len(self._grouping.leaves)
         for name, x in (("weight", self.weight), ("bias", self.bias), ("prior", self.prior)):
             if x is not None and len(x) != L:
@@ -224,7 +238,7 @@ class ClusteredLoss(WithGrouping, OutputLayer):
                 )
 
     def _reader(self) -> ClusteredReader:
-        self._check_sizes()
+        self._check_leaves()
         pi = self.prior.to(accumulator(self.weight.dtype))
         leaves = Leaves(self.weight, self.bias, pi)
         root = Root(self.root, self.project)
@@ -238,7 +252,7 @@ class ClusteredLoss(WithGrouping, OutputLayer):
     def extra_repr(self) -> str:
         return (
             f"{self.in_features}, {self.num_classes}, shortlist={len(self._grouping.shortlist)}, "
-            f"clusters={self.num_clusters}, leaf={self.loss}, bias={self.bias is not None}, "
+            f"clusters={self.num_clusters}, leaf={self.loss}, bias={self.has_bias}, "
             f"engine={self.engine!r}, reduction={self.reduction!r}, "
             f"ignore_index={self.ignore_index}"
         )
@@ -256,14 +270,17 @@ def _distribution(leaf: str | losses.Loss) -> losses.Loss:
 
 
 def _check_engine(loss: losses.Loss, engine: str, sparse: bool) -> None:
-    if engine == "gram" and not isinstance(loss, losses.Normalised):
+    if engine in ("auto", "logits"):
+        return
+    if not isinstance(loss, losses.Normalised):
         raise TypeError(
-            f"engine='gram' needs a spherical leaf, got leaf={loss}; use engine='logits' or 'auto'"
+            f"engine={engine!r} needs a spherical leaf, got leaf={loss}; "
+            "use engine='logits' or 'auto'"
         )
-    if engine == "gram" and sparse:
+    if sparse:
         raise ValueError(
-            "sparse must be False for engine='gram', whose gradient is that of all classes; use "
-            "engine='logits' or 'auto'"
+            f"sparse must be False for engine={engine!r}, whose gradient is that of all classes; "
+            "use engine='logits' or 'auto'"
         )
 
 

@@ -73,9 +73,9 @@ class ClusteredReader(Reader):
 
     def _numerators(self, z: Tensor, leaves: Tensor | slice) -> Tensor:
         """log π_k t(o_k) of some leaves: (m, ·)."""
-        W, b, pi = self.leaves
-        o = F.linear(z, W[leaves].to(z.dtype), None if b is None else b[leaves].to(z.dtype))
-        return self.loss.log_numerator(o) + pi[leaves].log().to(o.dtype)
+        W, b = self.leaves.rows(leaves, z.shape[1])
+        o = F.linear(z, W.to(z.dtype), None if b is None else b.to(z.dtype))
+        return self.loss.log_numerator(o) + self.leaves.pi[leaves].log().to(o.dtype)
 
     def _log_normalisers(self, z: Tensor) -> Tensor:
         """log N_c of every cluster: (m, C)."""
@@ -169,15 +169,11 @@ class ClusteredReader(Reader):
         listed = cluster < 0
         keys = torch.empty_like(cluster)
         scores = self.root.scores
-        tables = (
-            (listed, scores.weight, scores.bias, place[listed]),
-            (~listed, self.leaves.W, self.leaves.b, place[~listed]),
-        )
-        for some, W, b, places in tables:
-            columns = [W] if b is None else [W, b.unsqueeze(1)]
+        shortlist = Leaves(scores.weight, scores.bias, self.leaves.pi)
+        for some, table in ((listed, shortlist), (~listed, self.leaves)):
             owner = cluster[some].to(self.dtype).unsqueeze(1)
-            rows = (x.detach()[places].to(self.dtype) for x in columns)
-            keys[some] = keys_of_rows(owner, *rows)
+            columns = (x.to(self.dtype) for x in table.distinct(place[some]))
+            keys[some] = keys_of_rows(owner, *columns)
         return keys
 
     def _measure(self, classes: Tensor) -> Tensor:

@@ -11,21 +11,20 @@ from torch import Tensor, nn
 from softsphere import checks
 from softsphere.engines.grouping import Grouping
 from softsphere.engines.row_statistics import accumulator
+from softsphere.heads.factored_leaves import FactoredLeaves
 
 __all__ = ["WithGrouping"]
 
 
-class WithGrouping(nn.Module):
+class WithGrouping(FactoredLeaves):
     """A module with the buffers assignment (D), prior (L) and root_shares (S + C).
 
     The assignment never changes. The other two stay in float32 or wider.
     """
 
     assignment: Tensor
-    prior: Tensor
     root_shares: Tensor
     root: nn.Linear
-    weight: nn.Parameter
     num_classes: int
     _grouping: Grouping
 
@@ -74,13 +73,13 @@ class WithGrouping(nn.Module):
         Raises TypeError or ValueError for rows of a wrong kind or shape.
         """
         checks.floating("rows", rows)
-        shape = (self.num_classes, self.weight.shape[1])
+        shape = (self.num_classes, self.leaf_width)
         if rows.shape != shape:
             raise ValueError(
                 f"rows must have shape {shape}, one row for each class, got {tuple(rows.shape)}"
             )
         grouping, rows = self.grouping, rows.to(self.weight.device)
-        self.weight.copy_(rows[grouping.leaves])
+        self.write_leaves(rows[grouping.leaves])
         if self.root.weight.shape[1] == rows.shape[1]:
             self.root.weight[: len(grouping.shortlist)] = rows[grouping.shortlist].to(
                 self.root.weight.dtype
@@ -88,7 +87,7 @@ class WithGrouping(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WithGrouping:
         before = {"prior": self.prior, "root_shares": self.root_shares}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         for name, wide in before.items():
             moved = getattr(self, name)
             if moved.dtype in (torch.float16, torch.bfloat16):
@@ -118,6 +117,7 @@ class WithGrouping(nn.Module):
             )
             # The layers below load after this one: nothing changes.
             state_dict.update({prefix + key: x for key, x in self.state_dict().items()})
+            return
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

@@ -69,7 +69,9 @@ class FactoredStack(Matrix):
                 raise ValueError(
                     f"starts must ascend from 0 to the {D} rows of weight, got {starts.tolist()}"
                 )
-        self.arrays = StackArrays(Rows(*columns), starts.to(columns[0].device, torch.long), pi)
+        # On the meta device they would lose their values.
+        device = starts.device if columns[0].is_meta else columns[0].device
+        self.arrays = StackArrays(Rows(*columns), starts.to(device, torch.long), pi)
         self.watch = StackWatch(self.arrays)
 
     @classmethod

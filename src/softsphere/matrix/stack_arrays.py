@@ -243,7 +243,9 @@ class StackArrays(Kept):
         pi = self.pi
         if pi is not None:
             pi = pi.to(device if device.type != "meta" else pi.device, dtype, copy=True)
-        other = StackArrays(Rows(*self.V.to(device, dtype)), self.starts.to(device, copy=True), pi)
+        at = self.starts.device if device.type == "meta" else device
+        starts = self.starts.to(at, copy=True)
+        other = StackArrays(Rows(*self.V.to(device, dtype)), starts, pi)
         for name in ("U", "U_inv", "omega", "scale", "old", "has_map"):
             setattr(other, name, getattr(self, name).to(device, copy=True))
         if self.maps is not None:

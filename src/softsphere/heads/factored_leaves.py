@@ -1,0 +1,200 @@
+"""The leaves of a clustered layer as a factored weight, saved and loaded as ordinary tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from softsphere._torch import transforms_active
+from softsphere.engines.factored_statistics import TWICE
+from softsphere.matrix import FactoredTensor, Health, StructuredGradient
+from softsphere.matrix.factored_stack import FactoredStack
+from softsphere.matrix.interrupts import uninterrupted
+from softsphere.matrix.refusals import HALF
+
+__all__ = ["FactoredLeaves", "factored_leaves"]
+
+
+def factored_leaves(W: Tensor, b: Tensor | None, starts: Tensor, pi: Tensor) -> FactoredTensor:
+    """Returns diag(√π) [W b] in factors, a matrix for each cluster.
+
+    Args:
+        W, b: (L, d) and (L) or None, which are not copied.
+        starts: (C + 1) the first leaf of each cluster, and L.
+        pi: (L) the base measure.
+
+    Raises TypeError for a dtype in which there are no factored weights.
+    """
+    if W.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"dtype must be torch.float32 or torch.float64, got {W.dtype}: {HALF}")
+    columns = [W] if b is None else [W, b.unsqueeze(1)]
+    return FactoredTensor.stack(columns, starts, pi.to(W.device, W.dtype))
+
+
+class FactoredLeaves(nn.Module):
+    """A layer whose leaves are ordinary parameters `weight` and `bias`, or one factored `weight`.
+
+    With engine="factored" the parameter is diag(√π) [W b] (L, d'+1), and `bias` is None. Its
+    state_dict has weight (L, d') and bias (L) all the same, so that every engine can load it.
+    """
+
+    engine: str
+    has_bias: bool
+    leaf_width: int
+    prior: Tensor
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    @property
+    def stack(self) -> FactoredStack:
+        """The factors of the leaves.
+
+        Raises TypeError if the layer's engine is another one, or its weight was replaced.
+        """
+        weight: Tensor = self.weight
+        if not isinstance(weight, FactoredTensor) or not isinstance(weight.matrix, FactoredStack):
+            raise TypeError(
+                "the weight must be the factored one of a ClusteredLoss with engine='factored', "
+                f"got {type(weight).__name__}; load other values by load_state_dict"
+            )
+        return weight.matrix
+
+    def check_factored(self) -> None:
+        """Raises an error where factored leaves cannot be used, and where others are factored."""
+        factored = isinstance(self.weight, FactoredTensor)
+        if self.engine != "factored":
+            if factored:
+                raise TypeError(
+                    f"engine={self.engine!r} needs an ordinary weight, got a FactoredTensor; make "
+                    "a new layer with engine='factored' and load the state_dict() into it"
+                )
+            return
+        if transforms_active():
+            raise RuntimeError(TWICE)
+        W = self.stack.arrays
+        wanted = (len(self.prior), self.leaf_width + self.has_bias)
+        if tuple(self.weight.shape) != wanted:
+            raise ValueError(
+                f"weight must have shape {wanted}, got {tuple(self.weight.shape)}; make a new "
+                "layer for other classes"
+            )
+        if not self.weight.is_leaf:
+            raise TypeError(
+                "the weight of factored leaves must be a parameter of its own, but it is computed "
+                "from another one (a parametrization); remove that, or use engine='logits'"
+            )
+        if W.pi is None or W.pi.is_meta != self.prior.is_meta:
+            raise RuntimeError(
+                "the base measure of the factored leaves has no values, since the layer was made "
+                "on the meta device; load it by load_state_dict, or call reset_parameters()"
+            )
+
+    def leaf_blocks(self) -> list[Tensor]:
+        """The memory of weight (L, d') and bias, to be overwritten; then call `leaves_written`."""
+        if self.engine != "factored":
+            return [self.weight] if self.bias is None else [self.weight, self.bias]
+        W = self.stack.arrays
+        W.V.own()
+        return W.V.blocks
+
+    def leaves_written(self) -> None:
+        """Takes what was written into `leaf_blocks`, and the present base measure."""
+        if self.engine == "factored":
+            W = self.stack.arrays
+            W.pi = self.prior.to(W.device, W.dtype)
+            self.stack.reset_()
+
+    @torch.no_grad()
+    def write_leaves(self, *values: Tensor) -> None:
+        """Writes the weight (L, d'), and the bias (L) if it is given too."""
+        if self.engine == "factored":
+            self.stack.canonical_()
+        with uninterrupted():
+            for block, new in zip(self.leaf_blocks(), values, strict=False):
+                block.copy_(new.view(block.shape))
+            self.leaves_written()
+
+    def leaf_health(self, probes: int = 4) -> Health:
+        """Returns the numerical state of factored leaves, that of the worst cluster.
+
+        See `softsphere.matrix.Health`. Raises TypeError for another engine.
+        """
+        return self.stack.health(probes)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FactoredLeaves:
+        if self.engine == "factored":
+            # The layers above the leaves would have moved before the weight is refused.
+            dtype = fn(torch.empty(0, dtype=self.weight.dtype, device=self.weight.device)).dtype
+            if dtype not in (torch.float32, torch.float64):
+                raise TypeError(f"{HALF}; got {dtype}")
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        weight: Tensor = self.weight
+        grad = weight.grad
+        if (
+            isinstance(weight, FactoredTensor)
+            and isinstance(grad, StructuredGradient)
+            and grad.content.edition in (None, weight.matrix.edition)
+        ):
+            # The gradient belongs to the converted weight. It would keep the old one otherwise.
+            grad.content.block = weight.block
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.engine != "factored":
+            return
+        self.stack.canonical_()
+        V = self.stack.arrays.V
+        destination[f"{prefix}weight"] = V.lend(0)
+        if self.has_bias:
+            destination[f"{prefix}bias"] = V.lend(1).squeeze(1)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Loads weight and bias into the factors, and the rest as every module does."""
+        args = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        if self.engine != "factored":
+            super()._load_from_state_dict(state_dict, prefix, *args)
+            return
+        shapes: dict[str, tuple[int, ...]] = {"weight": (len(self.prior), self.leaf_width)}
+        if self.has_bias:
+            shapes["bias"] = (len(self.prior),)
+        given = {name: state_dict[prefix + name] for name in shapes if prefix + name in state_dict}
+        missing_keys += [prefix + name for name in shapes if name not in given]
+        wrong = [
+            f"size mismatch for {prefix}{name}: copying a param with shape "
+            f"{tuple(x.shape)}, the shape in current model is {shapes[name]}."
+            for name, x in given.items()
+            if tuple(x.shape) != shapes[name]
+        ]
+        mine = {prefix + name for name in shapes}
+        rest = {key: x for key, x in state_dict.items() if key not in mine}
+        rest[f"{prefix}weight"] = self.weight
+        before = len(error_msgs)
+        super()._load_from_state_dict(rest, prefix, *args)
+        complete = len(given) == len(shapes) and not wrong and len(error_msgs) == before
+        if complete and local_metadata.get("assign_to_params_buffers", False):
+            self._adopt(*given.values())
+        else:
+            # The base measure may have been loaded in any case.
+            self.write_leaves(*(given.values() if complete else ()))
+        error_msgs += wrong
+
+    def _adopt(self, W: Tensor, b: Tensor | None = None) -> None:
+        """Makes a new parameter that takes the given tensors as they are."""
+        b = None if b is None else b.to(W.device, W.dtype)
+        made = factored_leaves(W, b, self.stack.arrays.starts, self.prior)
+        for j in range(1 + self.has_bias):
+            made.matrix.arrays.V.lend(j)
+        self.weight = nn.Parameter(made, self.weight.requires_grad)

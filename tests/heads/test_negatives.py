@@ -98,6 +98,15 @@ def test_the_rarest_classes_may_be_always_negatives_and_the_last_one_drawn():
     )
 
 
+@pytest.mark.parametrize("name", ["frequency", "in_batch"])
+def test_a_class_without_any_count_is_like_the_rarest_one(name):
+    tables = []
+    for zero in (0, int(COUNTS.sort().values[1])):
+        made = sampler_of(name, D, SAMPLES, COUNTS.masked_fill(COUNTS == 1, zero), 1.0)
+        tables.append(made.log_share if name == "in_batch" else made.log_expected)
+    assert torch.equal(*tables)
+
+
 def test_negatives_of_the_batch_are_its_targets():
     made = sampler_of("in_batch", D, SAMPLES, COUNTS, 1.0)
     ignored = torch.tensor([False, True, False, False, False])
@@ -150,16 +159,12 @@ REFUSED = {
     "power has a meaning for sampler='frequency' alone, got 0.5 with 'log_uniform'": {"power": 0.5},
     "counts have no meaning for sampler='log_uniform'.*use sampler='frequency'": {"counts": COUNTS},
     "sampler='frequency' needs counts.*use 'log_uniform'": {"name": "frequency"},
-    "counts must be positive and finite.*from 0 to.*counts \\+ 1": {
+    "counts must be zero or positive, and finite.*got -1 for class 0": {
         "name": "frequency",
-        "counts": torch.arange(D),
+        "counts": torch.arange(-1, D - 1),
     },
     r"counts must have shape \(41,\).*got \(40,\)": {"name": "in_batch", "counts": COUNTS[1:]},
-    "counts must be a tensor of class frequencies": {"name": "frequency", "counts": [1] * D},
-    "counts must not require a gradient": {
-        "name": "frequency",
-        "counts": torch.ones(D, requires_grad=True),
-    },
+    "counts must be a tensor of class counts": {"name": "frequency", "counts": [1] * D},
     "num_samples has no meaning for sampler='in_batch', got 5": {
         "name": "in_batch",
         "num_samples": 5,

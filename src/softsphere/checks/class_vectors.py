@@ -41,25 +41,24 @@ def without_gradient(name: str, value: Tensor | None) -> None:
         )
 
 
-def prior(value: Any, dtype: torch.dtype | None = None, name: str = "prior") -> Tensor:
+def prior(value: Any, dtype: torch.dtype | None = None) -> Tensor:
     """Returns class frequencies or counts, normalised to Σ π = D.
 
     They are in float32, or in float64 if `dtype` is. Without a dtype they are in float64 if the
-    values are float64 or integers, which float32 could not hold, and else in float32. Errors call
-    them `name`.
+    values are float64 or integers, which float32 could not hold, and else in float32.
 
     Raises TypeError or ValueError unless all values are positive and finite and need no gradient.
     """
     if not isinstance(value, Tensor) or value.is_complex() or value.dtype == torch.bool:
-        raise TypeError(f"{name} must be a tensor of class frequencies or counts, got {value!r}")
-    dense(name, value)
+        raise TypeError(f"prior must be a tensor of class frequencies or counts, got {value!r}")
+    dense("prior", value)
     if value.dim() != 1 or value.numel() == 0:
-        raise ValueError(f"{name} must have shape (num_classes,), got {tuple(value.shape)}")
-    without_gradient(name, value)
+        raise ValueError(f"prior must have shape (num_classes,), got {tuple(value.shape)}")
+    without_gradient("prior", value)
     wide = value.double()
     if values_readable(value) and not bool(((wide > 0) & wide.isfinite()).all()):
         raise ValueError(
-            f"{name} must be positive and finite for every class, got values from "
+            "prior must be positive and finite for every class, got values from "
             f"{value.min().item():g} to {value.max().item():g}; "
             "give classes that were never seen a small count, such as counts + 1"
         )
@@ -68,7 +67,7 @@ def prior(value: Any, dtype: torch.dtype | None = None, name: str = "prior") -> 
     pi = wide * (value.numel() / wide.sum())
     narrow = pi.to(torch.float64 if dtype == torch.float64 else torch.float32)
     if values_readable(value):
-        _refuse_zeros(pi, narrow, name)
+        _refuse_zeros(pi, narrow)
     return narrow
 
 
@@ -110,10 +109,10 @@ def narrowed_prior(pi: Tensor, dtype: torch.dtype) -> Tensor:
     return narrow
 
 
-def _refuse_zeros(pi: Tensor, narrow: Tensor, name: str = "prior") -> None:
+def _refuse_zeros(pi: Tensor, narrow: Tensor) -> None:
     if not bool((narrow > 0).all()):
         raise ValueError(
-            f"{name} spans more than {narrow.dtype} holds: its smallest share is "
+            f"prior spans more than {narrow.dtype} holds: its smallest share is "
             f"{(pi.min() / pi.sum()).item():g}; give rare classes larger counts"
         )
 

@@ -147,7 +147,7 @@ def sampler_of(
             f"power has a meaning for sampler='frequency' alone, got {power} with {name!r}"
         )
     if counts is not None:
-        counts = checks.prior(counts, torch.float64, "counts").cpu()
+        counts = checks.class_counts(counts)
         checks.class_vector("counts", counts, num_classes)
     if name == "in_batch":
         if num_samples != SAMPLES:
@@ -155,7 +155,7 @@ def sampler_of(
                 f"num_samples has no meaning for sampler='in_batch', got {num_samples}; the "
                 "negatives of a row are the targets of the other rows, so make the batch larger"
             )
-        return InBatch(None if counts is None else (counts / num_classes).log())
+        return InBatch(None if counts is None else (counts / counts.sum()).log())
     if name == "log_uniform":
         if counts is not None:
             raise ValueError(

@@ -60,7 +60,8 @@ class SampledSoftmaxLoss(OutputLayer):
         num_classes: D.
         num_samples: n, the number of negatives of a step. It must be left out for "in_batch".
         sampler: "log_uniform", "frequency" or "in_batch".
-        counts: (D), positive, how often each class is a target in training. "frequency" needs them.
+        counts: (D), how often each class is a target in training, which "frequency" needs. A class
+            without any counts like the rarest one.
         power: the exponent of counts for "frequency": 1 for the counts, 0 for equal shares.
         bias: whether there is a b.
         sparse: whether the gradients of weight and bias are sparse tensors, as those of

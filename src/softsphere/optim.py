@@ -12,6 +12,7 @@ from torch import Tensor
 from softsphere.matrix import FactoredTensor, StructuredGradient
 from softsphere.matrix.abstract import Block
 from softsphere.matrix.blocks import Blocks
+from softsphere.matrix.default_rate import default_rate
 from softsphere.matrix.lists import check_distinct
 from softsphere.matrix.refusals import stale
 
@@ -39,9 +40,10 @@ class FactoredSGD(torch.optim.Optimizer):
 
     Args:
         params: parameters, named parameters, or groups of them, as for every optimizer.
-        lr, momentum, dampening, weight_decay, nesterov, maximize, foreach: as in `torch.optim.SGD`.
-            Good learning rates for a factored weight grow with its number of classes D. The largest
-            is 1e18.
+        lr: the learning rate, at most 1e18; None for 0.001, and for D / 100 in a group of factored
+            weights of D classes, since good rates grow with D. This is for the mean loss of a
+            distribution; the squared error and the Z-loss need rates of their own.
+        momentum, dampening, weight_decay, nesterov, maximize, foreach: as in `torch.optim.SGD`.
         differentiable, fused: must be False or None.
 
     Raises ValueError or TypeError for what `torch.optim.SGD` refuses. `step` raises
@@ -66,7 +68,7 @@ class FactoredSGD(torch.optim.Optimizer):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float | Tensor = 1e-3,
+        lr: float | Tensor | None = None,
         momentum: float = 0.0,
         dampening: float = 0.0,
         weight_decay: float = 0.0,
@@ -77,11 +79,7 @@ class FactoredSGD(torch.optim.Optimizer):
         differentiable: bool = False,
         fused: bool | None = None,
     ) -> None:
-        if isinstance(params, torch.nn.Module):
-            raise TypeError(
-                f"params must be parameters, got a {type(params).__name__}; "
-                "give it .parameters() instead"
-            )
+        _refuse_module(params)
         for name, value in (("differentiable", differentiable), ("fused", fused)):
             if value:
                 raise ValueError(f"{name} must be False: FactoredSGD has no such implementation")
@@ -96,7 +94,7 @@ class FactoredSGD(torch.optim.Optimizer):
             "differentiable": differentiable,
             "fused": fused,
         }
-        _check_options(defaults)
+        _check_options(defaults if lr is not None else {**defaults, "lr": 1e-3})
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: Any) -> None:
@@ -109,39 +107,35 @@ class FactoredSGD(torch.optim.Optimizer):
             raise TypeError("a param group must be a dict with the key 'params'")
         group = dict(param_group)
         given = group["params"]
-        if isinstance(given, torch.nn.Module):
-            raise TypeError(
-                f"params must be parameters, got a {type(given).__name__}; give it .parameters()"
-            )
-        if isinstance(given, Tensor):
-            given = [given]
+        _refuse_module(given)
+        given = [given] if isinstance(given, Tensor) else given
         group["params"] = given if isinstance(given, set) else list(given)  # PyTorch refuses a set
+        plain = [x[1] if isinstance(x, tuple) else x for x in group["params"]]
         algorithm = group.setdefault("algorithm", "sgd")
         if algorithm not in _ALGORITHMS:
             raise ValueError(f"algorithm must be 'sgd' or 'adamw', got {algorithm!r}")
         if algorithm == "adamw":
-            plain = [x[1] if isinstance(x, tuple) else x for x in group["params"]]
             if any(isinstance(x, FactoredTensor) for x in plain):
                 raise TypeError(
                     "a factored weight cannot be stepped by AdamW; put it into a group of its own, "
                     "whose algorithm is 'sgd'"
                 )
-            options = {k: v for k, v in group.items() if k not in ("params", "algorithm")}
             # An optimizer that is thrown away makes PyTorch's own checks and fills in defaults.
-            filled = torch.optim.AdamW([{**options, "params": plain}]).param_groups[0]
+            options = {k: v for k, v in group.items() if k != "algorithm"} | {"params": plain}
+            filled = torch.optim.AdamW([options]).param_groups[0]
             group = {**{k: v for k, v in filled.items() if k != "params"}, **group}
         else:
+            if "lr" not in group and self.defaults["lr"] is None:
+                group["lr"] = default_rate(plain)
             _check_options({**self.defaults, **group})
         super().add_param_group(group)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        lacking: dict[str, Any] = {"algorithm": "sgd", "foreach": None, "fused": None}
+        lacking |= dict.fromkeys(("nesterov", "maximize", "differentiable"), False)
         for group in self.param_groups:
-            group.setdefault("algorithm", "sgd")
-            for name in ("nesterov", "maximize", "differentiable"):
-                group.setdefault(name, False)
-            for name in ("foreach", "fused"):
-                group.setdefault(name, None)
+            group.update({**lacking, **group})
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state of the optimizer, as for every optimizer.
@@ -285,6 +279,13 @@ def _check_rate(lr: Any) -> None:
     value = float(lr)
     if not 0 <= value <= _LARGEST_RATE:
         raise ValueError(f"Invalid learning rate: lr must be from 0 to {_LARGEST_RATE:g}, got {lr}")
+
+
+def _refuse_module(params: Any) -> None:
+    if isinstance(params, torch.nn.Module):
+        raise TypeError(
+            f"params must be parameters, got a {type(params).__name__}; give it .parameters()"
+        )
 
 
 def _check_options(options: dict[str, Any]) -> None:

@@ -1,0 +1,40 @@
+"""The learning rate of a factored weight that is given none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor
+
+from softsphere.matrix.tensors import FactoredTensor
+
+__all__ = ["PER_CLASS", "default_rate"]
+
+# A target moves its own row alone, and a class is the target of about one row in D. A rate that is
+# proportional to D moves the rows equally far whatever D is.
+PER_CLASS = 0.01
+# That of `torch.optim.SGD`.
+_OF_ORDINARY = 1e-3
+
+
+def default_rate(params: Iterable[Tensor]) -> float:
+    """Returns the rate of a group: D / 100 for factored weights of D classes, 0.001 without any.
+
+    Raises ValueError if parameters of one group need different rates.
+    """
+    given = list(params)
+    classes = {p.shape[0] for p in given if isinstance(p, FactoredTensor)}
+    if not classes:
+        return _OF_ORDINARY
+    if len(classes) > 1:
+        listed = ", ".join(f"{D:,}" for D in sorted(classes))
+        raise ValueError(
+            f"lr must be given for a group with factored weights of {listed} classes, since good "
+            "rates grow with the number of classes; give lr, or each weight a group of its own"
+        )
+    if not all(isinstance(p, FactoredTensor) for p in given):
+        raise ValueError(
+            "lr must be given for a group with a factored weight and ordinary parameters, whose "
+            "good rates differ by orders of magnitude; give lr, or each kind a group of its own"
+        )
+    return PER_CLASS * classes.pop()

@@ -2,186 +2,44 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
-
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
 
-from _clustered import COUNTS, MIXED, D, d, layer, rows
-from softsphere import ClusteredLoss
+from _clustered import MIXED, layer
+from _clustered_tools import TOOLS, Model, Plain, batches, steps
 
-BATCHES = 4
-
-
-class Plain(nn.Module):
-    """The same distribution from the logits of all classes, with parameters of the same names."""
-
-    def __init__(self, head: ClusteredLoss) -> None:
-        super().__init__()
-        self.root, self.project = copy.deepcopy(head.root), copy.deepcopy(head.project)
-        self.weight, self.bias = copy.deepcopy(head.weight), copy.deepcopy(head.bias)
-        self.S = int((MIXED < 0).sum())
-        self.register_buffer("leaf_cluster", MIXED[MIXED >= 0].sort().values)
-        order = MIXED.argsort(stable=True)
-        self.register_buffer("position", order.argsort())
-        self.register_buffer("log_pi", COUNTS[order[self.S :]].double().log())
-
-    def forward(self, hidden: Tensor, target: Tensor) -> Tensor:
-        root = F.log_softmax(self.root(hidden), -1)
-        z = hidden if self.project is None else self.project(hidden)
-        o = F.linear(z, self.weight, self.bias)
-        score = torch.log(1 + o + o * o / 2) + self.log_pi
-        parts = [root[:, : self.S]]
-        for c in range(int(MIXED.max()) + 1):
-            own = self.leaf_cluster == c
-            share = F.log_softmax(score[:, own], -1)
-            parts.append(share + root[:, self.S + c].unsqueeze(1))
-        return F.nll_loss(torch.cat(parts, 1), self.position[target])
+ORDINARY = ({}, {"engine": "gram"}, {"leaf_features": 3})
+FACTORED = {"engine": "factored"}
 
 
-class Model(nn.Module):
-    def __init__(self, head: nn.Module) -> None:
-        super().__init__()
-        torch.manual_seed(7)
-        self.trunk = nn.Linear(d, d, dtype=torch.float64)
-        self.head = head
-
-    def forward(self, x: Tensor, target: Tensor) -> Tensor:
-        return self.head(self.trunk(x), target)
-
-
-def batches() -> list[tuple[Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(11)
-    # the third batch has no target in a cluster
-    targets = [torch.randint(D, (9,), generator=generator) for _ in range(BATCHES)]
-    targets[2] = (MIXED < 0).nonzero()[:3].squeeze(1).repeat(3)
-    return [(rows(9, seed=20 + i), target) for i, target in enumerate(targets)]
-
-
-def steps(model: Model, optimizer: torch.optim.Optimizer, set_to_none: bool = True) -> None:
-    for x, target in batches():
-        optimizer.zero_grad(set_to_none=set_to_none)
-        model(x, target).backward()
-        optimizer.step()
-
-
-def _by(make: Callable[..., torch.optim.Optimizer], **options) -> Callable[[Model], None]:
-    return lambda model: steps(model, make(model.parameters(), **options))
-
-
-def _zeros_kept(model: Model) -> None:
-    steps(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), set_to_none=False)
-
-
-def _clipped(model: Model) -> None:
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    for x, target in batches():
-        optimizer.zero_grad()
-        model(x, target).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
-        optimizer.step()
-
-
-def _accumulated(model: Model) -> None:
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    for x, target in batches():
-        (model(x, target) / BATCHES).backward()
-    optimizer.step()
-
-
-def _averaged(model: Model) -> None:
-    average = torch.optim.swa_utils.AveragedModel(model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    for x, target in batches():
-        optimizer.zero_grad()
-        model(x, target).backward()
-        optimizer.step()
-        average.update_parameters(model)
-    model.load_state_dict(average.module.state_dict())
-
-
-def _copied_between(model: Model) -> None:
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    x, target = batches()[0]
-    model(x, target).backward()
-    optimizer.step()
-    other = copy.deepcopy(model)
-    steps(other, torch.optim.SGD(other.parameters(), lr=0.5))
-    model.load_state_dict(other.state_dict())
-
-
-def _checkpointed(model: Model) -> None:
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    for x, target in batches():
-        optimizer.zero_grad()
-        checkpoint(model, x, target, use_reentrant=False).backward()
-        optimizer.step()
-
-
-def _frozen_root(model: Model) -> None:
-    model.head.root.requires_grad_(False)
-    steps(model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5))
-
-
-def _hooked(model: Model) -> None:
-    model.head.weight.register_hook(lambda grad: 2 * grad)
-    steps(model, torch.optim.SGD(model.parameters(), lr=0.5))
-
-
-def _called_by_function(model: Model) -> None:
-    parameters = {name: x.detach().clone() for name, x in model.named_parameters()}
-    for x, target in batches():
-        leaves = {name: x.detach().requires_grad_() for name, x in parameters.items()}
-        loss = torch.func.functional_call(model, leaves, (x, target))
-        grads = torch.autograd.grad(loss, list(leaves.values()))
-        parameters = {n: x - 0.5 * g for (n, x), g in zip(leaves.items(), grads, strict=True)}
-    model.load_state_dict(parameters, strict=False)
-
-
-def _parametrized(model: Model) -> None:
-    nn.utils.parametrizations.weight_norm(model.head)
-    steps(model, torch.optim.SGD(model.parameters(), lr=0.5))
-    nn.utils.parametrize.remove_parametrizations(model.head, "weight")
-
-
-TOOLS: dict[str, Callable[[Model], None]] = {
-    "SGD": _by(torch.optim.SGD, lr=0.5),
-    "SGD with momentum and decay": _by(
-        torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.1, nesterov=True
-    ),
-    "Adam, one by one": _by(torch.optim.Adam, lr=0.01, foreach=False),
-    "AdamW, fused": _by(torch.optim.AdamW, lr=0.01, fused=True),
-    "Adagrad": _by(torch.optim.Adagrad, lr=0.1),
-    "gradients that stay zeros": _zeros_kept,
-    "clip_grad_norm_": _clipped,
-    "accumulated": _accumulated,
-    "AveragedModel": _averaged,
-    "deepcopy between steps": _copied_between,
-    "checkpoint": _checkpointed,
-    "a frozen root": _frozen_root,
-    "a hook on the gradient": _hooked,
-    "functional_call": _called_by_function,
-    "weight_norm": _parametrized,
-}
-
-
-@pytest.mark.parametrize("options", [{}, {"engine": "gram"}, {"leaf_features": 3}], ids=str)
-@pytest.mark.parametrize("name", TOOLS)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [(name, options) for name in TOOLS for options in ORDINARY]
+    + [(name, FACTORED) for name, tool in TOOLS.items() if tool.refusal is None],
+)
 def test_numbers_are_those_of_plain_operations(name, options):
     head = layer(MIXED, **options)
     models = Model(head), Model(Plain(head))
     for model in models:
-        TOOLS[name](model)
+        TOOLS[name].use(model)
     ours, plain = (dict(model.named_parameters()) for model in models)
     assert ours.keys() == plain.keys()
     for key, value in plain.items():
         torch.testing.assert_close(
-            ours[key], value, rtol=1e-9, atol=1e-9, msg=lambda m, key=key: f"{key}: {m}"
+            ours[key].to_dense(), value, rtol=1e-9, atol=1e-9, msg=lambda m, key=key: f"{key}: {m}"
         )
+
+
+@pytest.mark.parametrize("name", [name for name, tool in TOOLS.items() if tool.refusal])
+def test_what_factored_leaves_cannot_do_is_refused_before_anything_moves(name):
+    model = Model(layer(MIXED, **FACTORED))
+    before = {key: x.clone() for key, x in model.state_dict().items()}
+    kind, words = TOOLS[name].refusal
+    with pytest.raises(kind, match=words):
+        TOOLS[name].use(model)
+    torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
+    steps(model, torch.optim.SGD(model.parameters(), lr=0.5))  # and it can go on
 
 
 # these optimizers make sparse tensors without saying whether to check them

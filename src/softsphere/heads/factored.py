@@ -111,18 +111,6 @@ class FactoredSphericalLoss(FactoredState, OutputLayer):
             self.loss, reduction=self.reduction, ignore_index=self.ignore_index
         )
 
-    def register_parameter(self, name: str, param: Any) -> None:
-        """See `nn.Module.register_parameter`.
-
-        Raises TypeError for a second name of the weight, which pruning would register.
-        """
-        if isinstance(param, FactoredTensor) and name != "weight":
-            raise TypeError(
-                f"a factored weight cannot be kept as {name!r}: masks and pruning are for a dense "
-                "weight, as LinearSphericalLoss has"
-            )
-        super().register_parameter(name, param)
-
     def reset_parameters(self) -> None:
         """Draws the initial values of `nn.Linear`, uniform within ±1/√d.
 

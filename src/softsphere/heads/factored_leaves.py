@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from softsphere._torch import transforms_active
 from softsphere.engines.factored_statistics import TWICE
+from softsphere.heads.factored_parameter import WithFactoredParameter
 from softsphere.matrix import FactoredTensor, Health, StructuredGradient
 from softsphere.matrix.factored_stack import FactoredStack
 from softsphere.matrix.interrupts import uninterrupted
@@ -34,7 +35,7 @@ def factored_leaves(W: Tensor, b: Tensor | None, starts: Tensor, pi: Tensor) -> 
     return FactoredTensor.stack(columns, starts, pi.to(W.device, W.dtype))
 
 
-class FactoredLeaves(nn.Module):
+class FactoredLeaves(WithFactoredParameter):
     """A layer whose leaves are ordinary parameters `weight` and `bias`, or one factored `weight`.
 
     With engine="factored" the parameter is diag(√π) [W b] (L, d'+1), and `bias` is None. Its

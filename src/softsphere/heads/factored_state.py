@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from softsphere import checks
+from softsphere.heads.factored_parameter import WithFactoredParameter
 from softsphere.matrix import FactoredTensor
 from softsphere.matrix.factored_matrix import FactoredMatrix, single_matrix
 from softsphere.matrix.interrupts import uninterrupted
@@ -16,7 +17,7 @@ from softsphere.matrix.interrupts import uninterrupted
 __all__ = ["FactoredState"]
 
 
-class FactoredState(nn.Module):
+class FactoredState(WithFactoredParameter):
     """A layer with a factored weight whose state_dict is that of an `nn.Linear`, and its prior."""
 
     in_features: int

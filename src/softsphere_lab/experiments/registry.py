@@ -5,6 +5,7 @@ from __future__ import annotations
 from softsphere_lab.experiments.experiment import Experiment, Reproduction
 from softsphere_lab.experiments.on_engines import engines, scaling, twins
 from softsphere_lab.experiments.on_images import cifar10, cifar100, comparison, mnist
+from softsphere_lab.experiments.on_items import gowalla
 from softsphere_lab.experiments.on_text import ablation, classes, clusters, ptb, wikipedia
 from softsphere_lab.records.folder import Record
 
@@ -23,6 +24,7 @@ REPRODUCTIONS: dict[str, Reproduction] = {
         clusters.PTB,
         clusters.WIKIPEDIA,
         clusters.LSTM,
+        gowalla.EXPERIMENT,
         scaling.EXPERIMENT,
         engines.EXPERIMENT,
         twins.FLOAT32,

@@ -1,0 +1,1 @@
+"""Output layers compared on items that users like."""

@@ -1,0 +1,110 @@
+"""Recommenders under training: what they learn, and how recall and gain are counted."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from softsphere_lab.data import interactions
+from softsphere_lab.experiments.on_items.gowalla import EXPERIMENT
+from softsphere_lab.experiments.on_items.recommendation import covisit_clusters
+from softsphere_lab.models.output_layers import Output
+from softsphere_lab.records.checkpoint import Checkpoint
+from softsphere_lab.training.recommend_run import CUTOFF, RecommendRun, Setup, recall_and_ndcg
+
+DATA = interactions.generated()
+SETUP = Setup(width=8, batch_size=32, epochs=25)
+OUTPUTS = [
+    Output("softmax", prior=True),
+    Output("sampled_softmax", prior=True, samples=20),
+    Output("taylor_softmax", prior=True),
+    Output("taylor_softmax", prior=True, factored=True, rate=0.1),
+    Output("taylor_softmax", clusters=8, shortlist=10),
+    Output("squared_error:unobserved=0.1"),
+]
+
+
+def by_definition(best: list[int], wanted: list[int]) -> tuple[float, float]:
+    """Recall and normalised discounted gain of one user."""
+    hits = [item in wanted for item in best]
+    gain = sum(hit / math.log2(place + 2) for place, hit in enumerate(hits))
+    ideal = sum(1 / math.log2(place + 2) for place in range(min(len(wanted), len(best))))
+    return sum(hits) / len(wanted), gain / ideal
+
+
+def test_recall_and_gain_are_those_of_the_definition():
+    generator = torch.Generator().manual_seed(0)
+    best = torch.stack([torch.randperm(30, generator=generator)[:5] for _ in range(40)])
+    wanted = [torch.randperm(30, generator=generator)[: 1 + row % 9] for row in range(40)]
+    place = torch.tensor([row for row, items in enumerate(wanted) for _ in items])
+    got = recall_and_ndcg(best, place, torch.cat(wanted))
+    for row in range(40):
+        want = by_definition(best[row].tolist(), wanted[row].tolist())
+        assert got[row].tolist() == pytest.approx(want, abs=1e-12)
+
+
+def trained(output: Output, **options) -> RecommendRun:
+    assignment = None if output.clusters is None else covisit_clusters(DATA, output).assignment
+    run = RecommendRun(DATA, output, 3e-2, 0, SETUP, assignment=assignment, **options)
+    run.train(SETUP.epochs, Checkpoint())
+    return run
+
+
+@pytest.mark.parametrize("output", OUTPUTS, ids=str)
+def test_every_layer_learns_whose_items_are_whose(output):
+    """The commonest items alone are right as often as chance has it, about one in six."""
+    run = trained(output)
+    recall, ndcg = run.quality(DATA.test)
+    assert not run.diverged
+    assert recall > 0.4
+    assert 0 < ndcg < 1
+    final = run.final(read_test=False)
+    assert (final.test_recall, final.test_ndcg) == (None, None)
+    assert final.valid_recall == max(epoch.valid_recall for epoch in run.history)
+
+
+def test_known_items_are_never_recommended_and_the_metric_is_that_of_the_best_others():
+    run = trained(OUTPUTS[2])
+    known, wanted = (
+        [part.of_users(torch.tensor([u]))[1].tolist() for u in range(interactions.USERS)]
+        for part in (DATA.train, DATA.valid)
+    )
+    results = []
+    with torch.no_grad():
+        for mine, theirs in zip(known, wanted, strict=True):
+            hidden = run.model(torch.tensor(mine), torch.tensor([len(mine)]))
+            log_p = run.head.log_prob(hidden)[0]
+            log_p[mine] = -torch.inf
+            results.append(by_definition(log_p.topk(CUTOFF).indices.tolist(), theirs))
+    want = torch.tensor(results, dtype=torch.float64).mean(0)
+    assert run.quality(DATA.valid) == pytest.approx(want.tolist(), abs=1e-9)
+
+
+def test_a_run_on_both_parts_ends_with_its_last_epoch_and_knows_the_items_of_both():
+    run = trained(OUTPUTS[2], joined=True)
+    assert run.known.items.shape == (len(DATA.train.items) + len(DATA.valid.items),)
+    final = run.final(read_test=True)
+    assert final.best_epoch == SETUP.epochs
+    assert final.valid_recall is None and final.test_recall > 0.4
+    assert all(epoch.valid_recall is None for epoch in run.history)
+
+
+def test_weights_of_a_factored_layer_shrink_as_those_that_AdamW_steps():
+    run = RecommendRun(DATA, OUTPUTS[3], 3e-2, 0, SETUP)
+    shared, own = (each.param_groups[0] for each in run.optimizers)
+    assert own["lr"] * own["weight_decay"] == pytest.approx(shared["lr"] * shared["weight_decay"])
+
+
+def test_final_runs_read_the_test_part_and_trials_do_not(tmp_path):
+    study = EXPERIMENT.studies["smoke"]
+    assert study.setting("squared_error", {"unobserved": 0.1, "lr": 0.03}) == (
+        "squared_error:unobserved=0.1",
+        0.03,
+    )
+    data = study.furnished(study.load(), tmp_path)
+    again = study.furnished(study.load(), tmp_path)
+    for name, assignment in data.assignments.items():
+        assert torch.equal(assignment, again.assignments[name])
+    assert [*data.assignments] == ["taylor_softmax clusters=8 shortlist=10"]

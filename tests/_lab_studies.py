@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from softsphere_lab.experiments.on_images.classification import Classification
+from softsphere_lab.experiments.on_items.recommendation import Recommendation
 from softsphere_lab.experiments.on_text.language_modelling import LanguageModelling
 from softsphere_lab.models.output_layers import Output
 from softsphere_lab.study.search import Axis
 from softsphere_lab.study.spec import LossSpec
 from softsphere_lab.training.image_run import Schedule
 from softsphere_lab.training.language_run import Setup
+from softsphere_lab.training.recommend_run import Setup as SetupOfItems
 
-__all__ = ["IMAGES", "TEXT", "untimed"]
+__all__ = ["IMAGES", "ITEMS", "TEXT", "untimed"]
 
 IMAGES = Classification(
     dataset="digits",
@@ -29,6 +31,15 @@ TEXT = LanguageModelling(
     rates=Axis.fixed(3e-3),
     layer_rates=Axis.fixed(0.1),
     trial_epochs=1,
+)
+
+ITEMS = Recommendation(
+    dataset="generated",
+    outputs=(Output("softmax", prior=True),),
+    seeds=(0, 1),
+    setup=SetupOfItems(width=8, batch_size=32, epochs=3),
+    trial_epochs=1,
+    rates=Axis.fixed(3e-2),
 )
 
 

@@ -39,17 +39,18 @@ class Recommends(Protocol):
 class Setup:
     """The network and the training of every output layer: AdamW, its rate falling along a cosine.
 
-    width: d. length: of the hidden states. read: the share of a user's items that the network
-    reads, while the others are predicted. weight_decay: by which share of the learning rate a step
-    shrinks all weights; that of FactoredSGD is chosen to shrink them alike. batch_size: the users
-    of a step.
+    width: d. length: of the hidden states. longest: the largest norm of a row of the output weight;
+    after each step of AdamW longer rows are cut to it, as by `max_norm` of nn.Embedding. With
+    hidden states of one length this bounds the outputs, so that rare items cannot fit the few users
+    who have them exactly. read: the share of a user's items that the network reads, while the
+    others are predicted. batch_size: the users of a step.
     """
 
     width: int = 64
-    length: float = 4.0
+    length: float = 10.0
+    longest: float = 1.0
     dropout: float = 0.2
     read: float = 0.5
-    weight_decay: float = 0.1
     batch_size: int = 256
     epochs: int = 12
     device: str = "cpu"
@@ -116,9 +117,9 @@ class RecommendRun(Run[Epoch]):
         counts = self.data.counts
         self.head, own = layer(output, setup.width, counts, setup.device, assignment)
         parameters = [*self.model.parameters(), *([] if own else self.head.parameters())]
-        shared = torch.optim.AdamW(parameters, lr=lr, weight_decay=setup.weight_decay, fused=True)
-        for group in own.param_groups if own else ():
-            group["weight_decay"] = setup.weight_decay * lr / group["lr"]
+        shared = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0, fused=True)
+        if not own:
+            shared.register_step_post_hook(lambda *_: self.shorten_rows())
         users = len(self.known.lengths)
         steps = setup.epochs * math.ceil(users / setup.batch_size)
         super().__init__(
@@ -148,6 +149,13 @@ class RecommendRun(Run[Epoch]):
         target = lists_padded(place, items, len(index))
         whole: Tensor = self.head(hidden, target, target_values=(target >= 0).to(hidden.dtype))
         return whole * len(index) / max(1, len(items))
+
+    @torch.no_grad()
+    def shorten_rows(self) -> None:
+        """Cuts the rows of the output weights that are longer than they may be."""
+        for parameter in self.head.parameters():
+            if parameter.dim() == 2:
+                parameter.copy_(parameter.renorm(2, 0, self.setup.longest))
 
     def look(self, epoch: int, train_loss: float, seconds: float) -> tuple[Epoch, float] | None:
         if self.joined:

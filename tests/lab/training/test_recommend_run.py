@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -58,7 +59,7 @@ def test_every_layer_learns_whose_items_are_whose(output):
     run = trained(output)
     recall, ndcg = run.quality(DATA.test)
     assert not run.diverged
-    assert recall > 0.4
+    assert recall > 0.25
     assert 0 < ndcg < 1
     final = run.final(read_test=False)
     assert (final.test_recall, final.test_ndcg) == (None, None)
@@ -87,14 +88,24 @@ def test_a_run_on_both_parts_ends_with_its_last_epoch_and_knows_the_items_of_bot
     assert run.known.items.shape == (len(DATA.train.items) + len(DATA.valid.items),)
     final = run.final(read_test=True)
     assert final.best_epoch == SETUP.epochs
-    assert final.valid_recall is None and final.test_recall > 0.4
+    assert final.valid_recall is None and final.test_recall > 0.25
     assert all(epoch.valid_recall is None for epoch in run.history)
 
 
-def test_weights_of_a_factored_layer_shrink_as_those_that_AdamW_steps():
-    run = RecommendRun(DATA, OUTPUTS[3], 3e-2, 0, SETUP)
-    shared, own = (each.param_groups[0] for each in run.optimizers)
-    assert own["lr"] * own["weight_decay"] == pytest.approx(shared["lr"] * shared["weight_decay"])
+@pytest.mark.parametrize("output", OUTPUTS, ids=str)
+def test_rows_of_the_weights_that_AdamW_steps_are_cut(output):
+    setup = replace(SETUP, longest=0.2, epochs=2)
+    assignment = None if output.clusters is None else covisit_clusters(DATA, output).assignment
+    run = RecommendRun(DATA, output, 3e-2, 0, setup, assignment=assignment)
+    run.train(setup.epochs, Checkpoint())
+    norms = torch.cat(
+        [
+            torch.as_tensor(x.detach().to_dense() if output.factored else x.detach()).norm(dim=1)
+            for x in run.head.parameters()
+            if x.dim() == 2
+        ]
+    )
+    assert bool((norms > 0.2 + 1e-6).any()) == output.factored
 
 
 def test_final_runs_read_the_test_part_and_trials_do_not(tmp_path):

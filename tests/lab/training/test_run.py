@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from _lab_studies import IMAGES, TEXT, untimed
+from _lab_studies import IMAGES, ITEMS, TEXT, untimed
 from softsphere_lab.models.output_layers import Output
 from softsphere_lab.records.checkpoint import Checkpoint
 from softsphere_lab.study.protocol import Task
@@ -53,6 +53,8 @@ RUNS = {
         )
     },
     "clusters": (replace(TEXT, outputs=(CLUSTERED,)), str(CLUSTERED)),
+    "items": (ITEMS, "softmax prior"),
+    "items and a factored layer": (ITEMS, "taylor_softmax prior factored rate=0.1"),
 }
 
 

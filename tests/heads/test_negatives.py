@@ -53,7 +53,7 @@ def test_classes_come_as_often_as_is_expected(name, n):
     """Each draw is of a part of its own, so that the number of a class has a variance below ½."""
     torch.manual_seed(0)
     made, times = drawn(name, n), 1000
-    found = [made.choose(TARGET, NONE) for _ in range(times)]
+    found = [made.choose(TARGET, NONE, torch.float64) for _ in range(times)]
     for classes, log_expected in found[:20]:
         assert len(classes) == min(n, D)
         assert torch.equal(log_expected, made.log_expected[classes])
@@ -70,7 +70,7 @@ def test_draws_are_those_of_the_seed(name):
     made, pairs = drawn(name, 10), []
     for _ in range(2):
         torch.manual_seed(5)
-        pairs.append([made.choose(TARGET, NONE).classes for _ in range(3)])
+        pairs.append([made.choose(TARGET, NONE, torch.float64).classes for _ in range(3)])
     assert all(torch.equal(*pair) for pair in zip(*pairs, strict=True))
     assert not torch.equal(pairs[0][0], pairs[0][1])
 
@@ -81,7 +81,7 @@ def test_the_ends_of_the_distribution_are_classes(monkeypatch):
         made = sampler_of("log_uniform", 5000, n, None, 1.0)
         for value in (0.0, 1 - 2**-53):
             monkeypatch.setattr(torch, "rand", lambda *s, v=value, **k: torch.full(s, v, **k))
-            classes = made.choose(TARGET, NONE).classes
+            classes = made.choose(TARGET, NONE, torch.float64).classes
             assert int(classes.min()) >= 0 and int(classes.max()) < 5000
             always = set(made.always.tolist())
             assert not always & set(classes[len(always) :].tolist())
@@ -93,9 +93,9 @@ def test_the_rarest_classes_may_be_always_negatives_and_the_last_one_drawn():
     counts = torch.tensor([1, 1, 1000, 1, 1000, 1000])
     made = sampler_of("frequency", 6, 4, counts, 1.0)
     assert sorted(made.always.tolist()) == [2, 4, 5]
-    assert set(torch.cat([made.choose(TARGET, NONE).classes for _ in range(99)]).tolist()) == set(
-        range(6)
-    )
+    assert set(
+        torch.cat([made.choose(TARGET, NONE, torch.float64).classes for _ in range(99)]).tolist()
+    ) == set(range(6))
 
 
 @pytest.mark.parametrize("name", ["frequency", "in_batch"])
@@ -110,13 +110,15 @@ def test_a_class_without_any_count_is_like_the_rarest_one(name):
 def test_negatives_of_the_batch_are_its_targets():
     made = sampler_of("in_batch", D, SAMPLES, COUNTS, 1.0)
     ignored = torch.tensor([False, True, False, False, False])
-    classes, log_expected = made.choose(TARGET, ignored)
+    classes, log_expected = made.choose(TARGET, ignored, torch.float64)
     assert torch.equal(classes, TARGET)
     share = [float(COUNTS[t]) / float(COUNTS.sum()) for t in TARGET]
     want = [math.log(3 * x) for x in share]  # three other rows that are not ignored
     want[1] = math.inf
     torch.testing.assert_close(log_expected, torch.tensor(want).double(), rtol=1e-6, atol=0)
-    classes, log_expected = sampler_of("in_batch", D, SAMPLES, None, 1.0).choose(TARGET, ignored)
+    classes, log_expected = sampler_of("in_batch", D, SAMPLES, None, 1.0).choose(
+        TARGET, ignored, torch.float64
+    )
     assert torch.equal(classes, TARGET)
     assert log_expected.tolist() == [0, math.inf, 0, 0, 0]
 
@@ -146,7 +148,7 @@ def test_a_draw_makes_as_little_for_many_classes_as_for_few():
         )
         with Work() as seen:
             for each in samplers:
-                each.choose(TARGET, NONE)
+                each.choose(TARGET, NONE, torch.float64)
         made.append(seen.made)
     assert max(made) < 1000
 

@@ -59,7 +59,7 @@ def negatives(head, target=TARGET, ignored=None):
     """Those of the next call with this seed."""
     ignored = torch.zeros(len(target), dtype=torch.bool) if ignored is None else ignored
     torch.manual_seed(3)
-    found = head._sampler.choose(target, ignored)
+    found = head._sampler.choose(target, ignored, torch.float64)
     torch.manual_seed(3)
     return found
 
@@ -381,6 +381,24 @@ def test_a_layer_without_memory_draws_as_another_when_it_has_some(name, moved):
         twin.load_state_dict(head.state_dict())
         values.append(twin(rows(m), TARGET))
     assert torch.equal(*values)
+
+
+@every_sampler
+def test_tables_stay_where_they_are_beside_a_device_without_float64(name, monkeypatch):
+    plain = torch.Tensor.to
+
+    def to(x, *args, **kwargs):
+        if x.dtype == torch.float64 and args == (torch.device("cpu"),):
+            raise TypeError("this device has no float64")
+        return plain(x, *args, **kwargs)
+
+    head, hidden = layer(name, dtype=torch.float32), rows(m, dtype=torch.float32)
+    negatives(head)
+    want = head(hidden, TARGET)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    head._apply(lambda x: x.clone())
+    torch.manual_seed(3)
+    assert torch.equal(head(hidden, TARGET), want)
 
 
 def test_weights_may_be_tied_to_an_embedding():

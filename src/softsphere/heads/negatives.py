@@ -38,8 +38,11 @@ class Sampler(ABC):
         """D, or None for a sampler of any number of classes."""
 
     @abstractmethod
-    def choose(self, target: Tensor, ignored: Tensor) -> Negatives:
-        """The negatives of rows with targets (m), on their device; some rows are ignored (m)."""
+    def choose(self, target: Tensor, ignored: Tensor, dtype: torch.dtype) -> Negatives:
+        """The negatives of rows with targets (m), of which some are ignored (m).
+
+        They are on the device of the targets, and log E is in `dtype`.
+        """
 
     @abstractmethod
     def to(self, device: torch.device) -> Sampler:
@@ -89,13 +92,13 @@ class Drawn(Sampler):
     def num_classes(self) -> int:
         return len(self.log_expected)
 
-    def choose(self, target: Tensor, ignored: Tensor) -> Negatives:
+    def choose(self, target: Tensor, ignored: Tensor, dtype: torch.dtype) -> Negatives:
         wide, device = torch.float64, self.cumulative.device
         places = torch.arange(self.count, dtype=wide, device=device)
         places += torch.rand(self.count, dtype=wide, device=device)
         drawn = torch.searchsorted(self.cumulative, places, right=True)
         classes = torch.cat([self.always, drawn])
-        expected = self.log_expected[classes]
+        expected = self.log_expected[classes].to(dtype)
         return Negatives(classes.to(target.device), expected.to(target.device))
 
     def to(self, device: torch.device) -> Drawn:
@@ -119,13 +122,13 @@ class InBatch(Sampler):
     def num_classes(self) -> int | None:
         return None if self.log_share is None else len(self.log_share)
 
-    def choose(self, target: Tensor, ignored: Tensor) -> Negatives:
+    def choose(self, target: Tensor, ignored: Tensor, dtype: torch.dtype) -> Negatives:
         if self.log_share is None:
-            expected = torch.zeros_like(target, dtype=torch.float32)
+            expected = torch.zeros_like(target, dtype=dtype)
         else:
             others = (~ignored).sum() - 1
-            share = self.log_share[target.to(self.log_share.device)].to(target.device)
-            expected = share + others.to(share.dtype).log()
+            share = self.log_share[target.to(self.log_share.device)].to(dtype)
+            expected = share.to(target.device) + others.to(dtype).log()
         return Negatives(target, expected.masked_fill(ignored, torch.inf))
 
     def to(self, device: torch.device) -> InBatch:

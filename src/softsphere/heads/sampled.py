@@ -221,16 +221,18 @@ class SampledSoftmaxLoss(OutputLayer):
                 f"weight must have {known} rows, one for each class that can be drawn, got "
                 f"{len(W)}; make a new layer for them, with counts of these classes"
             )
-        classes, log_expected = self._sampler.choose(target, ignored)
-        every = torch.cat([target, classes])
-        rows = F.embedding(every, W, sparse=self.sparse)
-        # gather has a sparse gradient for a vector, which an embedding has not
-        bias = None if b is None else b.gather(0, every, sparse_grad=self.sparse)
-        o = F.linear(H, rows[m:], None if bias is None else bias[m:])
-        wide = accumulator(o.dtype)
-        own = (H.to(wide) * rows[:m].to(wide)).sum(1)
-        own = own if bias is None else own + bias[:m].to(wide)
-        o = o.to(wide) - log_expected.to(wide)
+        wide = accumulator(H.dtype)
+        classes, log_expected = self._sampler.choose(target, ignored, wide)
+        every, sizes = torch.cat([target, classes]), [m, len(classes)]
+        own_rows, rows = F.embedding(every, W, sparse=self.sparse).split(sizes)
+        own_bias, bias = None, None
+        if b is not None:
+            # gather has a sparse gradient for a vector, which an embedding has not
+            own_bias, bias = b.gather(0, every, sparse_grad=self.sparse).split(sizes)
+        o = F.linear(H, rows, bias)
+        own = (H.to(wide) * own_rows.to(wide)).sum(1)
+        own = own if own_bias is None else own + own_bias.to(wide)
+        o = o.to(wide) - log_expected
         others = o.masked_fill(classes == target.unsqueeze(1), -torch.inf).logsumexp(1)
         return -F.logsigmoid(own - others)
 

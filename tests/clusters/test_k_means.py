@@ -25,6 +25,11 @@ def test_the_nearest_stay_and_the_others_go_on_to_the_next_with_room(bound, expe
     assert k_means.within_bound(rows, CENTRES, share, bound, 3).tolist() == expected
 
 
+def test_centres_are_directions_however_their_classes_are_spread():
+    centres = k_means.spherical_centres(F.normalize(planted("random")), torch.ones(300), 4, 0)
+    torch.testing.assert_close(centres.norm(dim=1), torch.ones(4))
+
+
 def planted(kind: str, D: int = 300) -> torch.Tensor:
     g = torch.Generator().manual_seed(1)
     noise = torch.randn(D, 8, generator=g)

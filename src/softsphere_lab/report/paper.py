@@ -48,13 +48,15 @@ def label(name: str) -> str:
 def _phrase(word: str) -> str:
     """Returns a word of a name in a table.
 
-    >>> _phrase("prior"), _phrase("clusters=1"), _phrase("div_value=1.0")
-    ('base measure', 'one cluster', 'div_value 1')
+    >>> _phrase("prior"), _phrase("clusters=1"), _phrase("cutoffs=9,99"), _phrase("div_value=1.0")
+    ('base measure', 'one cluster', 'cutoffs 9 and 99', 'div_value 1')
     """
     key, _, value = word.removesuffix(".0").partition("=")
     if key == "clusters":
         return "one cluster" if value == "1" else f"{value} clusters"
-    return WORDS.get(word, f"{key} {value}" if value else key)
+    if key == "samples":
+        return f"{value} samples"
+    return WORDS.get(word, f"{key} {value.replace(',', ' and ')}" if value else key)
 
 
 def reported_cell(dataset: str, name: str) -> str:

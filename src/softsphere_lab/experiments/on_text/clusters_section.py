@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -12,7 +13,6 @@ from softsphere_lab.experiments.on_text.setup_in_words import outputs_named, tex
 from softsphere_lab.experiments.on_text.text_sections import (
     PERPLEXITY,
     VALID_NLL,
-    ratios_to_softmax,
     seconds_an_epoch,
     table_beside_softmax,
 )
@@ -53,7 +53,7 @@ def clusters_section(results: Results) -> Section:
     )
     found = " ".join(
         [
-            ratios_to_softmax(results, reference),
+            _beside_softmax(results, reference),
             *_which_softmax(results, outputs, softmax),
             *_beside_others(results, outputs),
         ]
@@ -110,6 +110,24 @@ def _validation_cell(results: Results, name: str) -> str:
     shown = replace(PERPLEXITY, key=VALID_NLL.key)
     middle, half = estimate(results.ends[name], shown)
     return number_cell(middle, half, shown.decimals(middle))
+
+
+def _beside_softmax(results: Results, reference: Mapping[str, str]) -> str:
+    """Returns a sentence with the ratios to softmax of the layers that have the most seeds."""
+    most = max(map(len, results.ends.values()))
+    parts = []
+    for name, other in reference.items():
+        found = None if name == other else ratio(results.ends, name, other, PERPLEXITY)
+        if found is not None and len(results.ends[name]) == most:
+            middle, low, high = found
+            spread = "" if math.isnan(low) else f" ({low:.3f} to {high:.3f})"
+            parts.append(f"{middle:.3f}{spread} with {label(name)}")
+    if not parts:
+        return "No output layer can be compared with softmax yet."
+    return (
+        "Test perplexity in times that of softmax, over the seeds that both have: "
+        f"{'; '.join(parts)}."
+    )
 
 
 def _which_softmax(

@@ -23,6 +23,8 @@ __all__ = ["Curve", "curve_over", "learning_curves", "panels", "ratios_over"]
 
 # Intervals about the points of several curves at one x stand this far apart, as a share of x.
 APART = 0.02
+# The most letters of a name in a legend of three columns.
+LONG = 45
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,8 @@ def _over_epochs_and_seconds(
 ) -> None:
     import matplotlib.pyplot as plt
 
-    height = 4.4 + 0.2 * math.ceil(len(names) / 3)
+    columns = 3 if max(len(_with_diverged(results, name)) for name in names) <= LONG else 2
+    height = 4.4 + 0.2 * math.ceil(len(names) / columns)
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(11, height), layout="constrained", sharey=True
     )
@@ -92,7 +95,7 @@ def _over_epochs_and_seconds(
     right.set(xlabel="seconds of training")
     for axes in (left, right):
         canvas.tidy(axes)
-    canvas.legend_below(figure, 3, note)
+    canvas.legend_below(figure, columns, note)
     figure.suptitle(title, fontsize=12)
     canvas.log_scale(left, "y")
     canvas.log_scale(right, "x")

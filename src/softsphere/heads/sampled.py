@@ -46,7 +46,8 @@ class SampledSoftmaxLoss(OutputLayer):
     * "log_uniform": E_k = min(1, λ log(1 + 1/(k + 1))) with Σ_k E_k = n. Classes must be numbered
       from the commonest to the rarest.
     * "frequency": E_k = min(1, λ counts_k^power) with Σ_k E_k = n.
-    * "in_batch": the targets of the other rows. E_k = (m − 1) counts_k / Σ_j counts_j for m rows.
+    * "in_batch": the targets of the other rows. E_k = (m − 1) counts_k / Σ_j counts_j for m rows,
+      whose targets must be independent of each other, as in batches that were shuffled.
       Without counts E_k = 1: then the outputs learn log p − log q up to a constant, with q the
       share of each class among the targets, and neither their softmax nor the loss in evaluation is
       what was trained. A batch of one row has no negatives, and a loss of 0.
@@ -80,16 +81,16 @@ class SampledSoftmaxLoss(OutputLayer):
     "log_uniform" and "frequency" have 16 D bytes.
 
     `tf.nn.sampled_softmax_loss` corrects the output of the target by log E(t) as well. The target
-    is there with certainty and not by chance, so that its sum is not an estimate of Z.
+    is there with certainty and not by chance, so its sum is not an estimate of Z.
 
     Raises ValueError or TypeError for invalid arguments. The message names the argument, the value
     received and a valid alternative.
 
     Source: Bengio & Senécal 2008, "Adaptive importance sampling to accelerate training of a neural
     probabilistic language model"; Jean et al. 2015, arXiv:1412.2007; Blanc & Rendle 2018,
-    arXiv:1712.00527, eq. (2), for the estimate; Yi et al. 2019, "Sampling-bias-corrected neural
-    modeling for large corpus item recommendations", for negatives in the batch; Khrylchenko et al.
-    2025, arXiv:2507.09331, for a target without correction.
+    arXiv:1712.00527, for the estimate; Yi et al. 2019, "Sampling-bias-corrected neural modeling for
+    large corpus item recommendations", for negatives in the batch; Khrylchenko et al. 2025,
+    arXiv:2507.09331, for a target without correction.
 
     >>> head = SampledSoftmaxLoss(8, 1000, num_samples=100)
     >>> hidden, target = torch.randn(4, 8), torch.tensor([1, 5, 5, 999])

@@ -59,10 +59,26 @@ def test_the_default_dtype_changes_nothing():
     try:
         found = by_neighbours(tokens, counts, num_clusters=4)
         assert torch.equal(found.assignment, expected.assignment)
-        assert torch.equal(found.vectors, expected.vectors)
+        assert found.vectors.dtype == torch.float32
         assert torch.equal(found.rows(99), expected.rows(99))
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def test_the_default_device_changes_nothing():
+    tokens, _ = text()
+    counts = tokens.bincount()
+    expected = by_neighbours(tokens, counts, num_clusters=4)
+    with torch.device("meta"):
+        found = by_neighbours(tokens, counts, num_clusters=4)
+        rows = found.rows(99)
+        by_counts = clusters.by_frequency(counts, num_clusters=4)
+        sizes = clusters.default_sizes(counts)
+    assert torch.equal(found.assignment, expected.assignment)
+    assert torch.equal(rows, expected.rows(99))
+    expected = clusters.by_frequency(counts, num_clusters=4)
+    assert torch.equal(by_counts.assignment, expected.assignment)
+    assert sizes == clusters.default_sizes(counts)
 
 
 def text() -> tuple[torch.Tensor, torch.Tensor]:

@@ -41,10 +41,12 @@ def planted(kind: str, D: int = 300) -> torch.Tensor:
         return 10 * F.one_hot(torch.arange(D) % 2, 8).float() + 0.1 * noise
     if kind == "mostly zero":
         return noise * (torch.arange(D) % 10 == 3)[:, None]
+    if kind == "a bundle and others":
+        return torch.where(torch.arange(D)[:, None] % 8 == 0, noise, 1 + 1e-3 * noise)
     return noise
 
 
-KINDS = ["equal", "one bundle", "two bundles", "mostly zero", "random"]
+KINDS = ["equal", "a bundle and others", "one bundle", "two bundles", "mostly zero", "random"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from softsphere import checks
+from softsphere.clusters.placement import on_cpu
 
 __all__ = ["Clusters", "directions", "from_tail"]
 
@@ -118,6 +119,7 @@ class Clusters:
         found = (self.assignment == number).nonzero().flatten()
         return found[self.counts[found].argsort(descending=True, stable=True)]
 
+    @on_cpu
     def rows(self, width: int, std: float = 0.1, *, seed: int = 0) -> Tensor:
         """Returns initial rows of embeddings, or of an output weight, made from the vectors.
 

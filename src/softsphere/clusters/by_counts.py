@@ -8,10 +8,12 @@ from torch import Tensor
 from softsphere import checks
 from softsphere.clusters.assignment import Clusters, from_tail
 from softsphere.clusters.cost_model import default_sizes
+from softsphere.clusters.placement import on_cpu
 
 __all__ = ["by_frequency"]
 
 
+@on_cpu
 def by_frequency(
     counts: Tensor, *, num_clusters: int | None = None, shortlist: int | None = None
 ) -> Clusters:

@@ -9,6 +9,7 @@ from softsphere.clusters.assignment import Clusters, directions, from_tail
 from softsphere.clusters.co_occurrence import neighbour_vectors
 from softsphere.clusters.cost_model import default_sizes
 from softsphere.clusters.k_means import spherical_centres, within_bound
+from softsphere.clusters.placement import on_cpu
 
 __all__ = ["by_neighbours", "by_vectors"]
 
@@ -16,6 +17,7 @@ __all__ = ["by_neighbours", "by_vectors"]
 SPREAD = 4
 
 
+@on_cpu
 def by_vectors(
     vectors: Tensor,
     counts: Tensor,
@@ -85,6 +87,7 @@ def by_vectors(
     return from_tail(counts, tail, within_bound(unit, centres, share, bound, C), vectors)
 
 
+@on_cpu
 def by_neighbours(
     tokens: Tensor,
     counts: Tensor,

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from softsphere import checks
+from softsphere.clusters.placement import on_cpu
 
 __all__ = ["Sizes", "default_sizes"]
 
@@ -37,6 +38,7 @@ class Sizes(NamedTuple):
     num_clusters: int
 
 
+@on_cpu
 def default_sizes(
     counts: Tensor, *, shortlist: int | None = None, num_clusters: int | None = None
 ) -> Sizes:

@@ -119,6 +119,8 @@ def test_the_same_arguments_give_the_same_clusters_and_the_caller_keeps_its_rand
     deficient, _ = text()
     vectors = [by_neighbours(deficient, deficient.bincount()).vectors for _ in range(3)]
     assert torch.equal(vectors[0], vectors[1]) and torch.equal(vectors[0], vectors[2])
+    by_their_vectors = by_vectors(one.vectors, counts, num_clusters=8, seed=3)
+    assert torch.equal(one.assignment, by_their_vectors.assignment)
     other = by_neighbours(tokens, counts, num_clusters=8, seed=4)
     assert not torch.equal(one.assignment, other.assignment)
 

@@ -45,7 +45,8 @@ class Recommendation(Study):
     both, with what the search chose, and read the test part once.
 
     rates, layer_rates: the learning rates of AdamW, and of FactoredSGD as multiples of the number
-    of items D, that the search may try. trial_epochs: the epochs of a trial.
+    of items D, that the search may try. unobserved: the weights of what was not observed that it
+    may try for squared error. trial_epochs: the epochs of a trial.
     """
 
     dataset: str
@@ -68,10 +69,9 @@ class Recommendation(Study):
             "outputs": list(self.names),
             "seeds": list(self.seeds),
             **asdict(self.setup),
-            "search": {
-                **axes_config(True, lr=self.rates, rate=self.layer_rates),
-                "squared_error:unobserved": Space({"": self.unobserved}).config()[""],
-            },
+            "search": axes_config(
+                True, lr=self.rates, rate=self.layer_rates, unobserved=self.unobserved
+            ),
             "trial_epochs": self.trial_epochs,
             "second_look": self.second_look,
         }

@@ -49,7 +49,7 @@ class Setup:
     width: int = 64
     length: float = 10.0
     longest: float = 1.0
-    dropout: float = 0.2
+    dropout: float = 0.3
     read: float = 0.5
     batch_size: int = 256
     epochs: int = 12

@@ -120,7 +120,16 @@ SMOKE = replace(
     ),
     seeds=(0,),
     setup=replace(FULL.setup, embedding=8, hidden=16, width=16, batch_size=64, epochs=2),
-    rates=Axis((3e-3, 1e-2), 3e-3),
+    rates=Axis.fixed(1e-2),
+)
+SMOKE_WIKIPEDIA = replace(
+    SMOKE,
+    outputs=(
+        Output("softmax", prior=True),
+        Output("sampled_softmax", prior=True, samples=50),
+        _clustered("taylor_softmax", 16, shortlist=50),
+    ),
+    setup=replace(SMOKE.setup, epochs=1),
 )
 SMOKE_LSTM = replace(
     SMOKE,
@@ -176,7 +185,7 @@ WIKIPEDIA = StudyReproduction(
         "some other layers have one seed."
     ),
     studies={
-        "smoke": SMOKE,
+        "smoke": SMOKE_WIKIPEDIA,
         "small": replace(
             ON_WIKIPEDIA,
             outputs=(*WIKIPEDIA_SOFTMAX, *WIKIPEDIA_MAIN, *WIKIPEDIA_OTHERS),

@@ -65,12 +65,10 @@ class ClusteredLoss(WithGrouping, OutputLayer):
         bias: whether root and leaves have a bias.
         engine: "logits" computes the outputs of each row's cluster, "gram" one Gram matrix for each
             cluster, and "auto" takes the cheaper one; see `softsphere.engines.choose_leaves`.
-            "factored" keeps the weight of each cluster in factors. A training row then costs
-            O(d'²), however many classes its cluster has. It takes spherical leaves, float32 or
-            float64, and SGD without momentum, as `torch.optim.SGD` and
-            `softsphere.optim.FactoredSGD` do it. The parameter `weight` is then diag(√π) [W b]
-            (L, d' + 1), a `softsphere.matrix.FactoredTensor`, and `bias` is None; state_dict()
-            holds W and b all the same.
+            "factored" keeps the weight of each cluster in factors: a row costs O(d'²), however many
+            classes its cluster has. It takes spherical leaves, float32 or float64, and SGD without
+            momentum. The parameter `weight` is then diag(√π) [W b] (L, d' + 1), a
+            `softsphere.matrix.FactoredTensor`, and `bias` is None; state_dict() holds W and b.
         reduction, ignore_index: as in `nn.CrossEntropyLoss`.
         sparse: whether the gradient of `weight` is a sparse tensor of the classes whose clusters
             have rows in the batch, as in `nn.Embedding`. `torch.optim.SGD` without momentum and
@@ -118,9 +116,8 @@ class ClusteredLoss(WithGrouping, OutputLayer):
         super().__init__()
         self.in_features = checks.at_least_one("in_features", in_features)
         self.num_classes = checks.at_least_one("num_classes", num_classes)
-        checks.flag("bias", bias)
+        self.has_bias = checks.flag("bias", bias)
         made_dtype(dtype)
-        self.has_bias = bias
         self.loss = _distribution(leaf)
         width = self.in_features
         if leaf_features is not None:

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from softsphere.clusters import Clusters, by_frequency
@@ -30,6 +30,7 @@ def zipf(D: int) -> torch.Tensor:
     return 1e6 / torch.arange(1, D + 1).double()
 
 
+@settings(deadline=None)
 @given(
     counts=st.lists(st.sampled_from([1.0, 4.0, 9.0, 100.0, 2500.0, 1e8]), min_size=1, max_size=30),
     share=st.floats(0, 1),

@@ -18,6 +18,9 @@ _SLOWNESS_OF_PAIRS = 4
 # What the Gram matrices pay for each number of the weight besides their products: the mean row is
 # taken off, blocks are copied, and all of it is differentiated.
 _FLOPS_PER_NUMBER = 120
+# A row of a factored cluster reads and writes the float64 matrices of that cluster, seldom for more
+# than one row. It was measured to take as long as the outputs of some 8 w classes.
+_FACTORED_ROW = 200
 
 
 def leaf_costs(rows: int, pairs: int, leaves: int, width: int) -> dict[str, float]:
@@ -32,7 +35,7 @@ def leaf_costs(rows: int, pairs: int, leaves: int, width: int) -> dict[str, floa
     return {
         "logits": pairs * (6.0 * width * _SLOWNESS_OF_PAIRS + _FLOPS_PER_OUTPUT),
         "gram": 6.0 * (leaves + rows) * width * width + _FLOPS_PER_NUMBER * leaves * width,
-        "factored": 17.0 * rows * width * width,
+        "factored": float(_FACTORED_ROW * rows * width * width),
     }
 
 
@@ -46,11 +49,12 @@ def choose_leaves(
 
         logits      n outputs: 24 n w FLOPs, and the passes over them
         gram        one Gram matrix for each cluster: 6 L w² / rows, and 6 w²; spherical leaves
-        factored    17 w²; spherical leaves, an engine of its own weight, stepped by SGD alone
+        factored    200 w², which is 17 w² FLOPs and the passes over the float64 matrices of one
+                    cluster; spherical leaves, a weight of its own kind, stepped by SGD alone
 
     with w = in_features, and one more with a bias. "auto" takes the cheaper one of the first two.
-    The factored engine must be asked for when the layer is made; it pays once a cluster has more
-    than about w classes, and by the more, the larger they are.
+    The factored engine must be asked for when the layer is made. It pays once a cluster has more
+    than about 8 w classes, and by the more, the larger they are.
 
     Args:
         rows: the number of rows whose target is in a cluster.

@@ -38,7 +38,7 @@ def group_outputs(
         b: (L) or None, their bias.
         group: which leaves each row needs.
         sparse: whether the gradient with respect to W is a sparse tensor of the leaves that are
-            in clusters with rows.
+            in clusters with rows. That with respect to b is always dense.
 
     Returns (P) in float32 or wider, differentiable once with respect to Z, W and b.
     """
@@ -66,7 +66,8 @@ class _Outputs(torch.autograd.Function):
         products = _products_of(group, W)
         dZ = products.rows_gradient(g, W).to(Z.dtype) if needs_Z else None
         dW = _spread(products.leaves_gradient(g, Z), group, W, ctx.sparse) if needs_W else None
-        db = _spread(_sums_of_leaves(g, group), group, b, ctx.sparse) if needs_b else None
+        # dense: it is d times smaller, and PyTorch adds sparse vectors slowly
+        db = _spread(_sums_of_leaves(g, group), group, b, False) if needs_b else None
         return dZ, dW, db, None, None
 
 

@@ -72,7 +72,8 @@ class ClusteredLoss(WithGrouping, OutputLayer):
         reduction, ignore_index: as in `nn.CrossEntropyLoss`.
         sparse: whether the gradient of `weight` is a sparse tensor of the classes whose clusters
             have rows in the batch, as in `nn.Embedding`. `torch.optim.SGD` without momentum and
-            `torch.optim.SparseAdam` take it. A step then touches no other rows.
+            `torch.optim.SparseAdam` take it. A step then touches no other rows. The gradient of
+            `bias` is dense.
         device, dtype: of the parameters.
 
     Shapes: hidden (…, d); target (…), class indices of any integer dtype.

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,7 @@ __all__ = [
     "CLUSTERS",
     "CORE",
     "FACTORED",
+    "FACTORED_LEAVES",
     "GRAM",
     "LAYERS",
     "Step",
@@ -42,6 +44,7 @@ LOSS = "taylor_softmax"
 FACTORED = "factored Taylor (ours)"
 GRAM = "linear Taylor, gram (ours)"
 CLUSTERED = "clustered Taylor (ours)"
+FACTORED_LEAVES = "clustered Taylor, factored (ours)"
 CORE = "softmax, core fused"
 # The share of the machine's memory that a layer may take.
 SHARE = 0.8
@@ -122,15 +125,17 @@ def _sampled(setting: Setting) -> Step:
     return _sgd(SampledSoftmaxLoss(setting.d, setting.D, num_samples=1024, bias=False, sparse=True))
 
 
-def clustered(setting: Setting, leaf: str = LOSS, *, sparse: bool = True) -> Step:
+def clustered(
+    setting: Setting, leaf: str = LOSS, *, sparse: bool = True, engine: str = "auto"
+) -> Step:
     """A shortlist of 2,000 classes, and clusters of equal sizes and nearly equal frequencies."""
     shortlist = min(2_000, setting.D // 2)
     number = 256 if setting.D < 500_000 else 1_024
     assignment = (torch.arange(setting.D) - shortlist) % min(number, setting.D - shortlist)
     assignment[:shortlist] = -1
     counts = 1 / torch.arange(1, setting.D + 1, dtype=torch.float64)
-    head = ClusteredLoss(setting.d, setting.D, assignment, leaf=leaf, counts=counts, sparse=sparse)
-    return _sgd(head)
+    options: dict[str, Any] = {"leaf": leaf, "counts": counts, "sparse": sparse, "engine": engine}
+    return _sgd(ClusteredLoss(setting.d, setting.D, assignment, **options))
 
 
 def _adaptive_of_wikipedia(setting: Setting) -> Step:
@@ -161,6 +166,7 @@ CHUNKED: Mapping[str, Callable[[Setting], Step]] = {
 CLUSTERS: Mapping[str, Callable[[Setting], Step]] = {
     CLUSTERED: clustered,
     "clustered softmax (ours)": partial(clustered, leaf="softmax"),
+    FACTORED_LEAVES: partial(clustered, sparse=False, engine="factored"),
     "clustered Taylor, dense gradient (ours)": partial(clustered, sparse=False),
     "adaptive softmax, cutoffs 2000, 10000, 40000": _adaptive_of_wikipedia,
 }

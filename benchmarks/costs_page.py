@@ -190,6 +190,50 @@ backward, update and the mending of the factors.
 """
 
 
+def clustered_layer() -> str:
+    table, ours = Table("clustered_vs_other_layers"), "clustered Taylor (ours)"
+    named = {
+        "`F.linear`, `F.cross_entropy` and SGD": "softmax",
+        "`nn.AdaptiveLogSoftmaxWithLoss`, cutoffs 2,000, 10,000 and 40,000": (
+            "adaptive softmax, cutoffs 2000, 10000, 40000"
+        ),
+        "`nn.AdaptiveLogSoftmaxWithLoss`, cutoffs 2,000, 20,000 and 200,000": "adaptive softmax",
+        "two-level hierarchical softmax and sparse SGD": "hierarchical softmax",
+        "sampled softmax with 1,024 negatives and sparse SGD": "sampled softmax, 1024",
+        '`ClusteredLoss` with `leaf="softmax"`': "clustered softmax (ours)",
+        "`ClusteredLoss` with `sparse=False`": "clustered Taylor, dense gradient (ours)",
+        '`ClusteredLoss` with `engine="factored"`': "clustered Taylor, factored (ours)",
+    }
+    compared = [s for s in table.settings if table.number("softmax", s, "times ours") is not None]
+    rows = [
+        (label, *(shown(table.number(name, s, "times ours")) for s in compared))
+        for label, name in named.items()
+    ]
+    grid = grids.markdown(("layer", *map(described, compared)), rows)
+    many = next(s for s in table.settings if s not in compared)
+    few = compared[-1][0]
+    growth = table.value("clustered Taylor, factored (ours)", many, f"times that at D = {few:,}")
+    scored = " and ".join(
+        f"{shown(table.value(ours, s, 'log-probability over training forward'))} (D = {s[0]:,})"
+        for s in compared
+    )
+    return f"""\
+## ClusteredLoss: many classes, exact probabilities
+
+How many times longer each other layer takes for a whole training step in float32 than
+`ClusteredLoss` with log-Taylor softmax in the clusters, `sparse=True` and SGD. It has a shortlist
+of 2,000 classes and 256 clusters, or 1,024 clusters from half a million classes on.
+
+{grid}
+*{table.source}*
+
+- **Flat in D.** With `engine="factored"` a step at D = {many[0]:,} takes {shown(growth)} times
+  that at D = {few:,}, with as many clusters.
+- **Scores.** The exact log-probability of one given class for each row takes as long as the forward
+  of a training step: {scored} times.
+"""
+
+
 HEAD = """\
 # What a step costs
 
@@ -201,7 +245,7 @@ classes are an experiment: [Seconds a step](results.md#seconds-a-step).
 
 def page() -> str:
     """The text of docs/costs.md."""
-    return "\n".join((HEAD, factored_layer(), any_optimizer(), on_logits()))
+    return "\n".join((HEAD, clustered_layer(), factored_layer(), any_optimizer(), on_logits()))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ __all__ = ["FactoredSGD"]
 _BUFFER = "momentum_buffer"
 # Squares of what a step computes must not overflow in float32.
 _LARGEST_RATE = 1e18
+_AUTO = "auto"
 _ALGORITHMS: dict[str, type[torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
     "adamw": torch.optim.AdamW,
@@ -40,9 +41,9 @@ class FactoredSGD(torch.optim.Optimizer):
 
     Args:
         params: parameters, named parameters, or groups of them, as for every optimizer.
-        lr: the learning rate, at most 1e18; None for 0.001, and for D / 100 in a group of factored
-            weights of D classes, since good rates grow with D. This is for the mean loss of a
-            distribution; the squared error and the Z-loss need rates of their own.
+        lr: the learning rate, at most 1e18. "auto" is D / 100 for a group of factored weights of D
+            classes alone, since good rates grow with D, and 0.001 for every other group. D / 100 is
+            for the mean loss of a distribution; the squared error and the Z-loss need others.
         momentum, dampening, weight_decay, nesterov, maximize, foreach: as in `torch.optim.SGD`.
         differentiable, fused: must be False or None.
 
@@ -68,7 +69,7 @@ class FactoredSGD(torch.optim.Optimizer):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float | Tensor | None = None,
+        lr: float | Tensor | str = "auto",
         momentum: float = 0.0,
         dampening: float = 0.0,
         weight_decay: float = 0.0,
@@ -94,7 +95,7 @@ class FactoredSGD(torch.optim.Optimizer):
             "differentiable": differentiable,
             "fused": fused,
         }
-        _check_options(defaults if lr is not None else {**defaults, "lr": 1e-3})
+        _check_options({**defaults, "lr": 1e-3} if lr == _AUTO else defaults)
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: Any) -> None:
@@ -109,10 +110,9 @@ class FactoredSGD(torch.optim.Optimizer):
         given = group["params"]
         _refuse_module(given)
         given = [given] if isinstance(given, Tensor) else given
-        group["params"] = given if isinstance(given, set) else list(given)  # PyTorch refuses a set
+        group["params"] = given if isinstance(given, set) else list(given)  # PyTorch refuses sets
         plain = [x[1] if isinstance(x, tuple) else x for x in group["params"]]
-        algorithm = group.setdefault("algorithm", "sgd")
-        if algorithm not in _ALGORITHMS:
+        if (algorithm := group.setdefault("algorithm", "sgd")) not in _ALGORITHMS:
             raise ValueError(f"algorithm must be 'sgd' or 'adamw', got {algorithm!r}")
         if algorithm == "adamw":
             if any(isinstance(x, FactoredTensor) for x in plain):
@@ -125,7 +125,7 @@ class FactoredSGD(torch.optim.Optimizer):
             filled = torch.optim.AdamW([options]).param_groups[0]
             group = {**{k: v for k, v in filled.items() if k != "params"}, **group}
         else:
-            if "lr" not in group and self.defaults["lr"] is None:
+            if group.get("lr", self.defaults["lr"]) == _AUTO:
                 group["lr"] = default_rate(plain)
             _check_options({**self.defaults, **group})
         super().add_param_group(group)

@@ -28,13 +28,18 @@ def test_it_grows_with_the_classes_and_is_that_of_sgd_for_ordinary_parameters():
     assert rates(*groups, lr=2.0) == [2.0] * 3
 
 
-def test_parameters_that_need_different_rates_are_refused():
+def test_a_group_with_ordinary_parameters_has_the_rate_of_sgd():
+    (few,) = weights(50)
+    assert rates({"params": [few, nn.Linear(2, 2).weight]}) == [0.001]
+
+
+def test_factored_weights_that_need_different_rates_are_refused():
     few, many = weights(50, 5_000)
-    with pytest.raises(ValueError, match=r"lr must be given for a group.*ordinary parameters"):
-        FactoredSGD([few, nn.Linear(2, 2).weight])
     with pytest.raises(ValueError, match=r"lr must be given for a group.*50, 5,000 classes"):
         FactoredSGD([few, many])
-    FactoredSGD([few, many, nn.Linear(2, 2).weight], lr=0.1)
+    FactoredSGD([few, many], lr=0.1)
+    with pytest.raises((TypeError, ValueError)):
+        FactoredSGD([few], lr="fast")
 
 
 @pytest.mark.parametrize("num_classes", [30, 3_000])

@@ -18,23 +18,20 @@ _OF_ORDINARY = 1e-3
 
 
 def default_rate(params: Iterable[Tensor]) -> float:
-    """Returns the rate of a group: D / 100 for factored weights of D classes, 0.001 without any.
+    """Returns the rate of a group: D / 100 for factored weights of D classes.
 
-    Raises ValueError if parameters of one group need different rates.
+    It is that of `torch.optim.SGD`, 0.001, for a group that has ordinary parameters as well.
+
+    Raises ValueError for factored weights that need different rates.
     """
     given = list(params)
     classes = {p.shape[0] for p in given if isinstance(p, FactoredTensor)}
-    if not classes:
+    if not classes or not all(isinstance(p, FactoredTensor) for p in given):
         return _OF_ORDINARY
     if len(classes) > 1:
         listed = ", ".join(f"{D:,}" for D in sorted(classes))
         raise ValueError(
             f"lr must be given for a group with factored weights of {listed} classes, since good "
             "rates grow with the number of classes; give lr, or each weight a group of its own"
-        )
-    if not all(isinstance(p, FactoredTensor) for p in given):
-        raise ValueError(
-            "lr must be given for a group with a factored weight and ordinary parameters, whose "
-            "good rates differ by orders of magnitude; give lr, or each kind a group of its own"
         )
     return PER_CLASS * classes.pop()

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
+
+from softsphere_lab.experiments.on_items.item_pictures import quality_over_seconds
 from softsphere_lab.models.output_layers import Output
 from softsphere_lab.records.folder import Line
 from softsphere_lab.report.grids import markdown
@@ -45,7 +49,19 @@ def item_section(results: Results) -> Section:
         table=table,
         finding=found,
         note=NOTE,
+        pictures={"recall": partial(_draw_recall, results)},
     )
+
+
+def _draw_recall(results: Results, path: Path) -> None:
+    """Draws the recall against the seconds of an epoch."""
+    points = {}
+    for name, runs in results.ends.items():
+        recall, seconds = mean(runs, RECALL), _mean_seconds(results, name)
+        if recall is not None and seconds is not None:
+            points[name] = seconds, recall
+    title = f"{results.config['dataset']}: what an epoch costs, and what all of them yield"
+    quality_over_seconds(points, RECALL.title, title, path)
 
 
 def _table(results: Results) -> str:
@@ -83,9 +99,14 @@ def _published(results: Results) -> dict[str, tuple[float, float]]:
 
 
 def _seconds(results: Results, name: str) -> str:
+    seconds = _mean_seconds(results, name)
+    return "–" if seconds is None else f"{seconds:.1f}"
+
+
+def _mean_seconds(results: Results, name: str) -> float | None:
     """Returns the mean over all epochs of all seeds."""
     own = [line["seconds"] for line in results.epochs if line["loss"] == name]
-    return f"{sum(own) / len(own):.1f}" if own else "–"
+    return sum(own) / len(own) if own else None
 
 
 def _setup_in_words(results: Results) -> str:

@@ -54,16 +54,17 @@ class _Outputs(torch.autograd.Function):
         ctx: Any, Z: Tensor, W: Tensor, b: Tensor | None, group: Group, sparse: bool
     ) -> Tensor:
         ctx.save_for_backward(Z, W, b)
-        ctx.group, ctx.sparse = group, sparse
-        o = _products_of(group, W).outputs(Z, W)
+        # kept for the backward, which needs the same tiles
+        ctx.products, ctx.sparse = _products_of(group, W), sparse
+        o: Tensor = ctx.products.outputs(Z, W)
         return o if b is None else o + b[group.leaf].to(o.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         Z, W, b = ctx.saved_tensors
-        group, (needs_Z, needs_W, needs_b, *_) = ctx.group, ctx.needs_input_grad
-        products = _products_of(group, W)
+        products, (needs_Z, needs_W, needs_b, *_) = ctx.products, ctx.needs_input_grad
+        group = products.group
         dZ = products.rows_gradient(g, W).to(Z.dtype) if needs_Z else None
         dW = _spread(products.leaves_gradient(g, Z), group, W, ctx.sparse) if needs_W else None
         # dense: it is d times smaller, and PyTorch adds sparse vectors slowly

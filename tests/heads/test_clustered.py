@@ -390,7 +390,23 @@ def test_compiles_around_the_layer():
     torch.testing.assert_close(found, step(rows(M), TARGET), **CLOSE)
 
 
+def with_another_root():
+    head = layer(MIXED)
+    head.root = torch.nn.Linear(d, head.root.out_features + 1, dtype=torch.float64)
+    return head
+
+
 ERRORS = {
+    "root: one row too many, in a loss": (
+        lambda: with_another_root()(rows(M), TARGET),
+        ValueError,
+        r"root\.weight must have \d+ rows, one for each class of the shortlist and each cluster",
+    ),
+    "root: one row too many, in a prediction": (
+        lambda: with_another_root().log_prob(rows(M)),
+        ValueError,
+        r"root\.weight must have \d+ rows",
+    ),
     "assignment: a list": (lambda: ClusteredLoss(d, 3, [0, 1, 1]), TypeError, "assignment must be"),
     "assignment: floats": (
         lambda: ClusteredLoss(d, 3, torch.zeros(3)),

@@ -184,7 +184,7 @@ class ClusteredLoss(WithGrouping, OutputLayer):
         Raises ValueError or TypeError for invalid arguments.
         """
         _refuse(target, target_values, mask)
-        self._check_leaves()
+        self.check_parameters()
         checks.hidden(hidden, self.in_features)
         checks.same_device("weight", self.weight, "hidden", hidden)
         checks.same_device("target", target, "hidden", hidden)
@@ -224,19 +224,8 @@ class ClusteredLoss(WithGrouping, OutputLayer):
             )
         return nll.index_add(0, rows, of_leaves.to(nll.dtype))
 
-    def _check_leaves(self) -> None:
-        """Raises ValueError or TypeError for parameters that were replaced by unfit ones."""
-        self.check_factored()
-        L = len(self._grouping.leaves)
-        for name, x in (("weight", self.weight), ("bias", self.bias), ("prior", self.prior)):
-            if x is not None and len(x) != L:
-                raise ValueError(
-                    f"{name} must have {L} rows, one for each class in a cluster, got "
-                    f"{tuple(x.shape)}; make a new layer for other classes"
-                )
-
     def _reader(self) -> ClusteredReader:
-        self._check_leaves()
+        self.check_parameters()
         pi = self.prior.to(accumulator(self.weight.dtype))
         leaves = Leaves(self.weight, self.bias, pi)
         root = Root(self.root, self.project)

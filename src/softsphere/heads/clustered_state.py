@@ -61,6 +61,23 @@ class WithGrouping(FactoredLeaves):
         pi[self.grouping.leaves] = self.prior
         return pi
 
+    def check_parameters(self) -> None:
+        """Raises ValueError or TypeError for parameters that were replaced by unfit ones."""
+        self.check_factored()
+        S, L = len(self._grouping.shortlist), len(self._grouping.leaves)
+        for name, x in (("weight", self.weight), ("bias", self.bias), ("prior", self.prior)):
+            if x is not None and len(x) != L:
+                raise ValueError(
+                    f"{name} must have {L} rows, one for each class in a cluster, got "
+                    f"{tuple(x.shape)}; make a new layer for other classes"
+                )
+        if len(self.root.weight) != S + self.num_clusters:
+            raise ValueError(
+                f"root.weight must have {S + self.num_clusters} rows, one for each class of the "
+                f"shortlist and each cluster, got {tuple(self.root.weight.shape)}; make a new "
+                "layer for another assignment"
+            )
+
     @torch.no_grad()
     def copy_rows(self, rows: Tensor) -> None:
         """Copies rows in the order of the classes into the weight of the clusters.

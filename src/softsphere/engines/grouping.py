@@ -100,6 +100,11 @@ class Grouping:
         """The sum of the leaves (L) of each cluster: (C)."""
         return own.new_zeros(self.num_clusters).index_add_(0, self.cluster_of_leaf, own)
 
+    def root_entry(self, classes: Tensor) -> Tensor:
+        """Where the root scores each class, or its cluster: the shortlist comes first."""
+        cluster = self.cluster[classes]
+        return torch.where(cluster < 0, self.place[classes], cluster + len(self.shortlist))
+
     def leaves_of(self, clusters: Tensor) -> Tensor:
         """The leaves of the given clusters, one cluster after another."""
         return ranges(self.starts[clusters], self.sizes[clusters])

@@ -207,9 +207,8 @@ class ClusteredLoss(WithGrouping, OutputLayer):
         grouping = self.grouping
         dtype = accumulator(self.weight.dtype)
         cluster, place = grouping.cluster[target], grouping.place[target]
-        entry = torch.where(cluster < 0, place, cluster + len(grouping.shortlist))
         log_p = root_log_prob(self.root(H), grouping).to(dtype)
-        nll = -log_p.gather(1, entry.unsqueeze(1)).squeeze(1)
+        nll = -log_p.gather(1, grouping.root_entry(target).unsqueeze(1)).squeeze(1)
         kept = torch.where(ignored, -1, cluster)
         rows, group = grouping.group(kept, place)
         Z = H[rows] if self.project is None else self.project(H[rows])

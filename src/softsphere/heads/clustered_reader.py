@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from softsphere import losses
-from softsphere._torch import exporting, is_recorded, values_on_cpu
+from softsphere._torch import is_recorded, values_on_cpu
 from softsphere.engines.grouping import Grouping
 from softsphere.engines.row_statistics import accumulator
-from softsphere.functional.on_leaves import Leaves, log_sums
+from softsphere.functional.on_leaves import Leaves, leaf_losses, log_sums
 from softsphere.heads.reader import INFINITE, SCORES, Reader
 from softsphere.heads.row_keys import keys_of_rows
+from softsphere.matrix import FactoredTensor
 
 __all__ = ["ClusteredReader", "Root", "root_log_prob"]
 
@@ -93,10 +94,13 @@ class ClusteredReader(Reader):
         return log_norm
 
     def _leaf_parts(self, rows: int) -> Iterator[slice]:
-        L = len(self.grouping.leaves)
-        size = max(1, L if exporting() else SCORES // max(rows, self.leaves.W.shape[1], 1))
+        L, size = len(self.grouping.leaves), self._at_once(rows)
         for start in range(0, L, size):
             yield slice(start, min(start + size, L))
+
+    def _at_once(self, rows: int) -> int:
+        """The number of leaves whose scores for so many rows are in memory at once."""
+        return max(1, SCORES // max(rows, self.leaves.W.shape[1], 1))
 
     def chunks_of_scores(self, H: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         short, clusters, z = self._split(H)
@@ -124,7 +128,7 @@ class ClusteredReader(Reader):
         leaves = self.grouping.leaves_of(needed)
         of_leaf = torch.searchsorted(needed, self.grouping.cluster_of_leaf[leaves])
         total = z.new_full((len(z), len(needed)), -torch.inf)
-        size = max(1, SCORES // max(len(z), self.leaves.W.shape[1], 1))
+        size = self._at_once(len(z))
         for part, owner in zip(leaves.split(size), of_leaf.split(size), strict=True):
             sums = log_sums(self._numerators(z, part), owner, len(needed))
             total = torch.logaddexp(total, sums)
@@ -152,15 +156,14 @@ class ClusteredReader(Reader):
         return torch.where(own.isnan(), self.num_classes, above + 1)
 
     def _own_scores(self, H: Tensor, target: Tensor) -> Tensor:
-        """The scores of one class for each row: (m)."""
-        own = H.new_zeros(len(H))
-        for classes, scores in self.chunks_of_scores(H):
-            slot = torch.full((self.num_classes,), -1, device=H.device)
-            slot[classes] = torch.arange(len(classes), device=H.device)
-            place = slot[target]
-            found = scores.gather(1, place.clamp_min(0).unsqueeze(1)).squeeze(1)
-            own = torch.where(place >= 0, found, own)
-        return own
+        """The scores of one class for each row, from its own cluster alone: (m)."""
+        cluster, place = self.grouping.cluster[target], self.grouping.place[target]
+        own = H.gather(1, self.grouping.root_entry(target).unsqueeze(1)).squeeze(1)
+        rows, group = self.grouping.group(cluster, place)
+        engine = "factored" if isinstance(self.leaves.W, FactoredTensor) else "logits"
+        z = self._split(H)[2][rows]
+        nll = leaf_losses(self.loss, z, self.leaves, group, engine=engine, sparse=False)
+        return own.index_add(0, rows, nll, alpha=-1)
 
     def _keys(self, classes: Tensor) -> Tensor:
         """Integers that are equal for classes of one cluster, or of the shortlist, with equal rows

@@ -487,6 +487,11 @@ ERRORS = {
         ValueError,
         "engine must be one of auto, logits, gram, factored",
     ),
+    "label_smoothing": (
+        lambda: ClusteredLoss(d, D, MIXED, label_smoothing=0.1),
+        ValueError,
+        r"label_smoothing cannot be used with a ClusteredLoss.*got 0\.1; leave it 0",
+    ),
     "target: K-sparse": (
         lambda: layer(MIXED)(rows(M), TARGET.unsqueeze(1), torch.ones(M, 1)),
         TypeError,

@@ -70,6 +70,7 @@ class ClusteredLoss(WithGrouping, OutputLayer):
             momentum. The parameter `weight` is then diag(√π) [W b] (L, d' + 1), a
             `softsphere.matrix.FactoredTensor`, and `bias` is None; state_dict() holds W and b.
         reduction, ignore_index: as in `nn.CrossEntropyLoss`.
+        label_smoothing: must be 0.
         sparse: whether the gradient of `weight` is a sparse tensor of the classes whose clusters
             have rows in the batch, as in `nn.Embedding`. `torch.optim.SGD` without momentum and
             `torch.optim.SparseAdam` take it. A step then touches no other rows. The gradient of
@@ -110,6 +111,7 @@ class ClusteredLoss(WithGrouping, OutputLayer):
         engine: str = "auto",
         reduction: str = "mean",
         ignore_index: int | None = -100,
+        label_smoothing: float = 0.0,
         sparse: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -127,6 +129,11 @@ class ClusteredLoss(WithGrouping, OutputLayer):
         self.engine, self.sparse = engine, checks.flag("sparse", sparse)
         _check_engine(self.loss, engine, sparse)
         self.leaf_width = width
+        if checks.label_smoothing(label_smoothing):
+            raise ValueError(
+                "label_smoothing cannot be used with a ClusteredLoss, since it needs the outputs "
+                f"of all classes, got {label_smoothing}; leave it 0, or use LinearSphericalLoss"
+            )
         given = Conventions.checked(self.loss, reduction=reduction, ignore_index=ignore_index)
         self.reduction, self.ignore_index = given.reduction, given.ignore_index
         made: dict[str, Any] = {"device": device, "dtype": dtype}

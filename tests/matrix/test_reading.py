@@ -51,3 +51,12 @@ def test_inner_products():
     want = (one.to_dense() * two.to_dense()).sum()
     torch.testing.assert_close(torch.dot(one, two), want)
     torch.testing.assert_close(torch.vdot(two, one), want)
+
+
+def test_a_view_cannot_be_replaced():
+    weight = FactoredSphericalLoss(3, 10).weight.detach()
+    part, other = weight[:, :2], FactoredSphericalLoss(3, 10).weight.detach()[:, :2]
+    before = weight.to_dense()
+    with pytest.raises(TypeError, match="a view of a factored weight cannot be replaced"):
+        part.data = other
+    assert torch.equal(weight.to_dense(), before)

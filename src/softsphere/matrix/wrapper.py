@@ -69,8 +69,14 @@ class Wrapper(torch.Tensor):
             return func(*args, **(kwargs or {}))
 
     def become(self, other: Any) -> None:
-        """Makes this tensor stand for the same weight or gradient as another of its type."""
-        raise NotImplementedError
+        """Makes this tensor stand for the same weight or gradient as another of its type.
+
+        Raises TypeError for a tensor that is a view of one.
+        """
+        raise TypeError(
+            "a view of a factored weight cannot be replaced by another one; write into it with "
+            "copy_, or assign to the weight itself"
+        )
 
     @property
     def data(self) -> Tensor:

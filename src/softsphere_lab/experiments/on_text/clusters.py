@@ -24,7 +24,7 @@ def _clustered(
 # On Penn Treebank: the layer that is put forward, and those that it has to be compared with.
 MAIN = (
     Output("softmax", prior=True),
-    Output("adaptive_softmax", cutoffs=(2000,), div_value=1.0),
+    Output("adaptive_softmax", prior=True, cutoffs=(2000,), div_value=1.0),
     _clustered("taylor_softmax", 1),
     _clustered("taylor_softmax", 256),
     _clustered("softmax", 256),
@@ -32,7 +32,7 @@ MAIN = (
 OTHERS = (
     Output("softmax"),
     Output("adaptive_softmax"),
-    Output("adaptive_softmax", prior=True, cutoffs=(2000,), div_value=1.0),
+    Output("adaptive_softmax", cutoffs=(2000,), div_value=1.0),
     Output("sampled_softmax", prior=True, samples=1024),
     Output("taylor_softmax", prior=True),
 )
@@ -80,7 +80,7 @@ FULL = LanguageModelling(
         clip=1.0,
         beta2=0.99,
     ),
-    rates=Axis((2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2), 2e-3),
+    rates=Axis((2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2), 4e-3),
     trial_epochs=1,
 )
 ON_WIKIPEDIA = replace(
@@ -165,7 +165,6 @@ PTB = StudyReproduction(
             FULL,
             outputs=(*MAIN, *SMALL),
             setup=replace(FULL.setup, epochs=4),
-            trial_words=300_000,
             once=SMALL,
         ),
         "full": FULL,

@@ -39,7 +39,6 @@ which counts FLOPs and memory and says why. To name an engine yourself, pass
 | --- | --- | --- | --- |
 | dense | 6 m D d | 2 m D | D is small, or m is well below ⅔ d and the outputs fit in memory |
 | chunked | 8 m D d | a tile | m is below ⅔ d and the outputs do not fit in memory |
-| triton | 8 m D d | a block of 2²⁵ outputs | the same, on a GPU |
 | gram | 4 D d² + 4 m d² | some MiB and d² | m is above ⅔ d and D is large |
 
 The step of the factored layer (`FactoredSphericalLoss`), which is for SGD, has no D in it at all.

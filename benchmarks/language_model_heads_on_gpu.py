@@ -24,7 +24,6 @@ from softsphere_lab.timing.clock import seconds_of
 from softsphere_lab.timing.linear_losses import (
     GPU_SOFTMAX,
     LOSSES,
-    gram_matrices,
     softmax,
     through_logits,
 )
@@ -38,19 +37,11 @@ HEADS = {
     "GPT-2 small": Setting(m=16384, D=50_304, d=768),
     "recommendation": Setting(m=25600, D=1_000_000, d=128),
 }
-OURS = ("gram", "triton")
+OURS = ("gram", "chunked")
 
 
 def median_of(run: Callable[[], Any], repeats: int, warm_up: int) -> float:
     return statistics.median([seconds_of(run, "cuda") for _ in range(warm_up + repeats)][warm_up:])
-
-
-def products(head: str, setting: Setting) -> Iterator[Row]:
-    """The Gram matrix alone, in each of the ways that the gram engine can form it."""
-    weight = torch.randn(setting.D, setting.d, device="cuda", dtype=torch.bfloat16)
-    for name, way in gram_matrices(weight).items():
-        milliseconds = 1e3 * median_of(way, 15, 5)
-        yield Row(f"{head}: Q {name}", setting, "milliseconds", milliseconds)
 
 
 def compared(head: str, name: str, setting: Setting) -> Iterator[Row]:
@@ -123,15 +114,9 @@ def cases(options: argparse.Namespace) -> list[Case]:
         raise LabError("this benchmark needs a CUDA device, and PyTorch sees none")
     heads = {"tiny": Setting(m=256, D=1000, d=64)} if options.smoke else HEADS
     return [
-        case
+        Case(f"{head}, {setting}: {name}", partial(compared, head, name, setting))
         for head, setting in heads.items()
-        for case in (
-            Case(f"{head}, {setting}: Q alone", partial(products, head, setting)),
-            *(
-                Case(f"{head}, {setting}: {name}", partial(compared, head, name, setting))
-                for name in (*OURS, *GPU_SOFTMAX)
-            ),
-        )
+        for name in (*OURS, *GPU_SOFTMAX)
     ]
 
 

@@ -11,7 +11,6 @@ from _cases import CASES
 from softsphere import LinearSphericalOptions, losses
 from softsphere.engines import dispatch
 from softsphere.engines.operators import LinearOperator
-from softsphere.engines.triton import TRITON_INSTALLED
 
 # Small chunks, so that there are several of them, the last one not full.
 ENGINES = {
@@ -19,10 +18,6 @@ ENGINES = {
     "chunked": LinearSphericalOptions(engine="chunked", row_chunk=5, class_chunk=100),
     "gram": LinearSphericalOptions(engine="gram", class_chunk=100),
 }
-
-# On a GPU Triton compiles its kernels, which take no tensors on the CPU: test_triton.py runs them.
-if TRITON_INSTALLED and not torch.cuda.is_available():
-    ENGINES["triton"] = LinearSphericalOptions(engine="triton")
 
 # The engines that are operators.
 OPERATORS = {

@@ -11,7 +11,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from softsphere import LinearSphericalOptions
-from softsphere.engines import choose, chunked, dense, dispatch, gram, triton
+from softsphere.engines import choose, chunked, dense, dispatch, gram
 from softsphere.engines.dispatch import linear_statistics
 from softsphere.engines.engine import Settings, Workload
 from softsphere.functional import linear_spherical_loss
@@ -29,7 +29,7 @@ SIZES = list(
 
 def test_it_is_pure_and_gives_its_numbers():
     for size in SIZES:
-        one, two = choose(*size, triton=False), choose(*size, triton=False)
+        one, two = choose(*size), choose(*size)
         assert one == two
         assert one.engine in ("dense", "gram", "chunked")
         assert len(re.findall(r"\d", one.reason)) >= 5
@@ -76,7 +76,7 @@ def test_outputs_take_no_more_than_is_counted(name, dtype, prior):
         if event.name() == "[memory]":
             held += event.nbytes()
             peak = max(peak, held)
-    assert peak <= 1.1 * Workload(m, D, d, 1, 0, dtype, "cpu", False).outputs_bytes + 8 * W.numel()
+    assert peak <= 1.1 * Workload(m, D, d, 1, 0, dtype, "cpu").outputs_bytes + 8 * W.numel()
 
 
 @pytest.mark.parametrize(
@@ -98,14 +98,6 @@ def test_targets_and_bias_count():
     assert choose(*sizes).engine == "gram"
     assert choose(*sizes, K=10_000).engine == "dense"
     assert choose(*sizes, bias=True).reason != choose(*sizes).reason
-
-
-def test_triton_is_for_a_gpu_that_has_it_and_few_rows():
-    sizes = 128, 2_810_000, 768, torch.bfloat16
-    assert choose(*sizes, "cuda", triton=True).engine == "triton"
-    assert choose(*sizes, "cuda", triton=False).engine != "triton"
-    assert choose(*sizes, "cpu", triton=True).engine != "triton"
-    assert choose(8192, 256_000, 2304, torch.bfloat16, "cuda", triton=True).engine == "gram"
 
 
 def test_chunks_do_not_shrink_with_the_shape():
@@ -134,23 +126,10 @@ def test_auto_asks_and_a_name_does_not(monkeypatch):
     H, W, target = torch.randn(3, 4), torch.randn(9, 4), torch.zeros(3, 1, dtype=torch.long)
     call = {"b": None, "target": target, "pi": None, "centred": False}
     linear_statistics(H, W, **call, options=LinearSphericalOptions())
-    assert asked == [Workload(3, 9, 4, 1, 0, torch.float32, "cpu", triton.TRITON_INSTALLED)]
+    assert asked == [Workload(3, 9, 4, 1, 0, torch.float32, "cpu")]
     with pytest.raises(AssertionError, match="another engine"):
         linear_statistics(H, W, **call, options=LinearSphericalOptions(engine="gram"))
     assert len(asked) == 1
-
-
-def test_triton_says_what_it_lacks(monkeypatch):
-    H, W, target = torch.randn(3, 4), torch.randn(9, 4), torch.zeros(3, 1, dtype=torch.long)
-    call = {"b": None, "target": target, "pi": None, "centred": False}
-    options = LinearSphericalOptions(engine="triton")
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(triton, "TRITON_INSTALLED", False)
-    with pytest.raises(ImportError, match=r"needs the triton package.*'gram' or 'chunked'"):
-        linear_statistics(H, W, **call, options=options)
-    monkeypatch.setattr(triton, "TRITON_INSTALLED", True)
-    with pytest.raises(ValueError, match=r"CUDA device, got cpu.*TRITON_INTERPRET=1"):
-        linear_statistics(H, W, **call, options=options)
 
 
 WRONG = {

@@ -12,7 +12,7 @@ from softsphere.engines.dispatch import linear_statistics
 from softsphere.functional import linear_spherical_loss, spherical_loss
 
 
-@pytest.mark.parametrize("engine", [name for name in ENGINES if name != "triton"])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_accumulation_in_float64_of_float32(engine):
     H, W, b = layer(9, 123, 6, torch.float32)
     target = torch.randint(123, (9, 1))

@@ -61,7 +61,7 @@ def error(got, want):
 @pytest.mark.parametrize("loss", EXACT)
 @pytest.mark.parametrize("prior", [False, True])
 @pytest.mark.parametrize("common", COMMON)
-@pytest.mark.parametrize("engine", [name for name in ENGINES if name != "triton"])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_a_large_common_part_of_rows_and_bias(engine, common, prior, loss):
     H, W, b, t, pi = problem(common, prior)
     want = exactly(loss, H, W, b, t, pi)

@@ -213,10 +213,6 @@ def test_dtypes_must_agree_inside_accumulate_as_outside():
         head(rows(), t)
 
 
-def test_triton_takes_a_class_chunk():
-    assert LinearSphericalOptions(engine="triton", class_chunk=64).class_chunk == 64
-
-
 def test_sparse_targets_of_the_linear_form_are_those_of_the_logits():
     W, h = torch.randn(D, d, dtype=torch.float64), rows()
     target, values = torch.tensor([[1, 1, 7], [3, -1, 3]] * 2), torch.rand(4, 3).double()

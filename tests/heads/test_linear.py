@@ -150,7 +150,7 @@ SMOOTHING = "label_smoothing needs the logits, got 0.1.*'dense'"
 PROBABILITIES = "target of class probabilities needs the logits.*'dense'"
 
 
-@pytest.mark.parametrize("engine", ["chunked", "gram", "triton"])
+@pytest.mark.parametrize("engine", ["chunked", "gram"])
 def test_a_named_engine_is_not_replaced(engine):
     options = LinearSphericalOptions(engine=engine)
     hidden, target = batch(3)

@@ -10,7 +10,6 @@ from softsphere import checks
 from softsphere.engines.dense import LOGITS_LIMIT
 from softsphere.engines.dispatch import ENGINES, cheapest
 from softsphere.engines.engine import Workload
-from softsphere.engines.triton import TRITON_INSTALLED
 
 __all__ = ["Choice", "choose"]
 
@@ -32,7 +31,6 @@ def choose(
     *,
     K: int = 1,
     bias: bool = False,
-    triton: bool | None = None,
 ) -> Choice:
     """Returns the engine that "auto" takes for these sizes, and why.
 
@@ -41,7 +39,6 @@ def choose(
 
         dense     6 m D n + the passes over its outputs; the outputs must fit in 1 GiB
         chunked   8 m D n + those passes
-        triton    8 m D n, on a GPU and with the triton package
         gram      4 D n² + 4 m n² + the passes over its inputs + its overhead
 
     The choice depends on sizes alone. With S = Σ π (w − w̄)(w − w̄)ᵀ, the gram engine computes
@@ -65,7 +62,6 @@ def choose(
         device: where the rows are.
         K: number of targets of each row.
         bias: whether the layer has a bias.
-        triton: whether the triton package may be used; None asks whether it is installed.
 
     Raises TypeError or ValueError for a size or a dtype that cannot be.
 
@@ -76,9 +72,8 @@ def choose(
     """
     checks.sizes(m=m, num_classes=num_classes, in_features=in_features, K=K)
     checks.floating_dtype(dtype)
-    kernels = TRITON_INSTALLED if triton is None else triton
     kind = torch.device(device).type
-    work = Workload(m, num_classes, in_features, K, int(bias), dtype, kind, kernels)
+    work = Workload(m, num_classes, in_features, K, int(bias), dtype, kind)
     return _explained(work, cheapest(work))
 
 

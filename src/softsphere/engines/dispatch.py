@@ -14,7 +14,6 @@ from softsphere.engines.chunked import CHUNKED
 from softsphere.engines.dense import DENSE
 from softsphere.engines.engine import Engine, Inputs, Settings, Workload
 from softsphere.engines.gram import GRAM
-from softsphere.engines.triton import TRITON, TRITON_INSTALLED
 from softsphere.engines.weight import accumulator
 from softsphere.stats import Stats
 
@@ -24,7 +23,7 @@ if TYPE_CHECKING:  # options.py reads the list of engines
 __all__ = ["ENGINES", "cheapest", "linear_statistics", "settings"]
 
 # Every engine there is. A new one is a line here.
-ENGINES: dict[str, Engine] = {engine.name: engine for engine in (DENSE, CHUNKED, GRAM, TRITON)}
+ENGINES: dict[str, Engine] = {engine.name: engine for engine in (DENSE, CHUNKED, GRAM)}
 
 
 def linear_statistics(
@@ -94,10 +93,7 @@ def _engine(x: Inputs, options: LinearSphericalOptions) -> Engine:
     if forward_mode or transforms:
         return DENSE
     (m, K), (D, d) = x.target.shape, x.W.shape
-    # The kernels take sums in the dtype of their inputs, and need the same one for H and W.
-    kernels = options.accumulate_dtype == torch.float32 and x.H.dtype == x.W.dtype
-    bias, device = int(x.b is not None), x.H.device.type
-    work = Workload(m, D, d, K, bias, x.H.dtype, device, TRITON_INSTALLED and kernels)
+    work = Workload(m, D, d, K, int(x.b is not None), x.H.dtype, x.H.device.type)
     return ENGINES[cheapest(work)]
 
 

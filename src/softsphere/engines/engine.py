@@ -72,10 +72,7 @@ class Gradients(NamedTuple):
 
 @dataclass(frozen=True)
 class Workload:
-    """The sizes that the cost of a step depends on; `bias` is 1 with a bias and 0 without.
-
-    triton: whether the triton package may be used
-    """
+    """The sizes that the cost of a step depends on; `bias` is 1 with a bias and 0 without."""
 
     m: int
     D: int
@@ -84,7 +81,6 @@ class Workload:
     bias: int
     dtype: torch.dtype
     device: str
-    triton: bool
 
     @property
     def n(self) -> int:

@@ -17,15 +17,15 @@ class LinearSphericalOptions:
     """Options of `softsphere.LinearSphericalLoss` and `functional.linear_spherical_loss`.
 
     Args:
-        engine: "dense", "chunked", "gram", "triton", or "auto", which takes the engine that
+        engine: "dense", "chunked", "gram", or "auto", which takes the engine that
             `softsphere.engines.choose` returns. A named engine is never replaced by another one,
             so engine="gram" gives q with an error of about 30 eps Σ_j h_j² S_jj, however small q
             itself is (see `softsphere.engines.choose`, which says what "auto" does about it).
         row_chunk: number of rows of the input in one piece of work; None leaves it to the engine.
             Only the chunked engine has a use for it.
         class_chunk: number of rows of the weight in one piece of work; None leaves it to the
-            engine. The chunked, the gram and the triton engine have a use for it. With "auto" both
-            apply if an engine is chosen that has a use for them.
+            engine. The chunked and the gram engine have a use for it. With "auto" both apply if an
+            engine is chosen that has a use for them.
         accumulate_dtype: the least precise dtype in which sums over classes are taken, float32 or
             float64. The summands have this dtype as well, except that the outputs of the dense
             engine are computed in the dtype of the input.

@@ -28,7 +28,6 @@ __all__ = [
     "SOFTMAX",
     "ForwardBackward",
     "LinearLoss",
-    "gram_matrices",
     "softmax",
     "through_logits",
 ]
@@ -36,7 +35,7 @@ __all__ = [
 # The loss of hidden rows (m, d), a weight (D, d) and targets (m).
 LinearLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 LOSS = "taylor_softmax"
-# Those that a CPU has, whose grid of sizes docs/engines.md shows.
+# Those whose grid of sizes docs/engines.md shows.
 ENGINES = ("dense", "chunked", "gram")
 
 
@@ -126,7 +125,7 @@ GPU_SOFTMAX: Mapping[str, Callable[[], LinearLoss]] = {
     **_fused(1024, 4096),
 }
 LOSSES: Mapping[str, Callable[[], LinearLoss]] = {
-    **{name: partial(_by_engine, name) for name in (*ENGINES, "auto", "triton")},
+    **{name: partial(_by_engine, name) for name in (*ENGINES, "auto")},
     "logits": lambda: through_logits,
     **GPU_SOFTMAX,
     **SOFTMAX,
@@ -160,14 +159,3 @@ def _made(name: str, setting: Setting) -> ForwardBackward:
 LINEAR_LOSSES: Mapping[str, Callable[[Setting], ForwardBackward]] = {
     name: partial(_made, name) for name in LOSSES
 }
-
-
-def gram_matrices(weight: Tensor) -> dict[str, Callable[[], Any]]:
-    """WᵀW as the gram engine forms it: in blocks of PyTorch's products, and by a Triton kernel."""
-    from softsphere.engines import moments, triton
-
-    blocks, kernel = moments.upper_product, triton.symmetric_gram
-    return {
-        "in blocks": lambda: blocks(weight, weight, torch.float32),
-        "by Triton": lambda: kernel(weight),
-    }

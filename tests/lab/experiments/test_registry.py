@@ -72,8 +72,3 @@ def test_experiments_side_by_side_have_the_same_engines_at_every_budget():
         assert tuple(studies) == BUDGETS
         assert len({study.names for study in studies.values()}) == 1
         assert STUDIES[name].timed
-
-
-def test_a_gpu_has_an_engine_of_its_own():
-    full = STUDIES["engines"].studies["full"]
-    assert full.placed("cuda:0", None).names == ("triton", *full.names)

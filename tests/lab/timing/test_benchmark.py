@@ -131,10 +131,3 @@ def test_the_run_folder_says_what_was_started(script, monkeypatch):
     script("--out", script.out)
     environment = json.loads((Path(script.out) / "environment.jsonl").read_text())
     assert environment["command"] == f"python benchmarks/question.py --out {script.out}"
-
-
-def test_the_gram_matrices_that_are_timed_are_those_of_the_weight():
-    pytest.importorskip("triton")
-    weight = torch.randn(7, 3)
-    blocks = linear_losses.gram_matrices(weight)["in blocks"]()
-    torch.testing.assert_close(blocks, weight.mT @ weight)

@@ -27,9 +27,7 @@ class Engines(SideBySide):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The engines that run on the device."""
-        on_gpu = ("triton",) if torch.device(self.device).type == "cuda" else ()
-        return (*on_gpu, "gram", "chunked", "dense")
+        return ("gram", "chunked", "dense")
 
     def begin(self, engine: str, data: Text) -> EngineRun:
         torch.manual_seed(self.seed)

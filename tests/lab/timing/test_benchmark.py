@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from softsphere_lab.timing import benchmark, linear_losses
+from softsphere_lab.timing import benchmark
 from softsphere_lab.timing.benchmark import COLUMNS, Case, Row, read_table, run
 from softsphere_lab.timing.processes import Measured
 from softsphere_lab.timing.setting import Setting

@@ -11,9 +11,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from softsphere import LinearSphericalOptions
-from softsphere.engines import choose, chunked, dense, dispatch, gram
+from softsphere.engines import choose, chunked, dense, dispatch, moments
 from softsphere.engines.dispatch import linear_statistics
-from softsphere.engines.engine import Settings, Workload
+from softsphere.engines.engine import Inputs, Settings, Workload
 from softsphere.functional import linear_spherical_loss
 
 SIZES = list(
@@ -102,11 +102,15 @@ def test_targets_and_bias_count():
 
 def test_chunks_do_not_shrink_with_the_shape():
     """Tiles of a size that follows from D/d come down to single rows where D/d ≥ m."""
+
+    def of_width(d):
+        return Inputs(torch.empty(1, d), torch.empty(1, d), None, torch.zeros(1, 1), None)
+
     rows, classes = chunked.tile(Settings(False, None, None, torch.float32, False))
     assert rows >= 256 and classes >= 256
     for d in (1, 64, 8192, 1 << 20):
-        assert gram.chunk_size(torch.empty(1, d), None) >= 256
-    assert gram.chunk_size(torch.empty(1, 64), 10) == 10
+        assert moments.chunk_size(of_width(d), None, torch.float32) >= 256
+    assert moments.chunk_size(of_width(64), 10, torch.float32) == 10
 
 
 def test_auto_asks_and_a_name_does_not(monkeypatch):

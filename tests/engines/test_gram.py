@@ -83,7 +83,7 @@ def test_the_choice_notices_lost_digits(case, loss):
 def test_a_named_engine_is_not_replaced(monkeypatch):
     called = []
     forward = gram._OPERATOR.forward_operator
-    monkeypatch.setattr(gram.moments, "loses_digits", lambda *_: called.append(1))
+    monkeypatch.setattr(gram, "loses_digits", lambda *_: called.append(1))
     H, W, b, t = cancelling(300.0)
     named = LinearSphericalOptions(engine="gram")
     value = linear_spherical_loss(H, W, t, "squared_error", linear_bias=b, options=named)
@@ -115,8 +115,8 @@ def test_usual_batches_are_computed_once(monkeypatch):
         called.append(args)
         return lost(*args)
 
-    lost = gram.moments.loses_digits
-    monkeypatch.setattr(gram.moments, "loses_digits", loses_digits)
+    lost = gram.loses_digits
+    monkeypatch.setattr(gram, "loses_digits", loses_digits)
     torch.manual_seed(0)
     W, H, t = torch.randn(5000, 256), torch.randn(256, 256), torch.arange(256)
     for hidden in (H, H.relu(), torch.zeros_like(H), H + 5, torch.full_like(H, torch.nan)):

@@ -5,39 +5,60 @@ from __future__ import annotations
 import pytest
 import torch
 
-from _engines import layer, with_gradients
-from softsphere import LinearSphericalOptions
+from _engines import SPHERICAL, layer, with_gradients
+from _matrix_units import HALVES, as_on_a_gpu, needs_triton
+from softsphere import LinearSphericalLoss, LinearSphericalOptions
 from softsphere.engines import moments, products
 from softsphere.functional import linear_spherical_loss
 
-HALVES = [torch.bfloat16, torch.float16]
+
+def error(got, want):
+    return ((got.double() - want.double()).norm() / want.double().norm()).item()
 
 
+@needs_triton
+@pytest.mark.parametrize("kernels", [False, True])
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("bias", [False, True])
-def test_low_precision_factors_multiplied_as_they_are(monkeypatch, bias, dtype):
-    """What a GPU does, with its product of low-precision factors put in by hand."""
-    H, W, b = layer(63, 507, 32, dtype, bias)
+@pytest.mark.parametrize("given", ["nothing", "bias", "prior", "bias and prior"])
+@pytest.mark.parametrize("name", SPHERICAL)
+def test_low_precision_factors_multiplied_as_they_are(monkeypatch, name, given, dtype, kernels):
+    """What a GPU does gives what float32 copies give, to the rounding of the results."""
+    H, W, b = layer(63, 507, 32, dtype, "bias" in given)
+    prior = torch.rand(507) + 0.1 if "prior" in given else None
     target, options = torch.randint(507, (63,)), LinearSphericalOptions("gram", class_chunk=100)
 
-    def run():
+    def run(H, W, b):
         loss = linear_spherical_loss(
-            H, W, target, "taylor_softmax", linear_bias=b, options=options, reduction="sum"
+            H,
+            W,
+            target,
+            SPHERICAL[name],
+            linear_bias=b,
+            prior=prior,
+            options=options,
+            reduction="sum",
         )
         return with_gradients(loss, H, W, b)
 
-    want, used = run(), []
+    exact = [None if x is None else x.detach().double().requires_grad_() for x in (H, W, b)]
+    plain, want = run(H, W, b), run(*exact)
+    used = as_on_a_gpu(monkeypatch, kernels=kernels)
+    for mine, copied, x in zip(run(H, W, b), plain, want, strict=True):
+        assert error(mine, x) <= error(copied, x) + torch.finfo(dtype).eps
+    assert dtype in used
 
-    def product(x, y, out_dtype, out=None):
-        used.append(x.dtype)
-        return torch.mm(x.to(out_dtype), y.to(out_dtype), out=out)
 
-    monkeypatch.setattr(moments, "multiplies", lambda x, dtype: x.dtype != dtype)
-    monkeypatch.setattr(moments, "product", product)
-    for x, y in zip(run(), want, strict=True):
-        assert (x.double() - y.double()).norm() <= torch.finfo(dtype).eps * y.double().norm()
-    # six chunks, both ways, and with a bias as many products of a column
-    assert used.count(dtype) == (24 if bias else 12)
+def test_a_bfloat16_weight_is_read_whole_and_never_copied(monkeypatch):
+    """One product gives the gradient of W, rounded once; a chunk has 2²⁷ numbers."""
+    used = as_on_a_gpu(monkeypatch)
+    head = LinearSphericalLoss(32, 4000, bias=False, dtype=torch.bfloat16)
+    head.options = LinearSphericalOptions("gram")
+    made = []
+    monkeypatch.setattr(moments, "chunk_room", lambda *args: made.append(args))
+    head(torch.randn(9, 32, dtype=torch.bfloat16), torch.randint(4000, (9,))).backward()
+    assert not made
+    # sums of columns, Q, two parts of H Q, A and v; the gradient of W is an addmm
+    assert used == [torch.bfloat16] * 6
 
 
 @pytest.mark.parametrize("size", [1e-12, 1e12])
@@ -47,3 +68,26 @@ def test_rounding_to_float16_neither_vanishes_nor_overflows(size):
     torch.testing.assert_close(low.float() * scale, A, rtol=1e-3, atol=1e-6 * size)
     low, scale = products.rounded(torch.zeros(2, 2), torch.float16)
     assert not (low.float() * scale).any()
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("size", [1e-12, 1.0, 1e12])
+def test_two_parts_have_twice_the_digits(dtype, size):
+    A = size * torch.randn(50, 50)
+    high, low, scale = products.in_parts(A, dtype)
+    eps = torch.finfo(dtype).eps
+    both = scale * (high.float() + eps * low.float())
+    assert (both - A).abs().max() <= eps**2 * A.abs().max()
+    assert error(scale * high.float(), A) > eps**2
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("size", [1e-9, 1.0, 1e9])
+def test_sums_and_products_keep_the_digits_of_float32(monkeypatch, dtype, size):
+    H, S, a = torch.randn(70, 30).to(dtype), size * torch.randn(30, 20), size * torch.randn(70)
+    exact = H.double()
+    as_on_a_gpu(monkeypatch)
+    tolerance = torch.finfo(dtype).eps ** 2 + 1e-6
+    assert error(products.times(H, S), exact @ S.double()) < tolerance
+    assert error(products.weighted_sum(a, H), a.double() @ exact) < tolerance
+    assert error(products.column_sums(H, torch.float32), exact.sum(0)) < 1e-6

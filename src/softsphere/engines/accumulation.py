@@ -16,10 +16,10 @@ from softsphere.engines.accumulation_checks import (
     wanted_now,
 )
 from softsphere.engines.engine import Gradients, Inputs
-from softsphere.engines.gram import chunk_size
 from softsphere.engines.moments import Moments
 from softsphere.engines.options import LinearSphericalOptions
 from softsphere.engines.pending import Share, shares_of, waiting, withdraw
+from softsphere.engines.quadratic_rows import hidden_gradient, loses_digits, quadratic_statistics
 from softsphere.engines.weight import accumulator, scatter
 from softsphere.stats import Stats
 
@@ -45,7 +45,6 @@ class Accumulation:
     ) -> None:
         self.W, self.b, self.centred, self.options = W, b, centred, options
         self.dtype = accumulator(W, W, options.accumulate_dtype)
-        self.size = chunk_size(W, options.class_chunk)
         self.pi = None if pi is None else pi.to(self.dtype)
         self.given_pi = pi
         self.versions, self.samples = self.current_versions(), self.current_samples()
@@ -104,7 +103,7 @@ class Accumulation:
         assert self.moments is not None
         if self.options.engine != "auto" or not values_on_cpu(P):
             return
-        if moments.loses_digits(H, P, self.moments.S):
+        if loses_digits(H, P, self.moments.S):
             raise RuntimeError(
                 f"accumulate() computes with the Gram matrix of the weight in {self.dtype}, where "
                 "large parts of the outputs of this batch cancel and too few digits are left; use "
@@ -120,7 +119,8 @@ class Accumulation:
         if self.moments is None:
             with torch.no_grad(), torch.autocast(H.device.type, enabled=False):
                 inputs = self.inputs(H, target)
-                self.moments = moments.moments(inputs, self.centred, self.size, self.dtype)
+                size = self.chunk_size(inputs)
+                self.moments = moments.moments(inputs, self.centred, size, self.dtype)
         stand = tuple(self.stand_in(x) for x in (self.W, self.b))
         s, q, c = _KeptStatistics.apply(H, *stand, target, self)  # type: ignore[no-untyped-call]
         pi = None if self.pi is None else self.pi[target]
@@ -148,6 +148,10 @@ class Accumulation:
 
     def inputs(self, H: Tensor, target: Tensor) -> Inputs:
         return Inputs(H, self.W, self.b, target, self.pi)
+
+    def chunk_size(self, inputs: Inputs) -> int:
+        """Rows of W in a chunk."""
+        return moments.chunk_size(inputs, self.options.class_chunk, self.dtype)
 
     def add(self, H: Tensor, target: Tensor, mu: Tensor, g: Gradients, wanted: Both) -> None:
         """Adds the share of one batch to the gradients that are wanted. At least one is."""
@@ -202,7 +206,12 @@ class Accumulation:
                 out = dW if share in of_W else None, db if share in of_b else None
                 inputs = self.inputs(*share.entries[0][:2])
                 moments.dense_gradient(
-                    inputs, self.moments, share.small, out, self.size, fresh=i == 0
+                    inputs,
+                    self.moments,
+                    share.small,
+                    out,
+                    self.chunk_size(inputs),
+                    fresh=i == 0,
                 )
                 for H, target, gc in share.entries:
                     scatter(out, H, target, gc, self.options.deterministic)
@@ -228,7 +237,7 @@ class _KeptStatistics(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         assert a.moments is not None
         with torch.autocast(H.device.type, enabled=False):
-            s, q, c, P, mu = moments.quadratic_statistics(a.inputs(H, target), a.moments)
+            s, q, c, P, mu = quadratic_statistics(a.inputs(H, target), a.moments)
             a.check_digits(H, P)
         ctx.accumulation, ctx.stood_in = a, W is not a.W or b is not a.b
         ctx.save_for_backward(H, target, P, mu)
@@ -248,7 +257,7 @@ class _KeptStatistics(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             assert a.moments is not None
             with torch.autocast(H.device.type, enabled=False):
-                back = moments.hidden_gradient(a.inputs(H, target), P, mu, a.moments, g).to(H.dtype)
+                back = hidden_gradient(a.inputs(H, target), P, mu, a.moments, g)
         if any(wanted):
             a.add(H, target, mu, g, wanted)
         return back, None, None, None, None

@@ -17,24 +17,16 @@ from softsphere.engines.chunked import CHUNKED
 from softsphere.engines.engine import Engine, Gradients, Inputs, Settings, Workload
 from softsphere.engines.moments import Moments
 from softsphere.engines.operators import LinearOperator
+from softsphere.engines.quadratic_rows import hidden_gradient, loses_digits, quadratic_statistics
 from softsphere.engines.weight import scatter
 
-__all__ = ["GRAM", "chunk_size", "guarded_statistics"]
+__all__ = ["GRAM", "guarded_statistics"]
 
-# Entries of W in a chunk: enough for products at full speed, and few enough that the copy of a
-# chunk stays in the cache.
-_CHUNK, _CHUNK_ON_GPU = 1 << 21, 1 << 25
 # FLOPs that take as long as one entry of H and its rows of W at the targets, which are read,
 # multiplied, summed and added.
 _FLOPS_PER_INPUT = 800
 # FLOPs that take as long as what the engine does besides products.
 _OVERHEAD = 5e7
-
-
-def chunk_size(W: Tensor, given: int | None) -> int:
-    """Rows of W in a chunk; at least 256 unless they are given."""
-    numbers = _CHUNK_ON_GPU if W.is_cuda else _CHUNK
-    return given or max(256, numbers // max(W.shape[1], 1))
 
 
 def _forward(x: Inputs, how: Settings) -> tuple[Tensor, ...]:
@@ -43,8 +35,9 @@ def _forward(x: Inputs, how: Settings) -> tuple[Tensor, ...]:
     The error of q is in proportion to Σ_j h_j² S_jj, not to q itself. `guarded_statistics` looks
     whether q has lost its digits.
     """
-    at = moments.moments(x, how.centred, chunk_size(x.W, how.class_chunk), how.dtype)
-    return *moments.quadratic_statistics(x, at), at.S, at.shift, at.rest
+    size = moments.chunk_size(x, how.class_chunk, how.dtype)
+    at = moments.moments(x, how.centred, size, how.dtype)
+    return *quadratic_statistics(x, at), at.S, at.shift, at.rest
 
 
 def _backward(
@@ -58,11 +51,12 @@ def _backward(
     H, W, b, target, _ = x
     P, mu, S, shift, rest = kept
     at = Moments(S, shift, rest, x.mass, how.centred)
-    dH = moments.hidden_gradient(x, P, mu, at, g).to(H.dtype) if needs[0] else None
+    dH = hidden_gradient(x, P, mu, at, g) if needs[0] else None
     dW = W.new_empty(W.shape) if needs[1] else None
     db = b.new_zeros(b.shape) if b is not None and needs[2] else None
     if needs[1] or needs[2]:
-        small, size = moments.small_gradient(H, mu, at, g), chunk_size(W, how.class_chunk)
+        small = moments.small_gradient(H, mu, at, g)
+        size = moments.chunk_size(x, how.class_chunk, how.dtype)
         moments.dense_gradient(x, at, small, (dW, db), size, fresh=True)
         scatter((dW, db), H, target, g.c, how.deterministic)
     return dH, dW, db
@@ -79,7 +73,7 @@ def guarded_statistics(x: Inputs, how: Settings) -> tuple[Tensor, Tensor, Tensor
         # not how._replace(…), which torch 2.6 cannot compile
         this = Settings(how.centred, how.row_chunk, how.class_chunk, dtype, how.deterministic)
         s, q, c, P, _, S, *_ = _OPERATOR.forward_operator(*x, *this)
-        if not values_on_cpu(q) or not moments.loses_digits(x.H, P, S):
+        if not values_on_cpu(q) or not loses_digits(x.H, P, S):
             return s.to(how.dtype), q.to(how.dtype), c.to(how.dtype)
     return CHUNKED.statistics(x, how)
 

@@ -32,26 +32,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from softsphere.engines import fused_rows
 from softsphere.engines.engine import Gradients, Inputs
-from softsphere.engines.products import multiplies, product, rounded
-from softsphere.engines.weight import (
-    add_target_rows,
-    chunk_room,
-    chunks,
-    mean_row,
-    read,
-    target_outputs,
-)
-from softsphere.rounding import above_rounding
+from softsphere.engines.products import column_sums, multiplies, product, rounded, weighted_sum
+from softsphere.engines.weight import chunk_room, chunks, mean_row, read
 
 __all__ = [
     "Moments",
-    "QuadraticRows",
+    "chunk_size",
     "dense_gradient",
-    "hidden_gradient",
-    "loses_digits",
     "moments",
-    "quadratic_statistics",
     "small_gradient",
     "upper_product",
 ]
@@ -60,10 +50,10 @@ __all__ = [
 _BLOCK = 256
 # Rows whose mean is the shift.
 _SAMPLE = 1024
-# The relative error of an entry of S, in eps. In every case measured it was at most 31.
-_ERROR = 32
-# The relative error of a q that is still good enough for training and for probabilities.
-_TOLERANCE = 1e-3
+# Entries of W in a chunk: enough for products at full speed, and few enough that the copy of a
+# chunk stays in the cache. What is multiplied as it is has no copy, and fewer chunks are fewer
+# additions of a d × d matrix in float64.
+_CHUNK, _CHUNK_ON_GPU, _CHUNK_AS_IS = 1 << 21, 1 << 25, 1 << 27
 
 
 class Moments(NamedTuple):
@@ -83,15 +73,17 @@ class Moments(NamedTuple):
         """w̄ in float64."""
         return self.shift.double() + self.rest.double()
 
+    def by_output(self, g: Gradients, mu: Tensor) -> Tensor:
+        """The part of ∂ℓ/∂o_k / π_k that is the same for all classes k: a (m)."""
+        return -g.c.sum(1) / self.mass if self.centred else g.s + 2 * g.q * mu
 
-class QuadraticRows(NamedTuple):
-    """s, q (m) and c (m, K); for the backward P (m, d), first entries of S h, and μ (m)."""
 
-    s: Tensor
-    q: Tensor
-    c: Tensor
-    P: Tensor
-    mu: Tensor
+def chunk_size(x: Inputs, given: int | None, dtype: torch.dtype) -> int:
+    """Rows of W in a chunk, for sums in dtype; at least 256 unless they are given."""
+    numbers = _CHUNK_ON_GPU if x.W.is_cuda else _CHUNK
+    if _read_as_is(x, dtype):
+        numbers = _CHUNK_AS_IS
+    return given or max(256, numbers // max(x.W.shape[1], 1))
 
 
 def moments(x: Inputs, centred: bool, size: int, dtype: torch.dtype) -> Moments:
@@ -111,15 +103,15 @@ def moments(x: Inputs, centred: bool, size: int, dtype: torch.dtype) -> Moments:
         weight = None if pi is None else pi[part].to(dtype)
         y = w if weight is None else w * weight.unsqueeze(1)
         S[:d, :d] += upper_product(w, y, dtype)
-        r[:d] += y.sum(0, dtype=dtype)
+        r[:d] += column_sums(y, dtype)
         if w1 is not None:
             y1 = w1 if weight is None else w1 * weight
             S[:d, d] += product(w.mT, y1.unsqueeze(1), dtype).squeeze(1)
             S[d, d] += (y1.to(dtype) * w1).sum()
             r[d] += y1.sum(dtype=dtype)
     rest = r / mass
-    S = _symmetric(S).sub_(torch.outer(r, rest))
-    return Moments(S.to(dtype), shift, rest.to(dtype), mass, centred)
+    S = S.addr_(r, rest, alpha=-1).to(dtype)
+    return Moments(_symmetric(S), shift, rest.to(dtype), mass, centred)
 
 
 def _read_as_is(x: Inputs, dtype: torch.dtype) -> bool:
@@ -163,82 +155,36 @@ def _symmetric(upper: Tensor) -> Tensor:
     return upper.triu() + upper.triu(1).mT
 
 
-def quadratic_statistics(x: Inputs, at: Moments) -> QuadraticRows:
-    """The statistics of the rows of H, in O(m d²)."""
-    d, H, S = x.W.shape[1], x.H.to(at.S.dtype), at.S
-    P = H @ S[:d, :d]
-    if x.b is not None:
-        P = P + S[d, :d]
-    q = _squares(H, P, S)
-    # Equal rows would give S = 0, as the difference of two sums of squares of this size.
-    size = H.abs() @ at.rest[:d].abs() + at.rest[d:].abs().sum()
-    apart = 2 * (_ERROR * torch.finfo(S.dtype).eps) ** 0.5 * size
-    q = above_rounding(q.clamp_min(0), apart, at.mass)
-    c = target_outputs(x, at.shift, H.dtype)
-    # In float64, since the parts of a mean may cancel: an input that is constant, and a bias.
-    wide = H.double()
-    mu = _with_bias(wide, at.mean).to(H.dtype)
-    c = c - _with_bias(wide, at.rest.double()).to(H.dtype).unsqueeze(1)
-    if at.centred:
-        return QuadraticRows(torch.zeros_like(q), q, c, P, mu)
-    return QuadraticRows(mu * at.mass, q + mu * mu * at.mass, c + mu.unsqueeze(1), P, mu)
-
-
-def _squares(H: Tensor, P: Tensor, S: Tensor) -> Tensor:
-    """hᵀSh (m) of rows h of [H 1], or of H, from P, the first entries of S h."""
-    d, q = H.shape[1], (P * H).sum(1)
-    return q if len(S) == d else q + H @ S[:d, d] + S[d, d]
-
-
-def loses_digits(H: Tensor, P: Tensor, S: Tensor) -> Tensor:
-    """Whether hᵀSh has lost too many digits in some row of H: a boolean ().
-
-    Each entry of S is a sum with a rounding error in proportion to √(S_ii S_jj), so the error of
-    hᵀSh is about c eps Σ_j h_j² S_jj with c ≤ `_ERROR`.
-    """
-    H, d = H.detach().to(S.dtype), H.shape[1]
-    with torch.autocast(H.device.type, enabled=False):
-        size = S.diagonal()
-        terms = H.square() @ size[:d] + size[d:].sum()
-        lost = _ERROR * torch.finfo(S.dtype).eps * terms
-        return (lost > _TOLERANCE * _squares(H, P, S)).any()
-
-
-def _with_bias(H: Tensor, w: Tensor) -> Tensor:
-    """[H 1] w for a w (n)."""
-    return H @ w[: H.shape[1]] + w[H.shape[1] :].sum()
-
-
-def _by_output(g: Gradients, mu: Tensor, at: Moments) -> Tensor:
-    """The part of ∂ℓ/∂o_k / π_k that is the same for all classes k: a (m)."""
-    return -g.c.sum(1) / at.mass if at.centred else g.s + 2 * g.q * mu
-
-
-def hidden_gradient(x: Inputs, P: Tensor, mu: Tensor, at: Moments, g: Gradients) -> Tensor:
-    """∂H (m, d), in the dtype of the moments."""
-    d, by_targets = x.W.shape[1], g.c.sum(1)
-    out = P * (2 * g.q.unsqueeze(1))
-    add_target_rows(out, x.W, x.target, g.c, at.shift)
-    out.addr_(by_targets, -at.rest[:d])
-    if not at.centred:
-        out.addr_(_by_output(g, mu, at) * at.mass + by_targets, at.mean[:d].to(out.dtype))
-    return out
-
-
 def small_gradient(H: Tensor, mu: Tensor, at: Moments, g: Gradients) -> tuple[Tensor, Tensor]:
     """Returns A (n, n) and v (n).
 
     They give the gradient with respect to [W b] except at the target rows.
     """
-    d, n, H = H.shape[1], len(at.shift), H.to(at.S.dtype)
-    a = _by_output(g, mu, at)
+    d, n, dtype = H.shape[1], len(at.shift), at.S.dtype
+    a = at.by_output(g, mu)
     A, v = at.S.new_zeros(n, n), at.S.new_zeros(n)
-    A[:d, :d] = _symmetric(upper_product(H, H * g.q.unsqueeze(1), H.dtype))
-    v[:d] = a @ H
+    A[:d, :d] = _of_rows(H, g.q, dtype)
+    v[:d] = weighted_sum(a, H)
     if n > d:
-        A[:d, d] = A[d, :d] = g.q @ H
+        A[:d, d] = A[d, :d] = weighted_sum(g.q, H)
         A[d, d], v[d] = g.q.sum(), a.sum()
     return A, v
+
+
+def _of_rows(H: Tensor, gq: Tensor, dtype: torch.dtype) -> Tensor:
+    """Σ_i g_q h hᵀ (d, d) in dtype.
+
+    Half-precision rows are multiplied as they are, once with their factors g_q, which are rounded
+    to the digits of the rows.
+    """
+    if not multiplies(H, dtype):
+        H = H.to(dtype)
+        return _symmetric(upper_product(H, H * gq.unsqueeze(1), dtype))
+    scale = gq.abs().amax().clamp_min(torch.finfo(dtype).tiny)
+    factor = gq / scale
+    fused = fused_rows.usable(H)
+    X = fused_rows.scaled(H, factor) if fused else (H * factor.unsqueeze(1)).to(H.dtype)
+    return _symmetric(upper_product(H, X, dtype)).mul_(scale)
 
 
 def dense_gradient(
@@ -257,6 +203,9 @@ def dense_gradient(
     _, W, b, _, pi = x
     A, v = small
     d, dtype, as_is = W.shape[1], A.dtype, _read_as_is(x, A.dtype)
+    if as_is and fresh and out[0] is not None and b is None and W.dtype == torch.bfloat16:
+        _write_at_once(out[0], W, A, v, at.rest)
+        return
     twice, scale, low, low_column = 2 * A, None, None, None
     if as_is:
         low, scale = rounded(twice[:d], W.dtype)
@@ -291,3 +240,13 @@ def dense_gradient(
                 column = torch.addmv(v[d], w, twice[:d, d])
             column = column + twice[d, d] * w1
             out[1][part].add_(column if weight is None else column * weight)
+
+
+def _write_at_once(out: Tensor, W: Tensor, A: Tensor, v: Tensor, rest: Tensor) -> None:
+    """out = v + 2 A (w_k − rest), by one product that rounds once.
+
+    It needs the range of bfloat16: in float16 A would vanish or overflow without a scale.
+    """
+    low = (2 * A).to(W.dtype)
+    v = v - (rest.double() @ low.double()).to(v.dtype)
+    torch.addmm(v.to(W.dtype), W, low, out=out)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from softsphere.engines import fused_rows
 from softsphere.engines.engine import Inputs, mass_of
 from softsphere.rounding import spread_of_equals
 
@@ -126,7 +127,10 @@ def scatter(
     """
     dW, db = out
     if dW is not None:
-        _scatter_rows(dW, target, gc, H.to(gc.dtype), deterministic)
+        if fused_rows.usable(dW):
+            fused_rows.add_target_rows(dW, H, target, gc)
+        else:
+            _scatter_rows(dW, target, gc, H.to(gc.dtype), deterministic)
     if db is not None:
         _scatter_rows(db, target, gc, None, deterministic)
 

@@ -1,0 +1,150 @@
+"""Passes over rows on a GPU, each by one Triton kernel.
+
+PyTorch's operations would read and write the rows ten times instead. Each function here has a twin
+of PyTorch's operations beside the code that calls it.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from softsphere.engines.engine import Inputs
+
+if TYPE_CHECKING:  # moments.py calls these passes
+    from softsphere.engines.moments import Moments
+
+__all__ = ["add_target_rows", "hidden_gradient", "scaled", "sums", "usable"]
+
+_INSTALLED = find_spec("triton") is not None
+# Columns of a row that a program reads at once.
+_COLUMNS = 1024
+
+
+def usable(x: Tensor) -> bool:
+    """Whether the kernels can run on the device of x. Triton comes with PyTorch's GPU builds."""
+    return _INSTALLED and x.is_cuda
+
+
+def _kernels() -> ModuleType:
+    """The module of the kernels, imported when one is first used: it needs the package triton."""
+    from softsphere.engines import row_kernels
+
+    return row_kernels
+
+
+def _options(dtype: torch.dtype, d: int) -> dict[str, Any]:
+    import triton
+    import triton.language as tl
+
+    return {
+        "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
+        "BD": min(_COLUMNS, triton.next_power_of_2(max(d, 1))),
+        "num_warps": 4,
+    }
+
+
+def sums(x: Inputs, P: Tensor, at: Moments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """hᵀSh, μ, Σ_j |h_j r_j| with the rest r, and x_t·h at the targets: (m), (m), (m), (m, K).
+
+    P: (m, d), the first entries of S h.
+    """
+    H, W, S, target = x.H, x.W, at.S, x.target.contiguous()
+    (m, d), K = H.shape, target.shape[1]
+    mean = at.mean
+    column = None if x.b is None else S[:d, d].contiguous()
+    squares, mu, size = (S.new_empty(m) for _ in range(3))
+    own = S.new_empty(m, K)
+    if m:
+        with torch.cuda.device_of(H):
+            _kernels().sums_kernel[(m,)](
+                H,
+                P,
+                W,
+                column,
+                at.shift,
+                at.rest,
+                mean,
+                target,
+                squares,
+                mu,
+                size,
+                own,
+                d,
+                K,
+                *H.stride(),
+                *W.stride(),
+                **_options(S.dtype, d),
+            )
+    if x.b is None:
+        return squares, mu, size, own
+    last = at.rest[d]
+    own += (x.b[target].to(S.dtype) - at.shift[d]) - last
+    mu = (mu.double() + mean[d]).to(S.dtype)
+    return squares + S[d, d], mu, size + last.abs(), own
+
+
+def hidden_gradient(
+    x: Inputs, P: Tensor, at: Moments, of_P: Tensor, gc: Tensor, of_mean: Tensor | None
+) -> Tensor:
+    """of_P P + Σ_j gc_j x_{t_j} + of_mean w̄: (m, d), in the dtype of H."""
+    W, target = x.W, x.target.contiguous()
+    (m, d), K = x.H.shape, target.shape[1]
+    out = x.H.new_empty(m, d)
+    if m:
+        with torch.cuda.device_of(P):
+            _kernels().hidden_gradient_kernel[(m,)](
+                P,
+                W,
+                at.shift,
+                at.rest,
+                at.mean.to(P.dtype),
+                target,
+                of_P.contiguous(),
+                gc.contiguous(),
+                None if of_mean is None else of_mean.contiguous(),
+                out,
+                d,
+                K,
+                *W.stride(),
+                **_options(P.dtype, d),
+            )
+    return out
+
+
+def scaled(H: Tensor, factor: Tensor) -> Tensor:
+    """factor_i h_i (m, d) in the dtype of H, for factors (m) in float32 or wider."""
+    (m, d) = H.shape
+    out = H.new_empty(m, d)
+    if m:
+        with torch.cuda.device_of(H):
+            _kernels().scaled_rows_kernel[(m,)](
+                H, factor.contiguous(), out, d, *H.stride(), **_options(factor.dtype, d)
+            )
+    return out
+
+
+def add_target_rows(out: Tensor, H: Tensor, target: Tensor, gc: Tensor) -> None:
+    """out (D, d)[t_ij] += gc_ij H_i. Equal targets add up in their order, and are rounded once."""
+    (m, K), d = target.shape, H.shape[1]
+    ordered, order = target.flatten().sort(stable=True)
+    if m * K:
+        options = _options(gc.dtype, d)
+        with torch.cuda.device_of(H):
+            _kernels().target_rows_kernel[(m * K, -(-d // options["BD"]))](
+                H,
+                gc.contiguous(),
+                ordered,
+                order,
+                out,
+                m * K,
+                d,
+                K,
+                *H.stride(),
+                *out.stride(),
+                **options,
+            )

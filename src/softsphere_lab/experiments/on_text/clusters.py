@@ -27,7 +27,8 @@ MAIN = (
     Output("adaptive_softmax", prior=True, cutoffs=(2000,), div_value=1.0),
     _clustered("taylor_softmax", 1),
     _clustered("taylor_softmax", 256),
-    _clustered("softmax", 256),
+    # the shortlist of adaptive softmax
+    _clustered("taylor_softmax", 256, shortlist=2000),
 )
 OTHERS = (
     Output("softmax"),
@@ -37,11 +38,13 @@ OTHERS = (
     Output("taylor_softmax", prior=True),
 )
 SWEEP = (
+    _clustered("softmax", 256),
     *(_clustered("taylor_softmax", clusters) for clusters in (16, 64, 128)),
     *(_clustered("taylor_softmax", clusters, by="frequency") for clusters in (16, 64, 128, 256)),
 )
 # What the budget small runs beside MAIN, with one seed.
 SMALL = (
+    _clustered("softmax", 256),
     Output("sampled_softmax", prior=True, samples=1024),
     *(_clustered("taylor_softmax", clusters) for clusters in (16, 64)),
     *(_clustered("taylor_softmax", clusters, by="frequency") for clusters in (16, 64, 256)),

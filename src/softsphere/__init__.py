@@ -1,6 +1,7 @@
 """Softmax alternatives of the spherical loss family."""
 
 from softsphere import clusters, functional, losses, optim
+from softsphere.captured import CapturedStep
 from softsphere.criteria import (
     SoftMarginSoftmaxLoss,
     SphericalLoss,
@@ -18,6 +19,7 @@ from softsphere.heads import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "CapturedStep",
     "ClusteredLoss",
     "FactoredSphericalLoss",
     "LinearSphericalLoss",

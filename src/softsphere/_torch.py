@@ -24,6 +24,7 @@ __all__ = [
     "exporting",
     "forward_mode_active",
     "gradients_wanted",
+    "graph_is_captured",
     "has_gradient_hooks",
     "has_own_call",
     "has_tangent",
@@ -35,6 +36,7 @@ __all__ = [
     "products_have_out_dtype",
     "runs_in_this_backward",
     "saveable_in_exports",
+    "sum_of_norms",
     "transformed",
     "transforms_active",
     "usable_now",
@@ -176,6 +178,16 @@ def pair_products(Z: Tensor, W: Tensor, row: Tensor, leaf: Tensor, offsets: Tens
     derivative = torch.ops.aten._embedding_bag_per_sample_weights_backward
     products: Tensor = derivative(Z.contiguous(), W, leaf, offsets, row, 0)
     return products
+
+
+def sum_of_norms(tensors: tuple[Tensor, ...]) -> Tensor:
+    """Σ|x| over all numbers of some tensors, which is not finite if one of them is not."""
+    return torch.stack(torch._foreach_norm(tensors, 1)).sum()
+
+
+def graph_is_captured() -> bool:
+    """Whether the current CUDA stream records a graph, so that nothing is computed yet."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def has_own_call(module: nn.Module) -> bool:

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from softsphere import checks
 from softsphere.matrix import FactoredTensor, StructuredGradient
 from softsphere.matrix.abstract import Block
-from softsphere.matrix.blocks import Blocks
 from softsphere.matrix.default_rate import default_rate
 from softsphere.matrix.lists import check_distinct
 from softsphere.matrix.refusals import stale
+from softsphere.matrix.sgd_blocks import momentum_step, plain_step
 
 __all__ = ["FactoredSGD"]
 
 _BUFFER = "momentum_buffer"
-# Squares of what a step computes must not overflow in float32.
-_LARGEST_RATE = 1e18
 _AUTO = "auto"
 _ALGORITHMS: dict[str, type[torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
@@ -46,6 +44,10 @@ class FactoredSGD(torch.optim.Optimizer):
             for the mean loss of a distribution; the squared error and the Z-loss need others.
         momentum, dampening, weight_decay, nesterov, maximize, foreach: as in `torch.optim.SGD`.
         differentiable, fused: must be False or None.
+        capturable: whether a step reads nothing from the device, so that `softsphere.CapturedStep`
+            can capture it. The learning rate may then be a tensor on the device of the parameters,
+            and so may momentum and weight_decay of a group of factored weights alone. Ordinary
+            parameters are stepped by PyTorch's fused SGD, or by AdamW with capturable=True.
 
     Raises ValueError or TypeError for what `torch.optim.SGD` refuses. `step` raises
     softsphere.matrix.SingularStepError if a step cannot be taken. Then no factored weight and no
@@ -79,6 +81,7 @@ class FactoredSGD(torch.optim.Optimizer):
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
+        capturable: bool = False,
     ) -> None:
         _refuse_module(params)
         for name, value in (("differentiable", differentiable), ("fused", fused)):
@@ -94,8 +97,9 @@ class FactoredSGD(torch.optim.Optimizer):
             "foreach": foreach,
             "differentiable": differentiable,
             "fused": fused,
+            "capturable": capturable,
         }
-        _check_options({**defaults, "lr": 1e-3} if lr == _AUTO else defaults)
+        checks.sgd_options({**defaults, "lr": 1e-3} if _is_auto(lr) else defaults)
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: Any) -> None:
@@ -125,15 +129,18 @@ class FactoredSGD(torch.optim.Optimizer):
             filled = torch.optim.AdamW([options]).param_groups[0]
             group = {**{k: v for k, v in filled.items() if k != "params"}, **group}
         else:
-            if group.get("lr", self.defaults["lr"]) == _AUTO:
+            if _is_auto(group.get("lr", self.defaults["lr"])):
                 group["lr"] = default_rate(plain)
-            _check_options({**self.defaults, **group})
+            checks.sgd_options({**self.defaults, **group})
+        if group.setdefault("capturable", self.defaults["capturable"]):
+            _check_capturable({**self.defaults, **group}, plain)
         super().add_param_group(group)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         lacking: dict[str, Any] = {"algorithm": "sgd", "foreach": None, "fused": None}
-        lacking |= dict.fromkeys(("nesterov", "maximize", "differentiable"), False)
+        flags = ("nesterov", "maximize", "differentiable", "capturable")
+        lacking |= dict.fromkeys(flags, False)
         for group in self.param_groups:
             group.update({**lacking, **group})
 
@@ -164,9 +171,10 @@ class FactoredSGD(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            _check_rate(group["lr"])
             if group["algorithm"] == "sgd":
-                _check_options(group)
+                checks.sgd_options(group)
+            else:
+                checks.learning_rate(group["lr"], unread=group["capturable"])
         ours = [
             (p, group)
             for group in self.param_groups
@@ -188,6 +196,8 @@ class FactoredSGD(torch.optim.Optimizer):
         kind = _ALGORITHMS[group["algorithm"]]
         inner = kind.__new__(kind)
         groups = [{**group, "params": params}]
+        if group["capturable"] and kind is torch.optim.SGD:
+            groups[0] |= {"fused": True, "foreach": False}
         inner.__setstate__({"defaults": group, "state": self.state, "param_groups": groups})
         # Without the hooks that all optimizers share. They see the step of this one.
         step: Any = kind.step
@@ -200,7 +210,8 @@ class FactoredSGD(torch.optim.Optimizer):
         The step is W ← W − lr·g with g = G + weight_decay·W, or with momentum what SGD makes of W
         and B ← momentum·B + (1 − dampening)·g.
         """
-        mu, matrix = float(group["momentum"]), p.matrix
+        mu, matrix = group["momentum"], p.matrix
+        mu = True if isinstance(mu, Tensor) and group["capturable"] else float(mu)
         grad = p.grad
         if not isinstance(grad, StructuredGradient):
             raise TypeError(
@@ -218,8 +229,8 @@ class FactoredSGD(torch.optim.Optimizer):
         if not mu and not started:
             if matrix.arrays.blocks > 1 and (matrix.beside is None or matrix.beside() is None):
                 matrix.part_()
-            return matrix.plan(gradient, _plain_step(group, matrix.arrays.blocks))
-        blocks = _momentum_step(group, started)
+            return matrix.plan(gradient, plain_step(group, matrix.arrays.blocks))
+        blocks = momentum_step(group, started)
         if isinstance(buffer, FactoredTensor) and buffer.matrix is matrix:
             return matrix.plan(gradient, blocks)
         # The momentum is new, or from a state_dict, a copy or another device.
@@ -241,28 +252,6 @@ class FactoredSGD(torch.optim.Optimizer):
         return take
 
 
-def _plain_step(group: dict[str, Any], count: int) -> Blocks:
-    """W ← (1 − lr·weight_decay) W − lr·G, without a change of what is kept beside W."""
-    lr, decay = float(group["lr"]), float(group["weight_decay"])
-    diagonal = (1 - lr * decay, *[1.0] * (count - 1))
-    base = tuple(tuple(diagonal[a] * (a == b) for b in range(count)) for a in range(count))
-    return Blocks(base, (lr if group["maximize"] else -lr, *[0.0] * (count - 1)))
-
-
-def _momentum_step(group: dict[str, Any], started: bool) -> Blocks:
-    """W and B after a step of SGD, as combinations of W, B and G."""
-    lr, mu, decay = (float(group[name]) for name in ("lr", "momentum", "weight_decay"))
-    sign = -1.0 if group["maximize"] else 1.0
-    share = (1 - float(group["dampening"])) if started else 1.0
-    if not mu:
-        return Blocks(((1 - lr * decay, 0.0), (0.0, 1.0)), (-lr * sign, 0.0))
-    if group["nesterov"]:
-        base = ((1 - lr * (1 + mu) * decay, decay), (-lr * mu * mu, mu))
-        return Blocks(base, (-lr * (1 + mu) * sign, sign))
-    base = ((1 - lr * share * decay, share * decay), (-lr * mu, mu))
-    return Blocks(base, (-lr * share * sign, share * sign))
-
-
 def _unpacked(state: dict[str, Any]) -> dict[str, Any]:
     """The state of a parameter, with its momentum as an ordinary tensor in memory of its own."""
     buffer = state.get(_BUFFER)
@@ -272,13 +261,27 @@ def _unpacked(state: dict[str, Any]) -> dict[str, Any]:
     return {**state, _BUFFER: dense}
 
 
-def _check_rate(lr: Any) -> None:
-    """Raises ValueError for a learning rate that is negative, too large, or no number."""
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"Tensor lr must be 1-element, got {lr.numel()} elements")
-    value = float(lr)
-    if not 0 <= value <= _LARGEST_RATE:
-        raise ValueError(f"Invalid learning rate: lr must be from 0 to {_LARGEST_RATE:g}, got {lr}")
+def _check_capturable(group: dict[str, Any], params: list[Tensor]) -> None:
+    """Raises TypeError or ValueError for options whose present value a graph could not read."""
+    factored = [isinstance(p, FactoredTensor) for p in params]
+    for name in ("lr", "momentum", "weight_decay"):
+        value = group.get(name)
+        if not isinstance(value, Tensor):
+            continue
+        if any(p.device != value.device for p in params):
+            raise ValueError(
+                f"{name} must be on the device of the parameters where capturable=True, got "
+                f"{value.device}; a graph could not read its present value"
+            )
+        if name != "lr" and not all(factored):
+            raise TypeError(
+                f"{name} may be a tensor for a group of factored weights alone; give the ordinary "
+                "parameters a group of their own"
+            )
+
+
+def _is_auto(lr: Any) -> bool:
+    return isinstance(lr, str) and lr == _AUTO
 
 
 def _refuse_module(params: Any) -> None:
@@ -286,15 +289,3 @@ def _refuse_module(params: Any) -> None:
         raise TypeError(
             f"params must be parameters, got a {type(params).__name__}; give it .parameters()"
         )
-
-
-def _check_options(options: dict[str, Any]) -> None:
-    """Raises ValueError for options that torch.optim.SGD refuses, or that are not finite."""
-    _check_rate(options["lr"])
-    for name in ("momentum", "dampening", "weight_decay"):
-        value = float(options[name])
-        if not math.isfinite(value) or (value < 0 and name != "dampening"):
-            what = "number" if name == "dampening" else "non-negative number"
-            raise ValueError(f"Invalid {name} value: it must be a {what}, got {options[name]}")
-    if options["nesterov"] and (options["momentum"] <= 0 or options["dampening"] != 0):
-        raise ValueError("Nesterov momentum requires a momentum and zero dampening")

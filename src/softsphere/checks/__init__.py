@@ -63,6 +63,7 @@ from softsphere.checks.settings import (
     reduction,
     sizes,
 )
+from softsphere.checks.sgd import learning_rate, sgd_options
 
 __all__ = [
     "LINEAR_NAMES",
@@ -89,6 +90,7 @@ __all__ = [
     "integer",
     "label_smoothing",
     "largest_share",
+    "learning_rate",
     "linear",
     "loaded_prior",
     "logits_shape",
@@ -109,6 +111,7 @@ __all__ = [
     "same_device",
     "same_dtype",
     "seed",
+    "sgd_options",
     "shortlist_size",
     "sizes",
     "sparse_rows",

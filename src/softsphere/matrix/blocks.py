@@ -8,7 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-__all__ = ["Blocks"]
+__all__ = ["Blocks", "Number", "as_tensor"]
+
+# A 0-d tensor is a number that is not known yet, as in a step that is captured and then repeated.
+Number = float | Tensor
 
 
 @dataclass(frozen=True)
@@ -19,25 +22,52 @@ class Blocks:
     spread: (k) numbers; spread[b] times the gradient is added to block b
     """
 
-    base: tuple[tuple[float, ...], ...]
-    spread: tuple[float, ...]
+    base: tuple[tuple[Number, ...], ...]
+    spread: tuple[Number, ...]
+
+    @property
+    def numbers(self) -> tuple[Number, ...]:
+        """Every number of both."""
+        return (*self.spread, *(x for row in self.base for x in row))
+
+    @property
+    def known(self) -> bool:
+        """Whether Python knows every number."""
+        return not any(isinstance(x, Tensor) for x in self.numbers)
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether κ is known to be the identity on a single block."""
+        scale = self.base[0][0]
+        return len(self.base) == 1 and not isinstance(scale, Tensor) and scale == 1
 
     def times(self, x: Tensor, *, inverse: bool = False, left: bool = False) -> Tensor:
         """x κ for x (…, w), or with `left` κ x for x (w, …); with `inverse`, κ⁻¹ in place of κ."""
+        if self.is_identity:
+            return x
         if len(self.base) == 1:
             scale = self.base[0][0]
-            return x if scale == 1 else x / scale if inverse else x * scale
-        base = torch.tensor(self.base, dtype=x.dtype, device=x.device)
+            return x / scale if inverse else x * scale
+        base = self.matrix(x)
         if inverse:
             base = torch.linalg.inv_ex(base).inverse
         if left:
             return torch.einsum("ab,bdz->adz", base, x.unflatten(0, (len(base), -1))).flatten(0, 1)
         return torch.einsum("...ad,ab->...bd", x.unflatten(-1, (len(base), -1)), base).flatten(-2)
 
+    def matrix(self, like: Tensor) -> Tensor:
+        """`base` as a tensor (k, k), in the dtype and on the device of another."""
+        if self.known:
+            return torch.tensor(self.base, dtype=like.dtype, device=like.device)
+        numbers = [as_tensor(x, like) for row in self.base for x in row]
+        return torch.stack(numbers).view(len(self.base), -1)
+
     def columns(self, x: Tensor) -> Tensor:
         """κ⁻¹ [x; 0; …] (w, w) for x (d, w)."""
+        if self.is_identity:
+            return x
         if len(self.base) == 1:
-            return x if self.base[0][0] == 1 else x / self.base[0][0]
+            return x / self.base[0][0]
         (a, b), (c, d) = self.base
         det = a * d - b * c
         return torch.cat([x * (d / det), x * (-c / det)])
@@ -50,7 +80,7 @@ class Blocks:
         """
         if len(self.base) == 1:
             return ((1.0,),)
-        (a, b), (c, d) = self.base
+        (a, b), (c, d) = (map(float, row) for row in self.base)
         under = (a - d) ** 2 / 4 + b * c
         if under <= 1e-12:
             return ((1.0, 0.0), (0.0, 1.0))
@@ -61,7 +91,7 @@ class Blocks:
         """The number of steps in which κ shrinks one block `factor` times more than another."""
         if len(self.base) == 1:
             return 1 << 30
-        shrinking = max(self.base[1][1], 1e-3)
+        shrinking = max(float(self.base[1][1]), 1e-3)
         return max(1, int(math.log(factor) / max(-math.log(shrinking), 1e-9)))
 
     def with_weight(self, rho: float) -> Blocks:
@@ -72,12 +102,21 @@ class Blocks:
         return replace(self, base=(first, *self.base[1:]))
 
     def finite(self) -> bool:
-        """Whether all numbers are finite."""
-        return all(map(math.isfinite, (*self.spread, *(x for row in self.base for x in row))))
+        """Whether all numbers are finite, as far as Python knows them."""
+        return all(isinstance(x, Tensor) or math.isfinite(x) for x in self.numbers)
 
     def invertible(self) -> bool:
-        """Whether κ has an inverse."""
+        """Whether κ has an inverse, as far as Python knows it."""
+        if not self.known:
+            return True
         if len(self.base) == 1:
-            return self.base[0][0] != 0
-        (a, b), (c, d) = self.base
+            return float(self.base[0][0]) != 0
+        (a, b), (c, d) = (map(float, row) for row in self.base)
         return abs(a * d - b * c) > 1e-12 * max(abs(a * d), abs(b * c), 1e-300)
+
+
+def as_tensor(x: Number, like: Tensor) -> Tensor:
+    """Returns a number as a 0-d tensor in the dtype and on the device of another tensor."""
+    if isinstance(x, Tensor):
+        return x.to(like.device, like.dtype)
+    return torch.full((), x, dtype=like.dtype, device=like.device)

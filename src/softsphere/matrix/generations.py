@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from softsphere.matrix.precision import Rounded, product
+from softsphere.matrix.precision import Rounded, is_asynchronous, product
 from softsphere.matrix.rows import Rows
 
 __all__ = ["Generations"]
@@ -55,7 +55,7 @@ class Generations:
         if self.alone:
             return rows
         maps = self.maps_in(rows.dtype)
-        if rows.device.type != "cpu":
+        if is_asynchronous(rows.device):
             # Asking which generations occur would wait for the device.
             each = (
                 product(torch.where((made == g).unsqueeze(1), rows, 0), M)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from softsphere._torch import usable_now
 
-__all__ = ["Rounded", "float32_is_exact", "in_full_precision", "product"]
+__all__ = ["Rounded", "float32_is_exact", "in_full_precision", "is_asynchronous", "product"]
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
@@ -36,6 +36,11 @@ def in_full_precision(method: _Method) -> _Method:
             return method(self, *args, **kwargs)
 
     return cast(_Method, run)
+
+
+def is_asynchronous(device: torch.device) -> bool:
+    """Whether Python has to wait for a device before it can look at a value."""
+    return device.type != "cpu"
 
 
 def float32_is_exact() -> bool:

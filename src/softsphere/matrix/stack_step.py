@@ -112,7 +112,7 @@ class StackUpdate:
 def plan_stack(W: StackArrays, gradient: GradientFactors, blocks: Blocks) -> StackUpdate:
     """Computes the update of a step; its `refused` says whether it can be taken."""
     blocks = blocks.with_weight(gradient.rho)
-    kappa, why = blocks.base[0][0], unusable(blocks)
+    kappa, why = float(blocks.base[0][0]), unusable(blocks)
     if why is not None:
         return StackUpdate(kappa, gradient.rows, gradient.H, gradient.H, refused=why)
     x = StackProducts.of(W, gradient)

@@ -22,12 +22,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from softsphere._torch import sum_of_norms
 from softsphere.matrix.abstract import POWER
 from softsphere.matrix.arrays import Arrays
-from softsphere.matrix.blocks import Blocks
+from softsphere.matrix.blocks import Blocks, Number, as_tensor
 from softsphere.matrix.gradient import GradientFactors
 from softsphere.matrix.gradient_products import EntryProducts, at_entries
-from softsphere.matrix.precision import float32_is_exact
+from softsphere.matrix.precision import float32_is_exact, is_asynchronous
 
 __all__ = [
     "HARSH",
@@ -87,7 +88,7 @@ class Update:
             array: Tensor = getattr(W, name)
             if name in self.scaled:
                 array.copy_(self.scaled[name])
-            elif self.blocks.base[0][0] != 1:
+            elif not self.blocks.is_identity:
                 array.mul_(self.blocks.base[0][0] ** POWER[name])
             array.add_(increment)
         W.renamed()
@@ -99,7 +100,7 @@ class Update:
         before, change = self.scaled.get(name, before), self.to_small[name]
         if diagonal:
             before, change = before.diagonal(), change.diagonal()
-        if name in self.scaled:
+        if name in self.scaled or self.blocks.is_identity:
             return before + change
         return before * self.blocks.base[0][0] ** POWER[name] + change
 
@@ -118,7 +119,7 @@ def plan(
     why = unusable(blocks)
     if why is not None:
         return Update(g.rows, g.H, {}, {}, blocks, refused=why)
-    if W.device.type == "cpu" and float32_is_exact():
+    if not is_asynchronous(W.device) and float32_is_exact():
         update = _compute(W, g.to(W.dtype), blocks, flag)
         if update.share >= HARSH:
             return update
@@ -220,7 +221,7 @@ def _scaled(blocks: Blocks, W: Arrays) -> dict[str, Tensor]:
     }
 
 
-def _spread_out(H: Tensor, spread: tuple[float, ...]) -> Tensor:
+def _spread_out(H: Tensor, spread: tuple[Number, ...]) -> Tensor:
     """spread ⊗ H: (r, w)."""
     return H * spread[0] if len(spread) == 1 else torch.cat([H * scale for scale in spread], 1)
 
@@ -239,24 +240,28 @@ def _guarded(
     Otherwise the update says why it is refused; on a GPU, where asking would wait for the device,
     it is one that changes nothing.
     """
-    total = sum((part.sum() for part in seen), pivots.new_zeros(()))
-    size = pivots.abs()
-    share = size.min() / size.max().clamp_min(1) if len(size) else total.new_ones(())
+    total, share = sum_of_norms(seen), pivots.new_ones(())
+    if len(pivots):
+        least, most = pivots.abs().aminmax()
+        share = least / most.clamp_min(1)
     enough = smallest_share(W.V.width, len(pivots), pivots.dtype)
-    ok = total.isfinite() & (share > enough)
+    ok = (total < torch.inf) & (share > enough)
     ok = ok & (_largest_square(W, update) <= torch.finfo(W.dtype).max)
-    if W.device.type == "cpu":
+    if not is_asynchronous(W.device):
         refused = None if bool(ok) else reason(gradient, bool(share <= enough), W.dtype)
         return replace(update, refused=refused, share=float(share))
     flag = ~ok if flag is None else flag | ~ok
-    ok = ~flag
-    scaled = update.scaled or _scaled(update.blocks, W)
+    ok, blocks = ~flag, update.blocks
+    if len(blocks.base) == 1 and not blocks.is_identity:
+        scale = torch.where(ok, as_tensor(blocks.base[0][0], W.U), 1.0)
+        blocks = Blocks(((scale,),), blocks.spread)
     return replace(
         update,
         flag=flag,
+        blocks=blocks,
         to_rows=torch.where(ok, update.to_rows, 0.0),
         to_small={name: torch.where(ok, x, 0.0) for name, x in update.to_small.items()},
-        scaled={name: torch.where(ok, x, getattr(W, name)) for name, x in scaled.items()},
+        scaled={name: torch.where(ok, x, getattr(W, name)) for name, x in update.scaled.items()},
     )
 
 

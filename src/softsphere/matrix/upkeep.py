@@ -77,7 +77,9 @@ class Watch:
         self.blocks = Blocks(((1.0,),), (1.0,))
         self.done = dict.fromkeys(_MEANS, 0)
         self.seconds = 0.0
-        self.refused: Tensor | None
+        self.refused: Tensor | None = None
+        # whether steps are recorded for later, so that nothing is to be read or mended now
+        self.recording = False
         self.restart()
 
     def frame(self, W: Arrays) -> Tensor:
@@ -94,9 +96,16 @@ class Watch:
     def restart(self) -> None:
         """Forgets what was seen, so that the next step is followed by a measurement."""
         self.period, self.steps, self.since_gram = 1, 0, 0
-        self.checks, self.refused = 0, None
+        self.checks = 0
         limits = (CONDITION**2 - 1, 1.0, SHIFT, 2.0**RANGE)
         self.gauges = tuple(_Gauge(limit) for limit in limits)
+
+    def note_refused(self, flag: Tensor | None) -> None:
+        """Keeps on the device whether a step was left out, in memory that stays the same."""
+        if self.refused is None or flag is None:
+            self.refused = flag
+        else:
+            self.refused.copy_(flag)
 
     def prepare(self, W: Arrays, gradient: GradientFactors, blocks: Blocks) -> None:
         """Before a step that leaves next to nothing of a direction, makes that a row of U.
@@ -114,9 +123,12 @@ class Watch:
     def after_step(self, W: Arrays, blocks: Blocks, share: float) -> None:
         """Counts a step, and measures if it is time or if the step was harsh."""
         self.blocks = blocks
+        if self.recording:
+            return
         self.steps += 1
-        # With less momentum than before, what momentum scales shrinks faster than was planned for.
-        self.period = min(self.period, blocks.horizon(2 * CONDITION))
+        if blocks.known:
+            # With less momentum than before, what momentum scales shrinks faster than was planned.
+            self.period = min(self.period, blocks.horizon(2 * CONDITION))
         if share < HARSH or self.steps >= self.period:
             self.check(W)
 
@@ -126,7 +138,7 @@ class Watch:
         Raises SingularStepError if a step since the last check was left out on a GPU.
         """
         if self.refused is not None and bool(self.refused):
-            self.refused = None
+            self.refused.zero_()
             raise SingularStepError(
                 "a step since the last check was not finite or was singular, and was left out with "
                 "those after it; lower lr, or look for an overflow in the layers below"

@@ -1,0 +1,224 @@
+"""A training step that a GPU repeats as one CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softsphere.matrix import FactoredTensor
+from softsphere.matrix.factored_matrix import FactoredMatrix
+from softsphere.optim import FactoredSGD
+
+__all__ = ["CapturedStep"]
+
+# What a training step returns.
+Outputs = Tensor | tuple[Tensor, ...] | None
+# Steps that are taken as they are before one is captured, so that whatever is made once is made.
+_WARM_UP = 3
+
+
+class CapturedStep:
+    """Captures a training step with a factored layer as a CUDA graph, and replays it.
+
+    On a GPU a step of a factored layer is some 150 short operations, and most of its time goes into
+    launching them. A graph launches them all at once. Where the memory or the numbers in it have
+    changed, the next step is taken as it is, and the one after it is captured again: when the
+    factors were mended, when an option of the optimizer was given another number, when a state was
+    loaded. Options that are tensors on the device can change without that, as the learning rate
+    does under a scheduler.
+
+    On a CPU the step is run as it is, with the same results.
+
+    Args:
+        train: does a step: it sets the gradients to None, computes the loss, calls backward and
+            steps the optimizer. It is called with tensors of the shapes of the examples, and
+            returns a tensor, a tuple of tensors, or None. It must not read a value on the device.
+        optimizer: made with capturable=True. It steps whatever `train` steps.
+        examples: tensors that stand for the inputs; their shapes, dtypes and device are those of
+            every input.
+
+    Calling it with inputs takes a step and returns copies of what `train` returned. The first three
+    calls run `train` as it is. A batch with fewer rows is padded by the caller: zeros for hidden,
+    and the layer's ignore_index for target.
+
+    Raises TypeError for an optimizer that cannot be captured, and for a weight of a ClusteredLoss.
+    A call raises ValueError for inputs that do not fit the examples, and SingularStepError if a
+    step since the last measurement of the factors could not be taken; that step and those after it
+    have changed nothing in the factored weight.
+
+    >>> import softsphere
+    >>> head = softsphere.FactoredSphericalLoss(8, 1000)
+    >>> optimizer = softsphere.optim.FactoredSGD(head.parameters(), lr=10.0, capturable=True)
+    >>> def train(hidden, target):
+    ...     optimizer.zero_grad()
+    ...     loss = head(hidden, target)
+    ...     loss.backward()
+    ...     optimizer.step()
+    ...     return loss
+    >>> hidden, target = torch.randn(4, 8), torch.tensor([1, 5, 5, 999])
+    >>> step = CapturedStep(train, optimizer, hidden, target)
+    >>> step(hidden, target).shape
+    torch.Size([])
+    """
+
+    def __init__(
+        self, train: Callable[..., Outputs], optimizer: FactoredSGD, *examples: Tensor
+    ) -> None:
+        if not isinstance(optimizer, FactoredSGD):
+            raise TypeError(
+                "optimizer must be a softsphere.optim.FactoredSGD, which can step a whole model, "
+                f"got {type(optimizer).__name__}"
+            )
+        self.train, self.optimizer = train, optimizer
+        self.inputs = tuple(x.detach().clone() for x in examples)
+        self.outputs: Outputs = None
+        self.graph: Any = None
+        # what the last step left, and what the graph holds; see `_held`
+        self.left: tuple[Any, ...] = ()
+        self.captured: tuple[Any, ...] = ()
+        self.calls = self.captures = 0
+        self._matrices()
+
+    def __call__(self, *inputs: Tensor) -> Outputs:
+        """Takes a step with these inputs, and returns copies of what `train` returns."""
+        self._check(inputs)
+        matrices = self._matrices()
+        with torch.no_grad():
+            for static, given in zip(self.inputs, inputs, strict=True):
+                static.copy_(given)
+        if not any(_captures(matrix.device) for matrix in matrices):
+            return _copied(self.train(*self.inputs))
+        self.calls += 1
+        now = self._held(matrices)
+        if self.graph is None or now != self.captured:
+            if self.calls <= _WARM_UP or now != self.left:
+                outputs = _copied(_Graph.warmed_up(lambda: self.train(*self.inputs)))
+                self.left = self._held(matrices)
+                return outputs
+            self._capture(matrices)
+            self.captured = self._held(matrices)
+        self.graph.replay()
+        outputs = _copied(self.outputs)
+        for matrix in matrices:
+            matrix.after_replay()
+        self.left = self._held(matrices)
+        return outputs
+
+    def _capture(self, matrices: list[FactoredMatrix]) -> None:
+        self.outputs, self.graph = None, None
+        graph = _Graph()
+        with ExitStack() as stack:
+            for matrix in matrices:
+                stack.enter_context(matrix.recorded())
+            self.outputs = graph.record(lambda: self.train(*self.inputs))
+        self.graph = graph
+        self.captures += 1
+
+    def _matrices(self) -> list[FactoredMatrix]:
+        """The factored matrices that the optimizer steps.
+
+        Raises TypeError if there is none, or one that cannot be captured.
+        """
+        found: dict[int, FactoredMatrix] = {}
+        for group in self.optimizer.param_groups:
+            if not group["capturable"]:
+                raise TypeError(
+                    "optimizer must be made with capturable=True, and so must all of its groups"
+                )
+            for p in group["params"]:
+                if not isinstance(p, FactoredTensor):
+                    continue
+                if not isinstance(p.matrix, FactoredMatrix):
+                    raise TypeError(
+                        "the leaves of a ClusteredLoss cannot be captured, since a step asks which "
+                        "clusters it meets; step them without CapturedStep"
+                    )
+                found[id(p.matrix)] = p.matrix
+        if not found:
+            raise TypeError(
+                "optimizer must step a factored weight, and has none; for ordinary parameters use "
+                "torch.cuda.graph"
+            )
+        return list(found.values())
+
+    def _check(self, inputs: tuple[Tensor, ...]) -> None:
+        """Raises ValueError if the inputs are not like the examples."""
+        if len(inputs) != len(self.inputs):
+            raise ValueError(f"expected {len(self.inputs)} inputs, got {len(inputs)}")
+        for i, (given, example) in enumerate(zip(inputs, self.inputs, strict=True)):
+            mine, wanted = (_described(x) for x in (given, example))
+            if mine != wanted:
+                raise ValueError(
+                    f"input {i} must be {wanted}, as the example, got {mine}; pad a smaller batch "
+                    "with rows of zeros, whose target is the layer's ignore_index"
+                )
+
+    def _held(self, matrices: list[FactoredMatrix]) -> tuple[Any, ...]:
+        """All that a graph would hold for ever: the place of each tensor, and numbers of Python."""
+        held: list[Any] = [matrix.before_replay() for matrix in matrices]
+        for group in self.optimizer.param_groups:
+            for name, value in group.items():
+                if name not in ("params", "initial_lr"):
+                    held.append((name, _place(value)))
+            for p in group["params"]:
+                state = self.optimizer.state.get(p, {})
+                held.append((_place(p), *((name, _place(x)) for name, x in state.items())))
+        return tuple(held)
+
+
+class _Graph:
+    """A CUDA graph of what a function launches."""
+
+    def __init__(self) -> None:
+        self.graph = torch.cuda.CUDAGraph()
+
+    @staticmethod
+    def warmed_up(function: Callable[[], Outputs]) -> Outputs:
+        """Runs a function on a stream of its own, as it must have been before it is recorded."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            outputs = function()
+        torch.cuda.current_stream().wait_stream(stream)
+        return outputs
+
+    def record(self, function: Callable[[], Outputs]) -> Outputs:
+        """Records what a function launches, and returns the tensors that a replay will fill."""
+        with torch.cuda.graph(self.graph):
+            return function()
+
+    def replay(self) -> None:
+        self.graph.replay()
+
+
+def _captures(device: torch.device) -> bool:
+    """Whether steps on a device are captured."""
+    return device.type == "cuda"
+
+
+def _place(x: Any) -> Any:
+    """The place of an ordinary tensor in memory; anything else as it is."""
+    if isinstance(x, FactoredTensor):
+        return id(x.matrix)
+    return ("at", x.data_ptr()) if isinstance(x, Tensor) else x
+
+
+def _described(x: Tensor) -> str:
+    return f"{tuple(x.shape)} of {x.dtype} on {x.device}"
+
+
+def _copied(outputs: Any) -> Outputs:
+    """Copies, which the next step does not overwrite."""
+    if outputs is None:
+        return None
+    if isinstance(outputs, Tensor):
+        return outputs.detach().clone()
+    if not (isinstance(outputs, tuple) and all(isinstance(x, Tensor) for x in outputs)):
+        raise TypeError(
+            f"train must return a tensor, a tuple of tensors or None, got {type(outputs).__name__}"
+        )
+    return tuple(x.detach().clone() for x in outputs)

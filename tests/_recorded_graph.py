@@ -1,0 +1,103 @@
+"""A stand-in for CUDA graphs on a CPU: records the operations of a function, and runs them again.
+
+As a CUDA graph it knows memory alone. Nothing that Python decides meanwhile is in it, a function
+that reads a value cannot be recorded, and recording leaves all memory as it was. What a function
+has made holds NaN until the record is run.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from softsphere import captured
+from softsphere.matrix.wrapper import Wrapper
+
+READS = ("_local_scalar_dense", "nonzero", "_unique2", "masked_select", "is_nonzero", "equal")
+
+
+def pretend_a_gpu(monkeypatch) -> None:
+    """Has the package treat a CPU as a device whose values it must not look at."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("softsphere"):
+            for question, answer in (("values_on_cpu", False), ("is_asynchronous", True)):
+                if hasattr(module, question):
+                    monkeypatch.setattr(module, question, lambda *_, answer=answer: answer)
+    monkeypatch.setattr(captured, "_Graph", RecordedGraph)
+    monkeypatch.setattr(captured, "_captures", lambda device: True)
+
+
+class RecordedGraph(TorchDispatchMode):
+    """The operations of a function, each with the tensors that it reads and writes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[tuple] = []
+        self.before: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @staticmethod
+    def warmed_up(function):
+        return function()
+
+    def record(self, function):
+        with self:
+            outputs = function()
+        for *_, results in self.operations:
+            for x in results:
+                if x.is_floating_point():
+                    x.fill_(torch.nan)
+        for whole, saved in self.before.values():
+            whole.copy_(saved)
+        return outputs
+
+    def replay(self) -> None:
+        with torch.no_grad():
+            for func, args, kwargs, results in self.operations:
+                again = func(*args, **kwargs)
+                for old, new in zip(results, _tensors(again), strict=False):
+                    old.copy_(new)
+
+    @property
+    def counts(self) -> Counter[str]:
+        """How often each operation is launched."""
+        return Counter(_name(func) for func, *_ in self.operations)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        if any(isinstance(x, Wrapper) for x in given):
+            return func(*args, **kwargs)
+        if _name(func) in READS:
+            raise RuntimeError(f"{_name(func)} reads a value, which no graph can hold")
+        written = func._schema.is_mutable
+        if written:
+            for x in given:
+                self._save(x)
+        results = func(*args, **kwargs)
+        places = {x.untyped_storage().data_ptr() for x in given}
+        made = _tensors(results)
+        is_view = made and all(x.untyped_storage().data_ptr() in places for x in made)
+        if written or not is_view:
+            # detached, since a later operation may change the shape in place
+            new = [] if written else [x.detach() for x in made]
+            self.operations.append((func, args, kwargs, new))
+        return results
+
+    def _save(self, x: Tensor) -> None:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in self.before:
+            whole = torch.empty(0, dtype=torch.uint8).set_(storage)
+            self.before[storage.data_ptr()] = whole, whole.clone()
+
+
+def _name(func) -> str:
+    return func._schema.name.split("::")[-1]
+
+
+def _tensors(x) -> list[Tensor]:
+    return [y for y in tree_leaves(x) if isinstance(y, Tensor)]

@@ -1,0 +1,281 @@
+"""A captured step beside the same step as it is, on a CPU by a stand-in for CUDA graphs."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from _recorded_graph import pretend_a_gpu
+from softsphere import CapturedStep, ClusteredLoss, FactoredSphericalLoss
+from softsphere.matrix import SingularStepError
+from softsphere.optim import FactoredSGD
+
+D, WIDTH, ROWS = 40, 5, 6
+
+
+def model(momentum=0.0, loss="taylor_softmax", dtype=torch.float64, **options):
+    """A trunk and a factored layer with their optimizer; the rate is a tensor."""
+    torch.manual_seed(0)
+    trunk = nn.Linear(WIDTH, WIDTH, dtype=dtype)
+    head = FactoredSphericalLoss(WIDTH, D, loss, dtype=dtype)
+    rate = torch.tensor(1.0, dtype=torch.float64)
+    groups = [
+        {"params": head.parameters(), "momentum": momentum, "lr": rate, **options},
+        {"params": trunk.parameters(), "lr": torch.tensor(0.01), "momentum": 0.5},
+    ]
+    return trunk, head, FactoredSGD(groups, capturable=True)
+
+
+def step_of(trunk, head, optimizer):
+    def train(hidden, target):
+        optimizer.zero_grad()
+        loss = head(trunk(hidden), target)
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    return train
+
+
+def batch(i, dtype=torch.float64, rows=ROWS):
+    generator = torch.Generator().manual_seed(i)
+    hidden = torch.randn(rows, WIDTH, generator=generator, dtype=dtype)
+    return hidden, torch.randint(D, (rows,), generator=generator)
+
+
+def schedule(optimizer):
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 1 / (1 + i / 100))
+
+
+def many(step, count):
+    for i in range(count):
+        step(*batch(i))
+
+
+def same(one, two, tolerance=1e-9):
+    for x, y in zip((one[0].weight, one[1].dense()), (two[0].weight, two[1].dense()), strict=True):
+        torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance)
+
+
+OPTIONS = {
+    "plain": {},
+    "decay": {"weight_decay": 1e-3},
+    "decay on the device": {"weight_decay": torch.tensor(1e-3, dtype=torch.float64)},
+    "momentum": {"momentum": 0.9},
+    "momentum on the device": {"momentum": torch.tensor(0.9, dtype=torch.float64)},
+    "nesterov": {"momentum": 0.9, "nesterov": True, "weight_decay": 1e-3},
+    "maximize": {"maximize": True},
+    "squared error": {"loss": "squared_error"},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_captured_steps_are_those_that_python_takes(name, monkeypatch):
+    """With a schedule, mending in between, and a save and a load at 60 %: a thousand plain ones."""
+    count = 1000 if name == "plain" else 200
+    options = {**OPTIONS[name]}
+    if name in ("maximize", "squared error"):
+        options["lr"] = torch.tensor(0.02, dtype=torch.float64)
+    pretend_a_gpu(monkeypatch)
+    mine, plain = model(**options), model(**options)
+    schedules, train = [schedule(x[2]) for x in (mine, plain)], step_of(*plain)
+    step = CapturedStep(step_of(*mine), mine[2], *batch(0))
+    for i in range(count):
+        got, want = step(*batch(i)), train(*batch(i)).detach()
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+        for each in schedules:
+            each.step()
+        if i == count * 6 // 10:
+            same(mine, plain)
+            for x in (mine, plain):
+                x[1].load_state_dict(copy.deepcopy(x[1].state_dict()))
+    same(mine, plain)
+    assert mine[1].health().renewed == plain[1].health().renewed
+    assert 0 < step.captures < 40
+    assert step.calls == count
+
+
+def test_float32_steps_differ_by_rounding_alone(monkeypatch):
+    pretend_a_gpu(monkeypatch)
+    mine, plain = model(dtype=torch.float32), model(dtype=torch.float32)
+    train = step_of(*plain)
+    step = CapturedStep(step_of(*mine), mine[2], *batch(0, torch.float32))
+    for i in range(300):
+        step(*batch(i, torch.float32)), train(*batch(i, torch.float32))
+    same(mine, plain, 1e-4)
+
+
+def test_a_refused_step_leaves_the_weight_as_it_was_and_is_told(monkeypatch):
+    pretend_a_gpu(monkeypatch)
+    mine = model()
+    step = CapturedStep(step_of(*mine), mine[2], *batch(0))
+    for i in range(10):
+        step(*batch(i))
+    before, trunk = mine[1].dense(), copy.deepcopy(mine[0].state_dict())
+    step(batch(10)[0] * torch.inf, batch(10)[1])
+    with pytest.raises(SingularStepError, match="was left out with those after it"):
+        many(step, 1000)
+    torch.testing.assert_close(mine[1].dense(), before)
+    mine[0].load_state_dict(trunk)
+    for p in mine[0].parameters():
+        del mine[2].state[p]
+    for i in range(10):
+        assert step(*batch(i)).isfinite()
+    assert not torch.equal(mine[1].dense(), before)
+
+
+def test_the_steps_after_a_refused_one_are_left_out_too(monkeypatch):
+    pretend_a_gpu(monkeypatch)
+    mine = model()
+    step, rate = CapturedStep(step_of(*mine), mine[2], *batch(0)), mine[2].param_groups[0]["lr"]
+    many(step, 10)
+    before = mine[1].dense()
+    rate.fill_(torch.nan)
+    step(*batch(10))
+    rate.fill_(1.0)
+    with pytest.raises(SingularStepError, match="was left out with those after it"):
+        many(step, 1000)
+    assert torch.equal(mine[1].dense(), before)
+    many(step, 10)
+    assert not torch.equal(mine[1].dense(), before)
+
+
+def test_what_changes_a_graph_and_what_does_not(monkeypatch):
+    pretend_a_gpu(monkeypatch)
+    mine, plain = model(), model()
+    step, train = CapturedStep(step_of(*mine), mine[2], *batch(0)), step_of(*plain)
+
+    def both(i):
+        torch.testing.assert_close(step(*batch(i)), train(*batch(i)).detach())
+
+    for i in range(60):
+        both(i)
+    known = step.captures
+    for each in (mine, plain):
+        each[2].param_groups[0]["lr"].fill_(0.3)
+    both(60)
+    assert step.captures == known
+    for each in (mine, plain):
+        each[2].param_groups[0]["weight_decay"] = 0.01
+    both(61)
+    assert step.captures == known
+    both(62)
+    assert step.captures == known + 1
+    handed, _ = mine[1].state_dict()["weight"], plain[1].state_dict()
+    kept = handed.clone()
+    both(63)
+    both(64)
+    assert torch.equal(handed, kept)
+    for each in (mine, plain):
+        nn.init.normal_(each[1].weight, generator=torch.Generator().manual_seed(1))
+    both(65)
+    both(66)
+    both(67)
+    same(mine, plain)
+
+
+def test_padded_rows_take_no_part(monkeypatch):
+    pretend_a_gpu(monkeypatch)
+    mine, plain = model(), model()
+    step, train = CapturedStep(step_of(*mine), mine[2], *batch(0)), step_of(*plain)
+    for i in range(8):
+        hidden, target = batch(i, rows=4)
+        padded = (
+            nn.functional.pad(hidden, (0, 0, 0, 2)),
+            nn.functional.pad(target, (0, 2), value=-100),
+        )
+        torch.testing.assert_close(step(*padded), train(hidden, target).detach())
+    same(mine, plain)
+
+
+def test_the_gradient_of_hidden_for_a_trunk_outside(monkeypatch):
+    pretend_a_gpu(monkeypatch)
+    _, head, optimizer = model()
+
+    def train(hidden, target):
+        optimizer.zero_grad()
+        hidden = hidden.detach().requires_grad_()
+        loss = head(hidden, target)
+        loss.backward()
+        optimizer.step()
+        return loss, hidden.grad
+
+    step = CapturedStep(train, optimizer, *batch(0))
+    for i in range(8):
+        other = copy.deepcopy(head)
+        hidden = batch(i)[0].requires_grad_()
+        other(hidden, batch(i)[1]).backward()
+        torch.testing.assert_close(step(*batch(i))[1], hidden.grad)
+
+
+def test_on_a_cpu_the_step_is_run_as_it_is():
+    mine, plain = model(), model()
+    step, train = CapturedStep(step_of(*mine), mine[2], *batch(0)), step_of(*plain)
+    for i in range(20):
+        assert torch.equal(step(*batch(i)), train(*batch(i)).detach())
+    assert not step.captures
+
+
+def test_a_train_that_reads_a_value_is_told(monkeypatch):
+    pretend_a_gpu(monkeypatch)
+    mine = model()
+    train = step_of(*mine)
+    step = CapturedStep(lambda *x: torch.tensor(train(*x).item()), mine[2], *batch(0))
+    with pytest.raises(RuntimeError, match="reads a value"):
+        many(step, 5)
+
+
+def test_what_cannot_be_captured_is_said():
+    trunk, head, optimizer = model()
+    train = step_of(trunk, head, optimizer)
+    with pytest.raises(TypeError, match=r"FactoredSGD.*got SGD"):
+        CapturedStep(train, torch.optim.SGD(head.parameters()), *batch(0))
+    with pytest.raises(TypeError, match="capturable=True"):
+        CapturedStep(train, FactoredSGD(head.parameters(), lr=1.0), *batch(0))
+    with pytest.raises(TypeError, match="has none"):
+        CapturedStep(train, FactoredSGD(trunk.parameters(), lr=1.0, capturable=True), *batch(0))
+    leaves = ClusteredLoss(WIDTH, D, torch.arange(D) % 3 - 1, engine="factored")
+    with pytest.raises(TypeError, match="leaves of a ClusteredLoss"):
+        CapturedStep(train, FactoredSGD(leaves.parameters(), lr=1.0, capturable=True), *batch(0))
+    step = CapturedStep(train, optimizer, *batch(0))
+    with pytest.raises(ValueError, match=r"input 0 must be \(6, 5\).*got \(4, 5\).*pad"):
+        step(*batch(0, rows=4))
+    with pytest.raises(ValueError, match="expected 2 inputs, got 1"):
+        step(batch(0)[0])
+
+
+def test_a_capture_by_hand_is_refused(monkeypatch):
+    monkeypatch.setattr("softsphere.matrix.factored_matrix.graph_is_captured", lambda: True)
+    trunk, head, optimizer = model()
+    with pytest.raises(RuntimeError, match=r"softsphere\.CapturedStep"):
+        step_of(trunk, head, optimizer)(*batch(0))
+
+
+def test_options_that_a_graph_could_not_read():
+    trunk, head, _ = model()
+    far = torch.tensor(1.0, device="meta")
+    with pytest.raises(ValueError, match=r"lr must be on the device.*got meta"):
+        FactoredSGD(head.parameters(), lr=far, capturable=True)
+    with pytest.raises(TypeError, match="momentum may be a tensor for a group of factored"):
+        FactoredSGD(trunk.parameters(), lr=0.1, momentum=torch.tensor(0.9), capturable=True)
+
+
+def test_a_captured_step_has_few_launches(monkeypatch):
+    """At most so many operations, forward, backward and step; on a GPU each is a launch or more."""
+    pretend_a_gpu(monkeypatch)
+    _, head, optimizer = model(dtype=torch.float32)
+
+    def train(hidden, target):
+        optimizer.zero_grad()
+        loss = head(hidden, target)
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    step = CapturedStep(train, optimizer, *batch(0, torch.float32))
+    for i in range(6):
+        step(*batch(i, torch.float32))
+    assert step.graph.counts.total() <= 190

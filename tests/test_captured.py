@@ -143,6 +143,30 @@ def test_the_steps_after_a_refused_one_are_left_out_too(monkeypatch):
     assert not torch.equal(mine[1].dense(), before)
 
 
+def test_calm_steps_are_taken_by_products_and_sudden_ones_by_elimination(monkeypatch):
+    """Also where the rate is another one by the time that the step is finished."""
+    pretend_a_gpu(monkeypatch)
+    mine, plain = model(), model()
+    step, train = CapturedStep(step_of(*mine), mine[2], *batch(0)), step_of(*plain)
+    rates = [each[2].param_groups[0]["lr"].fill_(0.2) for each in (mine, plain)]
+    watch = mine[1].matrix.watch
+    for i in range(60):
+        step(*batch(i)), train(*batch(i))
+    assert watch.products > 1
+    for rate in rates:
+        rate.fill_(12.0)
+    step(*batch(60)), train(*batch(60))
+    for rate in rates:
+        rate.fill_(0.1)
+    # reading the weight finishes the step
+    assert watch.unsolved.any()
+    same(mine, plain)
+    assert not watch.unsolved.any() and not watch.products
+    for i in range(61, 70):
+        torch.testing.assert_close(step(*batch(i)), train(*batch(i)).detach())
+    same(mine, plain)
+
+
 def test_what_changes_a_graph_and_what_does_not(monkeypatch):
     pretend_a_gpu(monkeypatch)
     mine, plain = model(), model()
@@ -278,4 +302,4 @@ def test_a_captured_step_has_few_launches(monkeypatch):
     step = CapturedStep(train, optimizer, *batch(0, torch.float32))
     for i in range(6):
         step(*batch(i, torch.float32))
-    assert step.graph.counts.total() <= 190
+    assert step.graph.counts.total() <= 185

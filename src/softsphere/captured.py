@@ -11,6 +11,7 @@ from torch import Tensor
 
 from softsphere.matrix import FactoredTensor
 from softsphere.matrix.factored_matrix import FactoredMatrix
+from softsphere.matrix.replay import Replay
 from softsphere.optim import FactoredSGD
 
 __all__ = ["CapturedStep"]
@@ -77,7 +78,7 @@ class CapturedStep:
         self.inputs = tuple(x.detach().clone() for x in examples)
         self.outputs: Outputs = None
         self.graph: Any = None
-        # what the last step left, and what the graph holds; see `_held`
+        # what the last step left that was run as it is, and what the graph holds; see `_held`
         self.left: tuple[Any, ...] = ()
         self.captured: tuple[Any, ...] = ()
         self.calls = self.captures = 0
@@ -104,8 +105,7 @@ class CapturedStep:
         self.graph.replay()
         outputs = _copied(self.outputs)
         for matrix in matrices:
-            matrix.after_replay()
-        self.left = self._held(matrices)
+            Replay(matrix).after()
         return outputs
 
     def _capture(self, matrices: list[FactoredMatrix]) -> None:
@@ -113,7 +113,7 @@ class CapturedStep:
         graph = _Graph()
         with ExitStack() as stack:
             for matrix in matrices:
-                stack.enter_context(matrix.recorded())
+                stack.enter_context(Replay(matrix).recorded())
             self.outputs = graph.record(lambda: self.train(*self.inputs))
         self.graph = graph
         self.captures += 1
@@ -159,7 +159,7 @@ class CapturedStep:
 
     def _held(self, matrices: list[FactoredMatrix]) -> tuple[Any, ...]:
         """All that a graph would hold for ever: the place of each tensor, and numbers of Python."""
-        held: list[Any] = [matrix.before_replay() for matrix in matrices]
+        held: list[Any] = [Replay(matrix).before() for matrix in matrices]
         for group in self.optimizer.param_groups:
             for name, value in group.items():
                 if name not in ("params", "initial_lr"):

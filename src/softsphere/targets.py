@@ -34,7 +34,7 @@ class Targets:
 
     def weigh(self, rows: Tensor) -> Tensor:
         """The losses of the rows times their factors; 0 for ignored rows."""
-        return torch.where(self.ignored, 0.0, self.counted * rows)
+        return (self.counted * rows).masked_fill(self.ignored, 0.0)
 
     def part(self, rows: slice | EllipsisType) -> Targets:
         """The targets of some rows, or of all."""
@@ -60,14 +60,14 @@ def from_indices(
     ignored = _equals(target, ignore_index)
     spared = "" if ignore_index is None else f" or ignore_index = {ignore_index}"
     checks.indices(target, ignored, num_classes, spared)
-    t = torch.where(ignored, 0, target)
+    t = target.masked_fill(ignored, 0)
     # gather, since indexing with a single index looks at its value, which fails inside vmap
     own = (
         torch.ones_like(t, dtype=dtype)
         if weight is None
         else weight.gather(0, t.reshape(-1)).view(t.shape)
     )
-    return Targets(t.unsqueeze(-1), None, ignored, torch.where(ignored, 0.0, own))
+    return Targets(t.unsqueeze(-1), None, ignored, own.masked_fill(ignored, 0.0))
 
 
 def from_sparse(

@@ -10,7 +10,7 @@ import torch
 from _stacks import CLUSTER, STARTS, D, d, dense_stack_gradient, measure
 from _stacks import random_stack_gradient as random_gradient
 from softsphere.matrix.factored_stack import FactoredStack
-from softsphere.matrix.step import SingularStepError
+from softsphere.matrix.update import SingularStepError
 
 
 def stack(prior: bool = False, dtype: torch.dtype = torch.float64) -> FactoredStack:

@@ -10,8 +10,8 @@ is the matrix itself. `tensors` and `table` make it a tensor that PyTorch's tool
 from softsphere.matrix import guard as _guard
 from softsphere.matrix import table as _table
 from softsphere.matrix.gradient_tensors import StructuredGradient
-from softsphere.matrix.step import SingularStepError
 from softsphere.matrix.tensors import FactoredTensor
+from softsphere.matrix.update import SingularStepError
 from softsphere.matrix.wear import Health
 
 __all__ = ["FactoredTensor", "Health", "SingularStepError", "StructuredGradient"]

@@ -35,6 +35,8 @@ class Kept(ABC):
     width: int
     edition: str
     is_written: bool
+    # finishes a step that was left unfinished on the device
+    unfinished: Callable[[], None] | None = None
     # the first row of each matrix of a stack, and the number of rows
     starts: Tensor | None = None
 
@@ -71,13 +73,16 @@ class Kept(ABC):
         self.is_written = False
 
     def check(self) -> None:
-        """Notices changes of V in place by others.
+        """Notices changes of V in place by others, and finishes what was left unfinished.
 
         Where V is W itself, as after `state_dict()`, the change is adopted, and the sums over all
         rows are computed again.
 
         Raises RuntimeError where V is not W, so that the change has no meaning.
         """
+        if self.unfinished is not None:
+            finish, self.unfinished = self.unfinished, None
+            finish()
         if not self.V.changed_by_others():
             return
         if not self.is_written:

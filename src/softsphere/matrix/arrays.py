@@ -153,6 +153,8 @@ class Arrays(Kept):
     @in_full_precision
     def coordinates(self, index: Tensor | slice) -> Tensor:
         """Returns V[index] in the current coordinates, from which U and ω make W[index]."""
+        if self.generations.alone:
+            return self.V[index]
         return self.generations.carried(self.V[index], self.generations.made[index])
 
     @in_full_precision

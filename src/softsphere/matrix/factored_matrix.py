@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -18,10 +16,11 @@ from softsphere.matrix.gradient import GradientFactors
 from softsphere.matrix.gradient_products import dense_gradient, inner_product
 from softsphere.matrix.interrupts import uninterrupted
 from softsphere.matrix.mending import rebase, renew
-from softsphere.matrix.precision import float32_is_exact, in_full_precision
+from softsphere.matrix.precision import in_full_precision
 from softsphere.matrix.refusals import stale
 from softsphere.matrix.rows import Rows
-from softsphere.matrix.step import SingularStepError, Update, plan
+from softsphere.matrix.step import plan
+from softsphere.matrix.update import SingularStepError, Update
 from softsphere.matrix.upkeep import Watch, too_harsh
 from softsphere.matrix.wear import Health, health
 
@@ -47,6 +46,8 @@ class FactoredMatrix(Matrix):
     """
 
     arrays: Arrays
+    # the gradient and the blocks of the step that was recorded last
+    recorded_step: tuple[GradientFactors, Blocks]
 
     def __init__(self, *blocks: Tensor, pi: Tensor | None = None) -> None:
         for block in blocks:
@@ -91,6 +92,9 @@ class FactoredMatrix(Matrix):
     @in_full_precision
     def _planned(self, gradient: GradientFactors, blocks: Blocks) -> Update:
         W = self.arrays
+        if self.watch.recording:
+            self.recorded_step = gradient, blocks
+            return plan(W, gradient, blocks, self.watch.refused, self.watch.products)
         update = plan(W, gradient, blocks, self.watch.refused)
         if update.refused is None and too_harsh(W, update):
             self.watch.prepare(W, gradient, update.blocks)
@@ -102,51 +106,8 @@ class FactoredMatrix(Matrix):
         """Writes a planned step, and mends the factors when it is time."""
         with uninterrupted():
             update.commit(self.arrays)
-            self.watch.note_refused(update.flag)
+            self.watch.note(update)
         self.watch.after_step(self.arrays, blocks, update.share)
-
-    @contextmanager
-    def recorded(self) -> Iterator[None]:
-        """Inside it, a step is recorded rather than taken: nothing is measured or mended.
-
-        Copies of small arrays that were made before are forgotten, and those made meanwhile too,
-        since they have no values until the record is run.
-        """
-        W = self.arrays
-        W.sums()
-        W.changed()
-        self.watch.recording = True
-        try:
-            yield
-        finally:
-            self.watch.recording = False
-            W.changed()
-
-    @in_full_precision
-    def before_replay(self) -> tuple[Any, ...]:
-        """Prepares W for a recorded step.
-
-        Returns what a record holds for ever: if it differs from that of the recording, the step
-        has to be recorded again.
-        """
-        W, live = self.arrays, self.watch.refused
-        W.begin_change()
-        W.sums()
-        small = (W.U, W.U_inv, W.omega, W.centred_gram, W.colsum)
-        kept = (*W.V.blocks, *small, W.generations.made, W.generations.maps)
-        memory = [x.data_ptr() for x in kept]
-        flag = None if live is None else live.data_ptr()
-        return *memory, flag, W.generations.now, len(W.generations.maps), float32_is_exact()
-
-    @in_full_precision
-    def after_replay(self) -> None:
-        """Notes that a recorded step was taken, and mends the factors when it is time."""
-        W = self.arrays
-        with uninterrupted():
-            W.V.note()
-            W.renamed()
-            W.changed()
-        self.watch.after_step(W, self.watch.blocks, 1.0)
 
     def zero(self) -> GradientFactors:
         W = self.arrays

@@ -21,7 +21,7 @@ from softsphere.matrix.stack_products import dense_stack_gradient, stack_inner_p
 from softsphere.matrix.stack_step import StackUpdate, plan_stack
 from softsphere.matrix.stack_upkeep import StackWatch, too_harsh_steps
 from softsphere.matrix.stack_wear import stack_health
-from softsphere.matrix.step import SingularStepError
+from softsphere.matrix.update import SingularStepError
 from softsphere.matrix.wear import Health
 
 __all__ = ["FactoredStack"]

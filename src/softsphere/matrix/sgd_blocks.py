@@ -45,5 +45,5 @@ def _less(rate: Number, decay: Number) -> Number:
 
 
 def _number(x: Any) -> Number:
-    """Returns a number as Python's, and a tensor as a float64 one without dimensions."""
-    return x.detach().to(torch.float64).view(()) if isinstance(x, Tensor) else float(x)
+    """Returns a number as Python's, and a tensor as a float64 copy without dimensions."""
+    return x.detach().to(torch.float64, copy=True).view(()) if isinstance(x, Tensor) else float(x)

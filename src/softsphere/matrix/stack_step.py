@@ -15,10 +15,11 @@ from torch import Tensor
 from softsphere.matrix.abstract import POWER
 from softsphere.matrix.blocks import Blocks
 from softsphere.matrix.gradient import GradientFactors
+from softsphere.matrix.safeguard import reason, smallest_share, unusable
 from softsphere.matrix.segments import Piece
 from softsphere.matrix.stack_arrays import StackArrays
 from softsphere.matrix.stack_products import StackProducts
-from softsphere.matrix.step import THIN, reason, smallest_share, unusable
+from softsphere.matrix.step import THIN
 
 __all__ = ["Increments", "StackUpdate", "plan_stack"]
 

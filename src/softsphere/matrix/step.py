@@ -17,29 +17,19 @@ and added to float64, so only the change is rounded.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-
 import torch
 from torch import Tensor
 
-from softsphere._torch import sum_of_norms
-from softsphere.matrix.abstract import POWER
 from softsphere.matrix.arrays import Arrays
-from softsphere.matrix.blocks import Blocks, Number, as_tensor
+from softsphere.matrix.blocks import Blocks, Number
 from softsphere.matrix.gradient import GradientFactors
 from softsphere.matrix.gradient_products import EntryProducts, at_entries
+from softsphere.matrix.inverse import by_elimination, by_products
 from softsphere.matrix.precision import float32_is_exact, is_asynchronous
+from softsphere.matrix.safeguard import guarded, unusable
+from softsphere.matrix.update import Update
 
-__all__ = [
-    "HARSH",
-    "THIN",
-    "SingularStepError",
-    "Update",
-    "plan",
-    "reason",
-    "smallest_share",
-    "unusable",
-]
+__all__ = ["HARSH", "THIN", "plan"]
 
 # Above this share of w, r factors cost more than the w × w matrix that they make.
 THIN = 0.75
@@ -47,66 +37,12 @@ THIN = 0.75
 HARSH = 0.8
 
 
-class SingularStepError(RuntimeError):
-    """A step that cannot be taken. The matrix is as it was before."""
-
-
-@dataclass(frozen=True)
-class Update:
-    """What is added to the rows of V, and to each small array after κ has acted on it.
-
-    rows: (n) the rows of V that change
-    to_rows: (n, w) what is added to them
-    to_small: by the name of each small array, what is added to it
-    scaled: the small arrays after κ; empty where κ is a number and can act in place
-    blocks: κ and the spread of the gradient over the blocks
-    carried: (n, w) the rows of V in the current coordinates; None where they are in them already
-    refused: why the step cannot be taken; None where it can
-    flag: on a GPU, whether this or an earlier step was left out
-    share: the smallest pivot of S, about the share that is left of the direction that the step
-        shrinks most; 1 on a GPU, where it is not read
-    """
-
-    rows: Tensor
-    to_rows: Tensor
-    to_small: dict[str, Tensor]
-    scaled: dict[str, Tensor]
-    blocks: Blocks
-    carried: Tensor | None = None
-    refused: str | None = None
-    flag: Tensor | None = None
-    share: float = 1.0
-
-    def commit(self, W: Arrays) -> None:
-        """Writes the update in place; no large tensor is allocated."""
-        W.begin_change()
-        if self.carried is not None:
-            W.V[self.rows] = self.carried
-            W.generations.made.index_fill_(0, self.rows, W.generations.now)
-        W.V.add(self.rows, self.to_rows.to(W.dtype))
-        for name, increment in self.to_small.items():
-            array: Tensor = getattr(W, name)
-            if name in self.scaled:
-                array.copy_(self.scaled[name])
-            elif not self.blocks.is_identity:
-                array.mul_(self.blocks.base[0][0] ** POWER[name])
-            array.add_(increment)
-        W.renamed()
-        W.changed()
-
-    def after(self, W: Arrays, name: str, diagonal: bool = False) -> Tensor:
-        """Returns the value that a small array, or its diagonal, will have after the step."""
-        before: Tensor = getattr(W, name)
-        before, change = self.scaled.get(name, before), self.to_small[name]
-        if diagonal:
-            before, change = before.diagonal(), change.diagonal()
-        if name in self.scaled or self.blocks.is_identity:
-            return before + change
-        return before * self.blocks.base[0][0] ** POWER[name] + change
-
-
 def plan(
-    W: Arrays, gradient: GradientFactors, blocks: Blocks, flag: Tensor | None = None
+    W: Arrays,
+    gradient: GradientFactors,
+    blocks: Blocks,
+    flag: Tensor | None = None,
+    products: int = 0,
 ) -> Update:
     """Computes the update of a step. On a CPU its `refused` says whether it can be taken.
 
@@ -114,28 +50,23 @@ def plan(
     step is computed in float64 on a GPU, where asking for the share would wait for the device, and
     where float32 products are rounded. On a GPU an update that cannot be taken changes nothing and
     sets its `flag`; so does every later one until the flag is read.
+
+    products: how many factors the inverse has as a product; 0 stands for elimination.
     """
     g, blocks = gradient, blocks.with_weight(gradient.rho)
     why = unusable(blocks)
     if why is not None:
         return Update(g.rows, g.H, {}, {}, blocks, refused=why)
     if not is_asynchronous(W.device) and float32_is_exact():
-        update = _compute(W, g.to(W.dtype), blocks, flag)
+        update = _compute(W, g.to(W.dtype), blocks, flag, products)
         if update.share >= HARSH:
             return update
-    return _compute(W, g.to(torch.float64), blocks, flag)
+    return _compute(W, g.to(torch.float64), blocks, flag, products)
 
 
-def unusable(blocks: Blocks) -> str | None:
-    """Says why no step can be taken with this map of the blocks; None if one can."""
-    if not blocks.finite():
-        return "lr, momentum, dampening and weight_decay must be finite. Nothing was changed"
-    if not blocks.invertible():
-        return "the weight decay of this step removes all of W; lower lr or weight_decay"
-    return None
-
-
-def _compute(W: Arrays, gradient: GradientFactors, blocks: Blocks, flag: Tensor | None) -> Update:
+def _compute(
+    W: Arrays, gradient: GradientFactors, blocks: Blocks, flag: Tensor | None, products: int
+) -> Update:
     """Computes the update in the dtype of the gradient."""
     g, d, w, dtype = gradient, W.width, W.V.width, gradient.H.dtype
     U, U_inv = W.small("U", dtype), W.small("U_inv", dtype)
@@ -149,8 +80,10 @@ def _compute(W: Arrays, gradient: GradientFactors, blocks: Blocks, flag: Tensor 
     # Woodbury's identity. S is small and near I, so its inverse is as accurate as a solve.
     eye = torch.eye(len(R_T), dtype=dtype, device=R.device)
     R_back = blocks.times(R_T, inverse=True)
-    LU, pivots, _ = torch.linalg.lu_factor_ex(torch.addmm(eye, R_back[:, :d], L_T.mT))
-    N = torch.linalg.lu_solve(LU, pivots, eye) @ (R_back @ U_inv)
+    S = torch.addmm(eye, R_back[:, :d], L_T.mT)
+    measured = is_asynchronous(W.device)
+    inverse = by_products(S, products) if products else by_elimination(S, measured=measured)
+    N = inverse.value @ (R_back @ U_inv)
     LN = L_T.mT @ N if thin else N
 
     if thin:
@@ -170,13 +103,7 @@ def _compute(W: Arrays, gradient: GradientFactors, blocks: Blocks, flag: Tensor 
     scaled = _scaled(blocks, W) if W.blocks > 1 else {}
     seen = (N, half, to_rows, to_small["omega"], to_small["colsum"])
     update = Update(g.rows, to_rows, to_small, scaled, blocks, carried)
-    return _guarded(W, g, update, seen, LU.diagonal(), flag)
-
-
-def _largest_square(W: Arrays, update: Update) -> Tensor:
-    """The largest Σ_k π_k W_kj² of a column of W after the step, in float64."""
-    spread = update.after(W, "centred_gram", diagonal=True)
-    return (spread + update.after(W, "colsum").square() / W.mass).max()
+    return guarded(W, g, update, seen, inverse, flag)
 
 
 def _half_of_gram(
@@ -224,69 +151,3 @@ def _scaled(blocks: Blocks, W: Arrays) -> dict[str, Tensor]:
 def _spread_out(H: Tensor, spread: tuple[Number, ...]) -> Tensor:
     """spread ⊗ H: (r, w)."""
     return H * spread[0] if len(spread) == 1 else torch.cat([H * scale for scale in spread], 1)
-
-
-def _guarded(
-    W: Arrays,
-    gradient: GradientFactors,
-    update: Update,
-    seen: tuple[Tensor, ...],
-    pivots: Tensor,
-    flag: Tensor | None,
-) -> Update:
-    """Returns the update if all of `seen` is finite and S is not singular by its pivots.
-
-    The sums of squares of W's columns must be finite in its dtype as well, which W then is too.
-    Otherwise the update says why it is refused; on a GPU, where asking would wait for the device,
-    it is one that changes nothing.
-    """
-    total, share = sum_of_norms(seen), pivots.new_ones(())
-    if len(pivots):
-        least, most = pivots.abs().aminmax()
-        share = least / most.clamp_min(1)
-    enough = smallest_share(W.V.width, len(pivots), pivots.dtype)
-    ok = (total < torch.inf) & (share > enough)
-    ok = ok & (_largest_square(W, update) <= torch.finfo(W.dtype).max)
-    if not is_asynchronous(W.device):
-        refused = None if bool(ok) else reason(gradient, bool(share <= enough), W.dtype)
-        return replace(update, refused=refused, share=float(share))
-    flag = ~ok if flag is None else flag | ~ok
-    ok, blocks = ~flag, update.blocks
-    if len(blocks.base) == 1 and not blocks.is_identity:
-        scale = torch.where(ok, as_tensor(blocks.base[0][0], W.U), 1.0)
-        blocks = Blocks(((scale,),), blocks.spread)
-    return replace(
-        update,
-        flag=flag,
-        blocks=blocks,
-        to_rows=torch.where(ok, update.to_rows, 0.0),
-        to_small={name: torch.where(ok, x, 0.0) for name, x in update.to_small.items()},
-        scaled={name: torch.where(ok, x, getattr(W, name)) for name, x in update.scaled.items()},
-    )
-
-
-def smallest_share(width: int, rank: int, dtype: torch.dtype) -> float:
-    """The share below which S is singular as far as its rounding errors let it be known.
-
-    Each entry of S sums up to w products, and elimination subtracts up to as many more.
-    """
-    return max(64, width + rank) * torch.finfo(dtype).eps
-
-
-def reason(gradient: GradientFactors, singular: bool, dtype: torch.dtype) -> str:
-    """Says why a step cannot be taken, and how to mend it."""
-    parts = (gradient.H, gradient.L, gradient.s, gradient.x)
-    if not all(bool(part.isfinite().all()) for part in parts):
-        return (
-            "the gradient of the output layer holds a value that is not finite; look for an "
-            "overflow in the layers below, lower lr, or clip. Nothing was changed"
-        )
-    if not singular:
-        return (
-            f"the step would make the weight so large that its squares overflow in {dtype}, as in "
-            "training that diverges; lower lr, or clip. Nothing was changed"
-        )
-    return (
-        "the step would make the output layer's map I − lr·A singular (lr · 2q'‖h‖² is near 1); "
-        "lower lr. Nothing was changed"
-    )

@@ -25,8 +25,10 @@ from torch import Tensor
 from softsphere.matrix.arrays import Arrays
 from softsphere.matrix.blocks import Blocks
 from softsphere.matrix.gradient import GradientFactors
+from softsphere.matrix.inverse import products_for
 from softsphere.matrix.mending import directions, rebase, reinvert, renew
-from softsphere.matrix.step import HARSH, SingularStepError, Update
+from softsphere.matrix.step import HARSH
+from softsphere.matrix.update import SingularStepError, Update
 from softsphere.matrix.wear import (
     CONDITION,
     FLOOR,
@@ -78,6 +80,11 @@ class Watch:
         self.done = dict.fromkeys(_MEANS, 0)
         self.seconds = 0.0
         self.refused: Tensor | None = None
+        # see `Update`; of the deviation the largest since the last check
+        self.unsolved: Tensor | None = None
+        self.deviation: Tensor | None = None
+        # how many factors the inverse of a recorded step has; 0 stands for elimination
+        self.products = 0
         # whether steps are recorded for later, so that nothing is to be read or mended now
         self.recording = False
         self.restart()
@@ -100,12 +107,14 @@ class Watch:
         limits = (CONDITION**2 - 1, 1.0, SHIFT, 2.0**RANGE)
         self.gauges = tuple(_Gauge(limit) for limit in limits)
 
-    def note_refused(self, flag: Tensor | None) -> None:
-        """Keeps on the device whether a step was left out, in memory that stays the same."""
-        if self.refused is None or flag is None:
-            self.refused = flag
+    def note(self, update: Update) -> None:
+        """Keeps on the device what is known of a step, in memory that stays the same."""
+        self.refused = _kept(self.refused, update.flag)
+        self.unsolved = _kept(self.unsolved, update.unsolved)
+        if self.deviation is not None and update.deviation is not None:
+            self.deviation.clamp_(min=update.deviation)
         else:
-            self.refused.copy_(flag)
+            self.deviation = _kept(None, update.deviation)
 
     def prepare(self, W: Arrays, gradient: GradientFactors, blocks: Blocks) -> None:
         """Before a step that leaves next to nothing of a direction, makes that a row of U.
@@ -145,6 +154,9 @@ class Watch:
             )
         start, steps = time.perf_counter(), max(self.steps, 1)
         self.checks += 1
+        if self.deviation is not None:
+            self.products = products_for(float(self.deviation), W.V.width)
+            self.deviation.zero_()
         self._check_gram(W, steps)
         before = measures(W, self.checks)
         left = [gauge.steps_left(x, steps) for gauge, x in zip(self.gauges, before, strict=True)]
@@ -190,6 +202,13 @@ class Watch:
         if not within(2):
             rebase(W, self.basis(W))
             self.done["refactorised"] += 1
+
+
+def _kept(old: Tensor | None, new: Tensor | None) -> Tensor | None:
+    """Returns the new value in the memory of the old one, or in memory of its own."""
+    if new is None or old is None:
+        return old if new is None else new.clone()
+    return old.copy_(new)
 
 
 def too_harsh(W: Arrays, update: Update) -> bool:

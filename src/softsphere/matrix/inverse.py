@@ -1,0 +1,92 @@
+r"""The inverse of a small matrix S near I, which a step of a factored matrix needs.
+
+By elimination the inverse of any regular S is found; on a GPU its many short operations wait for
+each other. Where S = I − K with ‖K‖ < 1, the product
+
+    S⁻¹ = (I + K) (I + K²) (I + K⁴) … (I + K^(2^k)) · (I − K^(2^(k+1)))⁻¹
+
+takes 2k matrix products, and without its last factor it has a relative error of at most about
+‖K^(2^k)‖². Nothing is assumed of K: whether that is small enough is measured.
+
+Source: Schulz 1933, Zeitschrift für Angewandte Mathematik und Mechanik 13 (Newton's iteration from
+I + K, which this is in exact arithmetic).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Inverse", "by_elimination", "by_products", "products_for"]
+
+# ‖K^(2^k)‖ that leaves no error in float64.
+_SMALL = 1e-8
+# With ‖K‖ up to this, products take less time than elimination; twice this is still allowed for.
+_CALM, _WILD = 0.45, 0.9
+# The width of S up to which elimination is bound by waiting.
+_WIDEST = 1024
+
+
+class Inverse(NamedTuple):
+    """S⁻¹, and what is known of it.
+
+    value: (n, n) S⁻¹
+    pivots: (n) those of the elimination; None without it
+    solved: whether `value` is the inverse; None where elimination says so by its pivots
+    deviation: ‖(I − S)²‖, at least the square of the norm of I − S; None where it was not asked for
+    """
+
+    value: Tensor
+    pivots: Tensor | None = None
+    solved: Tensor | None = None
+    deviation: Tensor | None = None
+
+    def share(self) -> Tensor:
+        """The smallest pivot of S over the largest, or over 1 if that is more; 1 without pivots."""
+        if self.pivots is None or not len(self.pivots):
+            return self.value.new_ones(())
+        least, most = self.pivots.abs().aminmax()
+        return least / most.clamp_min(1)
+
+
+def by_elimination(S: Tensor, *, measured: bool = False) -> Inverse:
+    """S⁻¹ by LU with pivots. measured: whether the deviation of S from I is found as well."""
+    eye = torch.eye(len(S), dtype=S.dtype, device=S.device)
+    LU, pivots, _ = torch.linalg.lu_factor_ex(S)
+    value = torch.linalg.lu_solve(LU, pivots, eye)
+    deviation = None
+    if measured:
+        K = eye - S
+        deviation = torch.linalg.matrix_norm(K @ K)
+    return Inverse(value, LU.diagonal(), None, deviation)
+
+
+def by_products(S: Tensor, count: int) -> Inverse:
+    """S⁻¹ by 2 · count matrix products."""
+    eye = torch.eye(len(S), dtype=S.dtype, device=S.device)
+    power = eye - S
+    value = eye + power
+    deviation = last = torch.zeros_like(S[0, 0])
+    for i in range(count):
+        power = power @ power
+        value = torch.addmm(value, value, power)
+        if i in (0, count - 1):
+            last = torch.linalg.matrix_norm(power)
+            deviation = last if i == 0 else deviation
+    return Inverse(value, None, last < _SMALL, deviation)
+
+
+def products_for(deviation: float, width: int) -> int:
+    """How many factors `by_products` should have after such deviations; 0 where it should not be.
+
+    >>> products_for(0.01, 200), products_for(0.5, 200), products_for(0.01, 4096)
+    (4, 0, 0)
+    """
+    size = math.sqrt(deviation) if deviation >= 0 else math.inf
+    if not size <= _CALM or width > _WIDEST:
+        return 0
+    allowed = min(max(2 * size, 0.05), _WILD)
+    return max(1, math.ceil(math.log2(math.log(_SMALL) / math.log(allowed))))

@@ -1,0 +1,98 @@
+"""Steps of a factored matrix that are recorded once, as in a CUDA graph, and run many times.
+
+A record knows memory alone, and Python is not called when it runs. So everything that Python does
+between steps is done here: W gets a new edition, the factors are mended when it is time, and a step
+that was left unfinished on the device is finished before anything reads W.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from softsphere.matrix.factored_matrix import FactoredMatrix
+from softsphere.matrix.interrupts import uninterrupted
+from softsphere.matrix.precision import float32_is_exact, in_full_precision
+from softsphere.matrix.step import plan
+
+__all__ = ["Replay"]
+
+
+class Replay:
+    """What has to be done around the recorded steps of a matrix."""
+
+    def __init__(self, matrix: FactoredMatrix) -> None:
+        self.matrix = matrix
+
+    @property
+    def device(self) -> torch.device:
+        return self.matrix.device
+
+    @contextmanager
+    def recorded(self) -> Iterator[None]:
+        """Inside it, a step is recorded rather than taken: nothing is measured or mended.
+
+        Copies of small arrays that were made before are forgotten, and those made meanwhile too,
+        since they have no values until the record is run.
+        """
+        W, watch = self.matrix.arrays, self.matrix.watch
+        W.sums()
+        W.changed()
+        watch.recording = True
+        try:
+            yield
+        finally:
+            watch.recording = False
+            W.changed()
+
+    @in_full_precision
+    def before(self) -> tuple[Any, ...]:
+        """Prepares W for a recorded step.
+
+        Returns what a record holds for ever: if it differs from that of the recording, the step
+        has to be recorded again.
+        """
+        W, watch = self.matrix.arrays, self.matrix.watch
+        W.begin_change()
+        W.sums()
+        small = (W.U, W.U_inv, W.omega, W.centred_gram, W.colsum)
+        maps = (W.generations.made, W.generations.maps)
+        known = (watch.refused, watch.unsolved, watch.deviation)
+        memory = [None if x is None else x.data_ptr() for x in (*W.V.blocks, *small, *maps, *known)]
+        return *memory, watch.products, W.generations.now, len(maps[1]), float32_is_exact()
+
+    @in_full_precision
+    def after(self) -> None:
+        """Notes that a recorded step was run, and mends the factors when it is time.
+
+        Raises SingularStepError if a step since the last measurement was refused.
+        """
+        W, watch = self.matrix.arrays, self.matrix.watch
+        with uninterrupted():
+            W.V.note()
+            W.renamed()
+            W.changed()
+            W.unfinished = self._finish if watch.products else None
+        if watch.steps + 1 >= watch.period:
+            W.check()
+        watch.after_step(W, watch.blocks, 1.0)
+
+    @in_full_precision
+    def _finish(self) -> None:
+        """Takes the last recorded step by elimination, if it was left out for want of an inverse.
+
+        Its gradient is in the memory of the record until that is run again. Later steps are
+        recorded with elimination, until the deviations are small again.
+        """
+        W, watch = self.matrix.arrays, self.matrix.watch
+        if watch.unsolved is None or not bool(watch.unsolved):
+            return
+        update = plan(W, *self.matrix.recorded_step, watch.refused)
+        with uninterrupted():
+            update.commit(W)
+            watch.note(update)
+            watch.unsolved.zero_()
+        watch.products = 0

@@ -1,0 +1,103 @@
+"""Whether a step can be taken, found before anything is changed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from softsphere._torch import sum_of_norms
+from softsphere.matrix.arrays import Arrays
+from softsphere.matrix.blocks import Blocks, as_tensor
+from softsphere.matrix.gradient import GradientFactors
+from softsphere.matrix.inverse import Inverse
+from softsphere.matrix.precision import is_asynchronous
+from softsphere.matrix.update import Update
+
+__all__ = ["guarded", "reason", "smallest_share", "unusable"]
+
+
+def unusable(blocks: Blocks) -> str | None:
+    """Says why no step can be taken with this map of the blocks; None if one can."""
+    if not blocks.finite():
+        return "lr, momentum, dampening and weight_decay must be finite. Nothing was changed"
+    if not blocks.invertible():
+        return "the weight decay of this step removes all of W; lower lr or weight_decay"
+    return None
+
+
+def guarded(
+    W: Arrays,
+    gradient: GradientFactors,
+    update: Update,
+    seen: tuple[Tensor, ...],
+    inverse: Inverse,
+    flag: Tensor | None,
+) -> Update:
+    """Returns the update if all of `seen` is finite and S is not singular by its pivots.
+
+    The sums of squares of W's columns must be finite in its dtype as well, which W then is too.
+    Otherwise the update says why it is refused; on a GPU, where asking would wait for the device,
+    it is one that changes nothing.
+    """
+    ok = sum_of_norms(seen) < torch.inf
+    ok = ok & (_largest_square(W, update) <= torch.finfo(W.dtype).max)
+    share, solved = inverse.share(), inverse.solved
+    enough = smallest_share(W.V.width, len(inverse.value), share.dtype)
+    if not is_asynchronous(W.device):
+        refused = None
+        if not bool(ok & (share > enough)):
+            refused = reason(gradient, bool(share <= enough), W.dtype)
+        return replace(update, refused=refused, share=float(share))
+    # what products have not solved is no reason to refuse a step
+    now = ~ok & solved if solved is not None else ~(ok & (share > enough))
+    flag = now if flag is None else flag | now
+    left_out = flag if solved is None else flag | ~solved
+    ok, blocks = ~left_out, update.blocks
+    if len(blocks.base) == 1 and not blocks.is_identity:
+        scale = torch.where(ok, as_tensor(blocks.base[0][0], W.U), 1.0)
+        blocks = Blocks(((scale,),), blocks.spread)
+    return replace(
+        update,
+        flag=flag,
+        unsolved=None if solved is None else left_out & ~flag,
+        deviation=inverse.deviation,
+        blocks=blocks,
+        to_rows=update.to_rows.masked_fill(left_out, 0.0),
+        to_small={name: x.masked_fill(left_out, 0.0) for name, x in update.to_small.items()},
+        scaled={name: torch.where(ok, x, getattr(W, name)) for name, x in update.scaled.items()},
+    )
+
+
+def smallest_share(width: int, rank: int, dtype: torch.dtype) -> float:
+    """The share below which S is singular as far as its rounding errors let it be known.
+
+    Each entry of S sums up to w products, and elimination subtracts up to as many more.
+    """
+    return max(64, width + rank) * torch.finfo(dtype).eps
+
+
+def reason(gradient: GradientFactors, singular: bool, dtype: torch.dtype) -> str:
+    """Says why a step cannot be taken, and how to mend it."""
+    parts = (gradient.H, gradient.L, gradient.s, gradient.x)
+    if not all(bool(part.isfinite().all()) for part in parts):
+        return (
+            "the gradient of the output layer holds a value that is not finite; look for an "
+            "overflow in the layers below, lower lr, or clip. Nothing was changed"
+        )
+    if not singular:
+        return (
+            f"the step would make the weight so large that its squares overflow in {dtype}, as in "
+            "training that diverges; lower lr, or clip. Nothing was changed"
+        )
+    return (
+        "the step would make the output layer's map I − lr·A singular (lr · 2q'‖h‖² is near 1); "
+        "lower lr. Nothing was changed"
+    )
+
+
+def _largest_square(W: Arrays, update: Update) -> Tensor:
+    """The largest Σ_k π_k W_kj² of a column of W after the step, in float64."""
+    spread = update.after(W, "centred_gram", diagonal=True)
+    return (spread + update.after(W, "colsum").square() / W.mass).max()

@@ -1,0 +1,76 @@
+"""What a step adds to the factors, and how it is written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from softsphere.matrix.abstract import POWER
+from softsphere.matrix.arrays import Arrays
+from softsphere.matrix.blocks import Blocks
+
+__all__ = ["SingularStepError", "Update"]
+
+
+class SingularStepError(RuntimeError):
+    """A step that cannot be taken. The matrix is as it was before."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """What is added to the rows of V, and to each small array after κ has acted on it.
+
+    rows: (n) the rows of V that change
+    to_rows: (n, w) what is added to them
+    to_small: by the name of each small array, what is added to it
+    scaled: the small arrays after κ; empty where κ is a number and can act in place
+    blocks: κ and the spread of the gradient over the blocks
+    carried: (n, w) the rows of V in the current coordinates; None where they are in them already
+    refused: why the step cannot be taken; None where it can
+    flag: on a GPU, whether this or an earlier step was left out
+    unsolved: on a GPU, whether this step was left out since its inverse was not found by products,
+        so that it has to be computed again
+    deviation: on a GPU, the deviation of S from I; see `inverse`
+    share: the smallest pivot of S, about the share that is left of the direction that the step
+        shrinks most; 1 on a GPU, where it is not read
+    """
+
+    rows: Tensor
+    to_rows: Tensor
+    to_small: dict[str, Tensor]
+    scaled: dict[str, Tensor]
+    blocks: Blocks
+    carried: Tensor | None = None
+    refused: str | None = None
+    flag: Tensor | None = None
+    unsolved: Tensor | None = None
+    deviation: Tensor | None = None
+    share: float = 1.0
+
+    def commit(self, W: Arrays) -> None:
+        """Writes the update in place; no large tensor is allocated."""
+        W.begin_change()
+        if self.carried is not None:
+            W.V[self.rows] = self.carried
+            W.generations.made.index_fill_(0, self.rows, W.generations.now)
+        W.V.add(self.rows, self.to_rows.to(W.dtype))
+        for name, increment in self.to_small.items():
+            array: Tensor = getattr(W, name)
+            if name in self.scaled:
+                array.copy_(self.scaled[name])
+            elif not self.blocks.is_identity:
+                array.mul_(self.blocks.base[0][0] ** POWER[name])
+            array.add_(increment)
+        W.renamed()
+        W.changed()
+
+    def after(self, W: Arrays, name: str, diagonal: bool = False) -> Tensor:
+        """Returns the value that a small array, or its diagonal, will have after the step."""
+        before: Tensor = getattr(W, name)
+        before, change = self.scaled.get(name, before), self.to_small[name]
+        if diagonal:
+            before, change = before.diagonal(), change.diagonal()
+        if name in self.scaled or self.blocks.is_identity:
+            return before + change
+        return before * self.blocks.base[0][0] ** POWER[name] + change

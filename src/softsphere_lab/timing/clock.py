@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -60,19 +61,20 @@ def seconds_of(run: Run, device: torch.device | str = "cpu") -> float:
 
 
 def step_times(
-    step: Callable[[Tensor, Tensor], Any], setting: Setting, effort: Effort
+    step: Callable[[Tensor, Tensor], Any],
+    setting: Setting,
+    effort: Effort,
+    device: torch.device | str = "cpu",
 ) -> list[float]:
     """Returns the seconds of each step on new random rows, which are drawn outside the clock."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     for _ in range(effort.warm_up):
         step(*setting.batch(generator))
     times: list[float] = []
     end = time.perf_counter() + effort.seconds
     while len(times) < effort.fewest or (time.perf_counter() < end and len(times) < effort.most):
-        hidden, target = setting.batch(generator)
-        start = time.perf_counter()
-        step(hidden, target)
-        times.append(time.perf_counter() - start)
+        batch = setting.batch(generator)
+        times.append(seconds_of(partial(step, *batch), device))
     return times
 
 

@@ -23,13 +23,13 @@ from softsphere_lab.errors import LabError
 from softsphere_lab.timing.clock import Effort, step_times
 from softsphere_lab.timing.linear_losses import LINEAR_LOSSES, ForwardBackward
 from softsphere_lab.timing.setting import Setting
-from softsphere_lab.timing.training_steps import CHUNKED, CLUSTERS, LAYERS
+from softsphere_lab.timing.training_steps import CHUNKED, CLUSTERS, LAYERS, ON_GPU
 
 __all__ = ["FORWARD_BACKWARD", "TRAINING_STEP", "Measured", "TookTooLongError", "measure"]
 
 TRAINING_STEP, FORWARD_BACKWARD = "training step", "forward and backward"
 KINDS: Mapping[str, Mapping[str, Callable[[Setting], Any]]] = {
-    TRAINING_STEP: {**LAYERS, **CHUNKED, **CLUSTERS},
+    TRAINING_STEP: {**LAYERS, **CHUNKED, **CLUSTERS, **ON_GPU},
     FORWARD_BACKWARD: LINEAR_LOSSES,
 }
 
@@ -56,11 +56,13 @@ def measure(
     effort: Effort | None = None,
     *,
     kind: str = TRAINING_STEP,
+    device: str = "cpu",
     patience: float | None = None,
 ) -> Measured:
     """Times the step of that name in a process of its own, with as many threads as this one has.
 
-    kind: TRAINING_STEP or FORWARD_BACKWARD. patience: the seconds after which the process is ended.
+    kind: TRAINING_STEP or FORWARD_BACKWARD. device: where all of its tensors are. patience: the
+    seconds after which the process is ended.
     Raises: LabError with what the process printed if it failed, TookTooLongError if its time is up.
     """
     job = {
@@ -68,6 +70,7 @@ def measure(
         "kind": kind,
         "setting": asdict(setting),
         "effort": asdict(effort or Effort()),
+        "device": device,
         "threads": torch.get_num_threads(),
     }
     command = [sys.executable, "-m", "softsphere_lab.timing.processes", json.dumps(job)]
@@ -101,12 +104,13 @@ def _main(text: str) -> None:
     job = json.loads(text)
     torch.set_num_threads(job["threads"])
     torch.manual_seed(0)
-    setting = Setting(**job["setting"])
-    step = KINDS[job["kind"]][job["name"]](setting)
-    seconds = statistics.median(step_times(step, setting, Effort(**job["effort"])))
+    setting, device = Setting(**job["setting"]), job["device"]
+    with torch.device(device):
+        step = KINDS[job["kind"]][job["name"]](setting)
+    seconds = statistics.median(step_times(step, setting, Effort(**job["effort"]), device))
     extra = None
     if isinstance(step, ForwardBackward):
-        extra = step.extra_bytes(*setting.batch(torch.Generator().manual_seed(0)))
+        extra = step.extra_bytes(*setting.batch(torch.Generator(device).manual_seed(0)))
     print(json.dumps(asdict(Measured(seconds, extra))))
 
 

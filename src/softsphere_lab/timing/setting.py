@@ -27,11 +27,12 @@ class Setting:
         return f"D = {self.D:,}, d = {self.d}, m = {self.m}"
 
     def batch(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Returns normal hidden rows (m, d) and targets (m).
+        """Returns normal hidden rows (m, d) and targets (m), on the device of the generator.
 
         Targets are distributed as words are: P(t < k) is proportional to log(k + 1).
         """
-        hidden = torch.randn(self.m, self.d, generator=generator).requires_grad_()
-        uniform = torch.rand(self.m, generator=generator)
+        device = generator.device
+        hidden = torch.randn(self.m, self.d, generator=generator, device=device).requires_grad_()
+        uniform = torch.rand(self.m, generator=generator, device=device)
         target = (torch.exp(uniform * math.log(self.D + 1)).long() - 1).clamp_(0, self.D - 1)
         return hidden, target

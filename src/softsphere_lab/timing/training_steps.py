@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from softsphere import (
+    CapturedStep,
     ClusteredLoss,
     FactoredSphericalLoss,
     LinearSphericalLoss,
@@ -25,6 +26,8 @@ from softsphere_lab.models.baselines import AdaptiveSoftmax, HierarchicalSoftmax
 from softsphere_lab.timing.setting import Setting
 
 __all__ = [
+    "BFLOAT16_SOFTMAX",
+    "CAPTURED",
     "CHUNKED",
     "CLUSTERED",
     "CLUSTERS",
@@ -33,6 +36,7 @@ __all__ = [
     "FACTORED_LEAVES",
     "GRAM",
     "LAYERS",
+    "ON_GPU",
     "Step",
     "clustered",
     "factored",
@@ -55,7 +59,7 @@ class Step:
     """Forward, backward and update of an output layer; returns the loss before the update."""
 
     head: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizer: Any
 
     def __call__(self, hidden: Tensor, target: Tensor) -> Tensor:
         self.optimizer.zero_grad()
@@ -169,6 +173,39 @@ CLUSTERS: Mapping[str, Callable[[Setting], Step]] = {
     FACTORED_LEAVES: partial(clustered, sparse=False, engine="factored"),
     "clustered Taylor, dense gradient (ours)": partial(clustered, sparse=False),
     "adaptive softmax, cutoffs 2000, 10000, 40000": _adaptive_of_wikipedia,
+}
+
+
+def _captured(setting: Setting) -> CapturedStep:
+    """The step of `factored`, which a GPU repeats as one graph."""
+    head = FactoredSphericalLoss(setting.d, setting.D, LOSS, bias=False)
+    rate = torch.tensor(_rate(setting, LOSS), dtype=torch.float64)
+    step = Step(head, FactoredSGD(head.parameters(), lr=rate, capturable=True))
+
+    def train(hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = hidden.detach().requires_grad_()
+        loss, gradient = step(hidden, target), hidden.grad
+        assert gradient is not None
+        return loss, gradient
+
+    examples = setting.batch(torch.Generator(rate.device).manual_seed(0))
+    return CapturedStep(train, step.optimizer, *examples)
+
+
+def _rounded_softmax(setting: Setting, dtype: torch.dtype) -> Step:
+    """Softmax by products in bfloat16, or in float32 rounded to TF32, and PyTorch's fused SGD."""
+    torch.backends.cuda.matmul.allow_tf32 = True
+    head = Softmax(setting).to(dtype)
+    head.register_forward_pre_hook(lambda _, given: (given[0].to(dtype), given[1]))
+    return Step(head, torch.optim.SGD(head.parameters(), lr=RATE, fused=True))
+
+
+BFLOAT16_SOFTMAX = "softmax, bfloat16"
+CAPTURED = "factored Taylor, captured (ours)"
+ON_GPU: Mapping[str, Callable[[Setting], Any]] = {
+    CAPTURED: _captured,
+    BFLOAT16_SOFTMAX: partial(_rounded_softmax, dtype=torch.bfloat16),
+    "softmax, TF32": partial(_rounded_softmax, dtype=torch.float32),
 }
 
 

@@ -43,7 +43,7 @@ def script(tmp_path, monkeypatch):
 
 
 def test_there_is_a_script_for_every_committed_table():
-    assert len(QUESTIONS) == 11
+    assert len(QUESTIONS) == 12
     for path in FOLDER.glob("*.csv"):
         assert path.stem in QUESTIONS
         rows = read_table(path)

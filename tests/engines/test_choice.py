@@ -11,9 +11,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from softsphere import LinearSphericalOptions
-from softsphere.engines import choose, chunked, dense, dispatch, moments
+from softsphere.engines import choose, chunked, dispatch, moments
 from softsphere.engines.dispatch import linear_statistics
 from softsphere.engines.engine import Inputs, Settings, Workload
+from softsphere.engines.machines import machine
 from softsphere.functional import linear_spherical_loss
 
 SIZES = list(
@@ -39,7 +40,7 @@ def test_it_is_pure_and_gives_its_numbers():
 def test_dense_outputs_are_never_larger_than_the_limit():
     for m, D, d, dtype, device in SIZES:
         if choose(m, D, d, dtype, device).engine == "dense":
-            assert 4 * m * D * dtype.itemsize <= dense.LOGITS_LIMIT
+            assert 4 * m * D * dtype.itemsize <= machine(device, dtype).logits_limit
 
 
 @pytest.mark.parametrize(
@@ -56,6 +57,24 @@ def test_dense_outputs_are_never_larger_than_the_limit():
 )
 def test_known_workloads(m, D, d, engine):
     assert choose(m, D, d, torch.float32, "cpu").engine == engine
+
+
+@pytest.mark.parametrize(
+    ("m", "D", "d", "engine"),
+    [
+        (8192, 256_000, 2304, "gram"),
+        (16384, 248_320, 2048, "gram"),
+        (32768, 128_256, 4096, "gram"),
+        (16384, 50_304, 768, "gram"),
+        (25600, 1_000_000, 128, "gram"),
+        (4096, 128_256, 4096, "gram"),
+        (1024, 128_256, 4096, "dense"),
+        (64, 128_256, 4096, "dense"),
+        (1024, 1_000_000, 4096, "chunked"),
+    ],
+)
+def test_known_workloads_on_a_gpu(m, D, d, engine):
+    assert choose(m, D, d, torch.bfloat16, "cuda").engine == engine
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 
 from softsphere import checks
-from softsphere.engines.dense import LOGITS_LIMIT
 from softsphere.engines.dispatch import ENGINES, cheapest
 from softsphere.engines.engine import Workload
 
@@ -37,9 +36,13 @@ def choose(
     The engine is the cheapest one that is able to do the work. The costs of a step forward and
     backward are counted in FLOPs, with n = d + 1 if there is a bias and n = d otherwise:
 
-        dense     6 m D n + the passes over its outputs; the outputs must fit in 1 GiB
+        dense     6 m D n + the passes over its outputs; the outputs must fit in 1 GiB, or in 4 GiB
+                  on a GPU
         chunked   8 m D n + those passes
-        gram      4 D n² + 4 m n² + the passes over its inputs + its overhead
+        gram      4 D n² + 4 m n² + the passes over its inputs and its weight + its overhead
+
+    What passes and overheads take, in FLOPs that take as long, are data of a machine: of 2 cores,
+    and of an H100 for every GPU.
 
     The choice depends on sizes alone. With S = Σ π (w − w̄)(w − w̄)ᵀ, the gram engine computes
     q = hᵀSh with an error of about 30 eps Σ_j h_j² S_jj. Where large terms cancel, as when some
@@ -82,7 +85,8 @@ def _explained(work: Workload, engine: str) -> Choice:
     # dense has a cost even where its outputs do not fit
     costs = {x.name: x.cost(work) for x in ENGINES.values() if x.name == "dense" or x.able(work)}
     listed = ", ".join(f"{name} {flops:.2g}" for name, flops in costs.items())
-    fits = "" if memory <= LOGITS_LIMIT else f", more than the {LOGITS_LIMIT >> 20} that dense may"
+    limit = work.machine.logits_limit
+    fits = "" if memory <= limit else f", more than the {limit >> 20} that dense may"
     return Choice(
         engine,
         f"{engine} is the cheapest that fits; estimated costs in FLOP equivalents: {listed}; the "

@@ -10,11 +10,7 @@ from softsphere.engines.row_statistics import output_statistics
 from softsphere.engines.weight import accumulator, spread_of_outputs
 from softsphere.rounding import above_rounding
 
-__all__ = ["DENSE", "LOGITS_LIMIT"]
-
-# The memory that the outputs may take where the engine is chosen, together with their gradient and
-# the float32 tensors that are made of them on the way: a small part of any machine's memory.
-LOGITS_LIMIT = 1 << 30
+__all__ = ["DENSE"]
 
 
 def _statistics_of_outputs(x: Inputs, how: Settings) -> tuple[Tensor, Tensor, Tensor]:
@@ -36,7 +32,7 @@ def _cost(work: Workload) -> float:
 
 
 def _fits(work: Workload) -> bool:
-    return work.outputs_bytes <= LOGITS_LIMIT
+    return work.outputs_bytes <= work.machine.logits_limit
 
 
 DENSE = Engine("dense", _statistics_of_outputs, _cost, able=_fits, transforms=True)

@@ -12,11 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Engine", "Gradients", "Inputs", "Settings", "Statistics", "Workload", "mass_of"]
+from softsphere.engines.machines import Machine, machine
 
-# The outputs of a step pass through memory several times: they are written, summed, and turned
-# into a gradient. For one output this takes as long as this many FLOPs of a matrix product.
-_FLOPS_PER_OUTPUT = 200
+__all__ = ["Engine", "Gradients", "Inputs", "Settings", "Statistics", "Workload", "mass_of"]
 
 
 class Inputs(NamedTuple):
@@ -88,9 +86,14 @@ class Workload:
         return self.d + self.bias
 
     @property
+    def machine(self) -> Machine:
+        """What work besides products takes on the device."""
+        return machine(self.device, self.dtype)
+
+    @property
     def passes(self) -> int:
         """The time that all outputs spend in memory, in FLOPs."""
-        return _FLOPS_PER_OUTPUT * self.m * self.D
+        return self.machine.output * self.m * self.D
 
     @property
     def target_rows(self) -> int:

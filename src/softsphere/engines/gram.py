@@ -22,12 +22,6 @@ from softsphere.engines.weight import scatter
 
 __all__ = ["GRAM", "guarded_statistics"]
 
-# FLOPs that take as long as one entry of H and its rows of W at the targets, which are read,
-# multiplied, summed and added.
-_FLOPS_PER_INPUT = 800
-# FLOPs that take as long as what the engine does besides products.
-_OVERHEAD = 5e7
-
 
 def _forward(x: Inputs, how: Settings) -> tuple[Tensor, ...]:
     """s, q, c, and for the backward P, μ, S, shift and rest.
@@ -79,8 +73,9 @@ def guarded_statistics(x: Inputs, how: Settings) -> tuple[Tensor, Tensor, Tensor
 
 
 def _cost(work: Workload) -> float:
-    products = 4 * (work.D + work.m) * work.n**2
-    return products + work.target_rows + _FLOPS_PER_INPUT * work.m * work.n + _OVERHEAD
+    products, on = 4 * (work.D + work.m) * work.n**2, work.machine
+    passes = on.input * work.m * work.n + on.number * work.D * work.n
+    return products + work.target_rows + passes + on.overhead
 
 
 # kept: P (m, d), μ (m), S (n, n), shift (n) and rest (n)

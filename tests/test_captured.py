@@ -243,6 +243,17 @@ def test_on_a_cpu_the_step_is_run_as_it_is():
     assert not step.captures
 
 
+def test_a_trunk_that_adamw_steps():
+    """On a CPU alone, where PyTorch's AdamW cannot be captured."""
+    trunk, head, _ = model()
+    adamw = {"params": trunk.parameters(), "algorithm": "adamw", "lr": torch.tensor(0.01)}
+    optimizer = FactoredSGD([{"params": head.parameters(), "lr": 1.0}, adamw], capturable=True)
+    step = CapturedStep(step_of(trunk, head, optimizer), optimizer, *batch(0))
+    before, losses = trunk.weight.clone(), [step(*batch(0)) for _ in range(10)]
+    assert losses[-1] < losses[0] and not torch.equal(trunk.weight, before)
+    assert optimizer.param_groups[1]["capturable"]
+
+
 def test_a_train_that_reads_a_value_is_told(monkeypatch):
     pretend_a_gpu(monkeypatch)
     mine = model()

@@ -118,6 +118,7 @@ class FactoredSGD(torch.optim.Optimizer):
         plain = [x[1] if isinstance(x, tuple) else x for x in group["params"]]
         if (algorithm := group.setdefault("algorithm", "sgd")) not in _ALGORITHMS:
             raise ValueError(f"algorithm must be 'sgd' or 'adamw', got {algorithm!r}")
+        group.setdefault("capturable", self.defaults["capturable"])
         if algorithm == "adamw":
             if any(isinstance(x, FactoredTensor) for x in plain):
                 raise TypeError(
@@ -132,7 +133,7 @@ class FactoredSGD(torch.optim.Optimizer):
             if _is_auto(group.get("lr", self.defaults["lr"])):
                 group["lr"] = default_rate(plain)
             checks.sgd_options({**self.defaults, **group})
-        if group.setdefault("capturable", self.defaults["capturable"]):
+        if group["capturable"]:
             _check_capturable({**self.defaults, **group}, plain)
         super().add_param_group(group)
 
@@ -198,6 +199,8 @@ class FactoredSGD(torch.optim.Optimizer):
         groups = [{**group, "params": params}]
         if group["capturable"] and kind is torch.optim.SGD:
             groups[0] |= {"fused": True, "foreach": False}
+        elif all(p.device.type == "cpu" for p in params):
+            groups[0] |= {"capturable": False}  # PyTorch's AdamW refuses it there
         inner.__setstate__({"defaults": group, "state": self.state, "param_groups": groups})
         # Without the hooks that all optimizers share. They see the step of this one.
         step: Any = kind.step

@@ -127,6 +127,15 @@ def test_rows_of_one_target_are_summed_before_they_are_rounded():
     assert (out[3].float() - 303).abs().max() <= 1 and not out[:3].any() and not out[4].any()
 
 
+def test_rows_with_a_factor_of_zero_add_nothing():
+    """Also where they are the most, as ignored rows may be, and hold what is not finite."""
+    H, out = torch.ones(40, 4, device=DEVICE), torch.zeros(5, 4, device=DEVICE)
+    H[5:], factor = torch.nan, torch.zeros(40, 1, device=DEVICE)
+    factor[:5] = 1
+    fused_rows.add_target_rows(out, H, torch.zeros(40, 1, device=DEVICE).long(), factor)
+    assert (out[0] == 5).all() and not out[1:].any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_a_step_by_kernels(monkeypatch, dtype):
     """The whole gram engine, forward and backward, with a bias and targets that repeat."""

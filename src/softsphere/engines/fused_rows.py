@@ -21,8 +21,8 @@ if TYPE_CHECKING:  # moments.py calls these passes
 __all__ = ["add_target_rows", "hidden_gradient", "scaled", "sums", "usable"]
 
 _INSTALLED = find_spec("triton") is not None
-# Columns of a row that a program reads at once.
-_COLUMNS = 1024
+# Columns of a row that a program reads at once, and the rows and columns where it reads several.
+_COLUMNS, _SOME_ROWS, _SOME_COLUMNS = 1024, 16, 256
 
 
 def usable(x: Tensor) -> bool:
@@ -37,13 +37,13 @@ def _kernels() -> ModuleType:
     return row_kernels
 
 
-def _options(dtype: torch.dtype, d: int) -> dict[str, Any]:
+def _options(dtype: torch.dtype, d: int, columns: int = _COLUMNS) -> dict[str, Any]:
     import triton
     import triton.language as tl
 
     return {
         "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
-        "BD": min(_COLUMNS, triton.next_power_of_2(max(d, 1))),
+        "BD": min(columns, triton.next_power_of_2(max(d, 1))),
         "num_warps": 4,
     }
 
@@ -130,10 +130,11 @@ def scaled(H: Tensor, factor: Tensor) -> Tensor:
 
 def add_target_rows(out: Tensor, H: Tensor, target: Tensor, gc: Tensor) -> None:
     """out (D, d)[t_ij] += gc_ij H_i. Equal targets add up in their order, and are rounded once."""
-    (m, K), d = target.shape, H.shape[1]
-    ordered, order = target.flatten().sort(stable=True)
+    (m, K), (D, d) = target.shape, out.shape
+    # What is nothing, as for the rows that are ignored, is put behind all classes.
+    ordered, order = torch.where(gc == 0, D, target).flatten().sort(stable=True)
     if m * K:
-        options = _options(gc.dtype, d)
+        options = _options(gc.dtype, d, _SOME_COLUMNS)
         with torch.cuda.device_of(H):
             _kernels().target_rows_kernel[(m * K, -(-d // options["BD"]))](
                 H,
@@ -146,5 +147,7 @@ def add_target_rows(out: Tensor, H: Tensor, target: Tensor, gc: Tensor) -> None:
                 K,
                 *H.stride(),
                 *out.stride(),
+                D,
+                BR=_SOME_ROWS,
                 **options,
             )

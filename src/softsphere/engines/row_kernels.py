@@ -133,28 +133,35 @@ def target_rows_kernel(
     stride_hd,
     stride_ok,
     stride_od,
+    num_classes,
     ACC: tl.constexpr,
     BD: tl.constexpr,
+    BR: tl.constexpr,
 ):
-    """out_t += Σ gc_p h_p over the places p of target t, in their order, rounded once.
+    """out_t += Σ gc_p h_p over the places p of target t, rounded once.
 
     ordered, order: the targets in ascending order, and their places in (m, K). The program of the
-    first place of a target has all of its places, so that nothing is added twice at once.
+    first place of a target takes all of its places, BR at a time, so that nothing is added twice at
+    once. A target that is num_classes stands for none.
     """
     first = tl.program_id(0).to(tl.int64)
     t = tl.load(ordered + first)
     before = tl.load(ordered + first - 1, first > 0, -1)
-    if t != before:
+    if (t != before) & (t < num_classes):
         j = tl.program_id(1) * BD + tl.arange(0, BD)
         there = j < d
         total = tl.zeros([BD], ACC)
         at = first
         going = True
         while going:
-            place = tl.load(order + at)
-            h = tl.load(H + (place // K) * stride_hm + j * stride_hd, there, 0.0).to(ACC)
-            total += tl.load(gc + place) * h
-            at += 1
+            some = at + tl.arange(0, BR)
+            mine = tl.load(ordered + some, some < count, -1) == t
+            place = tl.load(order + some, mine, 0)
+            by = tl.load(gc + place, mine, 0.0)
+            rows = H + (place // K)[:, None] * stride_hm + j[None, :] * stride_hd
+            h = tl.load(rows, mine[:, None] & there[None, :], 0.0).to(ACC)
+            total += tl.sum(by[:, None] * h, 0)
+            at += BR
             going = tl.load(ordered + at, at < count, -1) == t
         row = out + t * stride_ok + j * stride_od
         total += tl.load(row, there, 0.0).to(ACC)

@@ -53,7 +53,9 @@ class Output:
     bias, if prior is True. clusters: how many clusters the words outside the shortlist make, each
     a distribution of its own with their frequencies as the base measure. shortlist: how many of the
     commonest words are in no cluster. by: "frequency" for clusters of words that are about as
-    common; None for clusters by meaning. For all of these None means the default.
+    common; None for clusters by meaning. leaf_features: the width of the projection of the hidden
+    state that the clusters get; None for the hidden state itself. For all of these None means the
+    default.
     """
 
     loss: str
@@ -71,6 +73,7 @@ class Output:
     clusters: int | None = None
     shortlist: int | None = None
     by: str | None = None
+    leaf_features: int | None = None
 
     def __post_init__(self) -> None:
         self._check_clusters()
@@ -87,8 +90,9 @@ class Output:
         if self.by not in (None, "frequency"):
             raise LabError(f"by must be frequency or left out, got {self.by!r}")
         if self.clusters is None:
-            if self.shortlist is not None or self.by is not None:
-                raise LabError("shortlist and by are for an output layer with clusters; add them")
+            for name in ("shortlist", "by", "leaf_features"):
+                if getattr(self, name) is not None:
+                    raise LabError(f"{name} is for an output layer with clusters; add clusters=…")
             return
         if self.loss in BASELINES:
             raise LabError(f"clusters have no meaning for {self.loss}; leave them out")
@@ -236,7 +240,10 @@ def layer(
     if output.clusters is not None:
         if assignment is None:
             raise ValueError(f"{output} needs the assignment of the classes to its clusters")
-        clustered = ClusteredLoss(width, D, assignment, leaf=output.spec.loss(), counts=counts)
+        leaf, projected = output.spec.loss(), output.leaf_features
+        clustered = ClusteredLoss(
+            width, D, assignment, leaf=leaf, leaf_features=projected, counts=counts
+        )
         return clustered.to(device), None
     linear = nn.Linear(width, D)
     with torch.no_grad():

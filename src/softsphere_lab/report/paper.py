@@ -38,8 +38,8 @@ def label(name: str) -> str:
 
     >>> label("taylor_softmax prior factored depth=2")
     'log-Taylor softmax, base measure, factored, SGD, depth 2'
-    >>> label("softmax clusters=16 shortlist=100 by=frequency")
-    'softmax, 16 clusters, shortlist 100, by frequency'
+    >>> label("softmax clusters=16 shortlist=100 by=frequency leaf_features=8")
+    'softmax, 16 clusters, shortlist 100, by frequency, leaves of width 8'
     """
     loss, *words = name.split()
     return ", ".join([LABELS.get(loss, loss), *map(_phrase, words)])
@@ -54,6 +54,8 @@ def _phrase(word: str) -> str:
     key, _, value = word.removesuffix(".0").partition("=")
     if key == "clusters":
         return "one cluster" if value == "1" else f"{value} clusters"
+    if key == "leaf_features":
+        return f"leaves of width {value}"
     if key == "samples":
         return f"{value} samples"
     return WORDS.get(word, f"{key} {value.replace(',', ' and ')}" if value else key)

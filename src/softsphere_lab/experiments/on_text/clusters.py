@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from softsphere_lab.experiments.experiment import StudyReproduction
 from softsphere_lab.experiments.on_text.clusters_section import clusters_section
@@ -14,11 +15,9 @@ from softsphere_lab.training.language_run import Setup
 __all__ = ["LSTM", "PTB", "WIKIPEDIA"]
 
 
-def _clustered(
-    loss: str, clusters: int, shortlist: int = 1000, by: str | None = None, lstm: bool = False
-) -> Output:
+def _clustered(loss: str, clusters: int, shortlist: int = 1000, **options: Any) -> Output:
     """Returns an output layer with clusters."""
-    return Output(loss, lstm=lstm, clusters=clusters, shortlist=shortlist, by=by)
+    return Output(loss, clusters=clusters, shortlist=shortlist, **options)
 
 
 # On Penn Treebank: the layer that is put forward, and those that it has to be compared with.
@@ -27,8 +26,9 @@ MAIN = (
     Output("adaptive_softmax", prior=True, cutoffs=(2000,), div_value=1.0),
     _clustered("taylor_softmax", 1),
     _clustered("taylor_softmax", 256),
-    # the shortlist of adaptive softmax
+    # with the shortlist of adaptive softmax, and with a projection as its tail has one
     _clustered("taylor_softmax", 256, shortlist=2000),
+    _clustered("taylor_softmax", 256, shortlist=2000, leaf_features=128),
 )
 OTHERS = (
     Output("softmax"),

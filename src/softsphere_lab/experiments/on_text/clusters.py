@@ -20,11 +20,12 @@ def _clustered(loss: str, clusters: int, shortlist: int = 1000, **options: Any) 
     return Output(loss, clusters=clusters, shortlist=shortlist, **options)
 
 
+ONE_TAIL = _clustered("taylor_softmax", 1)
 # On Penn Treebank: the layer that is put forward, and those that it has to be compared with.
 MAIN = (
     Output("softmax", prior=True),
     Output("adaptive_softmax", prior=True, cutoffs=(2000,), div_value=1.0),
-    _clustered("taylor_softmax", 1),
+    ONE_TAIL,
     _clustered("taylor_softmax", 256),
     # with the shortlist of adaptive softmax, and with a projection as its tail has one
     _clustered("taylor_softmax", 256, shortlist=2000),
@@ -168,7 +169,7 @@ PTB = StudyReproduction(
             FULL,
             outputs=(*MAIN, *SMALL),
             setup=replace(FULL.setup, epochs=4),
-            once=SMALL,
+            once=(*SMALL, ONE_TAIL),
         ),
         "full": FULL,
     },

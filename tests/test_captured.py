@@ -143,6 +143,21 @@ def test_the_steps_after_a_refused_one_are_left_out_too(monkeypatch):
     assert not torch.equal(mine[1].dense(), before)
 
 
+def test_a_weight_that_is_loaded_forgets_a_refused_step(monkeypatch):
+    pretend_a_gpu(monkeypatch)
+    mine = model()
+    step, rate = CapturedStep(step_of(*mine), mine[2], *batch(0)), mine[2].param_groups[0]["lr"]
+    saved = copy.deepcopy(mine[1].state_dict())
+    many(step, 10)
+    rate.fill_(torch.nan)
+    step(*batch(10))
+    rate.fill_(1.0)
+    mine[1].load_state_dict(saved)
+    before = mine[1].dense()
+    many(step, 300)
+    assert not torch.equal(mine[1].dense(), before)
+
+
 def test_calm_steps_are_taken_by_products_and_sudden_ones_by_elimination(monkeypatch):
     """Also where the rate is another one by the time that the step is finished."""
     pretend_a_gpu(monkeypatch)

@@ -125,6 +125,11 @@ class FactoredMatrix(Matrix):
     def forget_wear(self) -> None:
         self.watch.restart()
 
+    def reset_(self) -> None:
+        super().reset_()
+        if self.watch.refused is not None:  # what was refused was a step of another weight
+            self.watch.refused.zero_()
+
     @in_full_precision
     def canonical_(self) -> None:
         W = self.arrays

@@ -126,9 +126,11 @@ class FactoredMatrix(Matrix):
         self.watch.restart()
 
     def reset_(self) -> None:
-        super().reset_()
-        if self.watch.refused is not None:  # what was refused was a step of another weight
+        # what was refused, or left unfinished, was a step of another weight
+        self.arrays.unfinished = None
+        if self.watch.refused is not None:
             self.watch.refused.zero_()
+        super().reset_()
 
     @in_full_precision
     def canonical_(self) -> None:

@@ -143,12 +143,15 @@ def test_the_steps_after_a_refused_one_are_left_out_too(monkeypatch):
     assert not torch.equal(mine[1].dense(), before)
 
 
-def test_a_weight_that_is_loaded_forgets_a_refused_step(monkeypatch):
+@pytest.mark.parametrize("by", ["products", "elimination"])
+def test_a_weight_that_is_loaded_forgets_a_refused_step(monkeypatch, by):
     pretend_a_gpu(monkeypatch)
     mine = model()
     step, rate = CapturedStep(step_of(*mine), mine[2], *batch(0)), mine[2].param_groups[0]["lr"]
     saved = copy.deepcopy(mine[1].state_dict())
     many(step, 10)
+    if by == "elimination":
+        mine[1].matrix.watch.products, mine[1].matrix.watch.period = 0, 1000
     rate.fill_(torch.nan)
     step(*batch(10))
     rate.fill_(1.0)

@@ -38,13 +38,16 @@ OTHERS = (
     Output("sampled_softmax", prior=True, samples=1024),
     Output("taylor_softmax", prior=True),
 )
+NARROWED = Output("adaptive_softmax", prior=True, cutoffs=(1000, 4000), div_value=2.0)
 SWEEP = (
+    NARROWED,
     _clustered("softmax", 256),
     *(_clustered("taylor_softmax", clusters) for clusters in (16, 64, 128)),
     *(_clustered("taylor_softmax", clusters, by="frequency") for clusters in (16, 64, 128, 256)),
 )
 # What the budget small runs beside MAIN, with one seed.
 SMALL = (
+    NARROWED,
     _clustered("softmax", 256),
     Output("sampled_softmax", prior=True, samples=1024),
     *(_clustered("taylor_softmax", clusters) for clusters in (16, 64)),
@@ -56,9 +59,9 @@ WIKIPEDIA_MAIN = (
     Output("adaptive_softmax", prior=True, cutoffs=(4000, 20_000), div_value=2.0),
     Output("sampled_softmax", prior=True, samples=1024),
     _clustered("taylor_softmax", 256, shortlist=2000),
-    _clustered("softmax", 256, shortlist=2000),
 )
 WIKIPEDIA_OTHERS = (
+    _clustered("softmax", 256, shortlist=2000),
     Output("taylor_softmax", prior=True),
     Output("hierarchical_softmax"),
     _clustered("taylor_softmax", 1, shortlist=2000),

@@ -61,10 +61,12 @@ WIKIPEDIA_MAIN = (
     _clustered("taylor_softmax", 256, shortlist=2000),
 )
 WIKIPEDIA_OTHERS = (
-    _clustered("softmax", 256, shortlist=2000),
     Output("taylor_softmax", prior=True),
     Output("hierarchical_softmax"),
-    _clustered("taylor_softmax", 1, shortlist=2000),
+)
+WIKIPEDIA_SWEEP = (
+    _clustered("softmax", 256, shortlist=2000),
+    *(_clustered("taylor_softmax", clusters, shortlist=2000) for clusters in (1, 64)),
 )
 RECURRENT = (
     Output("softmax", prior=True, lstm=True),
@@ -93,7 +95,13 @@ FULL = LanguageModelling(
 ON_WIKIPEDIA = replace(
     FULL,
     dataset="wikipedia",
-    outputs=(*WIKIPEDIA_SOFTMAX, Output("softmax"), *WIKIPEDIA_MAIN, *WIKIPEDIA_OTHERS),
+    outputs=(
+        *WIKIPEDIA_SOFTMAX,
+        Output("softmax"),
+        *WIKIPEDIA_MAIN,
+        *WIKIPEDIA_OTHERS,
+        *WIKIPEDIA_SWEEP,
+    ),
     setup=replace(FULL.setup, batch_size=1024, epochs=2, held=100_000),
     trial_words=2_000_000,
 )
@@ -196,7 +204,7 @@ WIKIPEDIA = StudyReproduction(
             ON_WIKIPEDIA,
             outputs=(*WIKIPEDIA_SOFTMAX, *WIKIPEDIA_MAIN, *WIKIPEDIA_OTHERS),
             setup=replace(ON_WIKIPEDIA.setup, train=1_000_000, epochs=1, held=20_000),
-            trial_words=200_000,
+            trial_words=150_000,
             once=(*WIKIPEDIA_SOFTMAX, *WIKIPEDIA_OTHERS),
         ),
         "full": ON_WIKIPEDIA,

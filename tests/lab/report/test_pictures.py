@@ -130,7 +130,9 @@ def test_every_layer_of_a_record_is_drawn_or_said_to_be_missing(folder, drawn):
         }
     if folder.endswith("classes-small"):
         names.remove("softmax")  # all the others are given in multiples of it
-    for _, draw in pictures_of(folder):
+    for picture, draw in pictures_of(folder):
+        if picture == "sweep":  # it is over clusters alone, in multiples of softmax
+            continue
         said = words(drawn(draw))
         assert all(name in said for name in names)
 

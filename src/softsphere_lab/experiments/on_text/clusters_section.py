@@ -186,6 +186,8 @@ def _sweep(results: Results, outputs: Mapping[str, Output], softmax: str) -> lis
         within = label(output.loss)
         if several:
             within += f", shortlist {output.shortlist}"
+        if output.leaf_features is not None:
+            within += f", leaves of width {output.leaf_features}"
         by = ("meaning", "frequency") if output.clusters == 1 else (output.by or "meaning",)
         for each in by:
             curves.setdefault(f"{within}, by {each}", {})[output.clusters] = found

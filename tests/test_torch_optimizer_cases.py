@@ -485,7 +485,7 @@ MORE = {
         [one], momentum=0.9, dampening=0.1, nesterov=True
     ),
     "a rate that is no number": lambda method: method([one], lr=None),
-    "an unknown option": lambda method: method([one], capturable=True),
+    "an unknown option": lambda method: method([one], amsgrad=True),
 }
 
 

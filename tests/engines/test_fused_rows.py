@@ -136,6 +136,17 @@ def test_rows_with_a_factor_of_zero_add_nothing():
     assert (out[0] == 5).all() and not out[1:].any()
 
 
+def test_a_bias_may_cancel_a_column_of_the_mean_row():
+    H, W = torch.randn(20, 8, device=DEVICE), 0.1 * torch.randn(90, 8, device=DEVICE)
+    H[:, 0], W[:, 0], b = 1, 1e4, torch.full((90,), 1 - 1e4, device=DEVICE)
+    x = Inputs(H, W, b, torch.zeros(20, 1, device=DEVICE).long(), None)
+    at = moments.moments(x, True, 100, torch.float32)
+    want = H.double() @ W.double().mean(0) + b.double().mean()
+    error = (fused_rows.sums(x, rows_of_S(x, at), at)[1] - want).abs().max()
+    # rounded before the bias is added, it would be wrong by some 1e-4
+    assert error < 1e-5
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_a_step_by_kernels(monkeypatch, dtype):
     """The whole gram engine, forward and backward, with a bias and targets that repeat."""

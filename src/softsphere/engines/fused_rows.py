@@ -57,8 +57,8 @@ def sums(x: Inputs, P: Tensor, at: Moments) -> tuple[Tensor, Tensor, Tensor, Ten
     (m, d), K = H.shape, target.shape[1]
     mean = at.mean
     column = None if x.b is None else S[:d, d].contiguous()
-    squares, mu, size = (S.new_empty(m) for _ in range(3))
-    own = S.new_empty(m, K)
+    squares, size, own = S.new_empty(m), S.new_empty(m), S.new_empty(m, K)
+    mu = S.new_empty(m, dtype=torch.float64)
     if m:
         with torch.cuda.device_of(H):
             _kernels().sums_kernel[(m,)](
@@ -81,10 +81,11 @@ def sums(x: Inputs, P: Tensor, at: Moments) -> tuple[Tensor, Tensor, Tensor, Ten
                 **_options(S.dtype, d),
             )
     if x.b is None:
-        return squares, mu, size, own
+        return squares, mu.to(S.dtype), size, own
     last = at.rest[d]
     own += (x.b[target].to(S.dtype) - at.shift[d]) - last
-    mu = (mu.double() + mean[d]).to(S.dtype)
+    # rounded only now, since a bias may cancel what the columns of the mean row add
+    mu = (mu + mean[d]).to(S.dtype)
     return squares + S[d, d], mu, size + last.abs(), own
 
 

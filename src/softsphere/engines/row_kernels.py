@@ -2,7 +2,7 @@
 
 A program has one row i, or one target, and goes through its columns in blocks. H, W and the
 gradient of W may have any strides; all other tensors are contiguous. Sums are taken in ACC, the
-dtype of the moments, and those that may cancel in float64.
+dtype of the moments, and those that may cancel in float64, which `mu` is stored in.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def sums_kernel(
         of_mean += tl.load(mean + j, there, 0.0) * h.to(tl.float64)
         of_size += tl.abs(tl.load(rest + j, there, 0.0) * h)
     tl.store(squares + i, tl.sum(of_squares))
-    tl.store(mu + i, tl.sum(of_mean).to(ACC))
+    tl.store(mu + i, tl.sum(of_mean))
     tl.store(size + i, tl.sum(of_size))
     for k in range(K):
         t = tl.load(target + i * K + k)

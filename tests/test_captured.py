@@ -309,6 +309,8 @@ def test_a_capture_by_hand_is_refused(monkeypatch):
 
 def test_options_that_a_graph_could_not_read():
     trunk, head, _ = model()
+    with pytest.raises(ValueError, match=r"lr must be from 0 to 1e\+18, got nan"):
+        FactoredSGD(head.parameters(), lr=torch.tensor(torch.nan), capturable=True)
     far = torch.tensor(1.0, device="meta")
     with pytest.raises(ValueError, match=r"lr must be on the device.*got meta"):
         FactoredSGD(head.parameters(), lr=far, capturable=True)

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from softsphere._torch import values_on_cpu
+
 __all__ = ["learning_rate", "sgd_options"]
 
 # Squares of what a step computes must not overflow in float32.
@@ -17,12 +19,12 @@ _LARGEST_RATE = 1e18
 def learning_rate(lr: Any, *, unread: bool = False) -> None:
     """Raises ValueError for a learning rate that is negative, too large, or no number.
 
-    unread: whether the value of a tensor is not looked at.
+    unread: whether the value of a tensor is not looked at where that means waiting for a device.
     """
     if isinstance(lr, Tensor):
         if lr.numel() != 1:
             raise ValueError(f"Tensor lr must be 1-element, got {lr.numel()} elements")
-        if unread:
+        if unread and not values_on_cpu(lr):
             return
     value = float(lr)
     if not 0 <= value <= _LARGEST_RATE:
@@ -32,12 +34,13 @@ def learning_rate(lr: Any, *, unread: bool = False) -> None:
 def sgd_options(options: Mapping[str, Any]) -> None:
     """Raises ValueError for options that torch.optim.SGD refuses, or that are not finite.
 
-    With the option `capturable` the values of tensors are not looked at.
+    With the option `capturable` the values of tensors are not looked at on a device.
     """
     unread = bool(options.get("capturable"))
     learning_rate(options["lr"], unread=unread)
     for name in ("momentum", "dampening", "weight_decay"):
-        if unread and isinstance(options[name], Tensor):
+        given = options[name]
+        if unread and isinstance(given, Tensor) and not values_on_cpu(given):
             continue
         value = float(options[name])
         if not math.isfinite(value) or (value < 0 and name != "dampening"):
@@ -45,6 +48,7 @@ def sgd_options(options: Mapping[str, Any]) -> None:
             raise ValueError(f"Invalid {name} value: it must be a {what}, got {options[name]}")
     if not options["nesterov"]:
         return
-    unknown = unread and isinstance(options["momentum"], Tensor)
-    if options["dampening"] != 0 or (not unknown and options["momentum"] <= 0):
+    momentum = options["momentum"]
+    unknown = unread and isinstance(momentum, Tensor) and not values_on_cpu(momentum)
+    if options["dampening"] != 0 or (not unknown and momentum <= 0):
         raise ValueError("Nesterov momentum requires a momentum and zero dampening")

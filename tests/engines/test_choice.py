@@ -43,9 +43,9 @@ def test_dense_outputs_are_never_larger_than_the_limit():
             assert 4 * m * D * dtype.itemsize <= machine(device, dtype).logits_limit
 
 
-@pytest.mark.parametrize(
-    ("m", "D", "d", "engine"),
-    [
+# m, D, d and the engine, by the dtype and the device
+KNOWN = {
+    (torch.float32, "cpu"): [
         (2048, 100_000, 512, "gram"),
         (1024, 262_144, 256, "gram"),
         (1024, 1_000_000, 64, "gram"),
@@ -54,14 +54,7 @@ def test_dense_outputs_are_never_larger_than_the_limit():
         (32, 50_000, 1024, "dense"),
         (128, 2_810_000, 768, "chunked"),
     ],
-)
-def test_known_workloads(m, D, d, engine):
-    assert choose(m, D, d, torch.float32, "cpu").engine == engine
-
-
-@pytest.mark.parametrize(
-    ("m", "D", "d", "engine"),
-    [
+    (torch.bfloat16, "cuda"): [
         (8192, 256_000, 2304, "gram"),
         (16384, 248_320, 2048, "gram"),
         (32768, 128_256, 4096, "gram"),
@@ -72,9 +65,13 @@ def test_known_workloads(m, D, d, engine):
         (64, 128_256, 4096, "dense"),
         (1024, 1_000_000, 4096, "chunked"),
     ],
-)
-def test_known_workloads_on_a_gpu(m, D, d, engine):
-    assert choose(m, D, d, torch.bfloat16, "cuda").engine == engine
+}
+
+
+@pytest.mark.parametrize("where", KNOWN, ids=str)
+def test_known_workloads(where):
+    for *sizes, engine in KNOWN[where]:
+        assert choose(*sizes, *where).engine == engine, sizes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -21,13 +21,21 @@ import torch
 
 from softsphere_lab.errors import LabError
 from softsphere_lab.timing.clock import Effort, step_times
+from softsphere_lab.timing.half_precision_heads import head_measures
 from softsphere_lab.timing.linear_losses import LINEAR_LOSSES, ForwardBackward
 from softsphere_lab.timing.setting import Setting
 from softsphere_lab.timing.training_steps import CHUNKED, CLUSTERS, LAYERS, ON_GPU
 
-__all__ = ["FORWARD_BACKWARD", "TRAINING_STEP", "Measured", "TookTooLongError", "measure"]
+__all__ = [
+    "FORWARD_BACKWARD",
+    "TRAINING_STEP",
+    "Measured",
+    "TookTooLongError",
+    "measure",
+    "measure_head",
+]
 
-TRAINING_STEP, FORWARD_BACKWARD = "training step", "forward and backward"
+TRAINING_STEP, FORWARD_BACKWARD, HEAD = "training step", "forward and backward", "head"
 KINDS: Mapping[str, Mapping[str, Callable[[Setting], Any]]] = {
     TRAINING_STEP: {**LAYERS, **CHUNKED, **CLUSTERS, **ON_GPU},
     FORWARD_BACKWARD: LINEAR_LOSSES,
@@ -65,6 +73,34 @@ def measure(
     seconds after which the process is ended.
     Raises: LabError with what the process printed if it failed, TookTooLongError if its time is up.
     """
+    said = _apart(name, kind, setting, effort, device, patience)
+    return Measured(**said)
+
+
+def measure_head(
+    name: str,
+    setting: Setting,
+    effort: Effort | None = None,
+    *,
+    device: str = "cpu",
+    patience: float | None = None,
+) -> dict[str, float]:
+    """Measures the head of that name in bfloat16 in a process of its own; see `head_measures`.
+
+    Raises what `measure` raises.
+    """
+    return _apart(name, HEAD, setting, effort, device, patience)
+
+
+def _apart(
+    name: str,
+    kind: str,
+    setting: Setting,
+    effort: Effort | None,
+    device: str,
+    patience: float | None,
+) -> dict[str, Any]:
+    """Returns what a process of its own prints."""
     job = {
         "name": name,
         "kind": kind,
@@ -90,7 +126,8 @@ def measure(
         if status:
             said = wrong.read().strip()[-2000:] or f"exit status {status}"
             raise LabError(f"{name} at {setting} failed:\n{said}")
-        return Measured(**json.loads(out.read().splitlines()[-1]))
+        found: dict[str, Any] = json.loads(out.read().splitlines()[-1])
+        return found
 
 
 def _leave_with_parent() -> None:
@@ -104,14 +141,23 @@ def _main(text: str) -> None:
     job = json.loads(text)
     torch.set_num_threads(job["threads"])
     torch.manual_seed(0)
-    setting, device = Setting(**job["setting"]), job["device"]
+    setting, effort = Setting(**job["setting"]), Effort(**job["effort"])
+    if job["kind"] == HEAD:
+        print(json.dumps(head_measures(job["name"], setting, effort, job["device"])))
+    else:
+        print(json.dumps(asdict(_step_measured(job, setting, effort))))
+
+
+def _step_measured(job: Mapping[str, Any], setting: Setting, effort: Effort) -> Measured:
+    """The time of a step and, of forward and backward, its memory."""
+    device = job["device"]
     with torch.device(device):
         step = KINDS[job["kind"]][job["name"]](setting)
-    seconds = statistics.median(step_times(step, setting, Effort(**job["effort"]), device))
+    seconds = statistics.median(step_times(step, setting, effort, device))
     extra = None
     if isinstance(step, ForwardBackward):
         extra = step.extra_bytes(*setting.batch(torch.Generator(device).manual_seed(0)))
-    print(json.dumps(asdict(Measured(seconds, extra))))
+    return Measured(seconds, extra)
 
 
 if __name__ == "__main__":

@@ -54,18 +54,28 @@ def test_there_is_a_script_for_every_committed_table():
 def test_each_script_measures_a_tiny_case(question, monkeypatch, tmp_path, capsys):
     monkeypatch.syspath_prepend(str(FOLDER))
     module = importlib.import_module(question)
-    if question == "language_model_heads_on_gpu" and not torch.cuda.is_available():
-        status = run(module.__file__, module.__doc__, module.cases, arguments=["--smoke"])
-        assert status == 2 and "needs a CUDA device" in capsys.readouterr().err
-        return
-    if hasattr(module, "measure"):
-        # processes take seconds to start, and are tested on their own
-        monkeypatch.setattr(module, "measure", lambda *_, **__: Measured(0.001, 10))
+    # processes take seconds to start, and are tested on their own
+    alone = {"measure": Measured(0.001, 10), "measure_head": {"milliseconds": 1.0}}
+    for name, found in alone.items():
+        if hasattr(module, name):
+            monkeypatch.setattr(module, name, lambda *_, found=found, **__: found)
     options = getattr(module, "add_options", lambda parser: None)
     arguments = ["--smoke", "--out", str(tmp_path / "run")]
     assert run(module.__file__, module.__doc__, module.cases, options, arguments) == 0
     rows = read_table(tmp_path / "run" / "table.csv")
     assert rows and all(tuple(row) == COLUMNS and row["value"] for row in rows)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure on")
+def test_what_needs_a_gpu_is_refused_without_one(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    on_gpu = [name for name in QUESTIONS if name.endswith("_on_gpu")]
+    assert len(on_gpu) == 2
+    for question in on_gpu:
+        module = importlib.import_module(question)
+        options = getattr(module, "add_options", lambda parser: None)
+        assert run(module.__file__, module.__doc__, module.cases, options, []) == 2
+        assert "needs a CUDA device" in capsys.readouterr().err
 
 
 def test_a_run_leaves_the_record_alone_unless_it_is_asked_to_replace_it(script, capsys):

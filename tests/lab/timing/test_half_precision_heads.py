@@ -1,0 +1,29 @@
+"""Heads in bfloat16: what is measured of them, in this process and in one of its own."""
+
+from __future__ import annotations
+
+import pytest
+
+from softsphere_lab.errors import LabError
+from softsphere_lab.timing.clock import Effort
+from softsphere_lab.timing.half_precision_heads import OURS, head_measures
+from softsphere_lab.timing.processes import measure_head
+from softsphere_lab.timing.setting import Setting
+
+SETTING = Setting(D=1000, d=64, m=128)
+SHORT = Effort(0.0, 1, 1, 2)
+
+
+@pytest.mark.parametrize("name", [*OURS, "softmax"])
+def test_a_head_has_times_memory_and_the_error_of_its_own_loss(name):
+    found = head_measures(name, SETTING, SHORT, "cpu")
+    # bfloat16 keeps 8 bits; the gradient of another loss would be of another size altogether
+    assert 1e-5 < found["error of the gradient by hidden"] < 2e-2
+    assert found["milliseconds"] > 0 and found["milliseconds with AdamW"] > 0
+    assert ("share of the product rate" in found) == (name == "gram")
+
+
+def test_a_head_is_measured_in_a_process_that_says_why_it_failed():
+    assert measure_head("softmax", SETTING, SHORT)["extra MiB"] > 0
+    with pytest.raises(LabError, match=r"no head at D = 1,?000[\s\S]*KeyError: 'no head'"):
+        measure_head("no head", SETTING, SHORT)

@@ -1,21 +1,29 @@
-# `make demo` compares the losses on real digits, `make test` runs every check, `make test-oldest`
-# runs the tests with the oldest supported torch, and `make clean` removes the environments.
+# `make demo` compares the losses on real digits, `make test` runs every check, `make docs` builds the
+# documentation site, `make test-oldest` runs the tests with the oldest supported torch, and
+# `make clean` removes the environments and the site.
 PYTHON ?= python3
 BIN := .venv/bin
 OLDEST := .venv-oldest/bin
 
-.PHONY: demo test test-oldest clean
+.PHONY: demo test docs test-oldest clean
 # Two processes of one thread each: the network is so small that threads would wait for each other.
 demo: .venv/.ready
 	OMP_NUM_THREADS=1 $(BIN)/softsphere compare --tune \
 		--jobs $$(($$(getconf _NPROCESSORS_ONLN) > 1 ? 2 : 1))
 
-test: .venv/.ready
+test: .venv/.ready .venv/.docs
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+# Every example on the pages and in the docstrings runs; then the site is built, where a warning is
+# an error, and its links are followed.
+docs: .venv/.docs
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 tests/test_docs.py tests/test_site.py src/softsphere
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo "The site is in site/index.html. With its search: $(BIN)/python -m http.server -d site"
 
 # The Triton of that torch uses arrays of one element as numbers, for which NumPy has a warning.
 test-oldest: .venv-oldest/.ready
@@ -31,5 +39,9 @@ test-oldest: .venv-oldest/.ready
 		--editable ".[lab]" --group dev
 	touch $@
 
+.venv/.docs: .venv/.ready
+	$(@D)/bin/python -m pip install --quiet --constraint constraints.txt --group docs
+	touch $@
+
 clean:
-	rm -rf .venv .venv-oldest
+	rm -rf .venv .venv-oldest site

@@ -2,6 +2,6 @@
 
 from softsphere.engines.choice import Choice, choose
 from softsphere.engines.leaf_choice import choose_leaves
-from softsphere.engines.options import LinearSphericalOptions, options_or_default
+from softsphere.engines.options import LinearSphericalOptions
 
-__all__ = ["Choice", "LinearSphericalOptions", "choose", "choose_leaves", "options_or_default"]
+__all__ = ["Choice", "LinearSphericalOptions", "choose", "choose_leaves"]

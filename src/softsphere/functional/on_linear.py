@@ -11,8 +11,8 @@ from torch import Tensor
 
 from softsphere import checks, losses
 from softsphere._torch import values_on_cpu
-from softsphere.engines import LinearSphericalOptions, options_or_default
 from softsphere.engines.dispatch import linear_statistics
+from softsphere.engines.options import LinearSphericalOptions, options_or_default
 from softsphere.engines.weight import accumulator
 from softsphere.functional.base_measure import BaseMeasure, restrict
 from softsphere.functional.conventions import Conventions, mixed_precision

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from softsphere import checks, losses
-from softsphere.engines import LinearSphericalOptions, options_or_default
+from softsphere.engines.options import LinearSphericalOptions, options_or_default
 from softsphere.engines.row_statistics import accumulator
 from softsphere.functional.conventions import Conventions
 from softsphere.functional.on_linear import Affine, loss_on_linear

@@ -17,9 +17,11 @@ __all__ = ["Loss", "Normalised", "OnLogits", "Spherical", "less_log_prior"]
 class Loss:
     """A loss of one row of outputs and its target. Class attributes declare its properties.
 
-    normalised: whether it is −log f_t of a distribution f, and so has a likelihood.
-    shift_invariant, scale_invariant: whether o + a, or a·o with a > 0, have the same loss.
-    upper_bound: whether it is never below −log softmax if π = 1.
+    Attributes:
+        normalised: whether it is −log f_t of a distribution f, and so has a likelihood.
+        shift_invariant: whether o + a has the same loss for every number a.
+        scale_invariant: whether a·o has the same loss for every a > 0.
+        upper_bound: whether it is never below −log softmax if π = 1.
     """
 
     normalised: ClassVar[bool] = False

@@ -22,6 +22,9 @@ class BohningBound(Spherical):
     shift of the outputs. With a base measure it is the same expansion under π, and no longer a
     bound if some π_k < 1.
 
+    Use it to compare with softmax, which it bounds from above, where the outputs are small. The
+    bound grows with the square of the outputs, so that confident models pay much for it.
+
     Partials: s' = 1/M − s/(2M), q' = ¼, c' = −1.
     Source: Böhning 1992 (Annals of the Institute of Statistical Mathematics 44); used as a
     spherical loss by arXiv:1511.05042.

@@ -21,11 +21,15 @@ STEPS = 16
 
 @dataclass(frozen=True)
 class BouchardBound(Spherical):
-    r"""ℓ = min over ξ of  s/M + λ(q − s²/M) − (M−2)²/(16Mλ) − Mξ/2 − Mλξ² + M log(1+e^ξ) − c.
+    r"""ℓ = min_ξ s/M + λ(q − s²/M) − (M−2)²/(16Mλ) − Mξ/2 − Mλξ² + M log(1 + e^ξ) − c.
 
-    λ(ξ) = (σ(ξ) − ½)/(2ξ). With v = q/M − s²/M² the best ξ solves ξ² = v + ((M−2)/(4Mλ))²; it is
-    log(M − 1) at v = 0. The loss is an upper bound of −log softmax, and very loose for many
-    classes. With a base measure −log π_t is added, and it is no longer a bound if some π_k < 1.
+    Here λ = λ(ξ) = (σ(ξ) − ½)/(2ξ), and the minimum is over all of ℓ. With v = q/M − s²/M² the best
+    ξ solves ξ² = v + ((M−2)/(4Mλ))²; it is log(M − 1) at v = 0. The loss is an upper bound of −log
+    softmax, and very loose for many classes. With a base measure −log π_t is added, and it is no
+    longer a bound if some π_k < 1.
+
+    Use it to compare with softmax, with few classes. For large outputs it is tighter than Böhning's
+    bound.
 
     Partials (envelope theorem): s' = 1/M − 2λs/M, q' = λ, c' = −1.
     Raises ValueError for fewer than two classes, where the bound has no minimum.

@@ -32,7 +32,15 @@ class _NormalisedOnLogits(OnLogits):
 
 @dataclass(frozen=True)
 class Softmax(_NormalisedOnLogits):
-    """ℓ = log Σ_k π_k e^{o_k} − log π_t − o_t, the reference for all others.
+    """ℓ = log Σ_k π_k e^{o_k} − log π_t − o_t.
+
+    The reference for all others. It is not spherical, so it needs all the outputs.
+
+    Partials: ∂ℓ/∂o_k = p_k − [k = t], with p_k = π_k e^{o_k} / Σ_j π_j e^{o_j}.
+    Domain: outputs below +∞; −∞ leaves a class out.
+    Use it where its cost is no concern, or as what other losses are compared with.
+    Source: Bridle 1990, "Probabilistic interpretation of feedforward classification network
+    outputs".
 
     >>> import torch
     >>> Softmax().at(torch.tensor([[1.0, 0.0, -1.0]]), torch.tensor([0]), None)
@@ -48,9 +56,10 @@ class Softmax(_NormalisedOnLogits):
 
 @dataclass(frozen=True)
 class HigherTaylorSoftmax(_NormalisedOnLogits):
-    r"""Taylor softmax of even order n: t(o) = Σ_{i≤n} oⁱ/i! takes the place of e^o.
+    r"""ℓ = log Σ_k π_k t(o_k) − log π_t − log t(o_t),  t(o) = Σ_{i≤n} oⁱ/i!.
 
-    t is positive everywhere, with minima ½ (n = 2), 0.2704 (4) and 0.1493 (6). For |o| > 1 it is
+    Taylor softmax of even order n: the Taylor polynomial t takes the place of the exponential. t is
+    positive everywhere, with minima ½ (n = 2), 0.2704 (4) and 0.1493 (6). For |o| > 1 it is
     computed as n log|o| + log(t(o)/|o|ⁿ), so that no power overflows, and in float64, since the
     terms of a negative o cancel. A class at about the smallest number of the dtype, as softmax is
     given for a masked class, has t = ∞, so that the loss is not finite.
@@ -58,6 +67,9 @@ class HigherTaylorSoftmax(_NormalisedOnLogits):
     Args:
         order: n, even and from 2 to 20.
 
+    Partials: ∂ℓ/∂o_k = (p_k − [k = t]) t'(o_k)/t(o_k), with p_k = π_k t(o_k) / Σ_j π_j t(o_j).
+    Use it to see what lies between log-Taylor softmax and softmax. It needs the outputs, so it
+    saves nothing with many classes.
     Raises TypeError or ValueError for any other order.
     Source: Banerjee et al. 2020, arXiv:2011.11538, eq. (7).
 
@@ -86,15 +98,19 @@ class HigherTaylorSoftmax(_NormalisedOnLogits):
 
 @dataclass(frozen=True)
 class SoftMarginSoftmax(OnLogits):
-    r"""ℓ = log(t(o_t − m) + Σ_{j≠t} t(o_j)) − log t(o_t − m), with t = exp, or f_n of an order n.
+    r"""ℓ = log(π_t t(o_t − m) + Σ_{j≠t} π_j t(o_j)) − log π_t − log t(o_t − m).
 
-    The target must win by a margin m ≥ 0. With m = 0 it is softmax itself, or Taylor softmax of
-    order n. The margin is used in training alone: probabilities are those of m = 0.
+    Here t is the exponential, or the Taylor polynomial of an even order n. The target must win by a
+    margin m ≥ 0. With m = 0 it is softmax itself, or Taylor softmax of order n. The margin is used
+    in training alone: probabilities are those of m = 0.
 
     Args:
         margin: m.
         order: n, even and from 2 to 20; None for softmax.
 
+    Partials: ∂ℓ/∂o_k = (p_k − [k = t]) t'(a_k)/t(a_k), with a_k = o_k − m [k = t] and
+    p_k = π_k t(a_k) / Σ_j π_j t(a_j).
+    Use it with few classes, where a margin between them is wanted and m can be tuned.
     Raises ValueError or TypeError unless m ≥ 0 and n is such a number or None.
     Source: Banerjee et al. 2020, arXiv:2011.11538, eqs. (9) and (11).
 

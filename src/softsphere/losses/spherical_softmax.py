@@ -24,6 +24,8 @@ class SphericalSoftmax(Normalised):
         eps: ε.
 
     Partials: s' = 0, q' = 1/(q + Mε), c' = −2c/(c² + ε).
+    Use it where the sign of an output should not matter and ε can be tuned. Log-Taylor softmax,
+    which has no ε, is the simpler choice.
     Raises ValueError unless ε > 0 and finite.
     Source: de Brébisson & Vincent 2015, arXiv:1511.05042, §3.1.
 

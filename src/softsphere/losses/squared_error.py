@@ -31,6 +31,8 @@ class SquaredError(Spherical):
         unobserved: α, the weight of the classes with y = 0.
 
     Partials: s' = 0, q' = α, c'_j = 2 π_j ((1 − α) c_j − y_j).
+    Use it for targets that are real numbers, for several targets in a row, and for implicit
+    feedback. With one target among many classes it ranks them, without probabilities.
     Raises ValueError unless 0 < α ≤ 1.
     Source: Vincent, de Brébisson & Bouthillier 2015, arXiv:1412.7091, eq. (1), for α = 1; Hu, Koren
     & Volinsky 2008, "Collaborative filtering for implicit feedback datasets", eq. (3), and Chen et

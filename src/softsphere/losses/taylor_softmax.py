@@ -22,6 +22,8 @@ class TaylorSoftmax(Normalised):
 
     Partials: s' = 1/N, q' = 1/(2N), c' = −(1 + c)/t(c), with N = M + s + q/2.
     Domain: all real outputs, as long as q is finite.
+    Use it as the first choice of the family: it is a distribution, it has no number to tune, and
+    it is the default of the output layers. With thousands of classes or more, pass a prior.
     Source: de Brébisson & Vincent 2015, arXiv:1511.05042, §3.2.
 
     >>> import torch

@@ -30,6 +30,8 @@ class ZLoss(Spherical):
 
     Partials, with g = −sigmoid(a(b − z)): c' = g/σ, q' = −g z/(2Mσ²),
     s' = g(−1/(Mσ) + zμ/(Mσ²)).
+    Use it to rank, where no probabilities are needed and a and b can be tuned: it does not see
+    the scale of the outputs, so that no output has to grow to win.
     Convention: where all outputs are equal (σ = 0, up to rounding), z and its gradient are 0.
     Where σ² overflows, z is NaN.
     Raises ValueError unless a > 0 and both are finite.

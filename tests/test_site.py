@@ -1,0 +1,168 @@
+"""The documentation site says something of every public name, and its links lead somewhere."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import importlib.util
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from _site import ROOT, broken, built, pages
+from softsphere import losses
+from softsphere_lab.experiments.registry import REPRODUCTIONS
+
+REFERENCE = ROOT / "docs" / "reference"
+MODULES = (
+    "softsphere",
+    "softsphere.functional",
+    "softsphere.losses",
+    "softsphere.engines",
+    "softsphere.clusters",
+    "softsphere.optim",
+    "softsphere.matrix",
+)
+
+
+def public_names():
+    """Each public name with its object, but for modules and plain values."""
+    for module in MODULES:
+        imported = importlib.import_module(module)
+        for name in imported.__all__:
+            found = getattr(imported, name)
+            if inspect.isclass(found) or inspect.isfunction(found):
+                yield name, found
+
+
+PUBLIC = dict(public_names())
+
+
+def own_members(kind: type):
+    """The public methods and properties that a class of the package defines or inherits in it."""
+    for base in kind.__mro__:
+        if base.__module__.partition(".")[0] == "softsphere":
+            for name, member in vars(base).items():
+                if not name.startswith("_") and (
+                    callable(member) or isinstance(member, property | classmethod | staticmethod)
+                ):
+                    yield name, member
+
+
+@pytest.fixture
+def website(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "website"))
+    return importlib.import_module
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_a_public_name_has_a_docstring(name):
+    assert inspect.getdoc(PUBLIC[name])
+
+
+@pytest.mark.parametrize("name", [x for x in PUBLIC if inspect.isclass(PUBLIC[x])])
+def test_what_a_public_class_has_has_a_docstring(name):
+    # extra_repr and what PyTorch calls by itself are documented there.
+    theirs = set(dir(torch.nn.Module)) | set(dir(torch.Tensor)) | {"count", "index"}
+    lacking = [
+        member
+        for member, found in own_members(PUBLIC[name])
+        if member not in theirs and not inspect.getdoc(found)
+    ]
+    assert lacking == []
+
+
+@pytest.mark.parametrize("name", losses.REGISTRY)
+def test_a_loss_has_the_page_that_its_docstring_makes(name, website):
+    page = (ROOT / "docs" / "losses" / f"{name}.md").read_text()
+    assert page == website("loss_pages").page(name)
+    assert (ROOT / "docs" / "losses" / f"{name}.svg").is_file()
+
+
+@pytest.mark.parametrize("name", losses.REGISTRY)
+def test_a_loss_is_in_the_table_and_in_the_navigation(name):
+    assert f"losses/{name}.md" in (ROOT / "docs" / "losses.md").read_text()
+    assert f"losses/{name}.md" in (ROOT / "mkdocs.yml").read_text()
+
+
+def test_formulas_of_docstrings_become_latex(website):
+    formulas = website("formulas")
+    assert doctest.testmod(formulas).failed == 0
+    with pytest.raises(ValueError, match="open parenthesis"):
+        formulas.latex("log(1 + c")
+
+
+def test_the_curves_of_a_loss_are_those_of_softmax_for_softmax(website):
+    curves = website("curves")
+    loss, gradient = curves.curve("softmax")
+    others = torch.linspace(-1, 1, curves.CLASSES - 1, dtype=loss.dtype).exp().sum()
+    p = curves.OUTPUTS.exp() / (curves.OUTPUTS.exp() + others)
+    torch.testing.assert_close(loss, -p.log())
+    torch.testing.assert_close(gradient, p - 1)
+
+
+def test_every_experiment_is_on_its_page():
+    page = (ROOT / "docs" / "reproduce.md").read_text()
+    named = re.findall(r"^\| `softsphere reproduce (\S+)` \|", page, re.MULTILINE)
+    assert named == list(REPRODUCTIONS)
+
+
+def test_a_drawn_picture_has_no_colour_without_a_dark_one(website):
+    palette = website("palette")
+    for picture in sorted((ROOT / "docs").rglob("*.svg")):
+        if picture.name != "favicon.svg":
+            colours = set(re.findall(r"#[0-9a-fA-F]{6}\b", picture.read_text()))
+            assert colours <= set(palette.DARK), picture.name
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    if importlib.util.find_spec("mkdocs") is None or importlib.util.find_spec("material") is None:
+        pytest.skip("MkDocs Material is not installed; `make docs` installs it")
+    return pages(built(tmp_path_factory.mktemp("site")))
+
+
+def test_the_links_of_the_site_lead_somewhere(site):
+    assert len(site) > 25
+    assert list(broken(site)) == []
+
+
+def test_the_site_loads_nothing_from_another_server(site):
+    loaded = {link for page in site.values() for link in page.loaded}
+    assert [link for link in loaded if "//" in link] == []
+
+
+def test_every_picture_of_the_site_has_words(site):
+    assert {path.name: page.without_alt for path, page in site.items() if page.without_alt} == {}
+
+
+def test_every_public_name_is_in_the_reference(site):
+    named = {
+        place.rpartition(".")[2]
+        for path, page in site.items()
+        if path.parent.name == "reference"
+        for place in page.ids
+    }
+    assert sorted(set(PUBLIC) - named) == []
+
+
+def test_formulas_are_drawn_without_a_script(site):
+    for path in site:
+        text = path.read_text()
+        assert "arithmatex" not in text, path.name
+    how = next(path for path in site if path.name == "how_it_works.html")
+    assert how.read_text().count("<math") > 20
+
+
+@pytest.mark.slow
+def test_a_browser_shows_every_page(site, website, tmp_path: Path):
+    """Loads each page at two widths, follows a link, and searches; errors and requests count."""
+    check = website("in_a_browser")
+    lacking = website("browser").lacking()
+    if lacking is not None:
+        pytest.skip(f"{lacking} is not installed")
+    folder = next(path.parent for path in site if path.name == "how_it_works.html")
+    assert check.faults(folder) == []

@@ -1,0 +1,121 @@
+"""Hooks of MkDocs: pages and pictures of the repository in the site, and formulas as MathML."""
+
+from __future__ import annotations
+
+import posixpath
+import re
+import sys
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+from latex2mathml.converter import convert
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+sys.path.insert(0, str(Path(__file__).parent))
+from palette import in_dark
+
+ROOT = Path(__file__).parents[1]
+# Pages of the repository outside docs/, and their names in the site.
+PAGES = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
+LINK = re.compile(r"(\]\(|<img [^>]*src=\")([^)\"#\s]+)")
+PICTURE = re.compile(r"(!\[[^\]]*\]\()([^)\s]+\.svg)\)")
+# A paragraph that is all in italics is the caption of the picture or the table before it.
+CAPTION = re.compile(r"<p><em>((?:(?!</?em>|</?p>).)*)</em></p>", re.DOTALL)
+# What is between tags is text, but not in code, formulas and titles.
+NOT_TEXT = re.compile(r"(<(code|pre|math|svg|script)\b.*?</\2>|<[^>]*>)", re.DOTALL)
+INDEX = re.compile(
+    r"(?<![\w/.])(min|max|share|counts|[A-Za-zα-ωΑ-Ωℓ∂]['²]?)"
+    r"_(\{[^{}]*\}|[a-zα-ω0-9]{1,2}(?![a-zA-Z0-9_]))"
+)
+EXPONENT = re.compile(r"\^(\{[^{}]*\}|[a-zα-ω0-9]+)")
+FORMULA = re.compile(r'<(span|div) class="arithmatex">(.*?)</\1>', re.DOTALL)
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Adds pages and linked files from outside docs/, and dark copies of the drawn pictures."""
+    for picture in [x for x in files if x.src_uri.endswith(".svg")]:
+        name = _dark(picture.src_uri)
+        files.append(File.generated(config, name, content=in_dark(picture.content_string)))
+    for source, name in PAGES.items():
+        files.append(File.generated(config, name, abs_src_path=str(ROOT / source)))
+    for file in [x for x in files if x.is_documentation_page()]:
+        for path in _linked(file):
+            if not path.startswith("docs/") and path not in PAGES and (ROOT / path).is_file():
+                name = f"repository/{path}"
+                if files.get_file_from_path(name) is None:
+                    files.append(File.generated(config, name, abs_src_path=str(ROOT / path)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
+    """Makes links of a page lead to where the site has the files of the repository."""
+    here = posixpath.dirname(page.file.src_uri)
+
+    def moved(match: re.Match[str]) -> str:
+        before, link = match.groups()
+        path = _in_repository(page.file, link)
+        if path is None:
+            return match[0]
+        return before + posixpath.relpath(_in_site(path), here or ".")
+
+    return PICTURE.sub(_in_both_modes, LINK.sub(moved, markdown))
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Turns formulas into MathML, which browsers draw without a script, and o_k into oₖ in text."""
+
+    def drawn(match: re.Match[str]) -> str:
+        latex = unescape(match[2]).strip()[2:-2]
+        if match[1] == "span":
+            return convert(latex)
+        formulas = (convert(x, display="block") for x in latex.split(r"\qquad"))
+        return f'<div class="formulas">{"".join(formulas)}</div>'
+
+    html = CAPTION.sub(r'<p class="caption"><em>\1</em></p>', FORMULA.sub(drawn, html))
+    result, end = "", 0
+    for tag in NOT_TEXT.finditer(html):
+        result += _indexed(html[end : tag.start()]) + tag[0]
+        end = tag.end()
+    return result + _indexed(html[end:])
+
+
+def _indexed(text: str) -> str:
+    """Text of a page with its indices and exponents set as such."""
+    text = INDEX.sub(lambda match: f"{match[1]}<sub>{match[2].strip('{}')}</sub>", text)
+    text = text.replace(" ± ", "\u00a0±\u00a0")
+    return EXPONENT.sub(lambda match: f"<sup>{match[1].strip('{}')}</sup>", text)
+
+
+def _in_both_modes(match: re.Match[str]) -> str:
+    """A drawn picture twice. The theme shows the one of its mode."""
+    before, path = match.groups()
+    return f"{before}{path}#only-light){before}{_dark(path)}#only-dark)"
+
+
+def _dark(path: str) -> str:
+    return f"{path.removesuffix('.svg')}.dark.svg"
+
+
+def _linked(file: File) -> list[str]:
+    """The paths in the repository of the files that a page links to."""
+    found = (_in_repository(file, link) for _, link in LINK.findall(file.content_string))
+    return [path for path in found if path is not None]
+
+
+def _in_repository(file: File, link: str) -> str | None:
+    """The path in the repository of a relative link on a page, or None for another link."""
+    if "://" in link or link.startswith(("mailto:", "/")):
+        return None
+    home = {name: source for source, name in PAGES.items()}.get(file.src_uri)
+    folder = posixpath.dirname(home or f"docs/{file.src_uri}")
+    path = posixpath.normpath(posixpath.join(folder, link))
+    return None if path.startswith("..") else path
+
+
+def _in_site(path: str) -> str:
+    """Where the site has a file of the repository."""
+    if path in PAGES:
+        return PAGES[path]
+    return path.removeprefix("docs/") if path.startswith("docs/") else f"repository/{path}"

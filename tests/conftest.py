@@ -1,8 +1,56 @@
-"""Without a GPU Triton interprets its kernels: to be known before any module imports them."""
+"""Every test runs on every device, unless it is marked with `cpu_only` and a reason."""
+
+from __future__ import annotations
 
 import os
+from pathlib import Path
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
+    # Triton interprets its kernels. It must know before any module imports them.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from _devices import GPU, Placed, lacking
+
+# What these folders and modules test is done on a CPU wherever it is used.
+ON_CPU = {"checks", "clusters", "lab", "test_docs", "test_readme"}
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--stand-in",
+        action="store_true",
+        help="run the tests on a device that stands in for a GPU as well (needs a C++ compiler)",
+    )
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "cpu_only(reason): the test does not run on other devices")
+
+
+def pytest_generate_tests(metafunc):
+    """Without another device tests keep their names."""
+    others = ["cuda"] * GPU + ["stand_in"] * metafunc.config.getoption("stand_in")
+    marked = metafunc.definition.get_closest_marker("cpu_only")
+    folder = Path(metafunc.definition.fspath).relative_to(Path(__file__).parent).parts[0]
+    if others and not marked and folder.removesuffix(".py") not in ON_CPU:
+        metafunc.parametrize("device", ["cpu", *others], indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def device(request):
+    """The name of the device on which the tensors of a test are made."""
+    name = getattr(request, "param", "cpu")
+    if name == "cpu":
+        yield name
+        return
+    if name == "stand_in":
+        import _stand_in
+
+        _stand_in.load()
+    elif reason := lacking(torch.cuda.get_device_capability(), request.node.callspec.params):
+        pytest.skip(reason)
+    with Placed(name):
+        yield name

@@ -52,7 +52,7 @@ def test_a_large_common_row_costs_no_more_digits_than_rounding_the_outputs(
     twin, optimizer = twin_of(head, **sgd), FactoredSGD(head.parameters(), **sgd)
     first = twin.W.detach()
     rounding = EPS * (1 + 2 * common)  # of one output in float32
-    for _ in range(100):
+    for _ in range(40):
         hidden, target = batch()
         inputs = hidden.clone().requires_grad_(), hidden.double().requires_grad_()
         optimizer.zero_grad()

@@ -121,7 +121,7 @@ def backward_flops():
 def test_a_gradient_that_is_not_asked_for_is_not_computed(name, leaf, backward_flops):
     """torch.autograd.grad of H alone costs what it costs with a frozen weight."""
     for frozen in (True, False):
-        x, how = arguments(m=40, D=300, d=8, bias=True, prior=False)
+        x, how = arguments(m=9, D=90, d=8, bias=True, prior=False)
         H, W, b = x.H, x.W.detach() if frozen else x.W, x.b
         H, W, b = (t if leaf or not t.requires_grad else 1 * t for t in (H, W, b))
         s, q, c = OPERATORS[name](Inputs(H, W, b, x.target, None), how)
@@ -155,7 +155,7 @@ def test_the_work_of_chunked():
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("name", OPERATORS)
 def test_nothing_of_rows_by_classes_is_made(name, bias, centred, dtype):
-    m, D, d = 64, 1000, 4
+    m, D, d = 9, 400, 4
     with Largest() as largest:
         both_ways(name, m=m, D=D, d=d, bias=bias, centred=centred, dtype=dtype)
     assert largest.numel <= D * d  # the gradient by W itself
@@ -165,11 +165,11 @@ def test_nothing_of_rows_by_classes_is_made(name, bias, centred, dtype):
 @pytest.mark.parametrize("name", OPERATORS)
 def test_no_copy_of_the_weight_is_made(name, dtype):
     """Where W wants no gradient, nothing is as large as W."""
-    x, how = arguments(m=64, D=1000, d=4, centred=True, dtype=dtype)
+    x, how = arguments(m=9, D=400, d=4, centred=True, dtype=dtype)
     engine = OPERATORS[name]
     with torch.no_grad(), Largest() as largest:
         engine.backward(upstream(x), x, engine.forward(x, how)[3:], how, (True, False, False))
-    assert largest.numel <= 1000  # as b
+    assert largest.numel <= 400  # as b
 
 
 @pytest.mark.parametrize("name", OPERATORS)

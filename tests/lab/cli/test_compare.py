@@ -157,7 +157,9 @@ def test_resume_without_a_folder_takes_the_newest_of_the_same_configuration(
     assert command(*one, "--resume") == 0
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "sent", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)]
+)
 def test_an_interrupt_keeps_what_is_finished(tmp_path, sent):
     out = tmp_path / "a run"
     arguments = [*SMALL, "--seeds", "200", "--losses", "softmax,z_loss", "--out", str(out)]

@@ -53,8 +53,8 @@ def lines(folder: Path) -> list:
     ]
 
 
-def start(folder: Path, *more: str) -> subprocess.Popen:
-    command = ["reproduce", "ptb", "--budget", "smoke", "--out", str(folder), *more]
+def start(folder: Path, *more: str, name: str = "ptb") -> subprocess.Popen:
+    command = ["reproduce", name, "--budget", "smoke", "--out", str(folder), *more]
     return subprocess.Popen(
         [sys.executable, "-m", "softsphere_lab", *command],
         stdout=subprocess.PIPE,
@@ -96,14 +96,21 @@ def test_a_process_of_a_job_that_finds_no_data_says_so(tmp_path):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize("jobs", ["1", pytest.param("2", marks=pytest.mark.slow)])
-def test_killed_again_and_again_nothing_is_lost_and_nothing_goes_on_alone(jobs, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "jobs"),
+    [
+        ("mnist", "1"),
+        pytest.param("ptb", "1", marks=pytest.mark.slow),
+        pytest.param("ptb", "2", marks=pytest.mark.slow),
+    ],
+)
+def test_killed_again_and_again_nothing_is_lost_and_nothing_goes_on_alone(name, jobs, tmp_path):
     if int(jobs) > (os.cpu_count() or 1):
         pytest.skip("as many jobs as cores")
     folder = tmp_path / "run"
     kept, more = [], []
     for moment in (1, 3):
-        process = start(folder, "--jobs", jobs, *more)
+        process = start(folder, "--jobs", jobs, *more, name=name)
         # a later moment each time: in the search, in the final runs
         end = time.monotonic() + 100
         wanted = study.TRIALS if moment == 1 else study.RUNS
@@ -120,7 +127,7 @@ def test_killed_again_and_again_nothing_is_lost_and_nothing_goes_on_alone(jobs, 
                for line in (folder / name).read_text().splitlines()]  # fmt: skip
         assert set(kept) <= set(now)
         kept, more = now, ["--resume"]
-    process = start(folder, "--jobs", jobs, "--resume")
+    process = start(folder, "--jobs", jobs, "--resume", name=name)
     _, wrong = process.communicate(timeout=120)
     assert process.returncode == 0, wrong
     assert set(kept) <= {
@@ -130,7 +137,7 @@ def test_killed_again_and_again_nothing_is_lost_and_nothing_goes_on_alone(jobs, 
     }
     assert not (folder / "unfinished").exists()
     whole = tmp_path / "whole"
-    process = start(whole)
+    process = start(whole, name=name)
     process.communicate(timeout=120)
     assert sorted(lines(folder)) == sorted(lines(whole))
 

@@ -1,0 +1,72 @@
+"""The devices of the suite: how tensors come to be on one, and what a GPU must be able to do."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from _devices import Placed, lacking
+from softsphere import LinearSphericalLoss
+
+pytestmark = pytest.mark.cpu_only("the test names its devices")
+
+
+def as_the_package(code: str) -> torch.Tensor:
+    """The value of an expression in a file of the package."""
+    return eval(compile(code, "/src/softsphere/heads/made.py", "eval"), {"torch": torch})
+
+
+def test_tensors_of_a_test_are_made_on_the_device():
+    with Placed("meta"):
+        made = [torch.ones(2), torch.tensor([1.0]), torch.arange(3), torch.randn(2)]
+        made += [*nn.Linear(2, 3).parameters(), *LinearSphericalLoss(2, 3).parameters()]
+        elsewhere = torch.ones(2, device="cpu")
+    assert all(x.is_meta for x in made)
+    assert elsewhere.device.type == torch.ones(2).device.type == "cpu"
+
+
+def test_the_package_has_a_device_from_its_caller_alone():
+    """What it makes without one stays on the CPU, and would meet tensors of another device."""
+    with Placed("meta"):
+        assert as_the_package("torch.ones(2, device=None)").is_meta
+        assert as_the_package("torch.ones(2)").device.type == "cpu"
+
+
+def test_random_numbers_are_those_of_the_cpu():
+    generator = torch.Generator()
+    drawn = {
+        "by the seed": lambda: torch.randn(3),
+        "that want gradients": lambda: torch.rand(3, requires_grad=True),
+        "by a generator": lambda: torch.randint(9, (3,), generator=generator),
+        "in place": lambda: torch.zeros(3).normal_(generator=generator),
+    }
+    for name, draw in drawn.items():
+        torch.manual_seed(1), generator.manual_seed(2)
+        want = draw()
+        torch.manual_seed(1), generator.manual_seed(2)
+        with Placed("cpu"):
+            got = draw()
+        assert torch.equal(got, want) and got.requires_grad == want.requires_grad, name
+
+
+@pytest.mark.parametrize(
+    ("capability", "given", "reason"),
+    [
+        ((7, 5), {"dtype": torch.bfloat16}, "bfloat16 needs compute capability 8.0, and .* 7.5"),
+        ((8, 0), {"dtype": torch.bfloat16}, None),
+        ((7, 5), {"dtype": torch.float16, "m": 3}, None),
+        ((6, 1), {"kernels": True}, "Triton needs compute capability 7.0, and .* 6.1"),
+        ((7, 0), {"kernels": True}, None),
+    ],
+)
+def test_what_a_gpu_lacks_is_said(capability, given, reason):
+    found = lacking(capability, given)
+    assert found is None if reason is None else re.search(reason, found)
+
+
+@pytest.mark.slow
+def test_on_the_stand_in(pytestconfig):
+    """Every test of every device, on one that computes on the CPU and is strict about devices."""

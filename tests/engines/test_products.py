@@ -16,7 +16,7 @@ def error(got, want):
     return ((got.double() - want.double()).norm() / want.double().norm()).item()
 
 
-# The kernels know of a loss only whether it sees a shift of the outputs. Interpreted, they are slow.
+# Of a loss the kernels know only whether it sees a shift. Interpreted, they take long.
 INTERPRETED = [
     (name, given)
     for name in ("taylor_softmax", "bohning_bound")

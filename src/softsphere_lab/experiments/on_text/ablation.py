@@ -169,7 +169,7 @@ EXPERIMENT = StudyReproduction(
             dataset="generated",
             outputs=_outputs_on_networks(COMPARED[:2], (1, 2)),
             seeds=(0,),
-            setup=Setup(embedding=8, hidden=16, width=16, batch_size=64, epochs=1),
+            setup=Setup(embedding=8, hidden=16, width=16, batch_size=256, epochs=1),
             rates=Axis.fixed(1e-3),
         ),
         "small": replace(

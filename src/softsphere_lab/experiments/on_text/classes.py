@@ -160,7 +160,7 @@ EXPERIMENT = StudyReproduction(
             dataset="generated",
             outputs=_outputs_with_classes((10, 100)),
             seeds=(0,),
-            setup=Setup(embedding=8, hidden=16, width=16, batch_size=64, epochs=1),
+            setup=Setup(embedding=8, hidden=16, width=16, batch_size=256, epochs=1),
             rates=Axis.fixed(3e-3),
         ),
         "small": replace(

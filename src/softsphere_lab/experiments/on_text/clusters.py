@@ -134,7 +134,7 @@ SMOKE = replace(
         _clustered("softmax", 16, shortlist=50),
     ),
     seeds=(0,),
-    setup=replace(FULL.setup, embedding=8, hidden=16, width=16, batch_size=64, epochs=2),
+    setup=replace(FULL.setup, embedding=8, hidden=16, width=16, batch_size=256, epochs=2),
     rates=Axis.fixed(1e-2),
 )
 SMOKE_WIKIPEDIA = replace(
@@ -152,7 +152,7 @@ SMOKE_LSTM = replace(
         Output("softmax", prior=True, lstm=True),
         _clustered("taylor_softmax", 16, shortlist=50, lstm=True),
     ),
-    setup=replace(WITH_LSTM.setup, embedding=8, width=8, context=4, batch_size=64, epochs=1),
+    setup=replace(WITH_LSTM.setup, embedding=8, width=8, context=4, batch_size=256, epochs=1),
 )
 
 DIFFERENCES = (

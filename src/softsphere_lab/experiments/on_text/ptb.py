@@ -63,7 +63,7 @@ EXPERIMENT = StudyReproduction(
             dataset="generated",
             outputs=FEW,
             seeds=(0, 1, 2),
-            setup=Setup(embedding=8, hidden=16, width=16, batch_size=64, epochs=2),
+            setup=Setup(embedding=8, hidden=16, width=16, batch_size=256, epochs=2),
             rates=Axis((3e-3, 1e-2), 3e-3),
             layer_rates=Axis.fixed(0.1),
         ),

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 from typing import Any, TypeVar, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.parallel import DistributedDataParallel
@@ -23,6 +24,7 @@ __all__ = [
     "eager",
     "exporting",
     "forward_mode_active",
+    "gather_tensors",
     "gradients_wanted",
     "graph_is_captured",
     "has_gradient_hooks",
@@ -163,6 +165,12 @@ def data_parallel_in_forward() -> DistributedDataParallel | None:
         DistributedDataParallel, "_active_ddp_module", None
     )
     return active
+
+
+def gather_tensors(out: Tensor, x: Tensor, group: Any) -> None:
+    """Writes x of every rank into `out`, by the function that this version of PyTorch has."""
+    name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+    getattr(dist, name)(out, x, group=group)
 
 
 def products_have_out_dtype() -> bool:

@@ -19,7 +19,7 @@ from softsphere.functional.conventions import Conventions, mixed_precision
 from softsphere.functional.on_logits import loss_on_logits, spherical_value
 from softsphere.stats import Stats
 
-__all__ = ["Affine", "linear_spherical_loss", "loss_on_linear", "without_logits"]
+__all__ = ["Affine", "autocast", "linear_spherical_loss", "loss_on_linear", "without_logits"]
 
 # The statistics of rows H (m, d) for targets (m, K).
 Statistics = Callable[[Tensor, Tensor], Stats]
@@ -132,7 +132,7 @@ def loss_on_linear(
     m = math.prod(leading)
     H = input.reshape(m, W.shape[1])
     if statistics is None:
-        H, W, b = _autocast(H), _autocast(W), None if b is None else _autocast(b)
+        H, W, b = autocast(H), autocast(W), None if b is None else autocast(b)
     if statistics is None or not mixed_precision(H):
         checks.same_dtype(H, W, b, names)
     target = target.reshape(m, *target.shape[len(leading) :])
@@ -221,7 +221,7 @@ def _K_dimensional_logits(input: Any, layer: Affine, options: LinearSphericalOpt
             f"got engine={options.engine!r}; use engine='dense' (or 'auto')"
         )
     checks.K_dimensional(input, W, b)
-    checks.same_dtype(_autocast(input), _autocast(W), None if b is None else _autocast(b))
+    checks.same_dtype(autocast(input), autocast(W), None if b is None else autocast(b))
     flat = None if b is None else b.flatten()
     o = torch.nn.functional.linear(input, W.flatten(0, -2), flat)
     return o.view(len(input), *W.shape[:-1])
@@ -247,7 +247,7 @@ def without_logits(loss: losses.Loss, label_smoothing: float, soft: bool) -> Exc
     return None
 
 
-def _autocast(x: Tensor) -> Tensor:
+def autocast(x: Tensor) -> Tensor:
     """x in the dtype to which autocast casts the arguments of `F.linear`."""
     if x.dtype == torch.float64 or not mixed_precision(x):
         return x

@@ -25,7 +25,6 @@ class AccumulatingLayer(nn.Module, ABC):
 
     weight: nn.Parameter
     bias: nn.Parameter | None
-    prior: Tensor | None
     loss: Loss
     label_smoothing: float
     options: LinearSphericalOptions
@@ -37,6 +36,11 @@ class AccumulatingLayer(nn.Module, ABC):
     @abstractmethod
     def _layer(self) -> Affine:
         """Weight and bias, which fit together."""
+
+    @property
+    @abstractmethod
+    def vectors(self) -> dict[str, Tensor | None]:
+        """The vectors with a number for each row of the weight, `prior` among them."""
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
@@ -96,7 +100,7 @@ class AccumulatingLayer(nn.Module, ABC):
             raise refusal
         W, b, _ = self._layer()
         centred = self.loss.shift_invariant
-        kept = Accumulation(W, b, self.prior, centred=centred, options=self.options)
+        kept = Accumulation(W, b, self.vectors["prior"], centred=centred, options=self.options)
         optimizers = register_optimizer_step_pre_hook(refuse_step)
         try:
             yield kept

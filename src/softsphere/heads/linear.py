@@ -1,30 +1,43 @@
-"""The output layer for any optimizer."""
+"""The output layer for any optimizer.
+
+The file is long for its docstrings and its signatures, which are those of `nn.CrossEntropyLoss`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from softsphere import checks, losses
+from softsphere._torch import eager, is_wrapper
 from softsphere.engines.options import LinearSphericalOptions, options_or_default
 from softsphere.engines.row_statistics import accumulator
 from softsphere.functional.conventions import Conventions
-from softsphere.functional.on_linear import Affine, loss_on_linear
+from softsphere.functional.on_linear import Affine, loss_on_linear, without_logits
+from softsphere.functional.on_shards import LossOnShards
 from softsphere.functional.with_prior import WithPrior
 from softsphere.heads.accumulating import AccumulatingLayer
 from softsphere.heads.adoption import Tie, plain_parameters
 from softsphere.heads.affine import made_dtype, start_as_linear, whole_layer
 from softsphere.heads.dense_reader import DenseReader
 from softsphere.heads.prediction import OutputLayer
+from softsphere.heads.reader import Reader
+from softsphere.heads.sharded import ShardedLayer, making
+from softsphere.heads.sharded_reader import ReaderOfShard, ShardedReader
+from softsphere.parallel import Agreement, checksum
 
 __all__ = ["LinearSphericalLoss"]
 
 _BUFFERS = ("class_weight", "prior")
+# What the buffers of the classes of one rank are called. A prior of some classes alone is not
+# normalised, as `prior` always is.
+_OWN = {"own_class_weight": "class_weight", "own_prior": "prior"}
 
 
-class LinearSphericalLoss(AccumulatingLayer, OutputLayer, WithPrior):
+class LinearSphericalLoss(ShardedLayer, AccumulatingLayer, OutputLayer, WithPrior):
     r"""A linear output layer and its loss in one module, without the logits, for any optimizer.
 
     loss = head(hidden, target) is ℓ(W h + b, t), reduced over the rows. The parameters `weight` and
@@ -43,6 +56,23 @@ class LinearSphericalLoss(AccumulatingLayer, OutputLayer, WithPrior):
         label_smoothing: as there. It needs the logits, which are then computed.
         options: which engine computes the loss, and how; see `LinearSphericalOptions`.
         device, dtype: of weight and bias. The dtype is float16, bfloat16, float32 or float64.
+        process_group: a process group of torch.distributed or a DeviceMesh of one dimension, over
+            whose ranks the classes are sharded, ⌈D/n⌉ for each. `weight` and `bias` are then the
+            rows of this rank, ordinary parameters that any optimizer steps, while num_classes,
+            prior, class weights and targets are those of all classes.
+        replicated: with a process_group, whether all ranks give the same rows. By default each
+            rank gives rows of its own.
+        averaged: with a process_group, whether the layers below average their gradients over the
+            ranks, as DistributedDataParallel and fully_shard do. Then the gradient with respect to
+            hidden is n times as large, so that the average is right. None means that it is so
+            inside the forward of a DistributedDataParallel and nowhere else.
+
+    With a process_group every rank must make the layer, call it, call backward and step the
+    optimizer, all in the same order. The loss is that of the rows of all ranks together, and every
+    rank returns it; with reduction "none" it is that of each rank's own rows. The gradient with
+    respect to hidden is that of the rank's own rows. A step sends O(m d) numbers, whatever D is.
+    An error on one rank is an error on all. The loss must be spherical, and there is no mask.
+    Use `softsphere.parallel.leave_out_of_ddp` for a model that is wrapped as a whole.
 
     Shapes: hidden (…, d); target (…), class indices of any integer dtype, or (…, K) with
     target_values (…, K), or class probabilities (…, D), for which the logits are computed. The
@@ -67,6 +97,7 @@ class LinearSphericalLoss(AccumulatingLayer, OutputLayer, WithPrior):
     bias: nn.Parameter | None
     class_weight: Tensor | None
     prior: Tensor | None
+    own_prior: Tensor
 
     def __init__(
         self,
@@ -83,37 +114,64 @@ class LinearSphericalLoss(AccumulatingLayer, OutputLayer, WithPrior):
         options: LinearSphericalOptions | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        process_group: Any = None,
+        replicated: bool = False,
+        averaged: bool | None = None,
     ) -> None:
         super().__init__()
+        given: dict[str, Any] = {"loss": loss, "prior": prior, "weight": weight, "bias": bias}
+        given |= {"reduction": reduction, "ignore_index": ignore_index, "options": options}
+        given |= {"label_smoothing": label_smoothing, "device": device, "dtype": dtype}
+        with making(process_group, num_classes, replicated, averaged) as (shards, agreed):
+            self.shards = shards
+            self._make(in_features, num_classes, **given)
+            if agreed is not None:
+                agreed.same(layer=repr(self), dtype=self.weight.dtype)
+                agreed.same(**{name: checksum(given[name]) for name in ("prior", "weight")})
+        self._tie = Tie()
+        self.reset_parameters()
+
+    def _make(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        loss: str | losses.Loss,
+        bias: bool,
+        prior: Tensor | None,
+        weight: Tensor | None,
+        options: LinearSphericalOptions | None,
+        device: Any,
+        dtype: torch.dtype | None,
+        **rest: Any,
+    ) -> None:
+        """Checks the arguments of the constructor, and makes attributes, parameters and buffers."""
         in_features = checks.at_least_one("in_features", in_features)
         num_classes = checks.at_least_one("num_classes", num_classes)
         checks.flag("bias", bias)
         made_dtype(dtype)
         self.loss = losses.get(loss)
         self.options = options_or_default(options)
+        own = slice(0, num_classes) if self.shards is None else self.shards.sharding.slice
         made: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.weight = nn.Parameter(torch.empty(num_classes, in_features, **made))
-        given = Conventions.checked(
-            self.loss,
-            weight=weight,
-            pi=None if prior is None else checks.prior(prior, accumulator(self.weight.dtype)),
-            reduction=reduction,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-        )
+        self.weight = nn.Parameter(torch.empty(own.stop - own.start, in_features, **made))
+        pi = None if prior is None else checks.prior(prior, accumulator(self.weight.dtype))
+        given = Conventions.checked(self.loss, weight=weight, pi=pi, **rest)
         self.reduction, self.ignore_index = given.reduction, given.ignore_index
         self.label_smoothing = given.label_smoothing
+        if self.shards is not None:
+            _shardable(self.loss, self.label_smoothing)
         vectors = (("class_weight", "weight", given.weight), ("prior", "prior", given.pi))
         for buffer, name, value in vectors:
             if value is not None:
                 checks.class_vector(name, value, num_classes)
                 # from_linear moves it from there to the device of the weight that it shares.
                 value = value if self.weight.is_meta else value.to(self.weight.device)
-            self.register_buffer(buffer, value)
-        b = nn.Parameter(torch.empty(num_classes, **made)) if bias else None
+            self.register_buffer(buffer, value if self.shards is None else None)
+            if value is not None and self.shards is not None:
+                self.register_buffer(f"own_{buffer}", value[own].clone())
+        b = nn.Parameter(torch.empty(len(self.weight), **made)) if bias else None
         self.register_parameter("bias", b)
-        self._tie = Tie()
-        self.reset_parameters()
 
     @property
     def in_features(self) -> int:
@@ -122,20 +180,25 @@ class LinearSphericalLoss(AccumulatingLayer, OutputLayer, WithPrior):
 
     @property
     def num_classes(self) -> int:
-        """D, the first size of the weight as it is now."""
-        return self.weight.shape[0]
+        """D, the first size of the weight as it is now, or of those of all ranks together."""
+        return self.weight.shape[0] if self.shards is None else self.shards.sharding.num_classes
 
     @property
     def conventions(self) -> Conventions:
         """The attributes, checked as they are now."""
         return Conventions.checked(
             self.loss,
-            weight=self.class_weight,
-            pi=self.prior,
+            weight=self.vectors["class_weight"],
+            pi=self.vectors["prior"],
             reduction=self.reduction,
             ignore_index=self.ignore_index,
             label_smoothing=self.label_smoothing,
         )
+
+    @property
+    def vectors(self) -> dict[str, Tensor | None]:
+        """Class weights and prior of the classes of this rank, which are all without a group."""
+        return {name: getattr(self, f"own_{name}", getattr(self, name)) for name in _BUFFERS}
 
     @classmethod
     def from_linear(
@@ -192,8 +255,15 @@ class LinearSphericalLoss(AccumulatingLayer, OutputLayer, WithPrior):
         return head
 
     def reset_parameters(self) -> None:
-        """Draws the initial values of `nn.Linear`, uniform within ±1/√d."""
-        start_as_linear(self.weight, self.bias)
+        """Draws the initial values of `nn.Linear`, uniform within ±1/√d.
+
+        With a process_group each rank draws others, even if all were given the same seed.
+        """
+        if self.shards is None:
+            start_as_linear(self.weight, self.bias)
+        else:
+            with self.shards.own_numbers(self.weight.device):
+                start_as_linear(self.weight, self.bias)
 
     def forward(
         self,
@@ -201,6 +271,7 @@ class LinearSphericalLoss(AccumulatingLayer, OutputLayer, WithPrior):
         target: Tensor,
         target_values: Tensor | None = None,
         mask: Tensor | None = None,
+        num_items: float | Tensor | None = None,
     ) -> Tensor:
         """Computes the loss of hidden (…, d) against target.
 
@@ -208,7 +279,16 @@ class LinearSphericalLoss(AccumulatingLayer, OutputLayer, WithPrior):
 
         Args:
             mask: (D), boolean, True for classes that take part.
+            num_items: with a process_group, what the mean divides by: the same number on all
+                ranks. None stands for the number of rows of all ranks that are not ignored.
         """
+        if self.shards is not None:
+            return self._loss_on_shards(hidden, target, target_values, mask, num_items)
+        if num_items is not None:
+            raise ValueError(
+                "num_items has a meaning with a process_group alone; use reduction='sum' and "
+                "divide by it"
+            )
         layer = self._layer()
         kept = self.accumulation
         if kept is not None:
@@ -224,6 +304,33 @@ class LinearSphericalLoss(AccumulatingLayer, OutputLayer, WithPrior):
             statistics=None if kept is None else kept.statistics_of_batch,
         )
 
+    @eager("a layer with a process_group compares its arguments with those of other ranks")
+    def _loss_on_shards(
+        self, hidden: Tensor, target: Tensor, values: Any, mask: Any, num_items: Any
+    ) -> Tensor:
+        """`forward` with a process group."""
+        shards, kept = self.shards, self.accumulation
+        assert shards is not None
+        with Agreement(shards.ranks, "a loss") as agreed:
+            shards.check_wrapper(self)
+            layer = self._layer()
+            if kept is not None:
+                kept.check_use(layer.weight, layer.bias, self.vectors["prior"])
+            job = LossOnShards(
+                hidden,
+                layer,
+                target,
+                _shardable(self.loss if self.training else self.loss.plain, self.label_smoothing),
+                _unmasked(self.conventions, mask),
+                shards,
+                self.options,
+                target_values=values,
+                num_items=num_items,
+                statistics=None if kept is None else kept.statistics_of_batch,
+            )
+            job.agree(agreed)
+        return job.value(shards.batch(agreed))
+
     def _layer(self) -> Affine:
         """Weight and bias, read once, since a parametrization may compute others the next time.
 
@@ -232,14 +339,30 @@ class LinearSphericalLoss(AccumulatingLayer, OutputLayer, WithPrior):
         """
         if not torch.compiler.is_compiling():
             self._tie.check(self)
-        vectors = {name: getattr(self, name) for name in _BUFFERS}
-        return whole_layer(self.weight, self.bias, vectors)
+        return whole_layer(self.weight, self.bias, self.vectors)
 
-    def _reader(self) -> DenseReader:
+    def _of_all(self, name: str) -> str | None:
+        return _OWN.get(name, super()._of_all(name))
+
+    def _whole(self, key: str, x: Tensor) -> Tensor:
+        whole = key.endswith("prior") and not is_wrapper(x)
+        return checks.loaded_prior(x) if whole else x
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LinearSphericalLoss:
+        before: Tensor | None = getattr(self, "own_prior", None)
+        super()._apply(fn, recurse)
+        if before is not None and self.own_prior.dtype in (torch.float16, torch.bfloat16):
+            self.own_prior = before.to(self.own_prior.device)
+        return self
+
+    def _reader(self) -> Reader:
         layer = self._layer()
         W, b, _ = layer
         checks.same_dtype(W, W, b, ("weight", "weight", "bias"))
-        return DenseReader(layer, self.prior, self.loss, self.options)
+        given = layer, self.vectors["prior"], self.loss, self.options
+        if self.shards is not None:
+            return ShardedReader(ReaderOfShard(*given), self.shards)
+        return DenseReader(*given)
 
     @property
     def base_measure(self) -> Tensor | None:
@@ -259,16 +382,38 @@ class LinearSphericalLoss(AccumulatingLayer, OutputLayer, WithPrior):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         # The state of an nn.Linear has neither buffer, and leaves them as they are.
-        for name in _BUFFERS:
+        for name in (*_BUFFERS, *_OWN):
             if prefix + name in missing_keys:
                 missing_keys.remove(prefix + name)
 
     def extra_repr(self) -> str:
-        given = [name for name in _BUFFERS if getattr(self, name) is not None]
-        sizes = ", ".join(map(str, reversed(self.weight.shape)))
+        given = [name for name, value in self.vectors.items() if value is not None]
+        sizes = f"{self.in_features}, {self.num_classes}"
         return (
             f"{sizes}, loss={self.loss}, "
             f"bias={self.bias is not None}, reduction={self.reduction!r}, "
             f"ignore_index={self.ignore_index}, label_smoothing={self.label_smoothing}, "
             f"engine={self.options.engine!r}" + "".join(f", {name}=…" for name in given)
         )
+
+
+def _shardable(loss: losses.Loss, label_smoothing: float) -> losses.Spherical:
+    """Returns the loss. Raises TypeError or ValueError for one that needs the logits."""
+    refusal = without_logits(loss, label_smoothing, soft=False)
+    if refusal is not None:
+        raise type(refusal)(
+            f"a layer with a process_group never makes the logits: {refusal}, in a layer without "
+            "a process_group"
+        )
+    assert isinstance(loss, losses.Spherical)
+    return loss
+
+
+def _unmasked(conventions: Conventions, mask: Any) -> Conventions:
+    """Returns the conventions. Raises TypeError if there is a mask."""
+    if mask is not None:
+        raise TypeError(
+            "mask cannot be used with a process_group, whose ranks each know some of the classes; "
+            "use a LinearSphericalLoss without one"
+        )
+    return conventions

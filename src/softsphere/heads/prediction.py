@@ -90,14 +90,16 @@ class OutputLayer(nn.Module, ABC):
         RuntimeError in a backward that asks for second derivatives where they do not exist.
         """
         reader = self._reader()
-        reader.check(hidden)
-        if not self.loss.normalised:
-            self.loss.log_numerator(hidden)  # raises, since there is none
-        if classes is not None:
-            classes = checks.classes(classes, reader.num_classes)
-            checks.same_device("classes", classes, "hidden", hidden)
-            if classes.dim() != 1:
-                raise ValueError(f"classes must have shape (n,), got {tuple(classes.shape)}")
+        with reader.checked("log_prob") as found:
+            reader.check(hidden)
+            if not self.loss.normalised:
+                self.loss.log_numerator(hidden)  # raises, since there is none
+            if classes is not None:
+                classes = checks.classes(classes, reader.num_classes)
+                checks.same_device("classes", classes, "hidden", hidden)
+                if classes.dim() != 1:
+                    raise ValueError(f"classes must have shape (n,), got {tuple(classes.shape)}")
+            found(hidden, classes=classes)
         H = reader.rows_of(hidden)
         if classes is None and _in_one_piece(reader, hidden):
             result = torch.log_softmax(reader.every_score(H), -1)
@@ -135,11 +137,13 @@ class OutputLayer(nn.Module, ABC):
         k + n > D, and for infinite outputs as described at the class.
         """
         reader = self._reader()
-        reader.check(hidden)
-        k = checks.number_of_best("k", k, reader.num_classes)
-        if exclude is not None:
-            exclude = checks.excluded(exclude, hidden.shape[:-1], reader.num_classes, k)
-            checks.same_device("exclude", exclude, "hidden", hidden)
+        with reader.checked("topk") as found:
+            reader.check(hidden)
+            k = checks.number_of_best("k", k, reader.num_classes)
+            if exclude is not None:
+                exclude = checks.excluded(exclude, hidden.shape[:-1], reader.num_classes, k)
+                checks.same_device("exclude", exclude, "hidden", hidden)
+            found(hidden, exclude, k=k)
         H = reader.rows_of(hidden)
         if exclude is not None:
             exclude = exclude.reshape(H.shape[0], exclude.shape[-1])
@@ -160,7 +164,9 @@ class OutputLayer(nn.Module, ABC):
         outputs as described at the class.
         """
         reader = self._reader()
-        reader.check(hidden)
+        with reader.checked("predict") as found:
+            reader.check(hidden)
+            found(hidden)
         _, index = reader.topk(reader.rows_of(hidden), 1)
         return index.view(hidden.shape[:-1])
 
@@ -181,10 +187,12 @@ class OutputLayer(nn.Module, ABC):
         outputs as described at the class.
         """
         reader = self._reader()
-        reader.check(hidden)
-        checks.rows_target(hidden.shape[:-1], target)
-        target = checks.classes(target, reader.num_classes, "target")
-        checks.same_device("target", target, "hidden", hidden)
+        with reader.checked("rank") as found:
+            reader.check(hidden)
+            checks.rows_target(hidden.shape[:-1], target)
+            target = checks.classes(target, reader.num_classes, "target")
+            checks.same_device("target", target, "hidden", hidden)
+            found(hidden, target.unsqueeze(-1))
         return reader.rank(reader.rows_of(hidden), target.reshape(-1)).view(target.shape)
 
 

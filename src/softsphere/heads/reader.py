@@ -7,7 +7,9 @@ operations.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +18,7 @@ from softsphere import checks
 from softsphere._torch import values_on_cpu
 from softsphere.losses import Loss
 
-__all__ = ["INFINITE", "SCORES", "Reader"]
+__all__ = ["INFINITE", "SCORES", "Reader", "best_of", "with_room_for_marks", "without_marks"]
 
 # The scores that are in memory at once, for all rows of H together.
 SCORES = 8 << 20
@@ -43,6 +45,19 @@ class Reader(ABC):
     ) -> None:
         self.loss, self.in_features, self.num_classes = loss, in_features, num_classes
         self.device = device
+
+    @contextmanager
+    def checked(self, action: str) -> Iterator[Callable[..., None]]:
+        """Checks of a prediction run in this context, before anything is computed.
+
+        It yields a function for what they found: hidden, then integers (…, n) beside its rows, and
+        facts by name. A reader of several ranks compares them over the ranks.
+        """
+
+        def found(hidden: Tensor, *integers: Tensor | None, **facts: Any) -> None:
+            pass
+
+        yield found
 
     def check(self, hidden: Tensor) -> None:
         """Raises ValueError or TypeError unless hidden (…, d) can be multiplied with W."""
@@ -121,11 +136,11 @@ class Reader(ABC):
             scores = self.ranked(scores)
             if exclude is not None:
                 scores = _excluding(scores, self._places(part, exclude))
-            values, places = _best(scores, k)
-            best, order = _best(torch.cat([best, values], 1), k)
+            values, places = best_of(scores, k)
+            best, order = best_of(torch.cat([best, values], 1), k)
             classes = part[places] if isinstance(part, Tensor) else places + part.start
             index = torch.cat([index, classes], 1).gather(1, order)
-        return (best if exclude is None else _original(best)), index
+        return (best if exclude is None else without_marks(best)), index
 
     def _places(self, part: Tensor | slice, classes: Tensor) -> Tensor:
         """Where the given classes, −1 for none, are within a part of all classes.
@@ -144,25 +159,29 @@ def _excluding(scores: Tensor, places: Tensor) -> Tensor:
     """Scores (m, n) that are NaN at the given places (m, ·) of each row.
 
     NaN ranks last, so scores that are NaN become −∞ here, and those of −∞ the lowest number; see
-    `_original`. Places outside [0, n) are other classes or padding.
+    `without_marks`. Places outside [0, n) are other classes or padding.
     """
     n = scores.shape[1]
     # A column beyond the scores, which is taken off again.
     spare = torch.where((places >= 0) & (places < n), places, n)
-    lowest = torch.finfo(scores.dtype).min
-    others = torch.nan_to_num(scores, nan=-torch.inf, posinf=torch.inf, neginf=lowest)
-    marked = nn.functional.pad(others, (0, 1)).scatter(1, spare, torch.nan)
+    marked = nn.functional.pad(with_room_for_marks(scores), (0, 1)).scatter(1, spare, torch.nan)
     return marked.narrow(1, 0, n)
 
 
-def _original(scores: Tensor) -> Tensor:
-    """Scores as they were before `_excluding`."""
+def with_room_for_marks(scores: Tensor) -> Tensor:
+    """Scores without NaN, which then marks what ranks behind all of them; see `_excluding`."""
+    lowest = torch.finfo(scores.dtype).min
+    return torch.nan_to_num(scores, nan=-torch.inf, posinf=torch.inf, neginf=lowest)
+
+
+def without_marks(scores: Tensor) -> Tensor:
+    """Scores as they were before `with_room_for_marks`; those that were marked are NaN."""
     lowest = torch.finfo(scores.dtype).min
     found = torch.where(scores == -torch.inf, torch.nan, scores)
     return torch.where(scores == lowest, -torch.inf, found)
 
 
-def _best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def best_of(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k best scores of each row, or all if there are fewer, and their places.
 
     It writes over the scores. NaN is the largest number to topk, and comes last among the smallest

@@ -1,0 +1,147 @@
+"""An output layer whose classes are sharded over the ranks of a process group, and its state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from softsphere import checks
+from softsphere.parallel import Agreement, Shards
+
+__all__ = ["ShardedLayer", "making"]
+
+
+@contextmanager
+def making(
+    group: Any, num_classes: int, replicated: Any, averaged: Any
+) -> Iterator[tuple[Shards | None, Agreement | None]]:
+    """Yields the shards of a new layer, and an agreement on what it is; None without a group.
+
+    An error in the context is one on every rank.
+    """
+    checks.flag("replicated", replicated)
+    if averaged is not None:
+        checks.flag("averaged", averaged)
+    if group is None:
+        if replicated or averaged is not None:
+            raise ValueError(
+                "replicated and averaged have a meaning with a process_group alone; leave them out"
+            )
+        yield None, None
+        return
+    num_classes = checks.at_least_one("num_classes", num_classes)
+    shards = Shards(group, num_classes, replicated, averaged)
+    with Agreement(shards.ranks, "the making of a layer") as agreed:
+        agreed.same(num_classes=num_classes, replicated=replicated, averaged=averaged)
+        yield shards, agreed
+
+
+class ShardedLayer(nn.Module):
+    """A layer that may have a process group. Then each rank has the rows of its own classes.
+
+    `shards` is None without a group. The state_dict of a layer with one has DTensors with the
+    placement Shard(0), under the names that the state of a whole layer has, so that
+    torch.distributed.checkpoint saves and loads them on any number of ranks. `load_state_dict`
+    takes such a state, and that of a whole layer, from which each rank takes its own rows.
+    """
+
+    shards: Shards | None = None
+
+    def _of_all(self, name: str) -> str | None:
+        """The name in the state of a whole layer of a tensor with an entry for each class."""
+        return name if name in ("weight", "bias") else None
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.shards is None:
+            return
+        for name in self._own_tensors():
+            x = destination.pop(prefix + name)
+            destination[prefix + str(self._of_all(name))] = _as_dtensor(x, self.shards)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Loads as every module does, after each rank has taken its own rows.
+
+        Raises ValueError on every rank if one of them cannot.
+        """
+        if self.shards is not None:
+            with Agreement(self.shards.ranks, "the loading of a state_dict") as agreed:
+                own = self._own_rows_of(state_dict, prefix)
+                agreed.same(entries=sorted(own))
+            taken = {prefix + str(self._of_all(name)) for name in self._own_tensors()}
+            state_dict = {k: v for k, v in state_dict.items() if k not in taken} | own
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def _own_tensors(self) -> list[str]:
+        """The names of the tensors of this layer with an entry for each class of this rank."""
+        named = [*self.named_parameters(recurse=False), *self.named_buffers(recurse=False)]
+        return [name for name, _ in named if self._of_all(name) is not None]
+
+    def _own_rows_of(self, state_dict: dict[str, Any], prefix: str) -> dict[str, Tensor]:
+        """The entries of this layer in a state of the whole layer, with the rows of this rank."""
+        assert self.shards is not None
+        own = {}
+        for name in self._own_tensors():
+            key = f"{prefix}{self._of_all(name)}"
+            if key in state_dict:
+                own[prefix + name] = _own_rows(key, self._whole(key, state_dict[key]), self.shards)
+        return own
+
+    def _whole(self, key: str, x: Tensor) -> Tensor:
+        """An entry for all classes, as this layer keeps it."""
+        return x
+
+
+def _as_dtensor(x: Tensor, shards: Shards) -> Tensor:
+    """A tensor of all classes that shares the memory of the rows x of this rank."""
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor, Shard
+
+    mesh = DeviceMesh.from_group(shards.ranks.group, x.device.type)
+    shape = torch.Size([shards.sharding.num_classes, *x.shape[1:]])
+    stride = torch.empty(shape, device="meta").stride()
+    whole: Tensor = DTensor.from_local(
+        x.detach(), mesh, [Shard(0)], run_check=False, shape=shape, stride=stride
+    )
+    return whole
+
+
+def _own_rows(key: str, x: Any, shards: Shards) -> Tensor:
+    """The rows of this rank of an entry for all classes.
+
+    Raises ValueError for another number of classes, and for a DTensor that is sharded otherwise.
+    """
+    from torch.distributed.tensor import DTensor, Shard
+
+    D = shards.sharding.num_classes
+    if x.shape[:1] != (D,):
+        raise ValueError(
+            f"{key} must have {D} rows, those of all ranks together, got shape {tuple(x.shape)}; "
+            "the rows of one rank alone cannot be loaded, since they do not say whose they are"
+        )
+    if not isinstance(x, DTensor):
+        own: Tensor = x[shards.sharding.slice]
+        return own
+    local: Tensor = x.to_local()
+    if tuple(x.placements) != (Shard(0),) or len(local) != len(shards.sharding):
+        raise ValueError(
+            f"{key} must be sharded by Shard(0) over the {shards.ranks.size} ranks of the layer, "
+            f"got {x.placements} with {len(local)} rows on this rank; load it by "
+            "torch.distributed.checkpoint into the state_dict() of this layer"
+        )
+    return local

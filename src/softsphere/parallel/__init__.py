@@ -1,0 +1,25 @@
+"""Rows of a weight (classes) over the ranks of a process group of torch.distributed."""
+
+from softsphere.parallel.agreement import Agreement
+from softsphere.parallel.batch import Batch
+from softsphere.parallel.functions import all_rows, own_sums, sum_of_losses, sum_of_parts
+from softsphere.parallel.ranks import Ranks
+from softsphere.parallel.sharding import Sharding
+from softsphere.parallel.shards import Shards, checksum, leave_out_of_ddp
+from softsphere.parallel.traffic import Traffic, count_traffic
+
+__all__ = [
+    "Agreement",
+    "Batch",
+    "Ranks",
+    "Sharding",
+    "Shards",
+    "Traffic",
+    "all_rows",
+    "checksum",
+    "count_traffic",
+    "leave_out_of_ddp",
+    "own_sums",
+    "sum_of_losses",
+    "sum_of_parts",
+]

@@ -1,0 +1,109 @@
+"""The ranks of a process group, and the collectives that sharded output layers use.
+
+Every collective is counted, and one that fails raises an error that says what that means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from softsphere._torch import gather_tensors
+from softsphere.parallel.traffic import note
+
+__all__ = ["Ranks"]
+
+
+class Ranks:
+    """A process group, as a layer keeps it. Copies of the layer share it.
+
+    Args:
+        group: a process group of torch.distributed, or a DeviceMesh of one dimension.
+
+    Raises RuntimeError if torch.distributed is not initialised, TypeError for another kind of
+    argument, and ValueError for a mesh of several dimensions or a group without this process.
+    """
+
+    def __init__(self, group: Any) -> None:
+        if not (dist.is_available() and dist.is_initialized()):
+            raise RuntimeError(
+                "process_group needs torch.distributed; call torch.distributed.init_process_group "
+                "first, in a program that torchrun starts, or leave process_group None"
+            )
+        from torch.distributed.device_mesh import DeviceMesh  # a build may have none
+
+        if isinstance(group, DeviceMesh):
+            if group.ndim != 1:
+                raise ValueError(
+                    f"process_group must be a mesh of one dimension, got one of {group.ndim}; "
+                    "choose a dimension by its name, as in mesh['tp']"
+                )
+            group = group.get_group()
+        if not isinstance(group, dist.ProcessGroup):
+            raise TypeError(
+                "process_group must be a process group or a DeviceMesh of one dimension, got "
+                f"{group!r}; torch.distributed.group.WORLD is the group of all processes"
+            )
+        if dist.get_rank(group) < 0:
+            raise ValueError("process_group must contain this process, got a group without it")
+        self.group = group
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+
+    def __deepcopy__(self, memo: object) -> Ranks:
+        return self
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a layer with a process_group cannot be pickled, since its process group exists in "
+            "this process alone; save its state_dict() with torch.distributed.checkpoint"
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where small messages are: on the CPU, unless the group has NCCL alone."""
+        return torch.device("cuda" if dist.get_backend(self.group) == "nccl" else "cpu")
+
+    def gather(self, x: Tensor) -> Tensor:
+        """x (…) of every rank, in the order of the ranks: (size, …). All have the same shape."""
+        x = x.detach().contiguous()
+        out = x.new_empty(self.size, *x.shape)
+        with self._collective("all_gather", x):
+            gather_tensors(out.view(-1), x.view(-1), self.group)
+        return out
+
+    def exchange(self, x: Tensor) -> Tensor:
+        """x (size, …) has a part for each rank. Returns the parts for this rank: (size, …)."""
+        x = x.detach().contiguous()
+        out = torch.empty_like(x)
+        with self._collective("all_to_all", x):
+            dist.all_to_all_single(out, x, group=self.group)
+        return out
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum of x over the ranks, with the same bits on each."""
+        return self.gather(x).sum(0)
+
+    def objects(self, x: Any) -> list[Any]:
+        """An object of every rank, for error messages."""
+        out: list[Any] = [None] * self.size
+        with self._collective("all_gather", torch.empty(0)):
+            dist.all_gather_object(out, x, self.group)
+        return out
+
+    @contextmanager
+    def _collective(self, name: str, x: Tensor) -> Iterator[None]:
+        note(name, x.nbytes)
+        try:
+            yield
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"a collective ({name} of {x.nbytes} bytes) of a sharded output layer failed on "
+                f"rank {self.rank} of {self.size}. Another rank has ended, has raised an error, or "
+                "did not come to the same step within the timeout of the process group. Look at "
+                "the first error of the other ranks, and resume from the last checkpoint"
+            ) from error

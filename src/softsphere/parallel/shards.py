@@ -1,0 +1,147 @@
+"""What a layer with a process group knows of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from softsphere._torch import data_parallel_in_forward, version_of
+from softsphere.parallel.agreement import Agreement
+from softsphere.parallel.batch import Batch
+from softsphere.parallel.ranks import Ranks
+from softsphere.parallel.sharding import Sharding
+
+__all__ = ["Shards", "checksum", "leave_out_of_ddp"]
+
+# Numbers of a checksum that are in memory at once.
+_PART = 1 << 20
+
+
+class Shards:
+    """The classes of a layer over the ranks of a process group.
+
+    Args:
+        group: see `Ranks`.
+        num_classes: D.
+        replicated: whether all ranks give the layer the same rows.
+        averaged: whether the layers below average their gradients over the ranks. None asks the
+            DistributedDataParallel whose forward is running, if there is one.
+    """
+
+    def __init__(
+        self, group: Any, num_classes: int, replicated: bool, averaged: bool | None
+    ) -> None:
+        self.ranks = Ranks(group)
+        self.sharding = Sharding(num_classes, self.ranks.size, self.ranks.rank)
+        self.replicated, self.averaged = replicated, averaged
+        # calls that the ranks agreed on, and versions of the weight at the last one and now
+        self._calls, self._version, self._now = 0, -1, -1
+
+    def begin(self, agreed: Agreement, weight: Tensor, rows: Tensor, *integers: Tensor) -> None:
+        """Adds to an agreement what has to fit for every computation with rows (m, …).
+
+        Other ranks may have other numbers of rows, unless the batch is replicated; then all bits
+        of the rows and of the integers (m, …) beside them must be the same.
+        """
+        self._now = version_of(weight)
+        stepped = int(self._now != self._version) if self._version >= 0 and len(weight) else -1
+        agreed.same(num_classes=self.sharding.num_classes, number_of_calls=self._calls)
+        agreed.same(dtype_of_rows=rows.dtype, shape_of_a_row=tuple(rows.shape[1:]))
+        agreed.same(shape_of_targets=[tuple(x.shape[1:]) for x in integers])
+        agreed.same(replicated=self.replicated)
+        if self.replicated:
+            agreed.same(replicated_rows=[checksum(x) for x in (rows, *integers)])
+        agreed.each(rows=len(rows), stepped=stepped)
+
+    def batch(self, agreed: Agreement) -> Batch:
+        """The rows of all ranks, after an agreement.
+
+        Raises RuntimeError on every rank if an optimizer stepped the weights of only some.
+        """
+        self._calls, self._version = self._calls + 1, self._now
+        stepped = agreed.found["stepped"]
+        if {0, 1} <= set(stepped):
+            ranks = [str(rank) for rank, x in enumerate(stepped) if x == 0]
+            raise RuntimeError(
+                "the weight of a sharded output layer was changed on some ranks since the last "
+                f"call, but not on rank {', '.join(ranks)}; step the optimizer on every rank, or "
+                "skip the step on all of them"
+            )
+        return Batch(self.ranks, tuple(agreed.found["rows"]), self.replicated)
+
+    def hidden_for_average(self, hidden: Tensor) -> Tensor:
+        """hidden, with a gradient that is right after the layers below average it over ranks."""
+        averaged = self.averaged
+        if averaged is None:
+            averaged = data_parallel_in_forward() is not None
+        if not averaged or self.replicated or not hidden.requires_grad:
+            return hidden
+        size, hidden = self.ranks.size, hidden.view_as(hidden)
+        hidden.register_hook(lambda g: g * size)
+        return hidden
+
+    @contextmanager
+    def own_numbers(self, device: torch.device) -> Iterator[None]:
+        """Draws random numbers that differ from those of other ranks.
+
+        One number is drawn from the generator of the CPU, so that ranks with the same seed go on
+        with the same numbers afterwards.
+        """
+        seed = int(torch.randint(1 << 62, ()))
+        devices = [device] if device.type not in ("cpu", "meta") else []
+        with torch.random.fork_rng(devices, device_type=devices[0].type if devices else "cuda"):
+            torch.manual_seed(seed ^ (self.ranks.rank * 0x9E3779B97F4A7C1 & (1 << 62) - 1))
+            yield
+
+    def check_wrapper(self, layer: nn.Module) -> None:
+        """Raises RuntimeError if DistributedDataParallel reduces the parameters of the layer."""
+        wrapper = data_parallel_in_forward()
+        if wrapper is None:
+            return
+        own = {id(x) for x in layer.parameters(recurse=False)}
+        left_out: set[str] = wrapper.parameters_to_ignore
+        for name, x in wrapper.module.named_parameters():
+            if id(x) in own and name not in left_out and f"module.{name}" not in left_out:
+                raise RuntimeError(
+                    "DistributedDataParallel has sent the weight of one rank to all, but each "
+                    f"rank has rows of its own of {name}; call "
+                    "softsphere.parallel.leave_out_of_ddp(model) before wrapping the model"
+                )
+
+
+def leave_out_of_ddp(model: nn.Module) -> nn.Module:
+    """Has DistributedDataParallel leave out the sharded output layers of a model.
+
+    Call it before wrapping. It adds the names of their parameters and buffers to those that
+    DistributedDataParallel ignores, and returns the model.
+
+    >>> leave_out_of_ddp(nn.Linear(2, 2))
+    Linear(in_features=2, out_features=2, bias=True)
+    """
+    names: set[str] = set(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
+    for path, layer in model.named_modules():
+        if getattr(layer, "shards", None) is None:
+            continue
+        own = [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]
+        names |= {f"{path}.{name}" if path else name for name, _ in own}
+    if names:
+        torch.nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+            model, sorted(names)
+        )
+    return model
+
+
+def checksum(x: Tensor | None) -> int | None:
+    """A number made of all bits of x, in their order; None for None."""
+    if x is None:
+        return None
+    total, start = 0, 1
+    for part in x.detach().contiguous().view(-1).split(_PART):
+        bits = part.view(torch.uint8).to(torch.int64)
+        places = torch.arange(start, start + len(bits), device=x.device) % 65521
+        total, start = total + int((bits * places).sum()), start + len(bits)
+    return total

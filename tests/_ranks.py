@@ -1,0 +1,64 @@
+"""Runs many cases in one process group of each size, since starting processes is slow."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import traceback
+import warnings
+from pathlib import Path
+
+import torch
+from torch import distributed, multiprocessing
+
+AVAILABLE = distributed.is_available() and distributed.is_gloo_available()
+TIGHT = {"rtol": 1e-10, "atol": 1e-12}
+
+
+def run(cases, size, folder, timeout=20):
+    """Runs each case on `size` ranks. Returns by name what went wrong on each rank, or None.
+
+    Nothing is run after a case that failed on a rank, since the others may still wait for it.
+    """
+    arguments = (cases, size, str(folder), timeout)
+    with contextlib.suppress(multiprocessing.ProcessExitedException):
+        multiprocessing.spawn(_work, arguments, nprocs=size)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(size)]
+
+
+def _work(rank, cases, size, folder, timeout):
+    torch.set_num_threads(1)
+    warnings.simplefilter("error", FutureWarning)
+    distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/init",
+        rank=rank,
+        world_size=size,
+        timeout=datetime.timedelta(seconds=timeout),
+    )
+    results = {}
+    for name, case in cases.items():
+        torch.manual_seed(0)
+        try:
+            case(rank, size, folder)
+            results[name] = None
+        except BaseException:  # pytest's failures are no Exception
+            results[name] = traceback.format_exc()
+        # whole at once, since this process may be ended when another one fails
+        Path(f"{folder}/{rank}.new").write_text(json.dumps(results))
+        os.replace(f"{folder}/{rank}.new", f"{folder}/{rank}.json")
+        if results[name] is not None:
+            os._exit(1)
+        distributed.barrier()
+    distributed.destroy_process_group()
+
+
+def rows_of(rank, counts):
+    """The slice of the rows of a rank, where the ranks have these numbers of rows."""
+    return slice(sum(counts[:rank]), sum(counts[: rank + 1]))
+
+
+def world():
+    return distributed.group.WORLD

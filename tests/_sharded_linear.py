@@ -1,0 +1,373 @@
+"""What a LinearSphericalLoss does on several ranks, beside one without a process group."""
+
+from __future__ import annotations
+
+import itertools
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from _ranks import TIGHT, rows_of, world
+from softsphere import LinearSphericalLoss, LinearSphericalOptions
+from softsphere.parallel import count_traffic, leave_out_of_ddp
+
+d = 5
+COUNTS = (4, 3, 0, 2)
+
+
+def pair(D=23, replicated=False, **given):
+    """A layer without a group and one with, of the same weight."""
+    given = {"dtype": torch.float64, **given}
+    one = LinearSphericalLoss(d, D, **given)
+    many = LinearSphericalLoss(d, D, **given, process_group=world(), replicated=replicated)
+    many.load_state_dict(one.state_dict())
+    return one, many
+
+
+def same_rows(one, many):
+    own = many.shards.sharding.slice
+    torch.testing.assert_close(many.weight.detach(), one.weight.detach()[own], **TIGHT)
+    if one.bias is not None:
+        torch.testing.assert_close(many.bias.detach(), one.bias.detach()[own], **TIGHT)
+
+
+def train(rank, size, folder, D=23, steps=5, replicated=False, adam=False, sparse=False, **given):
+    """Loss, gradient of hidden and weights of every step."""
+    if given.pop("prior", False):
+        given["prior"] = torch.arange(1.0, D + 1)
+    if given.pop("weight", False):
+        given["weight"] = torch.linspace(0.5, 2, D)
+    one, many = pair(D, replicated, **given)
+    make = torch.optim.Adam if adam else partial(torch.optim.SGD, momentum=0.9)
+    optimizers = [make(head.parameters(), lr=0.1) for head in (one, many)]
+    counts = COUNTS[:size]
+    m, own = sum(counts), slice(None) if replicated else rows_of(rank, counts)
+    for _ in range(steps):
+        H = torch.randn(m, d, dtype=torch.float64)
+        t = torch.randint(D, (m, 3) if sparse else (m,))
+        t[1:3] = t[3]
+        values = torch.rand(m, 3, dtype=torch.float64) if sparse else None
+        if size > 1:
+            t[rows_of(1, counts)] = -100
+        found = []
+        for head, rows, optimizer in zip((one, many), (slice(None), own), optimizers, strict=True):
+            h = H[rows].clone().requires_grad_()
+            loss = head(h, t[rows], None if values is None else values[rows])
+            optimizer.zero_grad()
+            loss.sum().backward()
+            optimizer.step()
+            found.append((loss.detach(), h.grad))
+        (want, by_h), (got, by_own) = found
+        torch.testing.assert_close(got, want[own] if want.dim() else want, **TIGHT)
+        torch.testing.assert_close(by_own, by_h[own], **TIGHT)
+        same_rows(one, many)
+
+
+def count_given(rank, size, folder):
+    _, many = pair()
+    rows = rows_of(rank, COUNTS[:size])
+    H, t = torch.randn(sum(COUNTS[:size]), d).double(), torch.arange(sum(COUNTS[:size]))
+    total = many(H[rows], t[rows]) * sum(COUNTS[:size])
+    torch.testing.assert_close(many(H[rows], t[rows], num_items=torch.tensor(7)), total / 7)
+
+
+def accumulated(rank, size, folder, **given):
+    one, many = pair(**given)
+    rows = rows_of(rank, COUNTS[:size])
+    m = sum(COUNTS[:size])
+    batches = [(torch.randn(m, d).double(), torch.randint(23, (m,))) for _ in range(3)]
+    for H, t in batches:
+        (one(H, t) / 3).backward()
+    with many.accumulate():
+        for H, t in batches:
+            (many(H[rows], t[rows]) / 3).backward()
+    own = many.shards.sharding.slice
+    torch.testing.assert_close(many.weight.grad, one.weight.grad[own], **TIGHT)
+    torch.testing.assert_close(many.bias.grad, one.bias.grad[own], **TIGHT)
+
+
+def predicted(rank, size, folder, D=23, replicated=False, loss="taylor_softmax", prior=False):
+    one, many = pair(D, replicated, loss=loss, prior=torch.arange(1.0, D + 1) if prior else None)
+    with torch.no_grad():
+        one.weight[1] = one.weight[0]
+        one.bias[1] = one.bias[0]
+    many.load_state_dict(one.state_dict())
+    m = sum(COUNTS[:size])
+    rows = slice(None) if replicated else rows_of(rank, COUNTS[:size])
+    H, target = 3 * torch.randn(m, d).double(), torch.randint(D, (m,))
+    target[0] = 0
+    out = torch.randint(-1, D, (m, 2))
+    h = H[rows]
+    k = min(6, D - 2)
+    assert torch.equal(many.predict(h).clamp(min=1), one.predict(H)[rows].clamp(min=1))
+    assert torch.equal(many.rank(h, target[rows]), one.rank(H, target)[rows])
+    for exclude in (None, out):
+        want = one.topk(H, k, exclude)
+        got = many.topk(h, k, None if exclude is None else exclude[rows])
+        torch.testing.assert_close(got.values, want.values[rows], **TIGHT)
+        # class 1 is a twin of class 0
+        assert torch.equal(got.indices.clamp(min=1), want.indices[rows].clamp(min=1))
+    if many.loss.normalised:
+        with torch.no_grad():
+            torch.testing.assert_close(many.log_prob(h), one.log_prob(H)[rows], **TIGHT)
+            some = torch.tensor([D - 1, 0])
+            torch.testing.assert_close(many.log_prob(h, some), one.log_prob(H, some)[rows], **TIGHT)
+
+
+def below_data_parallel(rank, size, folder, whole=True):
+    """A whole model in DistributedDataParallel, or its trunk alone."""
+
+    class Model(nn.Module):
+        def __init__(self, head):
+            super().__init__()
+            torch.manual_seed(1)
+            self.trunk, self.head = nn.Linear(d, d, dtype=torch.float64), head
+
+        def forward(self, x, t):
+            return self.head(self.trunk(x), t)
+
+    one, many = pair()
+    many.shards.averaged = None if whole else True
+    models = [Model(one), Model(many)]
+    if whole:
+        wrapped = DistributedDataParallel(leave_out_of_ddp(models[1]))
+    else:
+        trunk, head = DistributedDataParallel(models[1].trunk), models[1].head
+
+        def wrapped(x, t):
+            return head(trunk(x), t)
+
+    counts = (2,) * size
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.5) for model in models]
+    for _ in range(3):
+        x, t = torch.randn(sum(counts), d).double(), torch.randint(23, (sum(counts),))
+        own = rows_of(rank, counts)
+        for optimizer, loss in zip(
+            optimizers, (models[0](x, t), wrapped(x[own], t[own])), strict=True
+        ):
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    same_rows(one, many)
+    torch.testing.assert_close(models[1].trunk.weight, models[0].trunk.weight, **TIGHT)
+
+
+def saved(rank, size, folder):
+    """A checkpoint of several ranks, for `test_a_checkpoint_of_ranks_loads_in_one_process`."""
+    torch.manual_seed(2)
+    one, many = pair(prior=torch.arange(1.0, 24), weight=torch.linspace(0.5, 2, 23))
+    dcp.save(many.state_dict(), checkpoint_id=Path(folder) / "checkpoint")
+    other = LinearSphericalLoss(
+        d,
+        23,
+        prior=torch.ones(23),
+        weight=torch.ones(23),
+        dtype=torch.float64,
+        process_group=world(),
+    )
+    state = other.state_dict()
+    dcp.load(state, checkpoint_id=Path(folder) / "checkpoint")
+    other.load_state_dict(state)
+    same_rows(one, other)
+    own = other.shards.sharding.slice
+    assert torch.equal(other.own_prior, one.prior[own])
+    assert torch.equal(other.own_class_weight, one.class_weight[own])
+
+
+def traffic_of_a_step(D):
+    head = LinearSphericalLoss(d, D, "bohning_bound", process_group=world())
+    with count_traffic() as traffic:
+        head(torch.randn(4, d, requires_grad=True), torch.arange(4)).backward()
+    return traffic.calls
+
+
+def traffic_is_flat(rank, size, folder):
+    assert traffic_of_a_step(10) == traffic_of_a_step(1000)
+
+
+def started_apart(rank, size, folder):
+    """Ranks draw other rows, and go on with the same numbers."""
+    head = LinearSphericalLoss(d, 4 * size, process_group=world())
+    after = torch.rand(1)
+    rows = head.shards.ranks.gather(head.weight)
+    assert len(rows.view(-1, d).unique(dim=0)) == 4 * size
+    assert len(head.shards.ranks.gather(after).unique()) == 1
+
+
+RIGHT = {
+    "adam, many steps": partial(train, steps=100, adam=True),
+    "fewer classes than ranks": partial(train, D=2),
+    "replicated": partial(train, replicated=True),
+    "replicated, centred": partial(train, replicated=True, loss="bohning_bound", prior=True),
+    "sparse": partial(train, sparse=True, weight=True, prior=True),
+    "weights and prior": partial(train, weight=True, prior=True),
+    "rows": partial(train, reduction="none", weight=True),
+    "sum, no bias": partial(train, reduction="sum", bias=False),
+    "a count": count_given,
+    "accumulate": accumulated,
+    "accumulate, centred": partial(accumulated, loss="bouchard_bound"),
+    "predict": predicted,
+    "predict, few classes": partial(predicted, D=4),
+    "predict, replicated": partial(predicted, replicated=True, prior=True),
+    "predict, outputs": partial(predicted, loss="z_loss"),
+    "data parallel": below_data_parallel,
+    "data parallel trunk": partial(below_data_parallel, whole=False),
+    "saved": saved,
+    "traffic": traffic_is_flat,
+    "start": started_apart,
+    **{
+        f"{loss}, {engine}": partial(
+            train, loss=loss, options=LinearSphericalOptions(engine=engine), prior=engine == "gram"
+        )
+        for loss, engine in (
+            *itertools.product(("taylor_softmax", "bohning_bound"), ("chunked", "gram")),
+            ("squared_error", "dense"),
+        )
+    },
+}
+
+
+def raises(kind, words, call):
+    with pytest.raises(kind, match=words):
+        call()
+
+
+def on_one(rank, mine, others, call):
+    """An error on rank 0, with its text on every other rank; afterwards everything works."""
+    raises(*(mine if rank == 0 else others), call)
+
+
+def unowned_target(rank, size, folder):
+    _, many = pair()
+    H, t = torch.randn(2, d).double(), torch.tensor([3, 23 if rank == 0 else 4])
+    words = r"target must be in \[0, 23\)"
+    others = RuntimeError, f"rank 0 of the process group refused.*{words}"
+    on_one(rank, (ValueError, words), others, lambda: many(H, t))
+    many(H, t.clamp(max=4)).backward()
+
+
+def other_number_of_classes(rank, size, folder):
+    def make():
+        LinearSphericalLoss(d, 20 + (rank == 0), process_group=world())
+
+    raises(ValueError, "num_classes must be the same on all ranks.*21 on rank 0, 20 on", make)
+
+
+def other_prior(rank, size, folder):
+    def make():
+        prior = torch.ones(20) + torch.arange(20) * (rank == 0)
+        LinearSphericalLoss(d, 20, prior=prior, process_group=world())
+
+    raises(ValueError, "prior must be the same on all ranks", make)
+
+
+def wrong_on_one(rank, size, folder):
+    def make():
+        LinearSphericalLoss(d, 20, reduction="no" if rank == 0 else "sum", process_group=world())
+
+    on_one(rank, (ValueError, "reduction"), (RuntimeError, "rank 0.*reduction must"), make)
+
+
+def other_action(rank, size, folder):
+    _, many = pair()
+    H, t = torch.randn(2, d).double(), torch.arange(2)
+    call = (lambda: many.predict(H)) if rank == 0 else (lambda: many(H, t))
+    raises(RuntimeError, "same, but they began predict on rank 0, a loss on rank 1", call)
+
+
+def skipped_call(rank, size, folder):
+    _, many = pair()
+    many.shards._calls += rank == 0
+    H, t = torch.randn(2, d).double(), torch.arange(2)
+    raises(ValueError, "number_of_calls must be the same", lambda: many(H, t))
+
+
+def skipped_step(rank, size, folder):
+    _, many = pair()
+    optimizer = torch.optim.SGD(many.parameters(), lr=0.1)
+    H, t = torch.randn(2, d).double(), torch.arange(2)
+    many(H, t).backward()
+    if rank:
+        optimizer.step()
+    raises(RuntimeError, "changed on some ranks.*but not on rank 0", lambda: many(H, t))
+
+
+def other_rows_replicated(rank, size, folder):
+    _, many = pair(replicated=True)
+    H, t = torch.randn(2, d).double() + rank, torch.arange(2)
+    raises(ValueError, "replicated_rows must be the same", lambda: many(H, t))
+
+
+def not_left_out(rank, size, folder):
+    head = LinearSphericalLoss(d, 4 * size, process_group=world())
+    model = DistributedDataParallel(nn.Sequential(nn.Linear(d, d), head))
+    model.forward = lambda *x: None
+    wrapped = DistributedDataParallel(head)
+    raises(
+        RuntimeError,
+        "leave_out_of_ddp",
+        lambda: wrapped(torch.randn(2, d), torch.arange(2)),
+    )
+
+
+def rows_of_one_rank(rank, size, folder):
+    one, many = pair()
+    state = {name: x[:12] for name, x in one.state_dict().items()}
+    raises(ValueError, "must have 23 rows", lambda: many.load_state_dict(state))
+
+
+def mask_given(rank, size, folder):
+    _, many = pair()
+    H, t = torch.randn(2, d).double(), torch.arange(2)
+    raises(TypeError, "mask cannot", lambda: many(H, t, mask=torch.ones(23, dtype=torch.bool)))
+
+
+def logits_wanted(rank, size, folder):
+    for given in ({"loss": "softmax"}, {"label_smoothing": 0.1}):
+        raises(
+            (TypeError, ValueError),
+            "never makes the logits",
+            lambda given=given: LinearSphericalLoss(d, 20, process_group=world(), **given),
+        )
+
+
+def second_derivative(rank, size, folder):
+    _, many = pair()
+    H = torch.randn(2, d).double().requires_grad_()
+    loss = many(H, torch.arange(2))
+    raises(RuntimeError, "first derivatives alone", lambda: _grad_of_grad(loss, H))
+
+
+def _grad_of_grad(loss, H):
+    torch.autograd.grad(loss, H, create_graph=True)
+
+
+def gradient_of_prediction(rank, size, folder):
+    _, many = pair()
+    raises(RuntimeError, "no_grad", lambda: many.log_prob(torch.randn(2, d).double()))
+
+
+REFUSED = {
+    case.__name__: case
+    for case in (
+        unowned_target,
+        other_number_of_classes,
+        other_prior,
+        wrong_on_one,
+        other_action,
+        skipped_call,
+        skipped_step,
+        other_rows_replicated,
+        not_left_out,
+        rows_of_one_rank,
+        mask_given,
+        logits_wanted,
+        second_derivative,
+        gradient_of_prediction,
+    )
+}

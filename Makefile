@@ -22,7 +22,7 @@ test: .venv/.ready .venv/.docs
 # an error, and its links are followed.
 docs: .venv/.docs
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 tests/test_docs.py tests/test_site.py src/softsphere
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "The site is in site/index.html. With its search: $(BIN)/python -m http.server -d site"
 
 # The Triton of that torch uses arrays of one element as numbers, for which NumPy has a warning.

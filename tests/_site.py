@@ -18,7 +18,7 @@ LOADED = {"script": "src", "img": "src", "link": "href", "source": "src", "ifram
 def built(folder: Path) -> Path:
     """Builds the site into a folder, in which a warning is an error."""
     done = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", folder],
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", folder],
         cwd=ROOT,
         env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
         capture_output=True,

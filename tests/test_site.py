@@ -153,6 +153,7 @@ def test_formulas_are_drawn_without_a_script(site):
     for path in site:
         text = path.read_text()
         assert "arithmatex" not in text, path.name
+        assert re.findall(r"<m[a-z]+>\\\w+", text) == [], path.name  # a command that is not known
     how = next(path for path in site if path.name == "how_it_works.html")
     assert how.read_text().count("<math") > 20
 

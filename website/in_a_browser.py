@@ -22,13 +22,13 @@ from browser import Browser, browser
 
 SIZES = ((1280, 900, False), (390, 844, True))
 REQUESTS = "return performance.getEntriesByType('resource').map(x => x.name)"
-WIDTHS = "return [document.documentElement.scrollWidth, window.innerWidth]"
+WIDTH = "return document.documentElement.scrollWidth"
 UNSEEN = """
 return [...document.images].filter(x => x.offsetParent && !x.naturalWidth).map(x => x.src)
 """
 SCHEME = "return document.body.dataset.mdColorScheme"
 SWITCH = "[...document.querySelectorAll('label[for^=__palette]')].find(x => !x.hidden).click()"
-FOLLOW = "document.querySelector('article a[href=\"which_one.html\"]').click()"
+FOLLOW = "document.querySelector('article a[href=\"which_one.html\"]')?.click()"
 SEARCH = """
 const input = document.querySelector('.md-search__input');
 input.focus(); input.value = 'FactoredSGD'; input.dispatchEvent(new Event('keyup'));
@@ -48,9 +48,8 @@ def _of_pages(chromium: Browser, server: str, folder: Path) -> Iterator[str]:
         chromium.resize(width, height, mobile=mobile)
         for page in pages:
             chromium.open(f"{server}/{page}")
-            broad, window = chromium.run(WIDTHS)
-            if broad > window:
-                yield f"{page} is {broad} wide in a window of {window}"
+            if (broad := chromium.run(WIDTH)) > width:
+                yield f"{page} is {broad} wide in a window of {width}"
             yield from (f"{page} loads {x}" for x in chromium.run(REQUESTS) if server not in x)
             yield from (f"{page} does not show {x}" for x in chromium.run(UNSEEN))
             yield from (f"{page} logs {x}" for x in chromium.errors())

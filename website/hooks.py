@@ -30,6 +30,7 @@ INDEX = re.compile(
     r"_(\{[^{}]*\}|[a-zα-ω0-9]{1,2}(?![a-zA-Z0-9_]))"
 )
 EXPONENT = re.compile(r"\^(\{[^{}]*\}|[a-zα-ω0-9]+)")
+NO_BREAK = re.compile(r" ([±=]|&lt;|≤) (?=[\w−½])")
 FORMULA = re.compile(r'<(span|div) class="arithmatex">(.*?)</\1>', re.DOTALL)
 
 
@@ -84,7 +85,7 @@ def on_page_content(html: str, **_: Any) -> str:
 def _indexed(text: str) -> str:
     """Text of a page with its indices and exponents set as such."""
     text = INDEX.sub(lambda match: f"{match[1]}<sub>{match[2].strip('{}')}</sub>", text)
-    text = text.replace(" ± ", "\u00a0±\u00a0")
+    text = NO_BREAK.sub("\u00a0\\1\u00a0", text)
     return EXPONENT.sub(lambda match: f"<sup>{match[1].strip('{}')}</sup>", text)
 
 

@@ -111,6 +111,9 @@ class SphericalLoss(WithPrior):
         """Computes the loss of the logits `input` against `target`.
 
         Args:
+            input: logits (C), (N, C) or (N, C, d1, …).
+            target: class indices, shaped as the logits without their classes; or class
+                probabilities, shaped as the logits; or K-sparse targets (N, K).
             target_values: (N, K), values of K-sparse targets (N, K).
             mask: boolean, True for classes that take part, (C) or of the shape of the logits.
         """
@@ -129,8 +132,11 @@ class SphericalLoss(WithPrior):
     def log_prob(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
         """Returns log f_k, shaped as the logits, whose classes are where `forward` expects them.
 
-        Classes that are masked out have log f_k = −∞. Half precision is computed in float32 and
-        rounded once.
+        Args:
+            input: logits (C), (N, C) or (N, C, d1, …).
+            mask: as in `forward`. Classes that are masked out have log f_k = −∞.
+
+        Half precision is computed in float32 and rounded once.
 
         Raises TypeError for a loss that is not a distribution.
         """
@@ -140,6 +146,9 @@ class SphericalLoss(WithPrior):
 
     def scores(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
         """Returns the scores by which classes are ranked, in float32 or wider.
+
+        Args:
+            input, mask: as in `log_prob`.
 
         These are log-probabilities, or the logits themselves for a loss that has none. They are −∞
         for classes that are masked out, and for a score that is NaN, which ranks last.
@@ -155,7 +164,10 @@ class SphericalLoss(WithPrior):
         return torch.where(scores.isnan(), -torch.inf, scores)
 
     def predict(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Returns the best class of each row.
+        """Returns the best class of each row, int64, shaped as the logits without their classes.
+
+        Args:
+            input, mask: as in `log_prob`.
 
         It need not have the largest logit, since t(o) need not be monotone.
         """
@@ -163,6 +175,12 @@ class SphericalLoss(WithPrior):
 
     def topk(self, input: Tensor, k: int, mask: Tensor | None = None) -> TopK:
         """Returns the k best classes of each row, best first, and their scores.
+
+        Args:
+            input, mask: as in `log_prob`.
+            k: from 1 to C.
+
+        Returns `TopK` of values and indices, with k in the place of C.
 
         Classes are ranked before the scores are rounded to the dtype of the logits.
         """

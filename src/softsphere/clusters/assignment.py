@@ -106,7 +106,10 @@ class Clusters:
         return self.assignment[self.assignment >= 0]
 
     def classes(self, cluster: int) -> Tensor:
-        """Returns the classes of a cluster, or of the shortlist for −1, commonest first, int64.
+        """Returns the classes of a cluster, or of the shortlist, commonest first, int64.
+
+        Args:
+            cluster: 0 … C − 1, or −1 for the shortlist.
 
         Raises TypeError or ValueError unless cluster is from −1 to C − 1.
         """
@@ -183,6 +186,9 @@ class Clusters:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Clusters:
         """Returns the clusters of a file that `save` wrote. No code in the file is run.
+
+        Args:
+            path: the file.
 
         Raises ValueError for a file that is not one of these, and OSError if it cannot be read.
         """

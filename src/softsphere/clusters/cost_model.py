@@ -32,7 +32,12 @@ STEPS = (1, 1.5, 2, 3, 5, 7)
 
 
 class Sizes(NamedTuple):
-    """The number of classes in the shortlist, and the number of clusters of the others."""
+    """The sizes of a clustered layer.
+
+    Args:
+        shortlist: S, the number of classes in the shortlist.
+        num_clusters: C, the number of clusters of the other classes.
+    """
 
     shortlist: int
     num_clusters: int

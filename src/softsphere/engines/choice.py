@@ -15,7 +15,12 @@ __all__ = ["Choice", "choose"]
 
 @dataclass(frozen=True)
 class Choice:
-    """The name of an engine, and the reason for it."""
+    """The name of an engine, and the reason for it.
+
+    Args:
+        engine: the name, as `LinearSphericalOptions` takes it.
+        reason: a sentence with the estimated costs of all engines.
+    """
 
     engine: str
     reason: str

@@ -27,7 +27,12 @@ __all__ = [
 
 
 class TopK(NamedTuple):
-    """The best classes with their log-probabilities, or outputs if the loss has none."""
+    """The k best classes of each row, best first, as `torch.topk` returns them.
+
+    Args:
+        values: (…, k), their log-probabilities, or their outputs if the loss has no probabilities.
+        indices: (…, k) int64, the classes.
+    """
 
     values: Tensor
     indices: Tensor
@@ -103,7 +108,15 @@ def taylor_softmax(
     mask: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Computes f_n(o_k) / Σ_j f_n(o_j) along `dim`; see `log_taylor_softmax`.
+    """Computes f_n(o_k) / Σ_j f_n(o_j) along `dim`, with f_n(o) = Σ_{i≤n} oⁱ/i!.
+
+    Args:
+        order: n, even and from 2 to 20.
+        input, dim, mask, dtype: as in `log_prob`.
+
+    Returns a tensor of the shape of the logits, whose entries along `dim` sum to one.
+
+    Source: as of `log_taylor_softmax`.
 
     >>> taylor_softmax(torch.tensor([0.0, 1.0]))
     tensor([0.2857, 0.7143])
@@ -143,7 +156,15 @@ def spherical_softmax(
     mask: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Computes (o_k² + ε) / Σ_j (o_j² + ε) along `dim`; see `log_spherical_softmax`.
+    """Computes (o_k² + ε) / Σ_j (o_j² + ε) along `dim`.
+
+    Args:
+        eps: ε > 0.
+        input, dim, mask, dtype: as in `log_prob`.
+
+    Returns a tensor of the shape of the logits, whose entries along `dim` sum to one.
+
+    Source: as of `log_spherical_softmax`.
 
     >>> spherical_softmax(torch.tensor([0.0, 1.0]))
     tensor([0.3333, 0.6667])

@@ -155,7 +155,12 @@ class OutputLayer(nn.Module, ABC):
     @_without_gradient
     @_without_autocast
     def predict(self, hidden: Tensor) -> Tensor:
-        """Returns the best class of each row of hidden (…, d): (…), int64.
+        """Returns the best class of each row.
+
+        Args:
+            hidden: (…, d), floating-point.
+
+        Returns (…), int64.
 
         It is not always the class of the largest output, since t(o) need not be monotone. A class
         with a NaN score is never the best one, unless all are NaN.

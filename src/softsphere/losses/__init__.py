@@ -1,4 +1,4 @@
-"""The family of losses, one per file, and a registry of their names."""
+"""The losses as values, and a registry of their names."""
 
 from __future__ import annotations
 
@@ -45,6 +45,9 @@ REGISTRY: dict[str, type[Loss]] = {
 
 def get(loss: str | Loss) -> Loss:
     """Returns the loss of that name with its default hyper-parameters, or the given loss itself.
+
+    Args:
+        loss: a name of `REGISTRY`, or a loss.
 
     Raises ValueError for an unknown name, with a list of the known ones, and TypeError for
     anything that is neither a name nor a loss.

@@ -40,7 +40,10 @@ class Loss:
         return True
 
     def log_numerator(self, o: Tensor) -> Tensor:
-        """log t(o), elementwise, where f_k = π_k t(o_k) / Σ_j π_j t(o_j).
+        """Returns log t(o) of each output, where f_k = π_k t(o_k) / Σ_j π_j t(o_j).
+
+        Args:
+            o: outputs of any shape.
 
         Raises TypeError for a loss that is not a distribution.
         """
@@ -51,26 +54,61 @@ class Loss:
 
 
 class Spherical(Loss, ABC):
-    """A loss ℓ(s, q, c). It does not know how the statistics were computed."""
+    """A loss ℓ(s, q, c). It does not know how the statistics were computed.
+
+    A subclass defines `each`. It then works on logits, on every output layer and in every engine.
+
+    >>> import torch
+    >>> from dataclasses import dataclass
+    >>> from softsphere import SphericalLoss
+    >>> @dataclass(frozen=True)
+    ... class HalfSquare(Spherical):
+    ...     def each(self, x):
+    ...         return 0.5 * x.q.unsqueeze(-1) - x.c
+    >>> SphericalLoss(HalfSquare())(torch.tensor([[2.0, 1.0]]), torch.tensor([0]))
+    tensor(0.5000)
+    """
 
     @abstractmethod
     def each(self, x: Stats) -> Tensor:
-        """The loss of every target taken alone with value 1: (..., K)."""
+        """Returns the loss of every target, as if it were the only one and had the value 1.
+
+        Args:
+            x: the statistics of rows (…) with K targets each.
+
+        Returns (…, K).
+        """
 
     def value(self, x: Stats) -> Tensor:
-        """The loss of each row, Σ_j y_j ℓ(s, q, c_j): (...)."""
+        """Returns the loss of each row, Σ_j y_j ℓ(s, q, c_j).
+
+        Args:
+            x: the statistics of rows (…) with K targets each; without values all y_j are 1.
+
+        Returns (…).
+        """
         each = self.each(x)
         return (each if x.y is None else x.y * each).sum(-1)
 
 
 class Normalised(Spherical):
-    """−log f_t with f_k = π_k t(o_k) / N. The normaliser N(s, q, M) needs no outputs."""
+    """A spherical loss that is −log f_t of a distribution f_k = π_k t(o_k) / N.
+
+    A subclass defines t by `log_numerator` and N by `log_normaliser`, which needs no outputs.
+    """
 
     normalised: ClassVar[bool] = True
 
     @abstractmethod
     def log_normaliser(self, s: Tensor, q: Tensor, mass: float | Tensor) -> Tensor:
-        """log N = log Σ_k π_k t(o_k)."""
+        """Returns log N = log Σ_k π_k t(o_k).
+
+        Args:
+            s, q: the statistics of rows (…).
+            mass: M = Σ π_k, a number or (…).
+
+        Returns (…).
+        """
 
     def each(self, x: Stats) -> Tensor:
         log_n = self.log_normaliser(x.s, x.q, x.mass).unsqueeze(-1)
@@ -78,17 +116,32 @@ class Normalised(Spherical):
 
 
 class OnLogits(Loss, ABC):
-    """A comparator that is not spherical: it needs all the outputs (..., C) in memory.
+    """A comparator that is not spherical: it needs all the outputs in memory.
 
-    π is None, or (C), or (..., C); a class with π_k = 0 does not take part.
+    A subclass defines `per_class`.
     """
 
     @abstractmethod
     def per_class(self, o: Tensor, pi: Tensor | None) -> Tensor:
-        """ℓ_k for every class k taken as the target: (..., C)."""
+        """Returns the loss ℓ_k of every class k, as if it were the target.
+
+        Args:
+            o: (…, C), the outputs.
+            pi: (C) or (…, C), the base measure π, or None for π = 1. A class with π_k = 0 does not
+                take part.
+
+        Returns (…, C).
+        """
 
     def at(self, o: Tensor, target: Tensor, pi: Tensor | None) -> Tensor:
-        """ℓ_t for one target in each row: target (...) → (...)."""
+        """Returns the loss of one target in each row.
+
+        Args:
+            o, pi: as in `per_class`.
+            target: (…), int64.
+
+        Returns (…).
+        """
         return self.per_class(o, pi).gather(-1, target.unsqueeze(-1)).squeeze(-1)
 
 

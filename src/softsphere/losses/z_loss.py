@@ -59,7 +59,7 @@ class ZLoss(Spherical):
         return False
 
     def standardised(self, x: Stats) -> Tensor:
-        """z (..., K), which is zero where σ is."""
+        """Returns z (…, K) of the statistics x. It is zero where σ is."""
         mu = (x.s / x.mass).unsqueeze(-1)
         variance = (x.q / x.mass).unsqueeze(-1) - mu * mu
         terms = x.mass.unsqueeze(-1) if isinstance(x.mass, Tensor) else x.mass

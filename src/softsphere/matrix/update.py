@@ -14,7 +14,12 @@ __all__ = ["SingularStepError", "Update"]
 
 
 class SingularStepError(RuntimeError):
-    """A step that cannot be taken. The matrix is as it was before."""
+    """A step of a factored weight cannot be taken. The weight is as it was before.
+
+    The gradient or a factor is not finite, or the step is singular or nearly so: it would take all
+    of a direction of W away. The message says which. A smaller learning rate, or clipping of the
+    gradient, helps if the numbers themselves are finite.
+    """
 
 
 @dataclass(frozen=True)

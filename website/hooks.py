@@ -19,6 +19,8 @@ from palette import in_dark
 ROOT = Path(__file__).parents[1]
 # Pages of the repository outside docs/, and their names in the site.
 PAGES = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
+# Sections of the navigation, and the pages that belong there if it does not name them.
+SECTIONS = {"Losses": "losses/*.md", "Guides": "*.md"}
 LINK = re.compile(r"(\]\(|<img [^>]*src=\")([^)\"#\s]+)")
 PICTURE = re.compile(r"(!\[[^\]]*\]\()([^)\s]+\.svg)\)")
 # A paragraph that is all in italics is the caption of the picture or the table before it.
@@ -30,8 +32,18 @@ INDEX = re.compile(
     r"_(\{[^{}]*\}|[a-zα-ω0-9]{1,2}(?![a-zA-Z0-9_]))"
 )
 EXPONENT = re.compile(r"\^(\{[^{}]*\}|[a-zα-ω0-9]+)")
-NO_BREAK = re.compile(r" ([±=]|&lt;|≤) (?=[\w−½])")
+NO_BREAK = re.compile(r"(?:^| )(?:[±=]|&lt;|≤) (?=[\w−½])")
 FORMULA = re.compile(r'<(span|div) class="arithmatex">(.*?)</\1>', re.DOTALL)
+
+
+def on_config(config: Any) -> Any:
+    """Puts guides and losses that the navigation does not name at the end of their sections."""
+    named = set(re.findall(r"[\w/]+\.md", str(config.nav)))
+    for title, pattern in SECTIONS.items():
+        section = next(x[title] for x in config.nav if title in x)
+        pages = (x.relative_to(config.docs_dir) for x in Path(config.docs_dir).glob(pattern))
+        section += sorted(str(x) for x in pages if str(x) not in named)
+    return config
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -85,7 +97,7 @@ def on_page_content(html: str, **_: Any) -> str:
 def _indexed(text: str) -> str:
     """Text of a page with its indices and exponents set as such."""
     text = INDEX.sub(lambda match: f"{match[1]}<sub>{match[2].strip('{}')}</sub>", text)
-    text = NO_BREAK.sub("\u00a0\\1\u00a0", text)
+    text = NO_BREAK.sub(lambda x: x[0].replace(" ", "\u00a0"), text)
     return EXPONENT.sub(lambda match: f"<sup>{match[1].strip('{}')}</sup>", text)
 
 

@@ -77,20 +77,22 @@ class Browser:
 @contextmanager
 def browser() -> Iterator[Browser]:
     """Starts a browser with a new profile, and ends it."""
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        driver = subprocess.Popen(
-            ["chromedriver", "--port=0"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+    command = ["chromedriver", "--port=0"]
+    piped = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with (
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile,
+        subprocess.Popen(command, **piped) as driver,
+    ):
         try:
             server = f"http://127.0.0.1:{_port(driver)}"
-            options = {"args": [*ARGUMENTS, f"--user-data-dir={profile}"]}
-            logs = {"browser": "SEVERE"}
-            wanted = {"goog:chromeOptions": options, "goog:loggingPrefs": logs}
-            wanted = {"alwaysMatch": {"browserName": "chrome", **wanted}}
-            session = _sent("POST", f"{server}/session", {"capabilities": wanted})
+            chrome = {"args": [*ARGUMENTS, f"--user-data-dir={profile}"]}
+            wanted = {
+                "browserName": "chrome",
+                "goog:chromeOptions": chrome,
+                "goog:loggingPrefs": {"browser": "SEVERE"},
+            }
+            content = {"capabilities": {"alwaysMatch": wanted}}
+            session = _sent("POST", f"{server}/session", content)
             url = f"{server}/session/{session['sessionId']}"
             try:
                 yield Browser(url)
@@ -98,7 +100,6 @@ def browser() -> Iterator[Browser]:
                 _sent("DELETE", url)
         finally:
             driver.terminate()
-            driver.wait()
 
 
 def _port(driver: subprocess.Popen[str]) -> int:

@@ -36,7 +36,7 @@ test-oldest: .venv-oldest/.ready
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(@D)/bin/python -m pip install --quiet --constraint $(filter constraints%,$^) \
-		--editable ".[lab]" --group dev
+		--editable ".[lab]" --group dev $(if $(filter .venv/%,$@),--group frameworks)
 	touch $@
 
 .venv/.docs: .venv/.ready

@@ -104,7 +104,7 @@ def test_the_curves_of_a_loss_are_those_of_softmax_for_softmax(website):
 
 def test_every_experiment_is_on_its_page():
     page = (ROOT / "docs" / "reproduce.md").read_text()
-    named = re.findall(r"^\| `softsphere reproduce (\S+)` \|", page, re.MULTILINE)
+    named = re.findall(r"^\| `(\S+)` \|", page, re.MULTILINE)
     assert named == list(REPRODUCTIONS)
 
 

@@ -62,7 +62,8 @@ def page(name: str) -> str:
         numbers(kind, parts.get("Args:", "")),
         f"## Details\n\n{details(parts)}",
         f"## Source\n\n{linked(parts['Source:'].removeprefix('Source: '))}",
-        f"The [reference](../reference/losses.md#softsphere.losses.{kind.__name__}) has the class.",
+        f"The [reference](../reference/losses.md#softsphere.losses.{kind.__name__}) has the class, "
+        "and [Results](../results.md) compares the losses.",
     ]
     return "\n\n".join(piece for piece in pieces if piece) + "\n"
 

@@ -36,7 +36,7 @@ def same_rows(one, many):
         torch.testing.assert_close(many.bias.detach(), one.bias.detach()[own], **TIGHT)
 
 
-def train(rank, size, folder, D=23, steps=5, replicated=False, adam=False, sparse=False, **given):
+def train(rank, size, folder, D=23, steps=3, replicated=False, adam=False, sparse=False, **given):
     """Loss, gradient of hidden and weights of every step."""
     if given.pop("prior", False):
         given["prior"] = torch.arange(1.0, D + 1)
@@ -200,7 +200,7 @@ def started_apart(rank, size, folder):
 
 
 RIGHT = {
-    "adam, many steps": partial(train, steps=100, adam=True),
+    "adam": partial(train, adam=True),
     "fewer classes than ranks": partial(train, D=2),
     "replicated": partial(train, replicated=True),
     "replicated, centred": partial(train, replicated=True, loss="bohning_bound", prior=True),
@@ -229,6 +229,12 @@ RIGHT = {
             ("squared_error", "dense"),
         )
     },
+}
+
+
+LONG = {
+    "adam, many steps": partial(train, steps=100, adam=True),
+    "momentum, many steps": partial(train, steps=100, weight=True, prior=True),
 }
 
 

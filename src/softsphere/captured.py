@@ -132,6 +132,11 @@ class CapturedStep:
             for p in group["params"]:
                 if not isinstance(p, FactoredTensor):
                     continue
+                if p.matrix.arrays.shards is not None:
+                    raise TypeError(
+                        "a weight with a process_group cannot be captured, since its ranks compare "
+                        "their arguments at every call; take the steps as they are"
+                    )
                 if not isinstance(p.matrix, FactoredMatrix):
                     raise TypeError(
                         "the leaves of a ClusteredLoss cannot be captured, since a step asks which "

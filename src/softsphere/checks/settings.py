@@ -23,6 +23,15 @@ def finite(name: str, value: float) -> None:
         raise ValueError(f"{name} must be finite, got {value}")
 
 
+def only_with_a_group(name: str, value: Any) -> None:
+    """Raises ValueError for an argument that has a meaning with a process group alone."""
+    if value is not None:
+        raise ValueError(
+            f"{name} has a meaning with a process_group alone, got {value}; use reduction='sum' "
+            "and divide by it"
+        )
+
+
 def positive(name: str, value: float) -> None:
     if not (math.isfinite(number(name, value)) and value > 0):
         raise ValueError(f"{name} must be positive and finite, got {value}")

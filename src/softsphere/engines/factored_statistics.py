@@ -32,9 +32,9 @@ def factored_statistics(
 
     centred: whether the mean of the outputs is taken off, for losses that do not see a shift.
     """
-    s, q, c = _FactoredStatistics.apply(H, weight, target, centred)  # type: ignore[no-untyped-call]
     W = single_matrix(weight.block).arrays
-    pi = None if W.pi is None else W.pi[target]
+    pi = W.target_pi(target)
+    s, q, c = _FactoredStatistics.apply(H, weight, target, pi, centred)  # type: ignore[no-untyped-call]
     return Stats(s, q, c, W.mass, pi=pi)
 
 
@@ -49,7 +49,12 @@ class _FactoredStatistics(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, H: Tensor, weight: FactoredTensor, target: Tensor, centred: bool
+        ctx: Any,
+        H: Tensor,
+        weight: FactoredTensor,
+        target: Tensor,
+        pi: Tensor | None,
+        centred: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         matrix = single_matrix(weight.block)
         ctx.block, ctx.edition, ctx.centred = weight.block, matrix.edition, centred
@@ -60,7 +65,7 @@ class _FactoredStatistics(torch.autograd.Function):
         q = (P * H).sum(-1).clamp_min(0)
         at_rows = W.centred_rows(target.flatten())
         c = (at_rows.view(*target.shape, d) * H.unsqueeze(1)).sum(-1)
-        ctx.save_for_backward(H, target, P, mu, at_rows)
+        ctx.save_for_backward(H, target, P, mu, at_rows, pi)
         if centred:
             return torch.zeros_like(mu), q, c
         s = W.mass * mu
@@ -69,10 +74,10 @@ class _FactoredStatistics(torch.autograd.Function):
     @staticmethod
     def backward(
         ctx: Any, gs: Tensor, gq: Tensor, gc: Tensor
-    ) -> tuple[Tensor | None, StructuredGradient | None, None, None]:
+    ) -> tuple[Tensor | None, StructuredGradient | None, None, None, None]:
         if torch.is_grad_enabled():
             raise RuntimeError(TWICE)
-        H, target, P, mu, at_rows = ctx.saved_tensors
+        H, target, P, mu, at_rows, pi = ctx.saved_tensors
         matrix = single_matrix(ctx.block)
         if matrix.edition != ctx.edition:
             raise RuntimeError(
@@ -89,14 +94,14 @@ class _FactoredStatistics(torch.autograd.Function):
             r = W.small("mean")[:d]
             by_hidden = back.clone() if ctx.centred else torch.addr(back, by_mean, r)
         if not ctx.needs_input_grad[1]:
-            return by_hidden, None, None, None
+            return by_hidden, None, None, None, None
         # Copies, since the caller may write into these tensors later.
         rows, x = target.flatten().clone(), gc.flatten().clone()
-        if W.pi is not None:
-            x = x / W.pi[rows]
+        if pi is not None:
+            x = x / pi.flatten()
         m, K = target.shape
         cols = None if K == 1 else torch.arange(m, device=H.device).repeat_interleave(K)
         by_one = -by_target / W.mass - 2 * gq * mu if ctx.centred else gs.clone()
         value = GradientFactors(H.clone(), twice * H, by_one, rows, cols, x, back, at_rows)
         by_weight = StructuredGradient(Content(value, ctx.block, ctx.edition))
-        return by_hidden, by_weight, None, None
+        return by_hidden, by_weight, None, None, None

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from softsphere import checks, losses
+from softsphere._torch import version_of
 from softsphere.engines.dispatch import linear_statistics
 from softsphere.engines.engine import mass_of
 from softsphere.engines.options import LinearSphericalOptions
@@ -43,7 +44,13 @@ from softsphere.parallel import (
 from softsphere.stats import Stats
 from softsphere.targets import Targets
 
-__all__ = ["LossOnShards", "ShardedStatistics", "reduce_over_ranks"]
+__all__ = [
+    "LossOnShards",
+    "ShardedStatistics",
+    "checked_items",
+    "entries_of_rank",
+    "reduce_over_ranks",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,10 +144,10 @@ class LossOnShards:
         dtype = accumulator(H, W, options.accumulate_dtype)
         self.loss, self.shards = loss, shards
         self.conventions = _vectors_in(conventions, dtype)
-        self.entries = _entries(
+        self.entries = entries_of_rank(
             hidden, target, target_values, self.conventions, shards.sharding.num_classes, dtype
         )
-        self.items = _checked_items(num_items, conventions.reduction)
+        self.items = checked_items(num_items, conventions.reduction)
         own = Affine(W, b)
         pi, centred = self.conventions.pi, loss.shift_invariant
         self.statistics = ShardedStatistics(own, pi, shards, centred, options, statistics)
@@ -148,7 +155,8 @@ class LossOnShards:
     def agree(self, agreed: Agreement) -> None:
         """Adds to an agreement what must be the same on all ranks."""
         parts, records = self.statistics, torch.is_grad_enabled()
-        self.shards.begin(agreed, self.weight, self.H, self.entries.t)
+        version = version_of(self.weight) if len(self.weight) else None
+        self.shards.begin(agreed, version, self.H, self.entries.t)
         agreed.same(
             loss=self.loss,
             options=parts.options,
@@ -229,7 +237,7 @@ def _vectors_in(conventions: Conventions, dtype: torch.dtype) -> Conventions:
     return replace(conventions, weight=w, pi=pi)
 
 
-def _entries(
+def entries_of_rank(
     hidden: Tensor,
     target: Any,
     values: Any,
@@ -256,7 +264,7 @@ def _entries(
     return replace(conventions, weight=None).entries(target, values, num_classes, dtype)
 
 
-def _checked_items(value: Any, reduction: str) -> float | None:
+def checked_items(value: Any, reduction: str) -> float | None:
     """num_items as a number. Raises ValueError or TypeError for one that cannot be."""
     if value is None:
         return None

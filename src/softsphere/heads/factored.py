@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,13 +14,18 @@ from softsphere import checks, losses
 from softsphere._torch import eager, transforms_active
 from softsphere.engines.factored_statistics import TWICE, factored_statistics
 from softsphere.functional.conventions import Conventions
+from softsphere.functional.on_factored_shards import FactoredLossOnShards
 from softsphere.functional.on_logits import spherical_value
 from softsphere.heads.factored_reader import EXPORT, FactoredReader
 from softsphere.heads.factored_state import FactoredState
 from softsphere.heads.prediction import OutputLayer
+from softsphere.heads.reader import Reader
+from softsphere.heads.sharded import making
+from softsphere.heads.sharded_reader import ReaderOfFactoredShard, ShardedReader
 from softsphere.losses import Spherical
 from softsphere.matrix import FactoredTensor, Health, StructuredGradient
 from softsphere.matrix.interrupts import uninterrupted
+from softsphere.parallel import Agreement, checksum
 
 __all__ = ["FactoredSphericalLoss"]
 
@@ -50,6 +56,14 @@ class FactoredSphericalLoss(FactoredState, OutputLayer):
             holds in its dtype.
         reduction, ignore_index: as in `nn.CrossEntropyLoss`.
         device, dtype: of the weight. The dtype is float32 or float64.
+        process_group, replicated, averaged: as in `LinearSphericalLoss`. `weight` has the rows of
+            this rank, and its gradient is that of the rows of all ranks: it must not be reduced,
+            and its norm is that of the whole gradient on every rank.
+
+    With a process_group a step sends O(m d) numbers for the m rows of all ranks. Every rank takes
+    the same step of the small factors, from the same numbers by the same operations. They stay
+    equal bit for bit, which is compared at every call. All ranks must therefore run on machines
+    that round alike, and do with the layer the same in the same order.
 
     Shapes: hidden (…, d); target (…), class indices of any integer dtype, or (…, K) with
     target_values (…, K).
@@ -85,8 +99,34 @@ class FactoredSphericalLoss(FactoredState, OutputLayer):
         ignore_index: int | None = -100,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        process_group: Any = None,
+        replicated: bool = False,
+        averaged: bool | None = None,
     ) -> None:
         super().__init__()
+        given: dict[str, Any] = {"loss": loss, "bias": bias, "prior": prior, "device": device}
+        given |= {"reduction": reduction, "ignore_index": ignore_index, "dtype": dtype}
+        with making(process_group, num_classes, replicated, averaged) as (shards, agreed):
+            self.shards = shards
+            self._make(in_features, num_classes, **given)
+            if agreed is not None:
+                agreed.same(layer=repr(self), dtype=self.weight.dtype, prior=checksum(prior))
+        self.reset_parameters()
+
+    def _make(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        loss: str | losses.Loss,
+        bias: bool,
+        prior: Tensor | None,
+        reduction: str,
+        ignore_index: int | None,
+        device: Any,
+        dtype: torch.dtype | None,
+    ) -> None:
+        """Checks the arguments of the constructor, and makes attributes and the weight."""
         self.in_features = checks.at_least_one("in_features", in_features)
         self.num_classes = checks.at_least_one("num_classes", num_classes)
         self.has_bias = checks.flag("bias", bias)
@@ -94,15 +134,15 @@ class FactoredSphericalLoss(FactoredState, OutputLayer):
         self.loss = _spherical(losses.get(loss))
         given = Conventions.checked(self.loss, reduction=reduction, ignore_index=ignore_index)
         self.reduction, self.ignore_index = given.reduction, given.ignore_index
-        W = torch.empty(self.num_classes, self.in_features, device=device, dtype=dtype)
+        W = torch.empty(self.own_classes, self.in_features, device=device, dtype=dtype)
         pi = None
         if prior is not None:
             pi = checks.prior(prior, W.dtype)
             checks.class_vector("prior", pi, self.num_classes)
+            pi = pi if self.shards is None else pi[self.shards.sharding.slice].clone()
             pi = pi if W.is_meta else pi.to(W.device)
-        b = W.new_empty(self.num_classes) if bias else None
-        self.weight = nn.Parameter(FactoredTensor(W, b, pi))
-        self.reset_parameters()
+        b = W.new_empty(self.own_classes) if bias else None
+        self.weight = nn.Parameter(FactoredTensor(W, b, pi, self.shards))
 
     @property
     def conventions(self) -> Conventions:
@@ -124,7 +164,8 @@ class FactoredSphericalLoss(FactoredState, OutputLayer):
                 "on a real device, or load it by load_state_dict"
             )
         bound = 1 / math.sqrt(self.in_features)
-        with torch.no_grad(), uninterrupted():
+        own = nullcontext() if self.shards is None else self.shards.own_numbers(self.weight.device)
+        with torch.no_grad(), uninterrupted(), own:
             for block in self._writable():
                 block.uniform_(-bound, bound)
             self.matrix.reset_()
@@ -139,6 +180,7 @@ class FactoredSphericalLoss(FactoredState, OutputLayer):
         target: Tensor,
         target_values: Tensor | None = None,
         mask: None = None,
+        num_items: float | Tensor | None = None,
     ) -> Tensor:
         """Computes the loss of hidden (…, d) against target, in the dtype of the weight.
 
@@ -147,27 +189,19 @@ class FactoredSphericalLoss(FactoredState, OutputLayer):
             target: (…), class indices of any integer dtype, or (…, K) with target_values.
             target_values: (…, K), the values of K-sparse targets.
             mask: must be None. `LinearSphericalLoss` takes a mask of classes.
+            num_items: with a process_group, what the mean divides by: the same number on all
+                ranks. None stands for the number of rows of all ranks that are not ignored.
 
         Returns a scalar, or (…) for reduction "none". The mean of no rows at all is NaN.
 
         Raises ValueError or TypeError for invalid arguments, and RuntimeError inside torch.func
         transforms and in a backward that asks for second derivatives.
         """
-        if mask is not None:
-            raise TypeError(
-                "mask cannot be used with a FactoredSphericalLoss, which keeps sums over all its "
-                "classes; use LinearSphericalLoss, whose forward takes a mask of classes"
-            )
-        if transforms_active():
-            raise RuntimeError(TWICE)
-        reader = self._reader()
-        reader.check(hidden)
-        if not reader.weight.is_leaf:
-            raise TypeError(
-                "the weight of a FactoredSphericalLoss must be a parameter of its own, but it is "
-                "computed from another one (a parametrization); remove that, or use "
-                "LinearSphericalLoss"
-            )
+        if self.shards is not None:
+            return self._loss_on_shards(hidden, target, target_values, mask, num_items)
+        checks.only_with_a_group("num_items", num_items)
+        _refuse_mask(mask)
+        reader = self._checked_reader(hidden)
         leading, values = hidden.shape[:-1], None
         if target_values is None:
             checks.rows_target(leading, target)
@@ -185,12 +219,57 @@ class FactoredSphericalLoss(FactoredState, OutputLayer):
             rows = entries.weigh(spherical_value(self.loss, x, entries, conventions))
             return conventions.reduce(rows.view(leading), entries.counted)
 
+    def _checked_reader(self, hidden: Tensor) -> FactoredReader:
+        """The weight, after checks of it and of hidden (…, d)."""
+        if transforms_active():
+            raise RuntimeError(TWICE)
+        reader = self._local_reader()
+        reader.check(hidden)
+        if not reader.weight.is_leaf:
+            raise TypeError(
+                "the weight of a FactoredSphericalLoss must be a parameter of its own, but it is "
+                "computed from another one (a parametrization); remove that, or use "
+                "LinearSphericalLoss"
+            )
+        return reader
+
+    def _loss_on_shards(
+        self, hidden: Tensor, target: Tensor, values: Any, mask: Any, num_items: Any
+    ) -> Tensor:
+        """`forward` with a process group."""
+        assert self.shards is not None
+        with Agreement(self.shards.ranks, "a loss") as agreed:
+            self.shards.check_wrapper(self)
+            _refuse_mask(mask)
+            reader = self._checked_reader(hidden)
+            with torch.autocast(hidden.device.type, enabled=False):
+                job = FactoredLossOnShards(
+                    reader.rows_of(hidden),
+                    hidden.shape[:-1],
+                    reader.weight,
+                    target,
+                    self.loss,
+                    self.conventions,
+                    target_values=values,
+                    num_items=num_items,
+                )
+            job.agree(agreed)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return job.value(agreed)
+
     @property
     def base_measure(self) -> Tensor | None:
         return self.matrix.arrays.pi
 
-    def _reader(self) -> FactoredReader:
-        return FactoredReader(self.factored_weight, self.in_features, self.loss)
+    def _local_reader(self) -> FactoredReader:
+        kind = FactoredReader if self.shards is None else ReaderOfFactoredShard
+        return kind(self.factored_weight, self.in_features, self.loss)
+
+    def _reader(self) -> Reader:
+        reader = self._local_reader()
+        if self.shards is not None and isinstance(reader, ReaderOfFactoredShard):
+            return ShardedReader(reader, self.shards)
+        return reader
 
     log_prob = eager(EXPORT)(OutputLayer.log_prob)
     topk = eager(EXPORT)(OutputLayer.topk)
@@ -206,17 +285,25 @@ class FactoredSphericalLoss(FactoredState, OutputLayer):
         return self.weight[:, -1] if self.has_bias else None
 
     def dense(self) -> Tensor:
-        """Returns [W b] (D, w) as a new tensor."""
-        reader = self._reader()
+        """Returns [W b] (D, w) as a new tensor; with a process_group, the rows of this rank."""
+        reader = self._local_reader()
         return reader.arrays().to_dense(columns=reader.columns)
 
     def to_linear(self) -> nn.Linear:
-        """Returns an `nn.Linear` with the same weight and bias."""
+        """Returns an `nn.Linear` with the same weight and bias.
+
+        Raises RuntimeError with a process_group, whose ranks have some of the rows each.
+        """
+        if self.shards is not None:
+            raise RuntimeError(
+                "to_linear() needs all rows of the weight, of which this rank has some; save the "
+                "state_dict() with torch.distributed.checkpoint and load it in one process"
+            )
         options = {"device": self.weight.device, "dtype": self.weight.dtype}
         linear: nn.Linear = nn.utils.skip_init(
             nn.Linear, self.in_features, self.num_classes, bias=self.has_bias, **options
         )
-        reader = self._reader()
+        reader = self._local_reader()
         with torch.no_grad():
             for part, rows in reader.arrays().chunks(columns=reader.columns):
                 linear.weight[part] = rows[:, : self.in_features]
@@ -263,3 +350,12 @@ def _spherical(loss: losses.Loss) -> Spherical:
             "use nn.Linear with SphericalLoss for this one"
         )
     return loss
+
+
+def _refuse_mask(mask: Any) -> None:
+    """Raises TypeError for a mask of classes."""
+    if mask is not None:
+        raise TypeError(
+            "mask cannot be used with a FactoredSphericalLoss, which keeps sums over all its "
+            "classes; use LinearSphericalLoss, whose forward takes a mask of classes"
+        )

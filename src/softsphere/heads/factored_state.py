@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from softsphere import checks
+from softsphere._torch import is_wrapper
 from softsphere.heads.factored_parameter import WithFactoredParameter
+from softsphere.heads.sharded import ShardedLayer
 from softsphere.matrix import FactoredTensor
 from softsphere.matrix.factored_matrix import FactoredMatrix, single_matrix
 from softsphere.matrix.interrupts import uninterrupted
@@ -17,8 +19,11 @@ from softsphere.matrix.interrupts import uninterrupted
 __all__ = ["FactoredState"]
 
 
-class FactoredState(WithFactoredParameter):
-    """A layer with a factored weight whose state_dict is that of an `nn.Linear`, and its prior."""
+class FactoredState(ShardedLayer, WithFactoredParameter):
+    """A layer with a factored weight whose state_dict is that of an `nn.Linear`, and its prior.
+
+    Its shapes are those of the rows of this rank, where it has a process group.
+    """
 
     in_features: int
     num_classes: int
@@ -38,10 +43,15 @@ class FactoredState(WithFactoredParameter):
                 f"got {type(weight).__name__}; load other values by load_state_dict, or use "
                 "LinearSphericalLoss, whose weight may be any tensor"
             )
-        wanted = (self.num_classes, self.in_features + self.has_bias)
+        wanted = (self.own_classes, self.in_features + self.has_bias)
         if tuple(weight.shape) != wanted:
             raise ValueError(f"weight must have shape {wanted}, got {tuple(weight.shape)}")
         return weight
+
+    @property
+    def own_classes(self) -> int:
+        """The number of classes of this rank, which are all without a process group."""
+        return self.num_classes if self.shards is None else len(self.shards.sharding)
 
     @property
     def matrix(self) -> FactoredMatrix:
@@ -63,11 +73,22 @@ class FactoredState(WithFactoredParameter):
             state["prior"] = W.pi.clone()
         return state
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+    def _local_state(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         for name, value in self._saved().items():
             destination[prefix + name] = value
 
-    def _load_from_state_dict(
+    def _of_all(self, name: str) -> str | None:
+        return name
+
+    def _own_tensors(self) -> list[str]:
+        prior = [] if self.matrix.arrays.pi is None else ["prior"]
+        return ["weight", *(["bias"] if self.has_bias else []), *prior]
+
+    def _whole(self, key: str, x: Tensor) -> Tensor:
+        whole = key.endswith("prior") and not is_wrapper(x)
+        return checks.loaded_prior(x, self.weight.dtype) if whole else x
+
+    def _load_local_state(
         self,
         state_dict: dict[str, Any],
         prefix: str,
@@ -77,13 +98,13 @@ class FactoredState(WithFactoredParameter):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        shapes: dict[str, tuple[int, ...]] = {"weight": (self.num_classes, self.in_features)}
+        shapes: dict[str, tuple[int, ...]] = {"weight": (self.own_classes, self.in_features)}
         if self.has_bias:
-            shapes["bias"] = (self.num_classes,)
+            shapes["bias"] = (self.own_classes,)
         own = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
         adopt = bool(local_metadata.get("assign_to_params_buffers", False)) and "weight" in own
         dtype = own["weight"].dtype if adopt else self.weight.dtype
-        state = _Entries(own, shapes, self.matrix.arrays.pi, dtype)
+        state = _Entries(own, shapes, self.matrix.arrays.pi, dtype, self.shards is None)
         missing, errors = state.missing(), state.errors(prefix)
         missing_keys += [prefix + name for name in missing]
         unexpected_keys += [prefix + name for name in state.unexpected()]
@@ -98,7 +119,7 @@ class FactoredState(WithFactoredParameter):
         weight, *bias = columns
         bias = [x.to(weight.device, weight.dtype) for x in bias]
         pi = None if pi is None else pi.to(weight.device, weight.dtype)
-        made = FactoredTensor(weight, bias[0] if bias else None, pi)
+        made = FactoredTensor(weight, bias[0] if bias else None, pi, self.shards)
         for j in range(len(columns)):
             made.matrix.arrays.V.lend(j)
         self.weight = nn.Parameter(made, self.weight.requires_grad)
@@ -129,12 +150,14 @@ class _Entries:
     shapes: of weight and bias, as the layer has them.
     pi: (D) the prior of the layer, or None.
     dtype: of the layer once it is loaded.
+    whole: whether they have all classes, over which a prior is normalised.
     """
 
     given: dict[str, Any]
     shapes: dict[str, tuple[int, ...]]
     pi: Tensor | None
     dtype: torch.dtype
+    whole: bool
 
     def missing(self) -> list[str]:
         """Names that must be there. An nn.Linear has no prior, which then stays as it is."""
@@ -172,7 +195,7 @@ class _Entries:
         if self.pi is None or "prior" not in self.given:
             return self.pi
         given: Tensor = self.given["prior"]
-        pi = checks.loaded_prior(given, self.dtype)
+        pi = checks.loaded_prior(given, self.dtype) if self.whole else given.to(self.dtype)
         checks.class_vector("prior", pi, self.shapes["weight"][0])
         return pi
 

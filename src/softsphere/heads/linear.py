@@ -284,11 +284,7 @@ class LinearSphericalLoss(ShardedLayer, AccumulatingLayer, OutputLayer, WithPrio
         """
         if self.shards is not None:
             return self._loss_on_shards(hidden, target, target_values, mask, num_items)
-        if num_items is not None:
-            raise ValueError(
-                "num_items has a meaning with a process_group alone; use reduction='sum' and "
-                "divide by it"
-            )
+        checks.only_with_a_group("num_items", num_items)
         layer = self._layer()
         kept = self.accumulation
         if kept is not None:

@@ -56,7 +56,7 @@ class ShardedLayer(nn.Module):
         return name if name in ("weight", "bias") else None
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
+        self._local_state(destination, prefix, keep_vars)
         if self.shards is None:
             return
         for name in self._own_tensors():
@@ -83,6 +83,25 @@ class ShardedLayer(nn.Module):
                 agreed.same(entries=sorted(own))
             taken = {prefix + str(self._of_all(name)) for name in self._own_tensors()}
             state_dict = {k: v for k, v in state_dict.items() if k not in taken} | own
+        self._load_local_state(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def _local_state(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Saves the tensors of this rank."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_local_state(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Loads the tensors of this rank."""
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from softsphere import losses
-from softsphere._torch import is_recorded
+from softsphere._torch import version_of
 from softsphere.engines.chunked import CHUNKED
 from softsphere.engines.dispatch import settings
 from softsphere.engines.engine import Inputs
@@ -22,6 +22,7 @@ from softsphere.engines.gram import guarded_statistics
 from softsphere.functional.on_linear import Affine
 from softsphere.functional.on_shards import ShardedStatistics
 from softsphere.heads.dense_reader import DenseReader
+from softsphere.heads.factored_reader import FactoredReader
 from softsphere.heads.reader import (
     INFINITE,
     SCORES,
@@ -33,7 +34,7 @@ from softsphere.heads.reader import (
 from softsphere.parallel import Agreement, Batch, Shards, checksum
 from softsphere.stats import Stats
 
-__all__ = ["ReaderOfShard", "ShardedReader"]
+__all__ = ["ReaderOfFactoredShard", "ReaderOfShard", "ShardedReader"]
 
 
 class ReaderOfShard(DenseReader):
@@ -45,6 +46,11 @@ class ReaderOfShard(DenseReader):
             scores.masked_fill(scores == torch.inf, torch.nan) if self.loss.normalised else scores
         )
 
+    @property
+    def version(self) -> Any:
+        """Names the value of W; None where this rank has no row of it."""
+        return version_of(self.W) if len(self.W) else None
+
     def sums(self, H: Tensor, target: Tensor) -> Stats:
         """s and q of rows H (m, d) over the classes of this rank."""
         statistics = guarded_statistics if len(H) > self.in_features else CHUNKED.statistics
@@ -52,6 +58,19 @@ class ReaderOfShard(DenseReader):
         x = Inputs(H, self.W, self.b, target, pi)
         s, q, c = statistics(x, settings(x, self.options, centred=False))
         return Stats(s, q, c, float(self.num_classes))
+
+
+class ReaderOfFactoredShard(FactoredReader):
+    """A reader of the rows of one rank of a factored weight."""
+
+    def ranked(self, scores: Tensor) -> Tensor:
+        return (
+            scores.masked_fill(scores == torch.inf, torch.nan) if self.loss.normalised else scores
+        )
+
+    @property
+    def version(self) -> Any:
+        return self.weight.matrix.edition
 
 
 class ShardedReader(Reader):
@@ -62,7 +81,7 @@ class ShardedReader(Reader):
         shards: of the layer.
     """
 
-    def __init__(self, own: ReaderOfShard, shards: Shards) -> None:
+    def __init__(self, own: ReaderOfShard | ReaderOfFactoredShard, shards: Shards) -> None:
         super().__init__(own.loss, own.in_features, shards.sharding.num_classes, own.device)
         self.own, self.shards, self.sharding = own, shards, shards.sharding
         self.batch = Batch(shards.ranks, (0,) * shards.ranks.size)
@@ -72,14 +91,14 @@ class ShardedReader(Reader):
         with Agreement(self.shards.ranks, action) as agreed:
 
             def found(hidden: Tensor, *integers: Tensor | None, **facts: Any) -> None:
-                if is_recorded(hidden, self.own.W, self.own.b):
+                if self.own.is_differentiated(hidden):
                     raise RuntimeError(
                         f"{action} of a layer with a process_group has no gradient; call it inside "
                         "torch.no_grad()"
                     )
                 rows = hidden.reshape(-1, self.in_features)
                 beside = [x.reshape(len(rows), x.shape[-1]) for x in integers if x is not None]
-                self.shards.begin(agreed, self.own.W, rows, *beside)
+                self.shards.begin(agreed, self.own.version, rows, *beside)
                 given = {k: checksum(v) if isinstance(v, Tensor) else v for k, v in facts.items()}
                 agreed.same(loss=self.loss, **given)
 
@@ -93,6 +112,8 @@ class ShardedReader(Reader):
         return False
 
     def log_normaliser(self, H: Tensor) -> Tensor:
+        if isinstance(self.own, ReaderOfFactoredShard):
+            return self.own.log_normaliser(H)  # from sums over all rows, which every rank has
         if not isinstance(self.loss, losses.Normalised):
             return H.new_zeros(len(H))
         layer = Affine(self.own.W, self.own.b)
@@ -179,3 +200,8 @@ class ShardedReader(Reader):
                 above = above + better.sum(1)
         above = self.batch.scattered(above)
         return torch.where(score[0][self.batch.own].isnan(), self.num_classes, above + 1)
+
+
+def _without_infinity(loss: losses.Loss, scores: Tensor) -> Tensor:
+    """Scores with NaN for those of +∞, unless the outputs themselves are ranked."""
+    return scores.masked_fill(scores == torch.inf, torch.nan) if loss.normalised else scores

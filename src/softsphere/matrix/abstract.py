@@ -15,6 +15,7 @@ from softsphere.matrix.gradient import GradientFactors
 from softsphere.matrix.interrupts import uninterrupted
 from softsphere.matrix.precision import in_full_precision
 from softsphere.matrix.rows import Rows
+from softsphere.parallel import Shards
 
 __all__ = ["POWER", "Block", "Kept", "Matrix"]
 
@@ -37,6 +38,8 @@ class Kept(ABC):
     is_written: bool
     # finishes a step that was left unfinished on the device
     unfinished: Callable[[], None] | None = None
+    # the process group that has the other rows of W
+    shards: Shards | None = None
     # the first row of each matrix of a stack, and the number of rows
     starts: Tensor | None = None
 
@@ -52,6 +55,11 @@ class Kept(ABC):
     def num_rows(self) -> int:
         """D."""
         return self.V.num_rows
+
+    @property
+    def all_rows(self) -> int:
+        """D, also where V has only some of the rows of W."""
+        return self.num_rows
 
     @property
     def blocks(self) -> int:

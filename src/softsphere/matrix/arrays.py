@@ -31,6 +31,9 @@ class Arrays(Kept):
         V: the rows, which are not copied.
         pi: (D) positive with Σ π = D, or None for one everywhere.
         width: the number of columns of one block of W; None for all of V.
+
+    `ShardedArrays` has some of the rows of W. Targets are then classes among all, while V, π and
+    what is read by `rows` and `chunks` are those of this rank.
     """
 
     def __init__(self, V: Rows, pi: Tensor | None = None, width: int | None = None) -> None:
@@ -44,7 +47,27 @@ class Arrays(Kept):
     @property
     def mass(self) -> float:
         """M = Σ π = D, since a prior is normalised."""
-        return float(self.num_rows)
+        return float(self.all_rows)
+
+    def like(self, V: Rows, pi: Tensor | None) -> Arrays:
+        """Returns arrays of this kind for other rows."""
+        return Arrays(V, pi, self.width)
+
+    def target_coordinates(self, targets: Tensor) -> Tensor:
+        """The current coordinates (n, w) of the rows of W at some targets (n)."""
+        return self.coordinates(targets)
+
+    def target_pi(self, targets: Tensor) -> Tensor | None:
+        """π at targets (n), or None for one everywhere."""
+        return None if self.pi is None else self.pi[targets]
+
+    def own_targets(self, targets: Tensor) -> tuple[Tensor, Tensor | slice]:
+        """The rows of V of targets (n), and which of the targets those are."""
+        return targets, slice(None)
+
+    def total(self, x: Tensor) -> Tensor:
+        """A sum over rows of V, as a sum over all rows of W."""
+        return x
 
     def reset_(self) -> None:
         """Takes V for W: U = I and ω = 0. G and w̄ are computed when they are next needed."""
@@ -98,19 +121,24 @@ class Arrays(Kept):
         off before the rows are multiplied, and the rest of the mean row afterwards.
         """
         gram, rest = torch.zeros_like(self.U), torch.zeros_like(self.omega)
-        step = max(1, self.num_rows // _SAMPLE)
-        sample = self.rows(torch.arange(0, self.num_rows, step, device=self.device))
-        # Written like this, it is exact where all rows are equal.
-        near_mean = sample[0] + torch.cat([x.mean(0) for x in self.split(sample - sample[0])])
+        near_mean = self.near_mean()
         for part, rows in self.chunks():
             shifted = self.split(rows - near_mean)
             pi = None if self.pi is None else self.pi[part].unsqueeze(1)
             weighted = shifted if pi is None else [x * pi for x in shifted]
             gram += torch.cat([torch.cat([product(x.mT, y) for y in shifted], 1) for x in weighted])
             rest += torch.cat([x.sum(0, dtype=torch.float64) for x in weighted])
+        gram, rest = self.total(gram), self.total(rest)
         # addr may round the last columns differently from the first.
         gram = (gram + gram.mT) / 2 - torch.outer(rest, rest / self.mass)
         return gram, rest + self.mass * near_mean
+
+    def near_mean(self) -> Tensor:
+        """About the mean row (w), from some rows of W."""
+        step = max(1, self.num_rows // _SAMPLE)
+        sample = self.rows(torch.arange(0, self.num_rows, step, device=self.device))
+        # Written like this, it is exact where all rows are equal.
+        return sample[0] + torch.cat([x.mean(0) for x in self.split(sample - sample[0])])
 
     def split(self, rows: Tensor) -> list[Tensor]:
         """Returns the blocks of rows (n, w).
@@ -138,8 +166,11 @@ class Arrays(Kept):
 
     @in_full_precision
     def centred_rows(self, index: Tensor) -> Tensor:
-        """W[index] of the first block less the mean row, which is taken off in float64: (n, d)."""
-        rows = self.rows(index, self.block(0))
+        """W at targets (n), of the first block, less the mean row: (n, d).
+
+        The mean row is taken off in float64.
+        """
+        rows = self.outputs(self.target_coordinates(index), self.block(0))
         return (rows - self.mean[: self.width]).to(rows.dtype)
 
     @in_full_precision
@@ -174,8 +205,8 @@ class Arrays(Kept):
             pi = pi.to(device if device.type != "meta" else pi.device, dtype, copy=True)
             if dtype == torch.float64 and self.dtype == torch.float32:
                 # Otherwise Σ π = D would hold only to float32.
-                pi *= self.mass / pi.sum()
-        other = Arrays(Rows(*self.V.to(device, dtype)), pi, self.width)
+                pi *= self.mass / self.total(pi.sum())
+        other = self.like(Rows(*self.V.to(device, dtype)), pi)
         other.generations = self.generations.copied(device, other.rounded)
         for name in ("U", "U_inv", "omega"):
             setattr(other, name, getattr(self, name).to(device, copy=True))

@@ -25,7 +25,7 @@ def default_rate(params: Iterable[Tensor]) -> float:
     Raises ValueError for factored weights that need different rates.
     """
     given = list(params)
-    classes = {p.shape[0] for p in given if isinstance(p, FactoredTensor)}
+    classes = {p.matrix.arrays.all_rows for p in given if isinstance(p, FactoredTensor)}
     if not classes or not all(isinstance(p, FactoredTensor) for p in given):
         return _OF_ORDINARY
     if len(classes) > 1:

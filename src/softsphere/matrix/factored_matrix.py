@@ -19,10 +19,12 @@ from softsphere.matrix.mending import rebase, renew
 from softsphere.matrix.precision import in_full_precision
 from softsphere.matrix.refusals import stale
 from softsphere.matrix.rows import Rows
+from softsphere.matrix.sharded_arrays import arrays_of
 from softsphere.matrix.step import plan
 from softsphere.matrix.update import SingularStepError, Update
 from softsphere.matrix.upkeep import Watch, too_harsh
 from softsphere.matrix.wear import Health, health
+from softsphere.parallel import Shards
 
 __all__ = ["FactoredMatrix", "single_matrix"]
 
@@ -34,6 +36,8 @@ class FactoredMatrix(Matrix):
         blocks: (D, w_j) float32 or float64, the columns of W side by side. They are not copied,
             and they are changed in place.
         pi: (D) positive with Σ π = D, the base measure; None for one everywhere.
+        shards: a process group over which the rows are sharded, so that blocks and π are those of
+            this rank.
 
     A step costs O(r w² + r² w) for a gradient of r factors, whatever D is.
     Raises TypeError for blocks of another dtype or number of dimensions.
@@ -49,14 +53,16 @@ class FactoredMatrix(Matrix):
     # the gradient and the blocks of the step that was recorded last
     recorded_step: tuple[GradientFactors, Blocks]
 
-    def __init__(self, *blocks: Tensor, pi: Tensor | None = None) -> None:
+    def __init__(
+        self, *blocks: Tensor, pi: Tensor | None = None, shards: Shards | None = None
+    ) -> None:
         for block in blocks:
             if block.dim() != 2 or block.dtype not in (torch.float32, torch.float64):
                 raise TypeError(
                     "weight must be a (D, d) tensor of float32 or float64, "
                     f"got {tuple(block.shape)} of {block.dtype}"
                 )
-        self.arrays = Arrays(Rows(*blocks), pi)
+        self.arrays = arrays_of(Rows(*blocks), pi, shards)
         self.watch = Watch()
 
     @classmethod
@@ -143,7 +149,7 @@ class FactoredMatrix(Matrix):
             self.watch.restart()
 
     def like(self, columns: Sequence[Tensor], pi: Tensor | None) -> FactoredMatrix:
-        return FactoredMatrix(*columns, pi=pi)
+        return FactoredMatrix(*columns, pi=pi, shards=self.arrays.shards)
 
     @in_full_precision
     def copied(self, j: int, device: torch.device, dtype: torch.dtype) -> FactoredMatrix:
@@ -154,7 +160,7 @@ class FactoredMatrix(Matrix):
         sizes = [block.shape[1] for block in W.V.blocks[:-1]] if j == 0 else [W.width]
         dense = W.to_dense(columns=W.block(j)).to(device, dtype)
         pi = None if W.pi is None else W.pi.to(device, dtype)
-        other = FactoredMatrix(*dense.split(sizes, 1), pi=pi)
+        other = FactoredMatrix(*dense.split(sizes, 1), pi=pi, shards=W.shards)
         if j == 0:
             other.arrays.edition = W.edition
         return other
@@ -204,7 +210,7 @@ class FactoredMatrix(Matrix):
             W.reset_()
             W.edition = edition
             if owner is not None:
-                owner.matrix, owner.j = FactoredMatrix(values, pi=W.pi), 0
+                owner.matrix, owner.j = FactoredMatrix(values, pi=W.pi, shards=W.shards), 0
             self.beside = None
         self.watch.restart()
 

@@ -9,6 +9,8 @@ that, this loses no digit of W.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -35,6 +37,8 @@ class Generations:
         self.maps = torch.eye(width, dtype=torch.float64, device=device).unsqueeze(0)
         self.now = 0
         self.rounded = rounded
+        # makes numbers of rows here those of all rows, where other ranks have the rest
+        self.total: Callable[[Tensor], Tensor] = _alone
 
     @property
     def alone(self) -> bool:
@@ -83,9 +87,9 @@ class Generations:
         self.set(maps, now)
 
     def counts(self) -> list[int]:
-        """Returns the number of rows of each generation."""
+        """Returns the number of rows of each generation, on all ranks together."""
         each = [(self.made == g).sum() for g in range(len(self.maps))]
-        return [int(count) for count in torch.stack(each).tolist()]
+        return [int(count) for count in self.total(torch.stack(each)).tolist()]
 
     def bound(self, V: Rows) -> None:
         """Carries the rows of the smallest generation over, if there are too many generations."""
@@ -94,7 +98,7 @@ class Generations:
         counts = self.counts()
         if 0 in counts[: self.now] + counts[self.now + 1 :]:
             return
-        counts[self.now] = V.num_rows + 1
+        counts[self.now] = sum(counts) + 1
         least = counts.index(min(counts))
         M = self.maps_in(V.dtype)[least]
         for index in (self.made == least).nonzero().squeeze(1).split(V.chunk_size()):
@@ -117,6 +121,12 @@ class Generations:
     def copied(self, device: torch.device, rounded: Rounded) -> Generations:
         """Returns a copy on a device."""
         other = Generations(0, 0, device, rounded)
+        other.total = self.total
         other.made = self.made.to(device, copy=True)
         other.set(self.maps.to(device, copy=True), self.now)
         return other
+
+
+def _alone(counts: Tensor) -> Tensor:
+    """The numbers of rows where no other rank has any."""
+    return counts

@@ -97,9 +97,10 @@ class EntryProducts:
         if g.at_rows is not None and width == g.at_rows.shape[1]:
             at_rows = g.at_rows
         else:
-            at = W.coordinates(g.rows) if coordinates is None else coordinates
+            at = W.target_coordinates(g.rows) if coordinates is None else coordinates
             at_rows = (W.outputs(at, slice(0, width)) - W.mean[:width]).to(dtype)
-        pi = None if W.pi is None else W.pi[g.rows].to(dtype)
+        pi = W.target_pi(g.rows)
+        pi = None if pi is None else pi.to(dtype)
         of_weight = _to_columns(g, at_rows if pi is None else at_rows * pi.unsqueeze(1))
         e = _to_columns(g, torch.ones_like(g.x) if pi is None else pi)
         return cls(of_weight, e, pi, W.mass)
@@ -170,4 +171,5 @@ def dense_gradient(W: Arrays, gradient: GradientFactors) -> Tensor:
         dense[part] = rows @ A + b
         if g.rho:
             dense[part] += g.rho * rows
-    return dense.index_add_(0, g.rows, g.X.to(dense.dtype))
+    rows_of_V, which = W.own_targets(g.rows)
+    return dense.index_add_(0, rows_of_V, g.X.to(dense.dtype)[which])

@@ -71,7 +71,7 @@ def _compute(
     g, d, w, dtype = gradient, W.width, W.V.width, gradient.H.dtype
     U, U_inv = W.small("U", dtype), W.small("U_inv", dtype)
     R = _spread_out(g.H, blocks.spread)
-    carried = None if W.generations.alone else W.coordinates(g.rows)
+    carried = None if W.generations.alone else W.target_coordinates(g.rows)
     entries = EntryProducts.of(W, g, w, carried)
     thin = g.rank <= THIN * w
     L_T = g.L if thin else torch.eye(d, dtype=dtype, device=R.device)

@@ -20,6 +20,7 @@ from softsphere.matrix.factored_matrix import FactoredMatrix
 from softsphere.matrix.factored_stack import FactoredStack
 from softsphere.matrix.refusals import COMPILED
 from softsphere.matrix.wrapper import Wrapper
+from softsphere.parallel import Shards
 
 __all__ = ["FactoredTensor"]
 
@@ -36,6 +37,8 @@ class FactoredTensor(Wrapper):
         weight: (D, d) float32 or float64. It is not copied, and it is changed in place.
         bias: (D), one more column, or None.
         pi: (D) positive with Σ π = D, the base measure; None for one everywhere.
+        shards: what a layer with a process group knows of it. Weight, bias and π are then those
+            of the rows of this rank, and so is the tensor.
 
     Raises TypeError for a weight of another dtype or number of dimensions, and for every
     operation that would need all D × w numbers; the error says what to use instead.
@@ -52,10 +55,14 @@ class FactoredTensor(Wrapper):
 
     @staticmethod
     def __new__(
-        cls, weight: Tensor, bias: Tensor | None = None, pi: Tensor | None = None
+        cls,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        pi: Tensor | None = None,
+        shards: Shards | None = None,
     ) -> FactoredTensor:
         columns = (weight,) if bias is None else (weight, bias.unsqueeze(1))
-        return cls.alias(Block(FactoredMatrix(*columns, pi=pi)))
+        return cls.alias(Block(FactoredMatrix(*columns, pi=pi, shards=shards)))
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__()
@@ -141,6 +148,12 @@ class FactoredTensor(Wrapper):
     def pickled(self) -> tuple[Any, ...]:
         """Returns the arguments of `_rebuild`: columns, π, starts of a stack, and kind of leaf."""
         matrix = self.matrix
+        if matrix.arrays.shards is not None:
+            raise TypeError(
+                "a factored weight with a process_group cannot be pickled, since it has the rows "
+                "of one rank alone; save the state_dict() of its layer with "
+                "torch.distributed.checkpoint"
+            )
         if matrix.arrays.blocks > 1:
             matrix = matrix.copied(self.block.j, self.device, self.dtype)
         matrix.canonical_()

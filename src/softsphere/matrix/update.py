@@ -26,7 +26,7 @@ class SingularStepError(RuntimeError):
 class Update:
     """What is added to the rows of V, and to each small array after κ has acted on it.
 
-    rows: (n) the rows of V that change
+    rows: (n) the targets, whose rows of V change
     to_rows: (n, w) what is added to them
     to_small: by the name of each small array, what is added to it
     scaled: the small arrays after κ; empty where κ is a number and can act in place
@@ -56,10 +56,11 @@ class Update:
     def commit(self, W: Arrays) -> None:
         """Writes the update in place; no large tensor is allocated."""
         W.begin_change()
+        rows, which = W.own_targets(self.rows)
         if self.carried is not None:
-            W.V[self.rows] = self.carried
-            W.generations.made.index_fill_(0, self.rows, W.generations.now)
-        W.V.add(self.rows, self.to_rows.to(W.dtype))
+            W.V[rows] = self.carried[which]
+            W.generations.made.index_fill_(0, rows, W.generations.now)
+        W.V.add(rows, self.to_rows.to(W.dtype)[which])
         for name, increment in self.to_small.items():
             array: Tensor = getattr(W, name)
             if name in self.scaled:

@@ -181,7 +181,7 @@ class Watch:
         The intervals are such that reading W costs O(w²) a step and computing it again O(w³).
         """
         self.since_gram += steps
-        if self.since_gram < max(LONGEST, W.num_rows // len(W.U)):
+        if self.since_gram < max(LONGEST, W.all_rows // len(W.U)):
             return
         self.since_gram = 0
         self.mend_gram(W)

@@ -158,6 +158,7 @@ def gram_drift(W: Arrays, probes: int) -> float:
         weighted = shifted if W.pi is None else shifted * W.pi[part].unsqueeze(1)
         squares += (weighted * shifted).sum(0)
         rest += weighted.sum(0)
+    squares, rest = W.total(squares), W.total(rest)
     exact = squares - rest.square() / W.mass
     kept = (x * (W.centred_gram @ x)).sum(0)
     unseen = W.mass * (torch.finfo(W.dtype).eps * (W.mean.abs() @ x.abs())).square()

@@ -2,7 +2,14 @@
 
 from softsphere.parallel.agreement import Agreement
 from softsphere.parallel.batch import Batch
-from softsphere.parallel.functions import all_rows, own_sums, sum_of_losses, sum_of_parts
+from softsphere.parallel.functions import (
+    all_rows,
+    own_part,
+    own_sums,
+    same_on_all,
+    sum_of_losses,
+    sum_of_parts,
+)
 from softsphere.parallel.ranks import Ranks
 from softsphere.parallel.sharding import Sharding
 from softsphere.parallel.shards import Shards, checksum, leave_out_of_ddp
@@ -19,7 +26,9 @@ __all__ = [
     "checksum",
     "count_traffic",
     "leave_out_of_ddp",
+    "own_part",
     "own_sums",
+    "same_on_all",
     "sum_of_losses",
     "sum_of_parts",
 ]

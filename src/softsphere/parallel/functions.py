@@ -14,7 +14,14 @@ from torch import Tensor
 
 from softsphere.parallel.batch import Batch
 
-__all__ = ["all_rows", "own_sums", "sum_of_losses", "sum_of_parts"]
+__all__ = [
+    "all_rows",
+    "own_part",
+    "own_sums",
+    "same_on_all",
+    "sum_of_losses",
+    "sum_of_parts",
+]
 
 
 def all_rows(x: Tensor, batch: Batch) -> Tensor:
@@ -26,6 +33,21 @@ def all_rows(x: Tensor, batch: Batch) -> Tensor:
 def own_sums(x: Tensor, batch: Batch) -> Tensor:
     """The sum over ranks of x (Σ m, …), at the rows of this rank: (m, …)."""
     out: Tensor = _OwnSums.apply(x, batch)  # type: ignore[no-untyped-call]
+    return out
+
+
+def same_on_all(x: Tensor, batch: Batch) -> Tensor:
+    """The rows x (m, …) of all ranks, with which all of them compute the same: (Σ m, …).
+
+    The derivative of each rank is the whole one, so that nothing is added.
+    """
+    out: Tensor = _SameOnAll.apply(x, batch)  # type: ignore[no-untyped-call]
+    return out
+
+
+def own_part(x: Tensor, batch: Batch) -> Tensor:
+    """The rows of this rank (m, …) of an x (Σ m, …) that is the same on all ranks."""
+    out: Tensor = _OwnPart.apply(x, batch)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -58,6 +80,29 @@ class _OwnSums(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, batch: Batch) -> Tensor:
         ctx.batch = batch
         return batch.scattered(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        _refuse_twice()
+        return ctx.batch.gathered(g), None
+
+
+class _SameOnAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, batch: Batch) -> Tensor:
+        ctx.batch = batch
+        return batch.gathered(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        return g[ctx.batch.own], None
+
+
+class _OwnPart(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, batch: Batch) -> Tensor:
+        ctx.batch = batch
+        return x[batch.own].clone()
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:

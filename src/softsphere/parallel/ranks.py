@@ -84,6 +84,16 @@ class Ranks:
             dist.all_to_all_single(out, x, group=self.group)
         return out
 
+    def reduce(self, x: Tensor) -> Tensor:
+        """The sum of x over the ranks, in an order of the backend's.
+
+        All ranks have the same bits where at most one of them gives a number that is not zero.
+        """
+        out = x.detach().clone(memory_format=torch.contiguous_format)
+        with self._collective("all_reduce", out):
+            dist.all_reduce(out, group=self.group)
+        return out
+
     def sum(self, x: Tensor) -> Tensor:
         """The sum of x over the ranks, with the same bits on each."""
         return self.gather(x).sum(0)

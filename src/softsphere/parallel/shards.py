@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softsphere._torch import data_parallel_in_forward, version_of
+from softsphere._torch import data_parallel_in_forward
 from softsphere.parallel.agreement import Agreement
 from softsphere.parallel.batch import Batch
 from softsphere.parallel.ranks import Ranks
@@ -39,16 +39,22 @@ class Shards:
         self.sharding = Sharding(num_classes, self.ranks.size, self.ranks.rank)
         self.replicated, self.averaged = replicated, averaged
         # calls that the ranks agreed on, and versions of the weight at the last one and now
-        self._calls, self._version, self._now = 0, -1, -1
+        self._calls = 0
+        self._version: Any = None
+        self._now: Any = None
 
-    def begin(self, agreed: Agreement, weight: Tensor, rows: Tensor, *integers: Tensor) -> None:
+    def begin(self, agreed: Agreement, version: Any, rows: Tensor, *integers: Tensor) -> None:
         """Adds to an agreement what has to fit for every computation with rows (m, …).
 
         Other ranks may have other numbers of rows, unless the batch is replicated; then all bits
         of the rows and of the integers (m, …) beside them must be the same.
+
+        Args:
+            version: names the value of the weight; None where this rank cannot tell.
         """
-        self._now = version_of(weight)
-        stepped = int(self._now != self._version) if self._version >= 0 and len(weight) else -1
+        self._now = version
+        known = self._version is not None and version is not None
+        stepped = int(version != self._version) if known else -1
         agreed.same(num_classes=self.sharding.num_classes, number_of_calls=self._calls)
         agreed.same(dtype_of_rows=rows.dtype, shape_of_a_row=tuple(rows.shape[1:]))
         agreed.same(shape_of_targets=[tuple(x.shape[1:]) for x in integers])

@@ -1,0 +1,262 @@
+"""What a FactoredSphericalLoss does on several ranks, beside one without a process group."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from _ranks import TIGHT, rows_of, world
+from _sharded_linear import COUNTS, d, raises
+from softsphere import FactoredSphericalLoss
+from softsphere.optim import FactoredSGD
+from softsphere.parallel import count_traffic, leave_out_of_ddp
+
+# How far apart weights may be that were computed in factors, in float64.
+NEAR = {"rtol": 1e-9, "atol": 1e-10}
+
+
+def pair(D=23, replicated=False, **given):
+    given = {"dtype": torch.float64, **given}
+    if given.pop("prior", False):
+        given["prior"] = torch.arange(1.0, D + 1)
+    one = FactoredSphericalLoss(d, D, **given)
+    many = FactoredSphericalLoss(d, D, **given, process_group=world(), replicated=replicated)
+    many.load_state_dict(one.state_dict())
+    return one, many
+
+
+def same_rows(one, many):
+    torch.testing.assert_close(many.dense(), one.dense()[many.shards.sharding.slice], **NEAR)
+
+
+def same_bits(many):
+    """The small arrays are equal bit for bit on all ranks."""
+    W, ranks = many.matrix.arrays, many.shards.ranks
+    for x in (W.U, W.U_inv, W.omega, W.centred_gram, W.colsum, W.generations.maps):
+        each = ranks.gather(x)
+        assert all(torch.equal(other, each[0]) for other in each)
+
+
+def train(
+    rank, size, folder, D=23, steps=4, replicated=False, sparse=False, lr=2.0, clip=None, **given
+):
+    momentum = given.pop("momentum", None)
+    one, many = pair(D, replicated, **given)
+    if momentum is None:
+        optimizers = [torch.optim.SGD(x.parameters(), lr=lr) for x in (one, many)]
+    else:
+        given = {"momentum": momentum, "weight_decay": 1e-3, "nesterov": True}
+        optimizers = [FactoredSGD(x.parameters(), lr=lr / 10, **given) for x in (one, many)]
+    counts = COUNTS[:size]
+    m, own = sum(counts), slice(None) if replicated else rows_of(rank, counts)
+    for step in range(steps):
+        H = torch.randn(m, d, dtype=torch.float64)
+        t = torch.randint(D, (m, 3) if sparse else (m,))
+        t[1:3] = t[3]
+        values = torch.rand(m, 3, dtype=torch.float64) if sparse else None
+        if size > 1:
+            t[rows_of(1, counts)] = -100
+        found = []
+        for head, rows, optimizer in zip((one, many), (slice(None), own), optimizers, strict=True):
+            h = H[rows].clone().requires_grad_()
+            loss = head(h, t[rows], None if values is None else values[rows])
+            optimizer.zero_grad()
+            loss.sum().backward()
+            norm = torch.zeros(())
+            if clip is not None:
+                norm = nn.utils.clip_grad_norm_(head.parameters(), clip).as_subclass(torch.Tensor)
+            optimizer.step()
+            if step % 3 == 2:
+                head.matrix.renew_()
+            found.append((loss.detach(), h.grad, norm))
+        (want, by_h, whole_norm), (got, by_own, norm) = found
+        torch.testing.assert_close(got, want[own] if want.dim() else want, **NEAR)
+        torch.testing.assert_close(by_own, by_h[own], **NEAR)
+        torch.testing.assert_close(norm, whole_norm, **NEAR)
+    same_rows(one, many)
+    same_bits(many)
+    one.matrix.mend_(), many.matrix.mend_()
+    assert many.health().gram_drift < 1e-9
+    same_bits(many)
+
+
+def predicted(rank, size, folder, D=23, replicated=False, **given):
+    one, many = pair(D, replicated, **given)
+    m = sum(COUNTS[:size])
+    rows = slice(None) if replicated else rows_of(rank, COUNTS[:size])
+    H, target, out = (
+        3 * torch.randn(m, d).double(),
+        torch.randint(D, (m,)),
+        torch.randint(D, (m, 1)),
+    )
+    h = H[rows]
+    assert torch.equal(many.predict(h), one.predict(H)[rows])
+    assert torch.equal(many.rank(h, target[rows]), one.rank(H, target)[rows])
+    want, got = one.topk(H, 2, out), many.topk(h, 2, out[rows])
+    torch.testing.assert_close(got.values, want.values[rows], **TIGHT)
+    assert torch.equal(got.indices, want.indices[rows])
+    with torch.no_grad():
+        torch.testing.assert_close(many.log_prob(h), one.log_prob(H)[rows], **TIGHT)
+
+
+def below_data_parallel(rank, size, folder):
+    class Model(nn.Module):
+        def __init__(self, head):
+            super().__init__()
+            torch.manual_seed(1)
+            self.trunk, self.head = nn.Linear(d, d, dtype=torch.float64), head
+
+        def forward(self, x, t):
+            return self.head(self.trunk(x), t)
+
+    one, many = pair()
+    models = [Model(one), Model(many)]
+    wrapped = DistributedDataParallel(leave_out_of_ddp(models[1]))
+    counts = (2,) * size
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.5) for model in models]
+    for _ in range(3):
+        x, t = torch.randn(sum(counts), d).double(), torch.randint(23, (sum(counts),))
+        own = rows_of(rank, counts)
+        results = models[0](x, t), wrapped(x[own], t[own])
+        for optimizer, loss in zip(optimizers, results, strict=True):
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    same_rows(one, many)
+    torch.testing.assert_close(models[1].trunk.weight, models[0].trunk.weight, **NEAR)
+
+
+def saved(rank, size, folder):
+    one, many = pair(prior=True)
+    _, other = pair(prior=True)
+    for head in (one, many):
+        optimizer = torch.optim.SGD(head.parameters(), lr=1.0)
+        torch.manual_seed(3)
+        H, t = torch.randn(4, d).double(), torch.arange(4)
+        rows = slice(None) if head is one else rows_of(rank, [4, *[0] * (size - 1)])
+        head(H[rows], t[rows]).backward()
+        optimizer.step()
+    dcp.save(many.state_dict(), checkpoint_id=Path(folder) / "factored")
+    state = other.state_dict()
+    dcp.load(state, checkpoint_id=Path(folder) / "factored")
+    other.load_state_dict(state)
+    same_rows(one, other)
+
+
+def traffic_of_a_step(D):
+    head = FactoredSphericalLoss(d, D, process_group=world())
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        with count_traffic() as traffic:
+            head(torch.randn(4, d, requires_grad=True), torch.arange(4)).backward()
+            optimizer.step()
+    return traffic.calls
+
+
+def traffic_is_flat(rank, size, folder):
+    assert traffic_of_a_step(10) == traffic_of_a_step(1000)
+
+
+def copied(rank, size, folder):
+    import copy
+
+    one, many = pair(prior=True)
+    other = copy.deepcopy(many)
+    H, t = torch.randn(4, d).double(), torch.arange(4)
+    own = rows_of(rank, [4, *[0] * (size - 1)])
+    torch.testing.assert_close(other(H[own], t[own]), one(H, t), **TIGHT)
+    torch.testing.assert_close(many.float()(H[own], t[own]).double(), one(H, t), rtol=1e-4, atol=0)
+
+
+RIGHT = {
+    "plain": train,
+    "momentum": partial(train, momentum=0.9),
+    "momentum, prior": partial(train, momentum=0.5, prior=True, replicated=True),
+    "fewer classes than ranks": partial(train, D=2, lr=0.1),
+    "replicated": partial(train, replicated=True),
+    "centred": partial(train, loss="bohning_bound", lr=0.5),
+    "sparse, prior": partial(train, sparse=True, prior=True, lr=0.5),
+    "rows": partial(train, reduction="none", lr=0.1),
+    "sum, no bias": partial(train, reduction="sum", bias=False, lr=0.1),
+    "clipped": partial(train, clip=0.01),
+    "predict": predicted,
+    "predict, few classes": partial(predicted, D=4, prior=True),
+    "predict, replicated": partial(predicted, replicated=True),
+    "data parallel": below_data_parallel,
+    "saved": saved,
+    "traffic": traffic_is_flat,
+    "copied": copied,
+}
+
+
+LONG = {
+    "plain": partial(train, steps=100),
+    "momentum, prior": partial(train, momentum=0.9, prior=True, steps=100),
+}
+
+
+def trained(lr=1.0, step=True, backward=True):
+    _, many = pair()
+    optimizer = torch.optim.SGD(many.parameters(), lr=lr)
+    H, t = torch.randn(2, d).double(), torch.arange(2)
+    many(H, t).backward()
+    if step:
+        optimizer.step()
+    return lambda: many(H, t)
+
+
+def skipped_step(rank, size, folder):
+    call = trained(step=rank > 0)
+    raises((RuntimeError, ValueError), "changed on some ranks|must be the same", call)
+
+
+def other_step(rank, size, folder):
+    call = trained(lr=1.0 + (rank == 0))
+    raises(ValueError, "small_arrays_of_the_weight must be the same on all ranks", call)
+
+
+def unowned_target(rank, size, folder):
+    _, many = pair()
+    H, t = torch.randn(2, d).double(), torch.tensor([3, 23 if rank == 0 else 4])
+    words = r"target must be in \[0, 23\)"
+    if rank == 0:
+        raises(ValueError, words, lambda: many(H, t))
+    else:
+        raises(RuntimeError, f"rank 0 of the process group refused.*{words}", lambda: many(H, t))
+
+
+def other_prior(rank, size, folder):
+    def make():
+        prior = torch.ones(20) + torch.arange(20) * (rank == 0)
+        FactoredSphericalLoss(d, 20, prior=prior, process_group=world())
+
+    raises(ValueError, "prior must be the same on all ranks", make)
+
+
+def one_linear_layer(rank, size, folder):
+    raises(RuntimeError, "needs all rows", pair()[1].to_linear)
+
+
+def pickled(rank, size, folder):
+    import pickle
+
+    raises(TypeError, "cannot be pickled", lambda: pickle.dumps(pair()[1].weight))
+
+
+REFUSED = {
+    case.__name__: case
+    for case in (
+        skipped_step,
+        other_step,
+        unowned_target,
+        other_prior,
+        one_linear_layer,
+        pickled,
+    )
+}

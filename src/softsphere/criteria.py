@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -124,6 +124,16 @@ class SphericalLoss(WithPrior):
             self.conventions.masked(mask),
             target_values=target_values,
         )
+
+    if TYPE_CHECKING:
+        # nn.Module promises Any, which hides a wrong argument from a type checker
+        def __call__(
+            self,
+            input: Tensor,
+            target: Tensor,
+            target_values: Tensor | None = None,
+            mask: Tensor | None = None,
+        ) -> Tensor: ...
 
     def active_loss(self) -> losses.Loss:
         """The loss that `forward` computes: without a soft margin, except in training mode."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,16 @@ class OutputLayer(nn.Module, ABC):
     """
 
     loss: losses.Loss
+
+    if TYPE_CHECKING:
+        # nn.Module promises Any, which hides a wrong argument from a type checker
+        def __call__(
+            self,
+            hidden: Tensor,
+            target: Tensor,
+            target_values: Tensor | None = None,
+            mask: Tensor | None = None,
+        ) -> Tensor: ...
 
     @abstractmethod
     def _reader(self) -> Reader:

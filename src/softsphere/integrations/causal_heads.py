@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,16 @@ class CausalHead(OutputLayer):
             loss: Tensor = super().forward(hidden, target, *rest)
             return loss
         return hidden if self.passes else self.log_prob(_fitting(hidden, self))
+
+    if TYPE_CHECKING:
+        # as `forward` takes them: the target may be missing
+        def __call__(
+            self,
+            hidden: Tensor,
+            target: Tensor | None = None,
+            target_values: Tensor | None = None,
+            mask: Tensor | None = None,
+        ) -> Tensor: ...
 
 
 class CausalLinear(CausalHead, LinearSphericalLoss):

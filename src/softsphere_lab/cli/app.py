@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import sys
 from typing import Annotated
 
 import typer
 
+import softsphere as library
 from softsphere_lab.cli.compare import compare
 from softsphere_lab.cli.losses_command import losses
 from softsphere_lab.cli.report_command import report
@@ -24,7 +24,7 @@ for command in (compare, losses, reproduce, report):
 def _print_version(wanted: bool) -> None:
     """Prints the version and leaves, if it is wanted."""
     if wanted:
-        typer.echo(f"softsphere {importlib.metadata.version('softsphere')}")
+        typer.echo(f"softsphere {library.__version__}")
         raise typer.Exit
 
 

@@ -14,18 +14,21 @@ from typing import Any
 
 import torch
 
+import softsphere
+
 __all__ = ["environment"]
 
 
 def environment() -> dict[str, Any]:
     """Returns what is recorded at each start of a command, as JSON."""
-    packages = ("softsphere", "torch", "numpy", "scikit-learn", "datasets")
+    others = ("torch", "numpy", "scikit-learn", "datasets")
+    versions = {name: importlib.metadata.version(name) for name in others}
     return {
         "command": shlex.join([*_program(), *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
         "python": platform.python_version(),
         "commit": _commit(),
-        "packages": {name: importlib.metadata.version(name) for name in packages},
+        "packages": {"softsphere": softsphere.__version__, **versions},
         "machine": platform.machine(),
         "system": platform.system(),
         "threads": torch.get_num_threads(),

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import sys
 from dataclasses import fields
 
 import pytest
 
+import softsphere
 from softsphere import losses
 from softsphere_lab.cli import app as cli
 
@@ -28,7 +28,7 @@ def test_without_a_command_it_shows_its_help(monkeypatch, capsys):
 
 def test_the_version_is_that_of_the_package(monkeypatch, capsys):
     assert run_command(monkeypatch, "--version") == 0
-    assert capsys.readouterr().out == f"softsphere {importlib.metadata.version('softsphere')}\n"
+    assert capsys.readouterr().out == f"softsphere {softsphere.__version__}\n"
 
 
 def test_every_loss_is_listed_with_its_numbers(monkeypatch, capsys):

@@ -27,12 +27,14 @@ class Handling:
     refusal: the error of a factored layer and words of it; None if the layer can do it.
     bias: whether the output layer has a bias.
     unmoved: whether a refusal leaves the model as it was before `run` was called.
+    needs: a module without which the handling is skipped.
     """
 
     run: Run
     refusal: tuple[type[Exception], str] | None = None
     bias: bool = True
     unmoved: bool = True
+    needs: str | None = None
 
 
 HANDLINGS: dict[str, Handling] = {}

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
 from _handlings import HANDLINGS
+from _registry import Handling
 from _subject import LIKE, Subject
 
 
-def run(name: str, kind: str) -> dict[str, torch.Tensor]:
+def handling_of(name: str) -> Handling:
     handling = HANDLINGS[name]
+    if handling.needs is not None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            pytest.importorskip(handling.needs)
+    return handling
+
+
+def run(name: str, kind: str) -> dict[str, torch.Tensor]:
+    handling = handling_of(name)
     return handling.run(Subject(kind, handling.bias))
 
 
@@ -26,7 +38,7 @@ def test_numbers_are_those_of_a_linear_layer_and_a_criterion(name, kind):
 
 @pytest.mark.parametrize("name", [n for n, h in HANDLINGS.items() if h.refusal is not None])
 def test_what_a_factored_layer_cannot_do_is_refused_before_anything_moves(name):
-    handling = HANDLINGS[name]
+    handling = handling_of(name)
     error, words = handling.refusal
     subject = Subject("factored", handling.bias)
     before = subject.numbers()

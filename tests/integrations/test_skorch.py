@@ -1,0 +1,123 @@
+"""A classifier of scikit-learn has the probabilities of its loss."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from softsphere import (
+    ClusteredLoss,
+    FactoredSphericalLoss,
+    LinearSphericalLoss,
+    SphericalLoss,
+    TaylorSoftmaxLoss,
+)
+
+skorch = pytest.importorskip("skorch")
+np = pytest.importorskip("numpy")
+sklearn = pytest.importorskip("sklearn")
+from sklearn.base import clone  # noqa: E402
+from sklearn.model_selection import GridSearchCV  # noqa: E402
+from sklearn.utils.estimator_checks import check_estimator  # noqa: E402
+
+from softsphere.integrations.skorch import SphericalClassifier  # noqa: E402
+
+pytestmark = [
+    pytest.mark.cpu_only("scikit-learn hands over arrays"),
+    pytest.mark.filterwarnings("ignore"),
+]
+
+d, D = 5, 4
+X = torch.randn(40, d, generator=torch.Generator().manual_seed(0)).double().numpy()
+y = (X @ np.arange(1, d * D + 1).reshape(d, D) % 7).argmax(1)
+LINEAR = {"module": nn.Linear, "module__in_features": d, "module__bias": True}
+SIZES = {"criterion__in_features": d, "criterion__num_classes": D}
+# The criterion with its options, and the size of what the module returns.
+CRITERIA = {
+    "taylor": ({"criterion": TaylorSoftmaxLoss}, D),
+    "by name": ({"criterion": SphericalLoss, "criterion__loss": "spherical_softmax"}, D),
+    "linear": ({"criterion": LinearSphericalLoss, **SIZES}, d),
+    "factored": ({"criterion": FactoredSphericalLoss, **SIZES}, d),
+    "clustered": (
+        {"criterion": ClusteredLoss, **SIZES, "criterion__assignment": torch.arange(D) % 3 - 1},
+        d,
+    ),
+}
+
+
+def made(name, **options):
+    torch.manual_seed(0)
+    criterion, out = CRITERIA[name]
+    if "criterion__in_features" in criterion:
+        criterion = {**criterion, "criterion__dtype": torch.float64}
+    options = {"max_epochs": 3, "lr": 0.05, "verbose": 0, "train_split": None, **options}
+    net = SphericalClassifier(**LINEAR, **criterion, module__out_features=out, **options)
+    net.set_params(module__dtype=torch.float64)
+    return net
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_probabilities_and_steps_are_those_of_a_loop_by_hand(name):
+    net = made(name, batch_size=-1).initialize()
+    module, criterion = pickle.loads(pickle.dumps((net.module_, net.criterion_)))
+    net.partial_fit(X, y)
+    inputs, targets = torch.as_tensor(X), torch.as_tensor(y)
+    sgd = torch.optim.SGD([*module.parameters(), *criterion.parameters()], 0.05)
+    for _ in range(3):
+        sgd.zero_grad()
+        criterion(module(inputs), targets).backward()
+        sgd.step()
+    probabilities = net.predict_proba(X)
+    want = criterion.log_prob(module(inputs)).exp().detach().numpy()
+    np.testing.assert_allclose(probabilities, want, rtol=1e-9)
+    np.testing.assert_allclose(probabilities.sum(1), 1, rtol=1e-12)
+    assert (net.predict(X) == want.argmax(1)).all()
+    again = pickle.loads(pickle.dumps(net))
+    np.testing.assert_allclose(again.predict_proba(X), probabilities, rtol=1e-12)
+
+
+def test_a_search_and_clones():
+    net = clone(made("taylor"))
+    search = GridSearchCV(net, {"lr": [0.01, 0.1]}, cv=2, scoring="neg_log_loss").fit(X, y)
+    assert np.isfinite(search.best_score_)
+
+
+def test_other_criteria_and_a_given_nonlinearity_are_left_to_skorch():
+    net = made("taylor", predict_nonlinearity=None).fit(X, y)
+    assert (net.predict_proba(X) == net.forward(torch.as_tensor(X)).numpy()).all()
+    net = made("taylor").set_params(criterion=nn.CrossEntropyLoss).fit(X, y)
+    np.testing.assert_allclose(
+        net.predict_proba(X), net.forward(torch.as_tensor(X)).softmax(1).numpy()
+    )
+
+
+def test_a_loss_without_probabilities_is_refused():
+    net = made("by name").set_params(criterion__loss="z_loss").fit(X, y)
+    with pytest.raises(TypeError, match="not a normalised distribution"):
+        net.predict_proba(X)
+
+
+class Sized(nn.Module):
+    """Takes inputs of any width and dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.LazyLinear(D)
+
+    def forward(self, x):
+        return self.layer(x.float())
+
+
+def test_the_checks_of_scikit_learn_fail_where_those_of_skorch_fail():
+    def failed(kind, criterion):
+        net = kind(Sized, criterion=criterion, max_epochs=2, verbose=0, train_split=None)
+        results = check_estimator(net, on_fail=None, on_skip=None)
+        return {r["check_name"] for r in results if r["status"] == "failed"}, len(results)
+
+    ours, number = failed(SphericalClassifier, TaylorSoftmaxLoss)
+    theirs, _ = failed(skorch.NeuralNetClassifier, nn.CrossEntropyLoss)
+    assert number > 30
+    assert ours <= theirs, ours - theirs

@@ -81,6 +81,15 @@ def test_a_loss_has_the_page_that_its_docstring_makes(name, website):
     assert (ROOT / "docs" / "losses" / f"{name}.svg").is_file()
 
 
+def test_the_page_of_a_loss_names_the_layers_that_take_it(website):
+    layers = website("loss_pages").layers
+    assert [len(layers(losses.get(x))) for x in ("taylor_softmax", "z_loss", "softmax")] == [
+        3,
+        2,
+        2,
+    ]
+
+
 @pytest.mark.parametrize("name", losses.REGISTRY)
 def test_a_loss_is_in_the_table(name):
     assert f"losses/{name}.md" in (ROOT / "docs" / "losses.md").read_text()

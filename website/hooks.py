@@ -55,7 +55,8 @@ def on_files(files: Files, config: Any) -> Files:
         files.append(File.generated(config, name, abs_src_path=str(ROOT / source)))
     for file in [x for x in files if x.is_documentation_page()]:
         for path in _linked(file):
-            if not path.startswith("docs/") and path not in PAGES and (ROOT / path).is_file():
+            elsewhere = _in_site(path).startswith("repository/")
+            if elsewhere and (ROOT / path).is_file():
                 name = f"repository/{path}"
                 if files.get_file_from_path(name) is None:
                     files.append(File.generated(config, name, abs_src_path=str(ROOT / path)))
@@ -129,6 +130,8 @@ def _in_repository(file: File, link: str) -> str | None:
 
 def _in_site(path: str) -> str:
     """Where the site has a file of the repository."""
+    if path == "README.md":
+        return "index.md"
     if path in PAGES:
         return PAGES[path]
     return path.removeprefix("docs/") if path.startswith("docs/") else f"repository/{path}"

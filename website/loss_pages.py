@@ -10,18 +10,21 @@ source.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import inspect
 import re
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 
+import torch
 from curves import draw
 from formulas import latex
 
-from softsphere import losses
+from softsphere import ClusteredLoss, FactoredSphericalLoss, LinearSphericalLoss, losses
 from softsphere_lab.report.paper import LABELS
 
+REFERENCE = "../reference/losses.md#softsphere.losses"
 PAGES = Path(__file__).parents[1] / "docs" / "losses"
 # How the paragraphs of a docstring begin that have a place of their own on the page.
 LABELLED = ("Args:", "Partials", "Domain:", "Convention:", "Use it", "Raises", "Source:", ">>>")
@@ -29,8 +32,8 @@ LABELLED = ("Args:", "Partials", "Domain:", "Convention:", "Use it", "Raises", "
 STATISTICS = """\
 With the base measure π = 1, s = Σ o_k is the sum of the outputs, q = Σ o_k² the sum of their
 squares, c the output of the target and M the number of classes.
-[How it works](../how_it_works.md) says why a loss of these numbers is cheap, and what they are for
-another π.
+[How it works](../how_it_works.md) says why such a loss is cheap, and defines the numbers for any
+base measure.
 """
 CAPTION = """\
 *The loss and its gradient with respect to the output c of the target, beside those of softmax.
@@ -62,8 +65,8 @@ def page(name: str) -> str:
         numbers(kind, parts.get("Args:", "")),
         f"## Details\n\n{details(parts)}",
         f"## Source\n\n{linked(parts['Source:'].removeprefix('Source: '))}",
-        f"The [reference](../reference/losses.md#softsphere.losses.{kind.__name__}) has the class, "
-        "and [Results](../results.md) compares the losses.",
+        f"The class is in the [reference]({REFERENCE}.{kind.__name__}). "
+        "[Results](../results.md) compares the losses.",
     ]
     return "\n\n".join(piece for piece in pieces if piece) + "\n"
 
@@ -98,16 +101,31 @@ def drawn(text: str) -> str:
 
 def properties(kind: type[losses.Loss]) -> str:
     spherical = issubclass(kind, losses.Spherical)
-    layers = "all of them" if spherical else "`LinearSphericalLoss`, which computes the outputs"
     rows = [
         ("Is it a distribution?", "yes" if kind.normalised else "no, it ranks the classes"),
         ("Does it need the D outputs?", "no, s, q and c are enough" if spherical else "yes"),
-        ("Which output layers take it?", layers),
+        ("Which output layers take it?", ", ".join(layers(kind()))),
         ("Does a shift of all outputs change it?", "no" if kind.shift_invariant else "yes"),
         ("Does a positive scale change it?", "no" if kind.scale_invariant else "yes"),
         ("Is it an upper bound of −log softmax?", "yes" if kind.upper_bound else "no"),
     ]
     return "| question | answer |\n|---|---|\n" + "\n".join(f"| {x} | {y} |" for x, y in rows)
+
+
+def layers(loss: losses.Loss) -> list[str]:
+    """The output layers that take a loss, found by making each of them."""
+    clusters = torch.tensor([-1, -1, 0, 0])
+    made = {
+        "`LinearSphericalLoss`": lambda: LinearSphericalLoss(2, 4, loss),
+        "`FactoredSphericalLoss`": lambda: FactoredSphericalLoss(2, 4, loss),
+        "`ClusteredLoss` in its clusters": lambda: ClusteredLoss(2, 4, clusters, leaf=loss),
+    }
+    taken = []
+    for name, make in made.items():
+        with contextlib.suppress(TypeError):
+            make()
+            taken.append(name)
+    return taken
 
 
 def example(name: str, kind: type[losses.Loss]) -> str:

@@ -12,8 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from _lab_studies import IMAGES, TEXT, untimed
+from softsphere_lab.cli import app
 from softsphere_lab.errors import LabError
 from softsphere_lab.models.output_layers import Output
 from softsphere_lab.progress import standard_console
@@ -53,10 +55,13 @@ def lines(folder: Path) -> list:
     ]
 
 
-def start(folder: Path, *more: str, name: str = "ptb") -> subprocess.Popen:
-    command = ["reproduce", name, "--budget", "smoke", "--out", str(folder), *more]
+def asked(name: str, folder: Path) -> list[str]:
+    return ["reproduce", name, "--budget", "smoke", "--out", str(folder)]
+
+
+def start(name: str, folder: Path, *more: str) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-m", "softsphere_lab", *command],
+        [sys.executable, "-m", "softsphere_lab", *asked(name, folder), *more],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -95,63 +100,54 @@ def test_a_process_of_a_job_that_finds_no_data_says_so(tmp_path):
         work.work(gone, TEXT.load(), record, standard_console(), jobs=2)
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize(
-    ("name", "jobs"),
-    [
-        ("mnist", "1"),
-        pytest.param("ptb", "1", marks=pytest.mark.slow),
-        pytest.param("ptb", "2", marks=pytest.mark.slow),
-    ],
-)
-def test_killed_again_and_again_nothing_is_lost_and_nothing_goes_on_alone(name, jobs, tmp_path):
-    if int(jobs) > (os.cpu_count() or 1):
-        pytest.skip("as many jobs as cores")
-    folder = tmp_path / "run"
-    kept, more = [], []
-    for moment in (1, 3):
-        process = start(folder, "--jobs", jobs, *more, name=name)
-        # a later moment each time: in the search, in the final runs
-        end = time.monotonic() + 100
-        wanted = study.TRIALS if moment == 1 else study.RUNS
-        while process.poll() is None and time.monotonic() < end:
-            if (folder / wanted).exists() and len((folder / wanted).read_bytes()) > 10:
-                break
-            time.sleep(0.02)
-        begun = workers(process.pid)
-        process.kill()
-        # whose pipes are open as long as a process of its own is there
-        process.communicate(timeout=60)
-        assert all_end(begun)
-        now = [line for name in (study.TRIALS, study.RUNS) if (folder / name).exists()
-               for line in (folder / name).read_text().splitlines()]  # fmt: skip
-        assert set(kept) <= set(now)
-        kept, more = now, ["--resume"]
-    process = start(folder, "--jobs", jobs, "--resume", name=name)
-    _, wrong = process.communicate(timeout=120)
-    assert process.returncode == 0, wrong
-    assert set(kept) <= {
-        line
-        for name in (study.TRIALS, study.RUNS)
-        for line in (folder / name).read_text().splitlines()
-    }
-    assert not (folder / "unfinished").exists()
-    whole = tmp_path / "whole"
-    process = start(whole, name=name)
-    process.communicate(timeout=120)
-    assert sorted(lines(folder)) == sorted(lines(whole))
+def kept_lines(folder: Path) -> set[str]:
+    files = [folder / name for name in (study.TRIALS, study.RUNS)]
+    return {line for file in files if file.exists() for line in file.read_text().splitlines()}
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_ctrl_c_ends_every_process_and_says_how_to_go_on(tmp_path):
-    process = start(tmp_path / "run", "--jobs", "2" if (os.cpu_count() or 1) > 1 else "1")
+def stop(process: subprocess.Popen, file: Path, sent: int) -> str:
+    """Stops a command when a file has a line, and all that it has begun ends; what it said."""
     end = time.monotonic() + 100
-    while not (tmp_path / "run" / study.TRIALS).exists() and time.monotonic() < end:
+    while process.poll() is None and time.monotonic() < end:
+        if file.exists() and file.stat().st_size > 10:
+            break
         time.sleep(0.02)
     begun = workers(process.pid)
-    # the terminal tells all of its processes
-    os.killpg(process.pid, signal.SIGINT)
-    said, wrong = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "--resume --out" in said and "Traceback" not in wrong + said
+    if sent == signal.SIGINT:  # the terminal tells all of its processes
+        os.killpg(process.pid, sent)
+    else:
+        process.kill()
+    # their pipes are open as long as one of them is there
+    said = "".join(process.communicate(timeout=60))
     assert all_end(begun)
+    return said
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("name", ["mnist", pytest.param("ptb", marks=pytest.mark.slow)])
+def test_stopped_again_and_again_nothing_is_lost_and_nothing_goes_on_alone(
+    name, tmp_path, monkeypatch
+):
+    """By Ctrl-C in the search, where it says how to go on, and by a kill in the final runs."""
+    folder = tmp_path / "run"
+    jobs = "2" if (os.cpu_count() or 1) > 1 else "1"
+    process = start(name, folder, "--jobs", jobs)
+    said = stop(process, folder / study.TRIALS, signal.SIGINT)
+    assert process.returncode == 130
+    assert "--resume --out" in said and "Traceback" not in said
+    kept = kept_lines(folder)
+    stop(start(name, folder, "--resume"), folder / study.RUNS, signal.SIGKILL)
+    assert kept <= kept_lines(folder)
+    kept = kept_lines(folder)
+    process = start(name, folder, "--resume")
+    _, wrong = process.communicate(timeout=120)
+    assert process.returncode == 0, wrong
+    assert kept <= kept_lines(folder)
+    assert not (folder / "unfinished").exists()
+    whole = tmp_path / "whole"
+    monkeypatch.setattr(sys, "argv", ["softsphere", *asked(name, whole)])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert app.main() == 0
+    torch.set_num_threads(threads)
+    assert sorted(lines(folder)) == sorted(lines(whole))

@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 GPU = torch.cuda.is_available()
 # Triton has no interpreter beside its compiler: kernels run where they run for users.
@@ -41,6 +45,8 @@ class Placed(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if torch.compiler.is_compiling():  # Dynamo traces this, and knows no frames
+            return func(*args, **kwargs)
         caller = sys._getframe(1).f_code.co_filename
         if func in _FACTORIES:
             of_test = caller.startswith(_TESTS)
@@ -69,6 +75,28 @@ class Placed(TorchFunctionMode):
         return found.to(self.device)
 
 
+def constants_moved(device: str, modules: Iterable[ModuleType], patch: pytest.MonkeyPatch) -> None:
+    """Replaces the tensors that test modules made when they were imported."""
+    for module in modules:
+        for name, value in list(vars(module).items()):
+            if isinstance(value, (Tensor, dict, list, tuple)) and not name.startswith("__"):
+                patch.setattr(module, name, moved(value, device))
+
+
+def moved(value: Any, device: str) -> Any:
+    """A value with its tensors on a device; itself, where it has none."""
+    leaves, spec = tree_flatten(value)
+    if not any(type(x) is Tensor for x in leaves):
+        return value
+    return tree_unflatten([x.to(device) if type(x) is Tensor else x for x in leaves], spec)
+
+
+def modules_of_tests() -> list[ModuleType]:
+    """The modules of the tests that have been imported."""
+    files = [(x, getattr(x, "__file__", None) or "") for x in list(sys.modules.values())]
+    return [module for module, file in files if file.startswith(_TESTS)]
+
+
 def lacking(capability: tuple[int, int], given: dict[str, Any]) -> str | None:
     """What a GPU of this compute capability lacks for a test with these parameters, if anything."""
     needs = {}
@@ -81,6 +109,13 @@ def lacking(capability: tuple[int, int], given: dict[str, Any]) -> str | None:
             needed, has = (".".join(map(str, x)) for x in (least, capability))
             return f"{what} needs compute capability {needed}, and this GPU has {has}"
     return None
+
+
+def autocasts(device: str) -> str:
+    """The device for torch.autocast; the stand-in has no casts registered."""
+    if device == "stand_in":
+        pytest.skip("the stand-in has no autocast")
+    return device
 
 
 def _of_cpu(generator: Any) -> bool:

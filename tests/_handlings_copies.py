@@ -182,11 +182,11 @@ def _(s: Subject) -> dict[str, Tensor]:
     state = s.model.state_dict()
     with torch.device("meta"):
         other = Model(s.kind).double()
-    other.to_empty(device="cpu").load_state_dict(state)
+    other.to_empty(device=s.W.device).load_state_dict(state)
     s.model = other
     s.train(2)
     kind = type(s.head)
-    fresh = nn.utils.skip_init(kind, d, D, dtype=torch.float64)
+    fresh = nn.utils.skip_init(kind, d, D, dtype=torch.float64, device=s.W.device)
     fresh.load_state_dict(s.head.state_dict())
     s.model.head = fresh
     s.train(2)

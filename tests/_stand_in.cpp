@@ -91,7 +91,7 @@ at::Tensor copy_from_and_resize(const at::Tensor& from, const at::Tensor& to) {
   return copy_from(from, to, false);
 }
 
-// Numbers of the CPU may take part, as they may on a GPU; arrays may not.
+// Numbers of the CPU may take part, as they may on a GPU, and indices in brackets; arrays may not.
 void fall_back(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const auto check = [&](const at::Tensor& x) {
     TORCH_CHECK(!x.defined() || !x.is_cpu() || x.dim() == 0,
@@ -102,9 +102,6 @@ void fall_back(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     if (x.isTensor()) check(x.toTensor());
     if (x.isTensorList())
       for (const at::Tensor& each : x.toTensorVector()) check(each);
-    if (x.isOptionalTensorList())
-      for (const std::optional<at::Tensor>& each : x.toOptionalTensorVector())
-        if (each) check(*each);
   }
   at::native::cpu_fallback(op, stack);
 }
@@ -120,6 +117,9 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("unfold", &at::native::unfold);
   m.impl("resize_", &at::native::resize_);
   m.impl("set_.source_Storage_storage_offset", &at::native::set_storage_cpu_);
+  m.impl("set_.source_Storage", [](at::Tensor& x, at::Storage y) -> at::Tensor& {
+    return at::native::set_(x, std::move(y));
+  });
   m.impl("set_.source_Tensor", &at::native::set_tensor_);
   m.impl("set_", &at::native::set_cpu_);
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +24,7 @@ def load() -> None:
         is_initialized=lambda: True,
         device_count=lambda: 1,
         current_device=lambda: 0,
+        device=lambda number: nullcontext(),
         manual_seed_all=lambda seed: None,
         _is_in_bad_fork=lambda: False,
         get_amp_supported_dtype=lambda: [torch.float16, torch.bfloat16],

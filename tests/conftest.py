@@ -12,7 +12,7 @@ if not torch.cuda.is_available():
     # Triton interprets its kernels. It must know before any module imports them.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from _devices import GPU, Placed, lacking
+from _devices import GPU, Placed, constants_moved, lacking, modules_of_tests, moved
 
 # What these folders and modules test is done on a CPU wherever it is used.
 ON_CPU = {"checks", "clusters", "lab", "test_docs", "test_readme"}
@@ -40,7 +40,7 @@ def pytest_generate_tests(metafunc):
 
 
 @pytest.fixture(autouse=True)
-def device(request):
+def device(request, monkeypatch):
     """The name of the device on which the tensors of a test are made."""
     name = getattr(request, "param", "cpu")
     if name == "cpu":
@@ -52,5 +52,8 @@ def device(request):
         _stand_in.load()
     elif reason := lacking(torch.cuda.get_device_capability(), request.node.callspec.params):
         pytest.skip(reason)
+    for key, value in request.node.callspec.params.items():
+        request.node.callspec.params[key] = moved(value, name)
+    constants_moved(name, modules_of_tests(), monkeypatch)
     with Placed(name):
         yield name

@@ -10,6 +10,7 @@ from torch import nn
 import _oracle as oracle
 import softsphere
 from _cases import CASES
+from _devices import autocasts
 from softsphere import losses
 from softsphere.functional import spherical_loss
 
@@ -172,10 +173,10 @@ def test_compile_without_a_graph_break(name):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ALL)
-def test_autocast_gives_float32(name, dtype):
+def test_autocast_gives_float32(name, dtype, device):
     hidden, W = torch.randn(4, 3), torch.randn(7, 3)
     target = torch.tensor([0, 6, 2, 2])
-    with torch.autocast("cpu", dtype=dtype):
+    with torch.autocast(autocasts(device), dtype=dtype):
         logits = hidden @ W.T
         got = spherical_loss(logits, target, CASES[name][0], prior=torch.arange(1.0, 8.0))
     want = spherical_loss(logits.float(), target, CASES[name][0], prior=torch.arange(1.0, 8.0))

@@ -51,7 +51,7 @@ def as_on_another_machine(product, ulps=3.7):
         o, size = product(H, x, x1), H.abs() @ x.abs().mT
         size = size if x1 is None else size + x1.abs()
         generator = torch.Generator().manual_seed(o.shape[1])
-        noise = torch.rand(o.shape, generator=generator, dtype=o.dtype) - 0.5
+        noise = torch.rand(o.shape, generator=generator, dtype=o.dtype).to(o.device) - 0.5
         return o + ulps * torch.finfo(o.dtype).eps * noise * size
 
     return changed
@@ -70,7 +70,7 @@ def make_machine_round_differently(monkeypatch):
     def rounded(a, b, dtype, out=None):
         o = product(a, b, dtype, out)
         generator = torch.Generator().manual_seed(o.shape[1])
-        noise = torch.rand(o.shape, generator=generator, dtype=o.dtype) - 0.5
+        noise = torch.rand(o.shape, generator=generator, dtype=o.dtype).to(o.device) - 0.5
         return o * (1 + 3.7 * torch.finfo(o.dtype).eps * noise)
 
     monkeypatch.setattr(chunked, "mean_row", lambda *args: away(mean_row(*args)))

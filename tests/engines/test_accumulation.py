@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from _accumulation import TIGHT, D, batches, d, layer, run, same
 from _cases import CASES
+from _devices import autocasts
 from _engines import SPHERICAL
 from softsphere import LinearSphericalLoss, LinearSphericalOptions
 
@@ -259,11 +260,11 @@ def test_first_derivatives_only():
     assert head.weight.grad is None
 
 
-def test_autocast_inside():
+def test_autocast_inside(device):
     head = layer(dtype=torch.float32)
     twin = layer(dtype=torch.float32)
     data = [(hidden.detach().float(), target) for hidden, target in batches()]
-    with head.accumulate(), torch.autocast("cpu", torch.bfloat16):
+    with head.accumulate(), torch.autocast(autocasts(device), torch.bfloat16):
         loss = head(data[0][0].bfloat16(), data[0][1])
         assert loss.dtype == torch.float32
         run(head, data)

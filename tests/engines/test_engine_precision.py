@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from _devices import autocasts
 from _engines import ENGINES, layer, with_gradients
 from softsphere import LinearSphericalOptions
 from softsphere.engines.dispatch import linear_statistics
@@ -107,10 +108,10 @@ HALVES = [torch.bfloat16, torch.float16]
 
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("engine", ENGINES)
-def test_autocast_is_that_of_the_linear_layer(engine, dtype):
+def test_autocast_is_that_of_the_linear_layer(engine, dtype, device):
     H, W, b = layer(9, 123, 6, torch.float32)
     target = torch.randint(123, (9,))
-    with torch.autocast("cpu", dtype):
+    with torch.autocast(autocasts(device), dtype):
         got = linear_spherical_loss(
             H, W, target, "taylor_softmax", linear_bias=b, options=ENGINES[engine]
         )
@@ -123,7 +124,7 @@ def test_autocast_is_that_of_the_linear_layer(engine, dtype):
     )
     # the rounded weight is what is used, and nothing but it is rounded
     torch.testing.assert_close(got, exact, rtol=2e-3 if engine == "dense" else 1e-6, atol=0)
-    with torch.autocast("cpu", dtype):
+    with torch.autocast(autocasts(device), dtype):
         grads = torch.autograd.grad(got, [H, W, b])
     wanted = torch.autograd.grad(exact, [H2, W2, b2])
     for x, y in zip(grads, wanted, strict=True):
@@ -133,11 +134,11 @@ def test_autocast_is_that_of_the_linear_layer(engine, dtype):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_autocast_leaves_float64_alone(engine):
+def test_autocast_leaves_float64_alone(engine, device):
     H, W, b = layer(5, 123, 4)
     target, call = torch.randint(123, (5,)), {"linear_bias": b, "options": ENGINES[engine]}
     want = linear_spherical_loss(H, W, target, "taylor_softmax", **call)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(autocasts(device), torch.bfloat16):
         got = linear_spherical_loss(H, W, target, "taylor_softmax", **call)
     assert got.dtype == torch.float64 and torch.equal(got, want)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from _devices import autocasts
 from softsphere import FactoredSphericalLoss, LinearSphericalLoss, LinearSphericalOptions
 from softsphere.functional import linear_spherical_loss, spherical_loss
 from softsphere.targets import from_sparse
@@ -78,11 +79,11 @@ def test_auto_compiles_for_rows_that_vary(dynamic):
 
 
 @pytest.mark.parametrize("kind", [LinearSphericalLoss, FactoredSphericalLoss])
-def test_prediction_has_the_same_digits_under_autocast(kind):
+def test_prediction_has_the_same_digits_under_autocast(kind, device):
     torch.manual_seed(0)
     head, h = kind(64, 500), torch.randn(20, 64)
     t = torch.randint(500, (20,))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(autocasts(device), torch.bfloat16):
         inside = head.log_prob(h), head.topk(h, 3), head.rank(h, t)
     assert torch.equal(inside[0], head.log_prob(h))
     assert torch.equal(inside[1].indices, head.topk(h, 3).indices)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from _clustered import ASSIGNMENTS, COUNTS, LEAVES, MIXED, D, d, layer, probabilities, rows
+from _devices import autocasts
 from softsphere import ClusteredLoss
 from softsphere.engines import grouped_products
 from softsphere.functional import on_leaves
@@ -352,10 +353,10 @@ def test_half_precision_is_computed_in_float32(dtype, products):
     assert head.weight.grad.dtype == dtype
 
 
-def test_autocast():
+def test_autocast(device):
     head = layer(MIXED, dtype=torch.float32)
     hidden = rows(M, dtype=torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(autocasts(device), torch.bfloat16):
         found = head(hidden.bfloat16(), TARGET)
     assert found.dtype == torch.float32
     error = 4 * torch.finfo(torch.bfloat16).eps

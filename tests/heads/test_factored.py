@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from _cases import CASES
+from _devices import autocasts
 from _factored import NAMES, D, d, go_on, layer, train, unscaled
 from _twin import DenseTwin
 from softsphere import (
@@ -258,11 +259,11 @@ def test_an_empty_batch_and_a_wholly_ignored_one():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_and_half_inputs(dtype):
+def test_autocast_and_half_inputs(dtype, device):
     head = layer(dtype=torch.float32)
     hidden, target = torch.randn(3, d), torch.randint(D, (3,))
     half = hidden.to(dtype).requires_grad_()
-    with torch.autocast("cpu", dtype=dtype):
+    with torch.autocast(autocasts(device), dtype=dtype):
         loss = head(half, target)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, head(half.float(), target))
@@ -286,7 +287,7 @@ def test_inside_a_compiled_model():
 
 @pytest.mark.parametrize("renewed", [0, 3])
 @pytest.mark.parametrize("way", ["autocast", "medium"])
-def test_reduced_precision_around_the_layer_does_not_round_it(way, renewed):
+def test_reduced_precision_around_the_layer_does_not_round_it(way, renewed, device):
     """Autocast would round V when it is rewritten. What is read and saved stays the same."""
     heads = [layer(dtype=torch.float32) for _ in range(2)]
     optimizers = [FactoredSGD(head.parameters(), lr=0.5) for head in heads]
@@ -301,7 +302,9 @@ def test_reduced_precision_around_the_layer_does_not_round_it(way, renewed):
         if inside and way == "medium":
             torch.set_float32_matmul_precision("medium")
         try:
-            with torch.autocast("cpu", torch.bfloat16, enabled=inside and way == "autocast"):
+            with torch.autocast(
+                autocasts(device), torch.bfloat16, enabled=inside and way == "autocast"
+            ):
                 head.state_dict()
                 kept = head.dense()
                 head(rows, target).backward()

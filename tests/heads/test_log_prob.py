@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad
 
+from _devices import autocasts
 from _output_layers import (
     CLOSE,
     COUNTS,
@@ -210,12 +211,12 @@ def test_gradients_join_those_that_accumulate():
 
 @all_or_some
 @every_kind
-def test_gradients_have_the_same_digits_under_autocast(kind, classes):
+def test_gradients_have_the_same_digits_under_autocast(kind, classes, device):
     head = layer(kind, dtype=torch.float32)
     grads = []
     for inside in (True, False):
         hidden = rows(20, dtype=torch.float32)
-        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+        with torch.autocast(autocasts(device), torch.bfloat16, enabled=inside):
             log_p = head.log_prob(hidden, classes)
         assert log_p.dtype == torch.float32
         grads.append(torch.autograd.grad(log_p.square().sum(), [hidden, *head.parameters()]))

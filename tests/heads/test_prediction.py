@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 import _factored
 from _cases import CASES
+from _devices import autocasts
 from _output_layers import (
     COUNTS,
     EVERY,
@@ -230,7 +231,7 @@ def test_outputs_that_tie_when_rounded_are_ordered(dtype, step):
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @both
-def test_half_precision_ranks_by_scores_that_are_not_rounded(kind, dtype, autocast):
+def test_half_precision_ranks_by_scores_that_are_not_rounded(kind, dtype, autocast, device):
     """Classes on a circle, so that rounded scores tie in most rows."""
     torch.manual_seed(0)
     many = 400
@@ -246,7 +247,7 @@ def test_half_precision_ranks_by_scores_that_are_not_rounded(kind, dtype, autoca
     scores = (1 + o + o**2 / 2).log()
     rounded = scores.to(dtype)
     assert int((rounded == rounded.max(1, keepdim=True).values).sum()) > 100  # ties
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    with torch.autocast(autocasts(device), torch.bfloat16, enabled=autocast):
         best, three = head.predict(hidden), head.topk(hidden, 3)
         log_p, rank = head.log_prob(hidden), head.rank(hidden, scores.topk(2).indices[:, 1])
     near = {"rtol": 1e-5, "atol": 1e-5}  # of float32, a thousandth of a rounded score

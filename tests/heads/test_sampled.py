@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import _oracle
+from _devices import autocasts
 from _output_layers import CLOSE, Largest
 from _reading import read_in_chunks
 from softsphere import LinearSphericalLoss, SampledSoftmaxLoss
@@ -315,11 +316,11 @@ def test_half_precision_is_near_that_of_float64(dtype, training, sparse):
         assert float((got - want).abs().max()) < 4 * size * max(1.0, float(want.abs().max()))
 
 
-def test_autocast():
+def test_autocast(device):
     head, hidden = layer(dtype=torch.float32), rows(m, dtype=torch.float32)
     negatives(head)
     want, exactly = head(hidden, TARGET), head.eval()(hidden, TARGET)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(autocasts(device), torch.bfloat16):
         assert torch.equal(head(hidden, TARGET), exactly)
         head.train()
         for h in (hidden, hidden.bfloat16()):

@@ -11,19 +11,26 @@ import weakref
 
 import pytest
 import torch
+from torch import nn
 
 from _one_batch import backward, d, layer, rows, target, with_momentum
 from softsphere.matrix import FactoredTensor
 
+MOVES = {
+    "device": lambda head: head.to(head.weight.device),
+    "float": nn.Module.float,
+    "double": nn.Module.double,
+}
 
-@pytest.mark.parametrize("move", ["cpu", "float", "double"])
+
+@pytest.mark.parametrize("move", MOVES)
 def test_a_move_keeps_hooks_attributes_and_views(move):
     head, seen = layer(), []
     head.weight.register_hook(lambda g: g * 0.25)
     head.weight.register_post_accumulate_grad_hook(lambda p: seen.append(p))
     head.weight.mark = 7
     reference, row, parameter = weakref.ref(head.weight), head.weight[3], head.weight
-    getattr(head, move)()
+    MOVES[move](head)
     assert head.weight is parameter is reference()
     assert head.weight.mark == 7
     backward(head)
@@ -78,6 +85,7 @@ def shifted(head, queue):
     queue.put(head.dense().sum().item())
 
 
+@pytest.mark.cpu_only("the other process would need a GPU of its own")
 def test_another_process_gets_a_copy():
     head = layer()
     before = head.dense()

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -97,18 +98,36 @@ def modules_of_tests() -> list[ModuleType]:
     return [module for module, file in files if file.startswith(_TESTS)]
 
 
-def lacking(capability: tuple[int, int], given: dict[str, Any]) -> str | None:
-    """What a GPU of this compute capability lacks for a test with these parameters, if anything."""
-    needs = {}
+def capability() -> tuple[int, int] | None:
+    """The compute capability of the GPU, if there is one."""
+    return torch.cuda.get_device_capability() if GPU else None
+
+
+def lacking(device: str, gpu: tuple[int, int] | None, given: dict[str, Any]) -> str | None:
+    """Why a test with these parameters cannot run on a device, if it cannot.
+
+    gpu: the compute capability of the GPU of the machine.
+    """
+    if given.get("kernels") and device != "cuda" and (gpu or device == "stand_in"):
+        return "Triton compiles kernels for the GPU; it interprets them on a CPU if there is none"
+    if device != "cuda" or gpu is None:
+        return None
+    needs = {"Triton": (7, 0)} if given.get("kernels") else {}
     if any(x is torch.bfloat16 for x in given.values()):
         needs["bfloat16"] = (8, 0)
-    if given.get("kernels"):
-        needs["Triton"] = (7, 0)
     for what, least in needs.items():
-        if capability < least:
-            needed, has = (".".join(map(str, x)) for x in (least, capability))
+        if gpu < least:
+            needed, has = (".".join(map(str, x)) for x in (least, gpu))
             return f"{what} needs compute capability {needed}, and this GPU has {has}"
     return None
+
+
+@contextmanager
+def without_gpus() -> Iterator[None]:
+    """Processes that are begun meanwhile see no GPU, which PyTorch would choose for them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        yield
 
 
 def autocasts(device: str) -> str:

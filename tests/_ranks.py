@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from torch import distributed, multiprocessing
 
+from _devices import without_gpus
+
 AVAILABLE = distributed.is_available() and distributed.is_gloo_available()
 TIGHT = {"rtol": 1e-10, "atol": 1e-12}
 
@@ -23,7 +25,7 @@ def run(cases, size, folder, timeout=20):
     Nothing is run after a case that failed on a rank, since the others may still wait for it.
     """
     arguments = (cases, size, str(folder), timeout)
-    with contextlib.suppress(multiprocessing.ProcessExitedException):
+    with without_gpus(), contextlib.suppress(multiprocessing.ProcessExitedException):
         multiprocessing.spawn(_work, arguments, nprocs=size)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(size)]
 

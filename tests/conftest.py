@@ -1,4 +1,4 @@
-"""Every test runs on every device, unless it is marked with `cpu_only` and a reason."""
+"""Every test runs on every device, unless it is marked with `once` and a reason."""
 
 from __future__ import annotations
 
@@ -12,10 +12,21 @@ if not torch.cuda.is_available():
     # Triton interprets its kernels. It must know before any module imports them.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from _devices import GPU, Placed, constants_moved, lacking, modules_of_tests, moved
+from _devices import GPU, Placed, capability, constants_moved, lacking, modules_of_tests, moved
 
 # What these folders and modules test is done on a CPU wherever it is used.
-ON_CPU = {"checks", "clusters", "lab", "test_docs", "test_readme"}
+ON_CPU = {
+    "checks",
+    "clusters",
+    "integrations",
+    "lab",
+    "parallel",
+    "test_docs",
+    "test_how_it_works",
+    "test_private_torch",
+    "test_readme",
+    "test_site",
+}
 
 
 def pytest_addoption(parser):
@@ -27,13 +38,13 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "cpu_only(reason): the test does not run on other devices")
+    config.addinivalue_line("markers", "once(reason): the test does not run on each device")
 
 
 def pytest_generate_tests(metafunc):
     """Without another device tests keep their names."""
     others = ["cuda"] * GPU + ["stand_in"] * metafunc.config.getoption("stand_in")
-    marked = metafunc.definition.get_closest_marker("cpu_only")
+    marked = metafunc.definition.get_closest_marker("once")
     folder = Path(metafunc.definition.fspath).relative_to(Path(__file__).parent).parts[0]
     if others and not marked and folder.removesuffix(".py") not in ON_CPU:
         metafunc.parametrize("device", ["cpu", *others], indirect=True)
@@ -43,6 +54,9 @@ def pytest_generate_tests(metafunc):
 def device(request, monkeypatch):
     """The name of the device on which the tensors of a test are made."""
     name = getattr(request, "param", "cpu")
+    params = getattr(getattr(request.node, "callspec", None), "params", {})
+    if reason := lacking(name, capability(), params):
+        pytest.skip(reason)
     if name == "cpu":
         yield name
         return
@@ -50,10 +64,8 @@ def device(request, monkeypatch):
         import _stand_in
 
         _stand_in.load()
-    elif reason := lacking(torch.cuda.get_device_capability(), request.node.callspec.params):
-        pytest.skip(reason)
-    for key, value in request.node.callspec.params.items():
-        request.node.callspec.params[key] = moved(value, name)
+    for key, value in params.items():
+        params[key] = moved(value, name)
     constants_moved(name, modules_of_tests(), monkeypatch)
     with Placed(name):
         yield name

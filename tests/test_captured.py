@@ -13,6 +13,7 @@ from softsphere import CapturedStep, ClusteredLoss, FactoredSphericalLoss
 from softsphere.matrix import SingularStepError
 from softsphere.optim import FactoredSGD
 
+pytestmark = pytest.mark.once("the stand-in for CUDA graphs is one of a CPU")
 D, WIDTH, ROWS = 40, 5, 6
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from _devices import Placed, lacking
 from softsphere import LinearSphericalLoss
 
-pytestmark = pytest.mark.cpu_only("the test names its devices")
+pytestmark = pytest.mark.once("the test names its devices")
 
 
 def as_the_package(code: str) -> torch.Tensor:
@@ -53,20 +53,18 @@ def test_random_numbers_are_those_of_the_cpu():
 
 
 @pytest.mark.parametrize(
-    ("capability", "given", "reason"),
+    ("name", "gpu", "given", "reason"),
     [
-        ((7, 5), {"dtype": torch.bfloat16}, "bfloat16 needs compute capability 8.0, and .* 7.5"),
-        ((8, 0), {"dtype": torch.bfloat16}, None),
-        ((7, 5), {"dtype": torch.float16, "m": 3}, None),
-        ((6, 1), {"kernels": True}, "Triton needs compute capability 7.0, and .* 6.1"),
-        ((7, 0), {"kernels": True}, None),
+        ("cuda", (7, 5), {"dtype": torch.bfloat16}, "bfloat16 needs compute capability 8.0.* 7.5"),
+        ("cuda", (8, 0), {"dtype": torch.bfloat16}, None),
+        ("cuda", (7, 5), {"dtype": torch.float16, "m": 3}, None),
+        ("cuda", (6, 1), {"kernels": True}, "Triton needs compute capability 7.0.* 6.1"),
+        ("cuda", (7, 0), {"kernels": True}, None),
+        ("cpu", (9, 0), {"kernels": True}, "Triton compiles kernels for the GPU"),
+        ("cpu", (6, 1), {"dtype": torch.bfloat16, "kernels": False}, None),
+        ("cpu", None, {"kernels": True}, None),
     ],
 )
-def test_what_a_gpu_lacks_is_said(capability, given, reason):
-    found = lacking(capability, given)
+def test_why_a_test_cannot_run_is_said(name, gpu, given, reason):
+    found = lacking(name, gpu, given)
     assert found is None if reason is None else re.search(reason, found)
-
-
-@pytest.mark.slow
-def test_on_the_stand_in(pytestconfig):
-    """Every test of every device, on one that computes on the CPU and is strict about devices."""

@@ -11,11 +11,15 @@ import torch
 from torch import distributed, multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from _devices import without_gpus
 from softsphere import LinearSphericalLoss
 
-pytestmark = pytest.mark.skipif(
-    not (distributed.is_available() and distributed.is_gloo_available()), reason="needs gloo"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        not (distributed.is_available() and distributed.is_gloo_available()), reason="needs gloo"
+    ),
+    pytest.mark.once("gloo joins processes of the CPU"),
+]
 
 # What fully_shard needs of the streams of a CPU; torch 2.6 has none.
 SHARDS_ON_CPU = hasattr(torch.cpu.Stream, "record_event")
@@ -71,11 +75,12 @@ def ddp(rank, micro=3, sync="last", tied=False, zeros=False, **options):
 
 
 def fsdp(rank, parts, accumulate):
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    model = Model()
+    model, mesh = Model(), init_device_mesh("cpu", (RANKS,))
     for part in parts:
-        fully_shard(getattr(model, part) if part else model)
+        fully_shard(getattr(model, part) if part else model, mesh=mesh)
     return train(model, model, [rank], sync="always", accumulate=accumulate)
 
 
@@ -128,7 +133,8 @@ def work(rank, folder):
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    multiprocessing.spawn(work, (str(folder),), nprocs=RANKS)
+    with without_gpus():
+        multiprocessing.spawn(work, (str(folder),), nprocs=RANKS)
     return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
 
 

@@ -15,14 +15,15 @@ import pytest
 import torch
 from torch.utils import deterministic
 
+from _devices import KERNEL_DEVICE
 from _matrix_units import needs_triton, with_kernels
 from softsphere import LinearSphericalOptions
 from softsphere.engines import fused_rows, moments, quadratic_rows, weight
 from softsphere.engines.engine import Gradients, Inputs
 from softsphere.functional import linear_spherical_loss
 
-pytestmark = needs_triton
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [needs_triton, pytest.mark.once("the kernels run where Triton runs them")]
+DEVICE = KERNEL_DEVICE
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
 

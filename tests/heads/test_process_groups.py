@@ -7,11 +7,15 @@ import inspect
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from _subject import Subject
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning"),
+    pytest.mark.once("gloo joins processes of the CPU"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -36,12 +40,12 @@ def fully_sharded(s: Subject) -> None:
     fsdp = pytest.importorskip("torch.distributed.fsdp")
     if not hasattr(fsdp, "fully_shard"):
         pytest.skip("this version of PyTorch has fully_shard elsewhere")
-    fsdp.fully_shard(s.model)
+    # on a machine with a GPU it would take the GPU, whatever the model is on
+    fsdp.fully_shard(s.model, mesh=init_device_mesh("cpu", (1,)))
     s.loss()
 
 
 def distributed_tensor(s: Subject) -> None:
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
     distribute_tensor(s.head.weight, init_device_mesh("cpu", (1,)), [Shard(0)])

@@ -85,7 +85,7 @@ def shifted(head, queue):
     queue.put(head.dense().sum().item())
 
 
-@pytest.mark.cpu_only("the other process would need a GPU of its own")
+@pytest.mark.once("the other process would need a GPU of its own")
 def test_another_process_gets_a_copy():
     head = layer()
     before = head.dense()

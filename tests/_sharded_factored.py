@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from _ranks import TIGHT, rows_of, world
-from _sharded_linear import COUNTS, d, raises
+from _sharded_linear import COUNTS, Model, d, raises
 from softsphere import FactoredSphericalLoss
 from softsphere.optim import FactoredSGD
 from softsphere.parallel import count_traffic, leave_out_of_ddp
@@ -105,15 +105,6 @@ def predicted(rank, size, folder, D=23, replicated=False, **given):
 
 
 def below_data_parallel(rank, size, folder):
-    class Model(nn.Module):
-        def __init__(self, head):
-            super().__init__()
-            torch.manual_seed(1)
-            self.trunk, self.head = nn.Linear(d, d, dtype=torch.float64), head
-
-        def forward(self, x, t):
-            return self.head(self.trunk(x), t)
-
     one, many = pair()
     models = [Model(one), Model(many)]
     wrapped = DistributedDataParallel(leave_out_of_ddp(models[1]))

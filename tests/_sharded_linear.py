@@ -14,10 +14,22 @@ from torch.nn.parallel import DistributedDataParallel
 
 from _ranks import TIGHT, rows_of, world
 from softsphere import LinearSphericalLoss, LinearSphericalOptions
-from softsphere.parallel import count_traffic, leave_out_of_ddp
+from softsphere.parallel import clip_grad_norm_, count_traffic, leave_out_of_ddp
 
 d = 5
 COUNTS = (4, 3, 0, 2)
+
+
+class Model(nn.Module):
+    """A trunk and a head."""
+
+    def __init__(self, head):
+        super().__init__()
+        torch.manual_seed(1)
+        self.trunk, self.head = nn.Linear(d, d, dtype=torch.float64), head
+
+    def forward(self, x, t):
+        return self.head(self.trunk(x), t)
 
 
 def pair(D=23, replicated=False, **given):
@@ -122,15 +134,6 @@ def predicted(rank, size, folder, D=23, replicated=False, loss="taylor_softmax",
 def below_data_parallel(rank, size, folder, whole=True):
     """A whole model in DistributedDataParallel, or its trunk alone."""
 
-    class Model(nn.Module):
-        def __init__(self, head):
-            super().__init__()
-            torch.manual_seed(1)
-            self.trunk, self.head = nn.Linear(d, d, dtype=torch.float64), head
-
-        def forward(self, x, t):
-            return self.head(self.trunk(x), t)
-
     one, many = pair()
     many.shards.averaged = None if whole else True
     models = [Model(one), Model(many)]
@@ -155,6 +158,47 @@ def below_data_parallel(rank, size, folder, whole=True):
             optimizer.step()
     same_rows(one, many)
     torch.testing.assert_close(models[1].trunk.weight, models[0].trunk.weight, **TIGHT)
+
+
+def below_fully_sharded(rank, size, folder):
+    """The layers below are sharded by FSDP2, and the head is left out."""
+    if not hasattr(torch.cpu.Stream, "record_event"):
+        return  # this torch shards on no CPU
+    from torch.distributed.fsdp import fully_shard
+
+    one, many = pair()
+    many.shards.averaged = True
+    models = [Model(one), Model(many)]
+    fully_shard(models[1], ignored_params=set(many.parameters()))
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.5, foreach=False) for model in models]
+    counts = (2,) * size
+    for _ in range(3):
+        x, t = torch.randn(sum(counts), d).double(), torch.randint(23, (sum(counts),))
+        own = rows_of(rank, counts)
+        results = models[0](x, t), models[1](x[own], t[own])
+        for optimizer, loss in zip(optimizers, results, strict=True):
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    same_rows(one, many)
+    trunk = models[1].trunk.weight.full_tensor()
+    torch.testing.assert_close(trunk, models[0].trunk.weight, **TIGHT)
+
+
+def clipped(rank, size, folder):
+    one, many = pair()
+    models = [Model(one), Model(many)]
+    m, own = sum(COUNTS[:size]), rows_of(rank, COUNTS[:size])
+    H, t = torch.randn(m, d).double(), torch.randint(23, (m,))
+    models[0](H, t).backward()
+    many(models[0].trunk(H)[own].detach(), t[own]).backward()
+    for p, whole in zip(models[1].trunk.parameters(), models[0].trunk.parameters(), strict=True):
+        p.grad = whole.grad.clone()
+    want = nn.utils.clip_grad_norm_(models[0].parameters(), 0.1)
+    torch.testing.assert_close(clip_grad_norm_(models[1], 0.1).double(), want, rtol=1e-5, atol=0)
+    rows = many.shards.sharding.slice
+    torch.testing.assert_close(many.weight.grad, one.weight.grad[rows], **TIGHT)
+    torch.testing.assert_close(models[1].trunk.weight.grad, models[0].trunk.weight.grad, **TIGHT)
 
 
 def saved(rank, size, folder):
@@ -217,6 +261,8 @@ RIGHT = {
     "predict, outputs": partial(predicted, loss="z_loss"),
     "data parallel": below_data_parallel,
     "data parallel trunk": partial(below_data_parallel, whole=False),
+    "fully sharded below": below_fully_sharded,
+    "clipped": clipped,
     "saved": saved,
     "traffic": traffic_is_flat,
     "start": started_apart,
@@ -321,6 +367,15 @@ def not_left_out(rank, size, folder):
     )
 
 
+def fully_sharded(rank, size, folder):
+    if not hasattr(torch.cpu.Stream, "record_event"):
+        return  # this torch shards on no CPU
+    from torch.distributed.fsdp import fully_shard
+
+    _, many = pair()
+    raises(TypeError, "sharded already.*ignored_params", lambda: fully_shard(many))
+
+
 def rows_of_one_rank(rank, size, folder):
     one, many = pair()
     state = {name: x[:12] for name, x in one.state_dict().items()}
@@ -370,6 +425,7 @@ REFUSED = {
         skipped_step,
         other_rows_replicated,
         not_left_out,
+        fully_sharded,
         rows_of_one_rank,
         mask_given,
         logits_wanted,

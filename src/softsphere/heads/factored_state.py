@@ -25,6 +25,7 @@ class FactoredState(ShardedLayer, WithFactoredParameter):
     Its shapes are those of the rows of this rank, where it has a process group.
     """
 
+    norm_is_of_all = True
     in_features: int
     num_classes: int
     has_bias: bool

@@ -50,6 +50,23 @@ class ShardedLayer(nn.Module):
     """
 
     shards: Shards | None = None
+    # whether the gradient of the weight has the norm of the gradient of all rows, as a factored
+    # one has, and not that of the rows of this rank
+    norm_is_of_all: bool = False
+
+    def register_parameter(self, name: str, param: Any) -> None:
+        """See `nn.Module.register_parameter`.
+
+        Raises TypeError for a DTensor in a layer with a process group, as fully_shard makes of
+        parameters that it takes for the same on all ranks.
+        """
+        if self.shards is not None and _is_dtensor(param):
+            raise TypeError(
+                f"the {name} of a layer with a process_group is sharded already: each rank has "
+                "rows of its own. Leave its parameters out of fully_shard (ignored_params="
+                "set(head.parameters()), or fully_shard the layers below alone)"
+            )
+        super().register_parameter(name, param)
 
     def _of_all(self, name: str) -> str | None:
         """The name in the state of a whole layer of a tensor with an entry for each class."""
@@ -124,6 +141,12 @@ class ShardedLayer(nn.Module):
     def _whole(self, key: str, x: Tensor) -> Tensor:
         """An entry for all classes, as this layer keeps it."""
         return x
+
+
+def _is_dtensor(x: Any) -> bool:
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(x, DTensor)
 
 
 def _as_dtensor(x: Tensor, shards: Shards) -> Tensor:

@@ -2,6 +2,7 @@
 
 from softsphere.parallel.agreement import Agreement
 from softsphere.parallel.batch import Batch
+from softsphere.parallel.clipping import clip_grad_norm_
 from softsphere.parallel.functions import (
     all_rows,
     own_part,
@@ -24,6 +25,7 @@ __all__ = [
     "Traffic",
     "all_rows",
     "checksum",
+    "clip_grad_norm_",
     "count_traffic",
     "leave_out_of_ddp",
     "own_part",

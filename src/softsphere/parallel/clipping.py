@@ -1,0 +1,64 @@
+"""Clips gradients by their norm, where some layers are sharded over ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["clip_grad_norm_"]
+
+
+@torch.no_grad()
+def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
+    """Clips the gradients of a model with sharded output layers by their norm.
+
+    `torch.nn.utils.clip_grad_norm_` sees the rows of one rank alone. Each rank would find another
+    norm and scale the layers below by another factor. This function adds the squares of sharded
+    gradients over the ranks, and takes all others as the same on every rank. All ranks must call
+    it.
+
+    Args:
+        model: a module whose gradients are complete.
+        max_norm: the largest Euclidean norm.
+
+    Returns the norm before clipping.
+
+    >>> model = nn.Linear(2, 1, bias=False)
+    >>> model.weight.grad = torch.tensor([[3.0, 4.0]])
+    >>> clip_grad_norm_(model, 1.0), model.weight.grad
+    (tensor(5.), tensor([[0.6000, 0.8000]]))
+    """
+    layers: list[Any] = [x for x in model.modules() if getattr(x, "shards", None) is not None]
+    sharded = {id(p) for x in layers for p in x.parameters(recurse=False)}
+    rest = [p for p in model.parameters() if id(p) not in sharded and p.grad is not None]
+    squares = torch.zeros((), dtype=torch.float64)
+    for p in rest:
+        squares += _square(p)
+    for layer in layers:
+        own = sum((_square(p) for p in _trained(layer)), torch.zeros_like(squares))
+        if not layer.norm_is_of_all:
+            ranks = layer.shards.ranks
+            own = ranks.sum(own.to(ranks.device)).cpu()
+        squares += own
+    norm = squares.sqrt()
+    scale = float((max_norm / (norm + 1e-6)).clamp(max=1.0))
+    for p in model.parameters():
+        if p.grad is not None:
+            p.grad.mul_(scale)
+    return norm.to(torch.get_default_dtype())
+
+
+def _trained(layer: nn.Module) -> Iterator[nn.Parameter]:
+    return (p for p in layer.parameters(recurse=False) if p.grad is not None)
+
+
+def _square(p: Tensor) -> Tensor:
+    """The sum of squares of a gradient, in float64 on the CPU."""
+    norm: Any = torch.linalg.vector_norm(p.grad).detach()
+    # that of a gradient that fully_shard has sharded is a DTensor
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    square: Tensor = norm.double().cpu().square()
+    return square

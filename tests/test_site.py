@@ -78,7 +78,17 @@ def test_what_a_public_class_has_has_a_docstring(name):
 def test_a_loss_has_the_page_that_its_docstring_makes(name, website):
     page = (ROOT / "docs" / "losses" / f"{name}.md").read_text()
     assert page == website("loss_pages").page(name)
-    assert (ROOT / "docs" / "losses" / f"{name}.svg").is_file()
+
+
+@pytest.mark.parametrize("name", losses.REGISTRY)
+def test_the_picture_of_a_loss_has_the_curves_of_the_package(name, website):
+    picture = (ROOT / "docs" / "losses" / f"{name}.svg").read_text()
+    drawn = re.search(r"<dc:description>(.*?)</dc:description>", picture, re.DOTALL)[1]
+    computed = website("curves").description(name)
+    assert re.findall("[a-z]+", drawn) == re.findall("[a-z]+", computed)
+    numbers = [[float(x) for x in re.findall(r"-?[\d.]+", text)] for text in (drawn, computed)]
+    assert len(numbers[0]) == 21
+    assert numbers[0] == pytest.approx(numbers[1], abs=2e-3)
 
 
 def test_the_page_of_a_loss_names_the_layers_that_take_it(website):

@@ -254,5 +254,5 @@ if __name__ == "__main__":
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     ).parse_args()
-    PAGE.write_text(page())
+    PAGE.write_text(page(), "utf-8")
     print(PAGE)

@@ -148,5 +148,5 @@ if __name__ == "__main__":
     ).parse_args()
     measured = read_table(TABLE)
     draw(measured, PICTURE)
-    PAGE.write_text(page(measured))
+    PAGE.write_text(page(measured), "utf-8")
     print(PAGE, PICTURE)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from _factored import D, d, go_on, layer, train
+from _systems import posix
 from softsphere import (
     FactoredSphericalLoss,
     SphericalLoss,
@@ -181,6 +182,7 @@ def test_a_step_that_cannot_be_taken_changes_nothing():
         assert torch.equal(value, before[name]), name
 
 
+@posix
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_an_interrupt_leaves_a_usable_layer():
     """There is one Ctrl-C in each step, every time a little later."""

@@ -70,7 +70,7 @@ def draw(name: str, label: str, path: Path) -> None:
         buffer = io.StringIO()
         told = {"Description": description(name), "Date": None, "Creator": None}
         figure.savefig(buffer, format="svg", metadata=told)
-    path.write_text(cleaned(buffer.getvalue()))
+    path.write_text(cleaned(buffer.getvalue()), "utf-8")
 
 
 def description(name: str) -> str:

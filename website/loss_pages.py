@@ -179,6 +179,6 @@ if __name__ == "__main__":
         formatter_class=argparse.RawDescriptionHelpFormatter,
     ).parse_args()
     for name in losses.REGISTRY:
-        (PAGES / f"{name}.md").write_text(page(name))
+        (PAGES / f"{name}.md").write_text(page(name), "utf-8")
         draw(name, title(name), PAGES / f"{name}.svg")
     print(PAGES)

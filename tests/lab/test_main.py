@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+from _systems import posix
 from softsphere_lab import __main__
 
 # Imports a module as some packages do that are interrupted: they swallow the KeyboardInterrupt.
@@ -76,6 +77,7 @@ def test_streams_that_are_no_terminals_are_left_alone(monkeypatch):
     assert __main__.main() == 0
 
 
+@posix
 @pytest.mark.parametrize(
     ("module", "arguments"),
     [

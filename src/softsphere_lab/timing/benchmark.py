@@ -80,7 +80,7 @@ def left_out(layer: str, setting: Setting, reason: str) -> Row:
 
 def read_table(path: Path) -> list[dict[str, str]]:
     """Returns the rows of a table."""
-    return list(csv.DictReader(path.read_text().splitlines()))
+    return list(csv.DictReader(path.read_text("utf-8").splitlines()))
 
 
 def run(
@@ -116,7 +116,7 @@ def run(
         return 2
     table = record.folder / TABLE
     if options.record:
-        write(path.with_suffix(".csv"), table.read_text())
+        write(path.with_suffix(".csv"), table.read_text("utf-8"))
         table = path.with_suffix(".csv")
     print(f"Table: {table}")
     return 0

@@ -58,5 +58,5 @@ class PeakMemory(threading.Thread):
 
 
 def _anonymous_bytes() -> int:
-    status = Path("/proc/self/status").read_text()
+    status = Path("/proc/self/status").read_text("utf-8")
     return 1024 * int(status.split("RssAnon:")[1].split()[0])

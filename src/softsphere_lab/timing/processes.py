@@ -111,8 +111,8 @@ def _apart(
     }
     command = [sys.executable, "-m", "softsphere_lab.timing.processes", json.dumps(job)]
     with (
-        tempfile.TemporaryFile("w+") as out,
-        tempfile.TemporaryFile("w+") as wrong,
+        tempfile.TemporaryFile("w+", encoding="utf-8") as out,
+        tempfile.TemporaryFile("w+", encoding="utf-8") as wrong,
         # its standard input ends with this process, and that ends the other one too
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=out, stderr=wrong) as process,
     ):

@@ -15,6 +15,7 @@ from softsphere.matrix.default_rate import default_rate
 from softsphere.matrix.lists import check_distinct
 from softsphere.matrix.refusals import stale
 from softsphere.matrix.sgd_blocks import momentum_step, plain_step
+from softsphere.parallel import own_rows, whole_tensor
 
 __all__ = ["FactoredSGD"]
 
@@ -148,10 +149,11 @@ class FactoredSGD(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Returns the state of the optimizer, as for every optimizer.
 
-        The momentum of a factored weight is in it as an ordinary tensor (D, w), that of [W b].
+        The momentum of a factored weight is in it as an ordinary tensor (D, w), that of [W b]. It
+        is a DTensor with the placement Shard(0) where the layer has a process_group.
         """
         packed = super().state_dict()
-        packed["state"] = {key: _unpacked(state) for key, state in packed["state"].items()}
+        packed["state"] = {key: _saved(state) for key, state in packed["state"].items()}
         return packed
 
     @torch.no_grad()
@@ -238,6 +240,9 @@ class FactoredSGD(torch.optim.Optimizer):
             return matrix.plan(gradient, blocks)
         # The momentum is new, or from a state_dict, a copy or another device.
         values = _unpacked(state)[_BUFFER] if started else None
+        shards = matrix.arrays.shards
+        if values is not None and shards is not None and not isinstance(buffer, FactoredTensor):
+            values = own_rows("the momentum of a factored weight", values, shards)
         if values is not None and values.shape != p.shape:
             raise ValueError(
                 f"the momentum of a factored weight must have shape {tuple(p.shape)}, got "
@@ -262,6 +267,13 @@ def _unpacked(state: dict[str, Any]) -> dict[str, Any]:
         return state
     dense = buffer.matrix.arrays.to_dense(columns=buffer.block.columns)
     return {**state, _BUFFER: dense}
+
+
+def _saved(state: dict[str, Any]) -> dict[str, Any]:
+    """The state of a parameter, with its momentum as an ordinary tensor of all classes."""
+    buffer, saved = state.get(_BUFFER), _unpacked(state)
+    shards = buffer.matrix.arrays.shards if isinstance(buffer, FactoredTensor) else None
+    return saved if shards is None else {**saved, _BUFFER: whole_tensor(saved[_BUFFER], shards)}
 
 
 def _check_capturable(group: dict[str, Any], params: list[Tensor]) -> None:

@@ -6,11 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from softsphere import checks
-from softsphere.parallel import Agreement, Shards
+from softsphere.parallel import Agreement, Shards, is_dtensor, own_rows, whole_tensor
 
 __all__ = ["ShardedLayer", "making"]
 
@@ -60,7 +59,7 @@ class ShardedLayer(nn.Module):
         Raises TypeError for a DTensor in a layer with a process group, as fully_shard makes of
         parameters that it takes for the same on all ranks.
         """
-        if self.shards is not None and _is_dtensor(param):
+        if self.shards is not None and is_dtensor(param):
             raise TypeError(
                 f"the {name} of a layer with a process_group is sharded already: each rank has "
                 "rows of its own. Leave its parameters out of fully_shard (ignored_params="
@@ -78,7 +77,7 @@ class ShardedLayer(nn.Module):
             return
         for name in self._own_tensors():
             x = destination.pop(prefix + name)
-            destination[prefix + str(self._of_all(name))] = _as_dtensor(x, self.shards)
+            destination[prefix + str(self._of_all(name))] = whole_tensor(x, self.shards)
 
     def _load_from_state_dict(
         self,
@@ -135,55 +134,9 @@ class ShardedLayer(nn.Module):
         for name in self._own_tensors():
             key = f"{prefix}{self._of_all(name)}"
             if key in state_dict:
-                own[prefix + name] = _own_rows(key, self._whole(key, state_dict[key]), self.shards)
+                own[prefix + name] = own_rows(key, self._whole(key, state_dict[key]), self.shards)
         return own
 
     def _whole(self, key: str, x: Tensor) -> Tensor:
         """An entry for all classes, as this layer keeps it."""
         return x
-
-
-def _is_dtensor(x: Any) -> bool:
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(x, DTensor)
-
-
-def _as_dtensor(x: Tensor, shards: Shards) -> Tensor:
-    """A tensor of all classes that shares the memory of the rows x of this rank."""
-    from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.tensor import DTensor, Shard
-
-    mesh = DeviceMesh.from_group(shards.ranks.group, x.device.type)
-    shape = torch.Size([shards.sharding.num_classes, *x.shape[1:]])
-    stride = torch.empty(shape, device="meta").stride()
-    whole: Tensor = DTensor.from_local(
-        x.detach(), mesh, [Shard(0)], run_check=False, shape=shape, stride=stride
-    )
-    return whole
-
-
-def _own_rows(key: str, x: Any, shards: Shards) -> Tensor:
-    """The rows of this rank of an entry for all classes.
-
-    Raises ValueError for another number of classes, and for a DTensor that is sharded otherwise.
-    """
-    from torch.distributed.tensor import DTensor, Shard
-
-    D = shards.sharding.num_classes
-    if x.shape[:1] != (D,):
-        raise ValueError(
-            f"{key} must have {D} rows, those of all ranks together, got shape {tuple(x.shape)}; "
-            "the rows of one rank alone cannot be loaded, since they do not say whose they are"
-        )
-    if not isinstance(x, DTensor):
-        own: Tensor = x[shards.sharding.slice]
-        return own
-    local: Tensor = x.to_local()
-    if tuple(x.placements) != (Shard(0),) or len(local) != len(shards.sharding):
-        raise ValueError(
-            f"{key} must be sharded by Shard(0) over the {shards.ranks.size} ranks of the layer, "
-            f"got {x.placements} with {len(local)} rows on this rank; load it by "
-            "torch.distributed.checkpoint into the state_dict() of this layer"
-        )
-    return local

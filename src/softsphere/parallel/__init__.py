@@ -11,10 +11,12 @@ from softsphere.parallel.functions import (
     sum_of_losses,
     sum_of_parts,
 )
+from softsphere.parallel.optimizer_state import keep_whole_state
 from softsphere.parallel.ranks import Ranks
 from softsphere.parallel.sharding import Sharding
 from softsphere.parallel.shards import Shards, checksum, leave_out_of_ddp
 from softsphere.parallel.traffic import Traffic, count_traffic
+from softsphere.parallel.whole import is_dtensor, own_rows, whole_tensor
 
 __all__ = [
     "Agreement",
@@ -27,10 +29,14 @@ __all__ = [
     "checksum",
     "clip_grad_norm_",
     "count_traffic",
+    "is_dtensor",
+    "keep_whole_state",
     "leave_out_of_ddp",
     "own_part",
+    "own_rows",
     "own_sums",
     "same_on_all",
     "sum_of_losses",
     "sum_of_parts",
+    "whole_tensor",
 ]

@@ -1,0 +1,79 @@
+"""The state of an optimizer for parameters whose rows are sharded over ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from softsphere.parallel.shards import Shards
+from softsphere.parallel.whole import own_rows, whole_tensor
+
+__all__ = ["keep_whole_state"]
+
+
+def keep_whole_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Has an optimizer save and load its state for sharded layers as that of all classes.
+
+    Without it `optimizer.state_dict()` has the rows of one rank under a name that all ranks share,
+    and torch.distributed.checkpoint would keep those of one rank alone. With it the state has
+    DTensors with the placement Shard(0), like the `state_dict` of the layers, and it may be loaded
+    on another number of ranks. Call it once, before the state is saved or loaded.
+    `softsphere.optim.FactoredSGD` does so for factored weights by itself.
+
+    Args:
+        optimizer: of some parameters of the model.
+        model: with sharded layers.
+
+    >>> model = nn.Linear(2, 2)
+    >>> keep_whole_state(torch.optim.Adam(model.parameters()), model)
+    """
+    shards: dict[int, Shards] = {}
+    for layer in model.modules():
+        found: Any = getattr(layer, "shards", None)
+        # the optimizer of a factored weight does so by itself
+        if found is not None and not layer.norm_is_of_all:
+            shards |= {id(p): found for p in layer.parameters(recurse=False)}
+
+    def saved(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        def whole(name: str, x: Tensor, p: Tensor) -> Tensor:
+            return whole_tensor(x, shards[id(p)]) if x.shape == p.shape else x
+
+        return _converted(optimizer, state_dict, shards, whole)
+
+    def loaded(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        def own(name: str, x: Tensor, p: Tensor) -> Tensor:
+            return own_rows(name, x, shards[id(p)]) if x.dim() == p.dim() else x
+
+        return _converted(optimizer, state_dict, shards, own)
+
+    optimizer.register_state_dict_post_hook(saved)
+    optimizer.register_load_state_dict_pre_hook(loaded)
+
+
+def _converted(
+    optimizer: torch.optim.Optimizer,
+    state_dict: dict[str, Any],
+    shards: dict[int, Shards],
+    convert: Callable[[str, Tensor, Tensor], Tensor],
+) -> dict[str, Any]:
+    """A state_dict with the tensors of sharded parameters converted."""
+    state = dict(state_dict["state"])
+    for key, p in _parameters(optimizer, state_dict):
+        if id(p) in shards and key in state:
+            state[key] = {
+                name: convert(name, x, p) if isinstance(x, Tensor) else x
+                for name, x in state[key].items()
+            }
+    return {**state_dict, "state": state}
+
+
+def _parameters(
+    optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]
+) -> Iterator[tuple[Any, Tensor]]:
+    """The keys of parameters in a state_dict, and the parameters."""
+    groups = zip(state_dict["param_groups"], optimizer.param_groups, strict=True)
+    for packed, group in groups:
+        yield from zip(packed["params"], group["params"], strict=True)

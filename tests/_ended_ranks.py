@@ -1,0 +1,123 @@
+"""Training in which a rank is killed, and that goes on from a checkpoint with one rank fewer."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import signal
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import distributed
+
+from softsphere import FactoredSphericalLoss, LinearSphericalLoss
+from softsphere.optim import FactoredSGD
+from softsphere.parallel import keep_whole_state
+
+d, D = 5, 23
+HEADS = {"linear": LinearSphericalLoss, "factored": FactoredSphericalLoss}
+SAVED, ENDED, LAST = 3, 5, 8
+
+
+def made(kind, group=None):
+    torch.manual_seed(0)
+    head = HEADS[kind](d, D, dtype=torch.float64, process_group=group)
+    make = torch.optim.SGD if kind == "linear" else FactoredSGD
+    optimizer = make(head.parameters(), lr=0.1, momentum=0.9)
+    keep_whole_state(optimizer, head)
+    return head, optimizer
+
+
+def batch(step):
+    generator = torch.Generator().manual_seed(step)
+    H = torch.randn(12, d, generator=generator, dtype=torch.float64)
+    return H, torch.randint(D, (12,), generator=generator)
+
+
+def train(head, optimizer, steps, rank=0, size=1, after=lambda step: None):
+    """Steps on equal parts of the same 12 rows."""
+    own = slice(12 // size * rank, 12 // size * (rank + 1))
+    for step in steps:
+        H, t = batch(step)
+        optimizer.zero_grad()
+        head(H[own], t[own]).backward()
+        optimizer.step()
+        after(step)
+
+
+def whole(head):
+    """All rows of W and b, on every rank."""
+    state = head.state_dict()
+    return [
+        x.full_tensor() if hasattr(x, "full_tensor") else x
+        for x in (state["weight"], state["bias"])
+    ]
+
+
+def state_of(head, optimizer):
+    packed = optimizer.state_dict()["state"]
+    return {"head": head.state_dict(), "momentum": {str(k): v for k, v in packed.items()}}
+
+
+def begin(rank, size, folder, name):
+    torch.set_num_threads(1)
+    distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/{name}",
+        rank=rank,
+        world_size=size,
+        timeout=datetime.timedelta(seconds=20),
+    )
+
+
+def until_one_is_ended(rank, size, folder):
+    """Saves after some steps. The last rank is killed later, and the others say what they saw."""
+    begin(rank, size, folder, "first")
+    runs = {kind: made(kind, distributed.group.WORLD) for kind in HEADS}
+    for kind, (head, optimizer) in runs.items():
+        train(head, optimizer, range(SAVED), rank, size)
+        dcp.save(state_of(head, optimizer), checkpoint_id=Path(folder) / kind)
+    told = {}
+    for kind, (head, optimizer) in runs.items():
+
+        def after(step, kind=kind):
+            if step == ENDED and rank == size - 1 and kind == "factored":
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        try:
+            train(head, optimizer, range(SAVED, LAST), rank, size, after)
+        except RuntimeError as error:
+            told[kind] = str(error)
+    Path(f"{folder}/told-{rank}.json").write_text(json.dumps(told))
+    os._exit(0)
+
+
+def resumed(rank, size, folder):
+    """Goes on from the checkpoint, beside one process that was not disturbed."""
+    begin(rank, size, folder, "second")
+    for kind in HEADS:
+        one, alone = made(kind)
+        head, optimizer = made(kind, distributed.group.WORLD)
+        # the first rows are those of one rank in the first run
+        reference, first = made(kind, distributed.group.WORLD)
+        train(reference, first, range(1), rank, size)
+        state = state_of(reference, first)
+        dcp.load(state, checkpoint_id=Path(folder) / kind)
+        head.load_state_dict(state["head"])
+        packed = first.state_dict()
+        packed["state"] = {int(k): v for k, v in state["momentum"].items()}
+        optimizer.load_state_dict(packed)
+        names = "weight", "bias"
+        one.load_state_dict(dict(zip(names, whole(head), strict=True)))
+        plain = {
+            k: {n: x.full_tensor() if hasattr(x, "full_tensor") else x for n, x in v.items()}
+            for k, v in packed["state"].items()
+        }
+        alone.load_state_dict({**alone.state_dict(), "state": plain})
+        train(head, optimizer, range(SAVED, LAST), rank, size)
+        train(one, alone, range(SAVED, LAST))
+        for got, want in zip(whole(head), whole(one), strict=True):
+            torch.testing.assert_close(got, want.detach(), rtol=1e-9, atol=1e-11)
+    distributed.destroy_process_group()

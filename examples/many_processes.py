@@ -1,0 +1,250 @@
+"""Trains a small language model whose output classes are sharded over processes.
+
+    torchrun --nproc-per-node 2 examples/many_processes.py --data FOLDER --out runs/ptb
+    torchrun --nproc-per-node 3 examples/many_processes.py --data FOLDER --out runs/ptb --resume
+    python examples/many_processes.py
+
+FOLDER has ptb/train.parquet and so on, as SOFTSPHERE_DATA does; reading it needs the extra [lab].
+Without --data the text is generated. The trunk is replicated by DistributedDataParallel. Each
+process keeps its own rows of the output layer. The batch of a step depends on the seed and the
+step alone, so that a run can be resumed on another number of processes. Ctrl-C stops the run after
+the current step, with a checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from softsphere import LinearSphericalLoss
+
+# The arguments that a run must keep when it is resumed.
+KEPT = ("classes", "context", "width", "rows", "rate", "seed")
+SETTINGS = "settings.json"
+
+
+class UseError(Exception):
+    """A mistake in the arguments. The first process prints it in one line."""
+
+
+class Model:
+    """A network on the last words, an output layer over the ranks, and Adam for both."""
+
+    def __init__(self, counts: Tensor, options: argparse.Namespace, device: torch.device) -> None:
+        torch.manual_seed(options.seed)
+        trunk = nn.Sequential(
+            nn.Embedding(len(counts), options.width),
+            nn.Flatten(),
+            nn.Linear(options.context * options.width, options.width),
+            nn.Tanh(),
+        ).to(device)
+        self.trunk = DistributedDataParallel(trunk)
+        self.head = LinearSphericalLoss(
+            options.width,
+            len(counts),
+            prior=counts,
+            device=device,
+            process_group=dist.group.WORLD,
+            averaged=True,  # DistributedDataParallel averages the gradients of the trunk
+        )
+        parameters = [*self.trunk.parameters(), *self.head.parameters()]
+        self.adam = torch.optim.Adam(parameters, lr=options.rate)
+        for x in parameters:  # the state exists before the first step, so that it can be loaded
+            moments = {"exp_avg": torch.zeros_like(x), "exp_avg_sq": torch.zeros_like(x)}
+            self.adam.state[x] = {"step": torch.zeros(()), **moments}
+
+    def loss(self, words: Tensor, target: Tensor) -> Tensor:
+        """The mean loss of the rows of all ranks, from those of this one."""
+        value: Tensor = self.head(self.trunk(words), target)
+        return value
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """All that a checkpoint holds. Tensors share their memory with the model."""
+        head = self.head.state_dict()
+        state = {"trunk": self.trunk.module.state_dict(), "head": head, "adam": {}}
+        for name, x in self.trunk.module.named_parameters():
+            state["adam"] |= {f"trunk.{name}.{k}": v for k, v in self.adam.state[x].items()}
+        for name, x in self.head.named_parameters():
+            for key, value in self.adam.state[x].items():
+                own = value.shape == x.shape
+                state["adam"][f"head.{name}.{key}"] = sharded(value, head[name]) if own else value
+        return state
+
+
+def sharded(x: Tensor, like: DTensor) -> DTensor:
+    """The rows x of this rank as a part of a tensor that is sharded as another one is."""
+    return DTensor.from_local(
+        x,
+        like.device_mesh,
+        like.placements,
+        run_check=False,
+        shape=like.shape,
+        stride=like.stride(),
+    )
+
+
+def save(model: Model, step: int, options: argparse.Namespace) -> None:
+    """Writes the checkpoint of a step. It gets its name when it is whole."""
+    part, whole = (options.out / f"{name}{step:08d}" for name in ("part-", "step-"))
+    first = dist.get_rank() == 0
+    if first:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        kept = {name: getattr(options, name) for name in KEPT}
+        (part / SETTINGS).write_text(json.dumps(kept))
+    dist.barrier()
+    dcp.save(model.state(), checkpoint_id=part)
+    dist.barrier()
+    if first:
+        part.rename(whole)
+    dist.barrier()
+
+
+def load(model: Model, options: argparse.Namespace) -> int:
+    """Loads the newest checkpoint into the model, on any number of ranks. Returns its step."""
+    found = checkpoints(options.out)
+    if not found:
+        raise UseError(f"--resume: {options.out} has no checkpoint; leave --resume out")
+    kept = json.loads((found[-1] / SETTINGS).read_text())
+    for name in KEPT:
+        if kept[name] != getattr(options, name):
+            raise UseError(
+                f"--resume: {found[-1]} was made with {name} {kept[name]}, got "
+                f"{getattr(options, name)}; pass the same arguments, or another --out"
+            )
+    state = model.state()
+    dcp.load(state, checkpoint_id=found[-1])
+    model.trunk.module.load_state_dict(state["trunk"])
+    model.head.load_state_dict(state["head"])
+    return int(found[-1].name.removeprefix("step-"))
+
+
+def checkpoints(folder: Path | None) -> list[Path]:
+    """The whole checkpoints of a folder, the newest last."""
+    return [] if folder is None else sorted(folder.glob("step-*"))
+
+
+def read_text(options: argparse.Namespace) -> tuple[Tensor, Tensor]:
+    """The words of a text as numbers, and how often each of the classes occurs."""
+    if options.data is None:
+        generator = torch.Generator().manual_seed(options.seed)
+        after = torch.randperm(options.classes, generator=generator)
+        frequent = torch.rand(20_000, generator=generator).mul(-3).exp()  # few words are common
+        drawn = (frequent * options.classes).long().clamp(max=options.classes - 1)
+        follows = torch.rand(20_000, generator=generator) < 0.5
+        words = torch.where(follows, after[drawn.roll(1)], drawn)
+        return words, words.bincount(minlength=options.classes).clamp(min=1)
+    try:
+        from softsphere_lab.data import text
+        from softsphere_lab.errors import LabError
+    except ModuleNotFoundError as error:
+        raise UseError(f"--data needs {error.name}; pip install 'softsphere[lab]'") from error
+    try:
+        found = text.load("ptb", options.data)
+    except LabError as error:
+        raise UseError(str(error)) from error
+    options.classes = len(found.words)
+    return found.train, found.counts
+
+
+def batch_of(step: int, words: Tensor, options: argparse.Namespace) -> tuple[Tensor, Tensor]:
+    """The rows of this rank in a batch, which is the same for any number of ranks."""
+    generator = torch.Generator().manual_seed(options.seed + 1_000_003 * step)
+    places = torch.randint(len(words) - options.context, (options.rows,), generator=generator)
+    own = places[dist.get_rank() :: dist.get_world_size()]
+    windows = words[own.unsqueeze(1) + torch.arange(options.context + 1)]
+    return windows[:, :-1], windows[:, -1]
+
+
+def train(options: argparse.Namespace, device: torch.device) -> int:
+    """Trains, and returns the exit code: 130 if a signal stopped it."""
+    first = dist.get_rank() == 0
+    stop = torch.zeros((), device=device)
+    # torchrun passes a Ctrl-C on as SIGINT or SIGTERM, sometimes after the terminal already has.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.fill_(1))
+    words, counts = read_text(options)
+    model = Model(counts, options, device)
+    step = saved = load(model, options) if options.resume else 0
+    if first:
+        print(f"{len(counts)} classes on {dist.get_world_size()} processes, from step {step}")
+    while step < options.steps:
+        rows, target = (x.to(device) for x in batch_of(step, words, options))
+        loss = model.loss(rows, target)
+        model.adam.zero_grad()
+        loss.backward()
+        model.adam.step()
+        step += 1
+        if first and step % options.print == 0:
+            print(f"step {step}: loss {loss.item():.6f}", flush=True)
+        wanted = stop.clone()
+        dist.all_reduce(wanted)  # all ranks stop after the same step
+        stopped, last = bool(wanted), step == options.steps
+        if options.out and (stopped or last or step % options.every == 0):
+            save(model, step, options)
+            saved = step
+        if stopped:
+            if first:
+                kept = f"; --resume goes on from step {saved}" if options.out else ""
+                print(f"Stopped after step {step}{kept}.", flush=True)
+            return 130
+    return 0
+
+
+def parsed(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, help="folder with ptb/train.parquet")
+    parser.add_argument("--out", type=Path, help="folder of the checkpoints")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    numbers = {"classes": 5_000, "context": 4, "width": 64, "rows": 256, "steps": 500}
+    for name, value in {**numbers, "every": 100, "print": 10, "timeout": 300}.items():
+        parser.add_argument(f"--{name}", type=int, default=value, help=f"default {value}")
+    parser.add_argument("--seed", type=int, default=0, help="default 0")
+    parser.add_argument("--rate", type=float, default=2e-3, help="of Adam; default 0.002")
+    options = parser.parse_args(arguments)
+    for name in (*numbers, "every", "print", "timeout"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(options, name)}")
+    if options.resume and options.out is None:
+        parser.error("--resume needs --out, the folder to go on in")
+    if not options.resume and checkpoints(options.out):
+        parser.error(f"{options.out} has checkpoints; pass --resume, or another --out")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parsed(arguments)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    # without torchrun this process is the only one
+    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=options.timeout), **alone)
+    try:
+        return train(options, device)
+    except UseError as error:
+        if dist.get_rank() == 0:
+            print(f"many_processes.py: error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -21,8 +21,8 @@ test: .venv/.ready .venv/.docs
 # Every example on the pages and in the docstrings runs; then the site is built, where a warning is
 # an error, and its links are followed. MkDocs Material needs Python 3.11.
 docs: .venv/.docs
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 tests/test_docs.py tests/test_how_it_works.py \
-		tests/test_site.py src/softsphere
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "slow or not slow" tests/test_docs.py
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 tests/test_how_it_works.py tests/test_site.py src/softsphere
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "The site is in site/index.html. With its search: $(BIN)/python -m http.server -d site"
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import posixpath
 import re
 import sys
+import textwrap
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from palette import in_dark
 
 ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+EXAMPLES_HEAD = """# Examples
+
+Each is a short program that runs in seconds on a CPU, and at full size by one option."""
 # Pages of the repository outside docs/, and their names in the site.
 PAGES = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
 # Sections of the navigation, and the pages that belong there if it does not name them.
@@ -43,6 +49,8 @@ def on_config(config: Any) -> Any:
         section = next(x[title] for x in config.nav if title in x)
         pages = (x.relative_to(config.docs_dir) for x in Path(config.docs_dir).glob(pattern))
         section += sorted(str(x) for x in pages if str(x) not in named)
+        if title == "Guides" and EXAMPLES.is_dir():
+            section.append({"Examples": "examples.md"})
     return config
 
 
@@ -51,6 +59,8 @@ def on_files(files: Files, config: Any) -> Files:
     for picture in [x for x in files if x.src_uri.endswith(".svg")]:
         name = _dark(picture.src_uri)
         files.append(File.generated(config, name, content=in_dark(picture.content_string)))
+    if EXAMPLES.is_dir():
+        files.append(File.generated(config, "examples.md", content=_examples()))
     for source, name in PAGES.items():
         files.append(File.generated(config, name, abs_src_path=str(ROOT / source)))
     for file in [x for x in files if x.is_documentation_page()]:
@@ -93,6 +103,20 @@ def on_page_content(html: str, **_: Any) -> str:
         result += _indexed(html[end : tag.start()]) + tag[0]
         end = tag.end()
     return result + _indexed(html[end:])
+
+
+def _examples() -> str:
+    """A page of the programs in examples/: what each says of itself, and its code."""
+    parts = [EXAMPLES_HEAD]
+    for path in sorted(EXAMPLES.glob("*.py")):
+        code = path.read_text(encoding="utf-8")
+        first, *rest = (ast.get_docstring(ast.parse(code)) or "").split("\n\n")
+        parts.append(f"## {path.name}\n\n{first}")
+        for text in rest:
+            parts.append(f"```bash\n{text}\n```" if text.startswith("python ") else text)
+        shown = textwrap.indent(f"```python\n{code}```", "    ")
+        parts.append(f'??? example "{path.relative_to(ROOT)}"\n\n{shown}')
+    return "\n\n".join(parts) + "\n"
 
 
 def _indexed(text: str) -> str:

@@ -177,6 +177,18 @@ for name, way in {
     register(name, through(way))
 
 
+@handling("safetensors into a dense layer and back", needs="safetensors")
+def _(s: Subject) -> dict[str, Tensor]:
+    from safetensors.torch import load, save
+
+    s.train(2)
+    other = Subject("plain", s.bias)
+    other.model.load_state_dict(load(save(s.model.state_dict())))
+    other.train(2)
+    s.model.load_state_dict(load(save(other.model.state_dict())))
+    return s.trained(2)
+
+
 @handling("to_empty and skip_init, then loaded")
 def _(s: Subject) -> dict[str, Tensor]:
     state = s.model.state_dict()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.cpu_only("an example chooses its device itself")
+pytestmark = pytest.mark.once("an example chooses its device itself")
 
 FOLDER = Path(__file__).parent.parent / "examples"
 # Runs programs one after the other in one process, with a line before each.

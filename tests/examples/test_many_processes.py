@@ -21,7 +21,7 @@ SMALL += ["--rate", "0.05", "--print", "1"]
 pytestmark = [
     pytest.mark.skipif(not AVAILABLE, reason="needs gloo"),
     pytest.mark.filterwarnings("ignore:TypedStorage is deprecated"),  # checkpoints of torch 2.6
-    pytest.mark.cpu_only("the example chooses its device by itself"),
+    pytest.mark.once("the example chooses its device by itself"),
 ]
 
 

@@ -11,7 +11,7 @@ from _subject import D, Model, Subject, d
 from softsphere import ClusteredLoss
 
 pytestmark = [
-    pytest.mark.cpu_only("each framework is told to use the CPU"),
+    pytest.mark.once("each framework is told to use the CPU"),
     pytest.mark.filterwarnings("ignore"),
 ]
 

@@ -26,7 +26,7 @@ from sklearn.utils.estimator_checks import check_estimator  # noqa: E402
 from softsphere.integrations.skorch import SphericalClassifier  # noqa: E402
 
 pytestmark = [
-    pytest.mark.cpu_only("scikit-learn hands over arrays"),
+    pytest.mark.once("scikit-learn hands over arrays"),
     pytest.mark.filterwarnings("ignore"),
 ]
 

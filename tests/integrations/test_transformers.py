@@ -19,7 +19,7 @@ transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
 pytestmark = [
-    pytest.mark.cpu_only("the models are made by transformers, and the heads have their own tests"),
+    pytest.mark.once("the models are made by transformers, and the heads have their own tests"),
     pytest.mark.filterwarnings("ignore"),
 ]
 

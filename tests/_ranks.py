@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import multiprocessing as stdlib
 import os
 import traceback
 import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,6 +18,7 @@ from torch import distributed, multiprocessing
 from _devices import without_gpus
 
 AVAILABLE = distributed.is_available() and distributed.is_gloo_available()
+PRELOADED = ["torch", "softsphere", "torch.distributed.checkpoint"]
 TIGHT = {"rtol": 1e-10, "atol": 1e-12}
 
 
@@ -25,8 +28,11 @@ def run(cases, size, folder, timeout=20):
     Nothing is run after a case that failed on a rank, since the others may still wait for it.
     """
     arguments = (cases, size, str(folder), timeout)
+    # one process imports torch, and the ranks are forked from it
+    stdlib.get_context("forkserver").set_forkserver_preload(PRELOADED)
+    start = partial(multiprocessing.start_processes, start_method="forkserver")
     with without_gpus(), contextlib.suppress(multiprocessing.ProcessExitedException):
-        multiprocessing.spawn(_work, arguments, nprocs=size)
+        start(_work, arguments, nprocs=size)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(size)]
 
 

@@ -31,6 +31,8 @@ __all__ = [
     "has_own_call",
     "has_tangent",
     "hooks_of",
+    "ignore_in_data_parallel",
+    "ignored_in_data_parallel",
     "is_recorded",
     "is_shared_with_others",
     "is_wrapper",
@@ -165,6 +167,16 @@ def data_parallel_in_forward() -> DistributedDataParallel | None:
         DistributedDataParallel, "_active_ddp_module", None
     )
     return active
+
+
+def ignored_in_data_parallel(model: nn.Module) -> list[str]:
+    """What a DistributedDataParallel of the model leaves out: names of parameters and buffers."""
+    return list(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
+
+
+def ignore_in_data_parallel(model: nn.Module, names: list[str]) -> None:
+    """Sets the names that `ignored_in_data_parallel` returns."""
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
 
 
 def gather_tensors(out: Tensor, x: Tensor, group: Any) -> None:

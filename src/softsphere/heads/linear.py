@@ -72,7 +72,9 @@ class LinearSphericalLoss(ShardedLayer, AccumulatingLayer, OutputLayer, WithPrio
     rank returns it; with reduction "none" it is that of each rank's own rows. The gradient with
     respect to hidden is that of the rank's own rows. A step sends O(m d) numbers, whatever D is.
     An error on one rank is an error on all. The loss must be spherical, and there is no mask.
-    Use `softsphere.parallel.leave_out_of_ddp` for a model that is wrapped as a whole.
+    `softsphere.parallel` has what a model around the layer needs: `leave_out_of_ddp` before
+    DistributedDataParallel wraps it as a whole, `clip_grad_norm_`, and `keep_whole_state` for the
+    state of its optimizer.
 
     Shapes: hidden (…, d); target (…), class indices of any integer dtype, or (…, K) with
     target_values (…, K), or class probabilities (…, D), for which the logits are computed. The

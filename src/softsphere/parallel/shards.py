@@ -9,7 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softsphere._torch import data_parallel_in_forward
+from softsphere._torch import (
+    data_parallel_in_forward,
+    ignore_in_data_parallel,
+    ignored_in_data_parallel,
+)
 from softsphere.parallel.agreement import Agreement
 from softsphere.parallel.batch import Batch
 from softsphere.parallel.ranks import Ranks
@@ -40,7 +44,7 @@ class Shards:
         self.replicated, self.averaged = replicated, averaged
         # calls that the ranks agreed on, and versions of the weight at the last one and now
         self._calls = 0
-        self._version: Any = None
+        self._seen: Any = None
         self._now: Any = None
 
     def begin(self, agreed: Agreement, version: Any, rows: Tensor, *integers: Tensor) -> None:
@@ -53,8 +57,8 @@ class Shards:
             version: names the value of the weight; None where this rank cannot tell.
         """
         self._now = version
-        known = self._version is not None and version is not None
-        stepped = int(version != self._version) if known else -1
+        known = self._seen is not None and version is not None
+        stepped = int(version != self._seen) if known else -1
         agreed.same(num_classes=self.sharding.num_classes, number_of_calls=self._calls)
         agreed.same(dtype_of_rows=rows.dtype, shape_of_a_row=tuple(rows.shape[1:]))
         agreed.same(shape_of_targets=[tuple(x.shape[1:]) for x in integers])
@@ -68,7 +72,7 @@ class Shards:
 
         Raises RuntimeError on every rank if an optimizer stepped the weights of only some.
         """
-        self._calls, self._version = self._calls + 1, self._now
+        self._calls, self._seen = self._calls + 1, self._now
         stepped = agreed.found["stepped"]
         if {0, 1} <= set(stepped):
             ranks = [str(rank) for rank, x in enumerate(stepped) if x == 0]
@@ -128,16 +132,14 @@ def leave_out_of_ddp(model: nn.Module) -> nn.Module:
     >>> leave_out_of_ddp(nn.Linear(2, 2))
     Linear(in_features=2, out_features=2, bias=True)
     """
-    names: set[str] = set(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
+    names = set(ignored_in_data_parallel(model))
     for path, layer in model.named_modules():
         if getattr(layer, "shards", None) is None:
             continue
         own = [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]
         names |= {f"{path}.{name}" if path else name for name, _ in own}
     if names:
-        torch.nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
-            model, sorted(names)
-        )
+        ignore_in_data_parallel(model, sorted(names))
     return model
 
 

@@ -19,6 +19,7 @@ __all__ = [
     "Resume",
     "at_least_one",
     "folder",
+    "html_file",
     "positive",
     "share_cores",
     "usable",
@@ -66,6 +67,22 @@ def positive(option: str, value: float | None) -> float | None:
     if value is not None and not 0 < value <= torch.finfo(torch.float32).max:
         raise LabError(f"{option} must be a positive number of float32, got {value}")
     return value
+
+
+def html_file(option: str, path: Path, out: Path | None) -> Path:
+    """Returns the path of a page that can be written once the run folder `out` is made.
+
+    Raises LabError if it cannot, so that nobody trains for hours and loses the page.
+    """
+    if path.is_dir():
+        raise LabError(f"{option} {path} is a folder; name a file, such as {path / 'page.html'}")
+    if path.suffix not in (".html", ".htm"):
+        raise LabError(f"{option} {path}: the name of a page ends in .html")
+    if path.parent != out and not path.parent.is_dir():
+        raise LabError(f"{option} {path}: there is no folder {path.parent}; make it first")
+    if path.parent.is_dir() and not os.access(path.parent, os.W_OK):
+        raise LabError(f"{option} {path}: the folder {path.parent} cannot be written to")
+    return path
 
 
 def usable(device: str) -> str:

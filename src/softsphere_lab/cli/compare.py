@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from softsphere_lab.cli.arguments import (
     DataDir,
@@ -15,6 +16,7 @@ from softsphere_lab.cli.arguments import (
     Resume,
     at_least_one,
     folder,
+    html_file,
     positive,
     share_cores,
     usable,
@@ -24,6 +26,9 @@ from softsphere_lab.data import images as data
 from softsphere_lab.experiments.on_images.classification import RATES, Classification
 from softsphere_lab.experiments.on_images.comparison import COMPARISON
 from softsphere_lab.models import image_networks as models
+from softsphere_lab.progress import print_plain
+from softsphere_lab.records.files import write
+from softsphere_lab.records.folder import Record
 from softsphere_lab.study.search import Axis
 from softsphere_lab.study.spec import LossSpec, distinct
 from softsphere_lab.training.image_run import Schedule
@@ -74,11 +79,20 @@ def compare(
             parser=folder, metavar="FOLDER", help="Run folder; default runs/TIME-compare-DATASET."
         ),
     ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            parser=folder,
+            metavar="FILE",
+            help="Also write the results as one page for a browser, which loads nothing else.",
+        ),
+    ] = None,
     resume: Resume = False,
     jobs: Jobs = 1,
 ) -> None:
     """Train one network with each loss and each seed, and say which loss is better."""
     given = positive("--lr", lr)
+    page = html and html_file("--html", html, out)
     study = Classification(
         dataset=dataset,
         losses=distinct(map(LossSpec.parse, losses.split(",")), tune),
@@ -97,7 +111,14 @@ def compare(
     prepared = COMPARISON.prepare(study)
     if tune and given is not None:
         typer.echo(_fixed_rate_sentence(study, given))
-    run_and_report(prepared, Place(RUNS, STAMP, f"compare-{dataset}"), out, resume, jobs)
+
+    def also(record: Record, console: Console) -> None:
+        text = page and COMPARISON.web_page(record)
+        if page and text:
+            write(page, text)
+            print_plain(console, f"Page: {page}")
+
+    run_and_report(prepared, Place(RUNS, STAMP, f"compare-{dataset}"), out, resume, jobs, also)
 
 
 def _fixed_rate_sentence(study: Classification, rate: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,10 @@ from softsphere_lab.progress import print_plain, print_stopped, standard_console
 from softsphere_lab.records.folder import Record
 from softsphere_lab.report.grids import terminal_table
 
-__all__ = ["Place", "run_and_report"]
+__all__ = ["AlsoReport", "Place", "run_and_report"]
+
+# Reports a run folder in one more way.
+AlsoReport = Callable[[Record, Console], None]
 
 
 @dataclass(frozen=True)
@@ -45,9 +49,17 @@ class Place:
 
 
 def run_and_report(
-    prepared: Prepared, place: Place, out: Path | None, resume: bool, jobs: int = 1
+    prepared: Prepared,
+    place: Place,
+    out: Path | None,
+    resume: bool,
+    jobs: int = 1,
+    also: AlsoReport = lambda record, console: None,
 ) -> None:
-    """Does what a run folder lacks, and reports what it has, also after a Ctrl-C."""
+    """Does what a run folder lacks, and reports what it has, also after a Ctrl-C.
+
+    also: reports the folder in one more way.
+    """
     record, prepared = _open_record(prepared, place, out, resume)
     console = standard_console()
     raise_interrupts()
@@ -56,9 +68,11 @@ def run_and_report(
             prepared.run(record, console, jobs)
     except KeyboardInterrupt:
         _report_record(record, console)
+        also(record, console)
         print_stopped(console, record.folder)
         raise typer.Exit(130) from None
     _report_record(record, console)
+    also(record, console)
 
 
 def _open_record(

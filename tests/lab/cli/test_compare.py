@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import signal
 import subprocess
@@ -52,7 +53,8 @@ def argv(monkeypatch):
 
 def test_a_run_leaves_a_whole_folder_and_says_what_was_found(tmp_path, capsys):
     out = tmp_path / "run"
-    assert command(*SMALL, "--seeds", "2", "--out", str(out)) == 0
+    page = out / "page.html"
+    assert command(*SMALL, "--seeds", "2", "--out", str(out), "--html", str(page)) == 0
     said = capsys.readouterr().out
     names = {path.name for path in out.iterdir()}
     assert names == {
@@ -62,6 +64,7 @@ def test_a_run_leaves_a_whole_folder_and_says_what_was_found(tmp_path, capsys):
         "README.md",
         "table.csv",
         "comparison.png",
+        "page.html",
     }
     assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
     config = json.loads((out / "config.json").read_text())
@@ -75,7 +78,8 @@ def test_a_run_leaves_a_whole_folder_and_says_what_was_found(tmp_path, capsys):
     with_likelihood = {line["loss"] for line in finals if line["final"]["test_nll"] is not None}
     assert with_likelihood == {"softmax", "taylor_softmax", "spherical_softmax"}
     assert str(out / "comparison.png") in said.replace("\n", "")
-    assert "softmax (" in said.splitlines()[-1]
+    assert "softmax (" in said.splitlines()[-2] and said.splitlines()[-1] == f"Page: {page}"
+    assert said.splitlines()[-2] in html.unescape(page.read_text("utf-8"))
     assert NOTE in said and NOTE in (out / "README.md").read_text()
 
 
@@ -266,6 +270,10 @@ WRONG = {
     "folder": (["--dataset", "mnist", "--data-dir", "nowhere"], "nowhere: there is no such"),
     "folder for digits": (["--data-dir", "."], "leave --data-dir out"),
     "no folder": (["--out", ""], "--out"),
+    "a page in no folder": (["--html", "nowhere/page.html"], "there is no folder nowhere"),
+    "a folder for a page": (["--html", "."], "is a folder; name a file, such as page.html"),
+    "a page over a record": (["--html", "config.json"], "the name of a page ends in .html"),
+    "no page": (["--html", ""], "--html"),
     "a file for a folder": (["--out", str(Path(__file__) / "run")], "test_compare.py"),
 }
 

@@ -12,6 +12,7 @@ from softsphere_lab.report import figures, summary
 from softsphere_lab.report.measures import NOTE
 from softsphere_lab.report.results import Results, Section
 from softsphere_lab.report.summary import Row
+from softsphere_lab.report.web_page import comparison_page
 
 __all__ = ["COMPARISON", "Comparison"]
 
@@ -49,6 +50,15 @@ class Comparison(Experiment):
             pictures={"comparison": partial(_draw_comparison, results, rows)},
             csv=summary.csv_text(rows),
         )
+
+    def web_page(self, record: Record) -> str | None:
+        """Returns the section of a record as a page for a browser, or None of an empty record."""
+        results = Results.of_record(Classification, record)
+        rows = summary.summarise(results)
+        if not rows:
+            return None
+        environment = record.lines("environment.jsonl")
+        return comparison_page(results, rows, environment, self.unfinished(record))
 
 
 def _draw_comparison(results: Results, rows: list[Row], path: Path) -> None:

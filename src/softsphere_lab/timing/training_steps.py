@@ -37,9 +37,11 @@ __all__ = [
     "GRAM",
     "LAYERS",
     "ON_GPU",
+    "SHARE",
     "Step",
     "clustered",
     "factored",
+    "memory",
     "obstacle",
 ]
 
@@ -216,11 +218,16 @@ def _least_bytes(name: str, setting: Setting) -> int:
     return W + gradients.get(name, 0)
 
 
+def memory() -> int:
+    """Returns the bytes of memory that this machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def obstacle(name: str, setting: Setting) -> str | None:
     """Says why a layer cannot be timed with this torch on this machine; None if it can."""
     if name == CORE and not hasattr(F, "linear_cross_entropy"):
         return f"torch {torch.__version__} has no F.linear_cross_entropy, which 2.13 brought"
-    room = SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    room = SHARE * memory()
     least = _least_bytes(name, setting)
     if least > room:
         return f"it takes {least / 1e9:.3g} GB, and may take {room / 1e9:.3g} GB here"

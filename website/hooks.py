@@ -20,9 +20,6 @@ from palette import in_dark
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
-EXAMPLES_HEAD = """# Examples
-
-Each is a short program that runs in seconds on a CPU, and at full size by one option."""
 # Pages of the repository outside docs/, and their names in the site.
 PAGES = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
 # Sections of the navigation, and the pages that belong there if it does not name them.
@@ -106,8 +103,9 @@ def on_page_content(html: str, **_: Any) -> str:
 
 
 def _examples() -> str:
-    """A page of the programs in examples/: what each says of itself, and its code."""
-    parts = [EXAMPLES_HEAD]
+    """A page of the programs in examples/: their table, what each says of itself, its code."""
+    head = (EXAMPLES / "README.md").read_text(encoding="utf-8").rstrip()
+    parts = [re.sub(r"\]\((\w+)\.py\)", r"](#\1py)", head)]
     for path in sorted(EXAMPLES.glob("*.py")):
         code = path.read_text(encoding="utf-8")
         first, *rest = (ast.get_docstring(ast.parse(code)) or "").split("\n\n")
@@ -156,6 +154,9 @@ def _in_site(path: str) -> str:
     """Where the site has a file of the repository."""
     if path == "README.md":
         return "index.md"
+    if path.startswith("examples/"):
+        place = posixpath.basename(path).replace(".", "")
+        return "examples.md" + ("" if path.endswith(".md") else f"#{place}")
     if path in PAGES:
         return PAGES[path]
     return path.removeprefix("docs/") if path.startswith("docs/") else f"repository/{path}"

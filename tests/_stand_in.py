@@ -8,14 +8,25 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from torch.utils import cpp_extension
 
 NAME = "stand_in"
+# Words of the errors where PyTorch has nothing for a device of this kind: functions in transforms,
+# sparse and quantised tensors, parts of complex ones.
+LIMITS = (
+    "BatchedTensorImpl",
+    "AutogradPrivateUse1",
+    "Sparsestand_in",
+    "Quantizedstand_in",
+    "view_as_real",
+    "NYI devices other than",
+)
 
 
 @functools.cache
-def load() -> None:
+def load_stand_in() -> None:
     """Compiles the device, or finds it compiled, and makes it known to PyTorch."""
+    from torch.utils import cpp_extension
+
     source = Path(__file__).with_name("_stand_in.cpp")
     cpp_extension.load("stand_in", str(source), extra_cflags=["-O0"], is_python_module=False)
     torch.utils.rename_privateuse1_backend(NAME)

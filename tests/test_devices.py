@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -68,3 +72,11 @@ def test_random_numbers_are_those_of_the_cpu():
 def test_why_a_test_cannot_run_is_said(name, gpu, given, reason):
     found = lacking(name, gpu, given)
     assert found is None if reason is None else re.search(reason, found)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which("c++") and shutil.which("ninja")), reason="compiles C++")
+def test_every_test_of_every_device_passes_on_the_stand_in():
+    command = [sys.executable, "-m", "pytest", "-q", "--stand-in", "-k", "stand_in and not devices"]
+    run = subprocess.run([*command, str(Path(__file__).parent)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-3000:]

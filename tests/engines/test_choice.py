@@ -129,6 +129,7 @@ def test_chunks_do_not_shrink_with_the_shape():
     assert moments.chunk_size(of_width(64), 10, torch.float32) == 10
 
 
+@pytest.mark.once("it names its devices")
 def test_auto_asks_and_a_name_does_not(monkeypatch):
     asked = []
 

@@ -67,6 +67,7 @@ def exactly(H, W, b, t, loss):
     return [value, *torch.autograd.grad(value, leaves)]
 
 
+@pytest.mark.once("lost digits are noticed on a CPU alone")
 @pytest.mark.parametrize("loss", EXACT)
 @pytest.mark.parametrize("case", CASES)
 def test_the_choice_notices_lost_digits(case, loss):
@@ -93,6 +94,7 @@ def test_a_named_engine_is_not_replaced(monkeypatch):
     torch.testing.assert_close(value, (q - 2 * c.squeeze(1) + 1).mean())
 
 
+@pytest.mark.once("lost digits are noticed on a CPU alone")
 def test_float64_that_has_lost_its_digits_goes_to_the_chunked_engine(monkeypatch):
     chosen = []
 
@@ -108,6 +110,7 @@ def test_float64_that_has_lost_its_digits_goes_to_the_chunked_engine(monkeypatch
     torch.testing.assert_close(value, squared(H @ W.mT + b, t), rtol=1e-3, atol=0)
 
 
+@pytest.mark.once("lost digits are noticed on a CPU alone")
 def test_usual_batches_are_computed_once(monkeypatch):
     called = []
 
@@ -126,6 +129,7 @@ def test_usual_batches_are_computed_once(monkeypatch):
             assert len(called) == 1
 
 
+@pytest.mark.once("lost digits are noticed on a CPU alone")
 @pytest.mark.parametrize("make", [cancelling, alternating])
 @pytest.mark.parametrize("size", [300.0, 1000.0, 3000.0])
 def test_probabilities_sum_to_one_where_columns_cancel(make, size):
@@ -156,6 +160,7 @@ def head_for(a, **options):
     return head, H, t
 
 
+@pytest.mark.once("lost digits are noticed on a CPU alone")
 def test_accumulation_refuses_a_batch_whose_digits_are_lost():
     head, H, t = head_for(300.0)
     words = r"accumulate\(\) .*too few digits.*torch\.float64"

@@ -45,9 +45,11 @@ def test_it_compiles_whole(engine, loss):
     H, W, b = layer(5, 123, 4)
     target = torch.tensor([0, 7, 7, -100, 122])
 
+    prior = torch.ones(123)
+
     def call(H, W, b, target):
         return linear_spherical_loss(
-            H, W, target, loss, linear_bias=b, prior=torch.ones(123), options=ENGINES.get(engine)
+            H, W, target, loss, linear_bias=b, prior=prior, options=ENGINES.get(engine)
         )
 
     torch.compiler.reset()

@@ -13,6 +13,7 @@ from softsphere.functional import spherical_loss
 PRIORS = [False, True]
 
 
+@pytest.mark.once("rows are taken in parts on a CPU alone")
 @pytest.mark.parametrize("prior", PRIORS)
 @pytest.mark.parametrize("name", SPHERICAL)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

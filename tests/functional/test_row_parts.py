@@ -91,6 +91,7 @@ def test_weights_that_want_a_gradient_get_it(monkeypatch):
     torch.testing.assert_close(got, torch.autograd.grad(wide, weight)[0], rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.once("rows are taken in parts on a CPU alone")
 def test_a_target_that_is_changed_before_the_backward_is_told(monkeypatch):
     monkeypatch.setattr(row_statistics, "ON_CPU", C)
     target = torch.randint(C, (ROWS,))
@@ -100,6 +101,7 @@ def test_a_target_that_is_changed_before_the_backward_is_told(monkeypatch):
         loss.backward()
 
 
+@pytest.mark.once("rows are taken in parts on a CPU alone")
 @pytest.mark.parametrize("form", ["indices", "smoothed", "probabilities"])
 @pytest.mark.parametrize("name", ["taylor_softmax", "z_loss", "softmax", "soft_margin"])
 def test_memory_of_half_precision(name, form, monkeypatch):

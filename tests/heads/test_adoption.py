@@ -335,8 +335,8 @@ def assigned(model):
 
 
 def emptied(model):
-    model.to("meta")
-    model.to_empty(device="cpu")
+    device = model.head.weight.device
+    model.to("meta").to_empty(device=device)
     with torch.no_grad():
         for p in model.parameters():
             p.fill_(0.1)

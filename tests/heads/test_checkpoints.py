@@ -44,6 +44,7 @@ def test_safetensors_of_a_model(kind, tmp_path):
     goes_on(one, two)
 
 
+@pytest.mark.once("a checkpoint is read on a CPU")
 @pytest.mark.filterwarnings("ignore:.*:UserWarning:torch.distributed")
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("kind", KINDS)
@@ -97,6 +98,7 @@ def test_a_change_behind_the_factors_is_refused():
         subject.loss()
 
 
+@pytest.mark.once("a checkpoint is read on a CPU")
 @pytest.mark.parametrize("prior", [False, True])
 def test_meta_device_and_reset_parameters(prior):
     counts = torch.arange(1.0, 24.0) if prior else None

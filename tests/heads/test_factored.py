@@ -380,6 +380,7 @@ WRONG = {
 }  # fmt: skip
 
 
+@pytest.mark.once("values are checked on a CPU alone")
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_arguments_are_named(case):
     call, words = WRONG[case]
@@ -387,6 +388,7 @@ def test_wrong_arguments_are_named(case):
         call(layer(dtype=torch.float32))
 
 
+@pytest.mark.once("values are checked on a CPU alone")
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("prior", [False, True])
 def test_training_that_diverges_ends_before_the_weight_overflows(prior, momentum):

@@ -38,6 +38,7 @@ def test_a_step_costs_nothing_in_classes(name, m, sgd):
     assert few == many > 0
 
 
+@pytest.mark.once("operations of a CPU are counted")
 @pytest.mark.parametrize("sgd", [{}, {"momentum": 0.9}], ids=["plain", "momentum"])
 def test_mending_costs_nothing_in_classes(sgd):
     """Sixty steps of the loss that wears U out fastest, with all repairs counted."""

@@ -202,12 +202,14 @@ WRONG_TYPE = {
 }
 
 
+@pytest.mark.once("values are checked on a CPU alone")
 @pytest.mark.parametrize("message", WRONG)
 def test_value_errors(message):
     with pytest.raises(ValueError, match=message):
         call(**WRONG[message])
 
 
+@pytest.mark.once("values are checked on a CPU alone")
 @pytest.mark.parametrize("message", WRONG_TYPE)
 def test_type_errors(message):
     with pytest.raises(TypeError, match=message):

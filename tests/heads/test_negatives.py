@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import _oracle
 from softsphere.heads.negatives import SAMPLES, Drawn, InBatch, sampler_of
 
+pytestmark = pytest.mark.once("tables of samplers are made on a CPU, and moved by a layer")
 D = 41
 COUNTS = torch.tensor([(7 * k) % D * 10 + 1 for k in range(D)])
 TARGET = torch.tensor([3, 0, 3, 40, 17])

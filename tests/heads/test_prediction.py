@@ -394,6 +394,7 @@ def test_rows_that_differ_in_one_simple_number_are_not_equal(kind, dtype):
         assert torch.equal(head.rank(hidden, torch.full((2,), t)), want)
 
 
+@pytest.mark.once("values are checked on a CPU alone")
 @pytest.mark.parametrize("ask", ["predict", "topk", "rank", "log_prob", "some", "differentiable"])
 @pytest.mark.parametrize("value", [-torch.inf, torch.inf, torch.finfo(torch.float32).min])
 @pytest.mark.parametrize(

@@ -121,6 +121,7 @@ WRONG = {
 }
 
 
+@pytest.mark.once("values are checked on a CPU alone")
 @pytest.mark.parametrize("message", WRONG)
 @both
 def test_what_cannot_be_excluded_is_refused(kind, message):

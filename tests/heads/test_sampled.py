@@ -78,6 +78,7 @@ def expected(name, count=m):
     }[name]()
 
 
+@pytest.mark.once("tables of samplers are made on a CPU, and moved by a layer")
 @pytest.mark.parametrize("bias", [True, False])
 @every_sampler
 def test_the_estimate_is_that_of_the_explicit_sum(name, bias):
@@ -245,6 +246,7 @@ def test_evaluation_makes_no_table_of_all_outputs():
     assert max(seen.made) < 64 * 1000
 
 
+@pytest.mark.once("values are checked on a CPU alone")
 @every_sampler
 @pytest.mark.parametrize("training", [True, False])
 def test_ignored_rows_have_no_part(name, training):
@@ -367,6 +369,7 @@ def test_copies_draw_as_the_original(name):
     assert all(torch.equal(values[0], value) for value in values)
 
 
+@pytest.mark.once("tables of samplers are made on a CPU, and moved by a layer")
 @pytest.mark.parametrize("moved", [False, True])
 @every_sampler
 def test_a_layer_without_memory_draws_as_another_when_it_has_some(name, moved):
@@ -384,6 +387,7 @@ def test_a_layer_without_memory_draws_as_another_when_it_has_some(name, moved):
     assert torch.equal(*values)
 
 
+@pytest.mark.once("tables of samplers are made on a CPU, and moved by a layer")
 @every_sampler
 def test_tables_stay_where_they_are_beside_a_device_without_float64(name, monkeypatch):
     plain = torch.Tensor.to
@@ -497,6 +501,7 @@ WRONG = {
 }
 
 
+@pytest.mark.once("values are checked on a CPU alone")
 @pytest.mark.parametrize("message", WRONG)
 def test_what_cannot_work_is_refused(message):
     with pytest.raises((TypeError, ValueError), match=f"^{message}"):

@@ -49,6 +49,7 @@ def embedding_grows(head, size=MORE):
 RESIZED = [new_data, new_parameter, embedding_grows]
 
 
+@pytest.mark.once("values are checked on a CPU alone")
 @pytest.mark.parametrize("engine", ["auto", "dense", "chunked", "gram"])
 @pytest.mark.parametrize("resize", RESIZED)
 def test_a_resized_weight_has_its_own_classes_everywhere(resize, engine):
@@ -223,6 +224,7 @@ WRONG = {
 }
 
 
+@pytest.mark.once("values are checked on a CPU alone")
 @pytest.mark.parametrize(
     ("kind", "case"),
     [
@@ -279,6 +281,7 @@ def test_a_dtype_that_differs_is_named_as_the_layer_names_it():
         head(torch.ones(2, d).double(), torch.tensor([0, 1]))
 
 
+@pytest.mark.once("it names its devices")
 @pytest.mark.parametrize("ask", [x for x in ASKED if x != "accumulate"])
 @every_kind
 def test_tensors_on_different_devices_are_named(kind, ask):
@@ -301,6 +304,7 @@ def test_targets_on_another_device_are_named(kind):
         head.log_prob(hidden, away)
 
 
+@pytest.mark.once("values are checked on a CPU alone")
 @every_kind
 def test_no_row_is_ignored_with_none(kind):
     head, hidden = kind(d, D, ignore_index=None), torch.ones(2, d)
@@ -320,6 +324,7 @@ WRONG_KINDS = {
 }
 
 
+@pytest.mark.once("it names its devices")
 @pytest.mark.parametrize("ask", ["forward", "log_prob", "some", "topk", "predict", "rank"])
 @pytest.mark.parametrize("case", WRONG_KINDS)
 @pytest.mark.parametrize("kind", [LinearSphericalLoss, SampledSoftmaxLoss])

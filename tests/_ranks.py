@@ -9,7 +9,6 @@ import multiprocessing as stdlib
 import os
 import traceback
 import warnings
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,17 +21,21 @@ PRELOADED = ["torch", "softsphere", "torch.distributed.checkpoint"]
 TIGHT = {"rtol": 1e-10, "atol": 1e-12}
 
 
+def start(work, arguments, size):
+    """Calls work(rank, *arguments) in as many processes, which see no GPU, until all have ended."""
+    # one process imports torch, and the ranks are forked from it
+    stdlib.get_context("forkserver").set_forkserver_preload(PRELOADED)
+    with without_gpus():
+        multiprocessing.start_processes(work, arguments, size, start_method="forkserver")
+
+
 def run(cases, size, folder, timeout=20):
     """Runs each case on `size` ranks. Returns by name what went wrong on each rank, or None.
 
     Nothing is run after a case that failed on a rank, since the others may still wait for it.
     """
-    arguments = (cases, size, str(folder), timeout)
-    # one process imports torch, and the ranks are forked from it
-    stdlib.get_context("forkserver").set_forkserver_preload(PRELOADED)
-    start = partial(multiprocessing.start_processes, start_method="forkserver")
-    with without_gpus(), contextlib.suppress(multiprocessing.ProcessExitedException):
-        start(_work, arguments, nprocs=size)
+    with contextlib.suppress(multiprocessing.ProcessExitedException):
+        start(_work, (cases, size, str(folder), timeout), size)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(size)]
 
 

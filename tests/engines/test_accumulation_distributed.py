@@ -8,10 +8,10 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from torch import distributed, multiprocessing, nn
+from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from _devices import without_gpus
+from _ranks import start
 from softsphere import LinearSphericalLoss
 
 pytestmark = [
@@ -133,8 +133,7 @@ def work(rank, folder):
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    with without_gpus():
-        multiprocessing.spawn(work, (str(folder),), nprocs=RANKS)
+    start(work, (str(folder),), RANKS)
     return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
 
 

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from _ranks import TIGHT, rows_of, world
 from softsphere import LinearSphericalLoss, LinearSphericalOptions
-from softsphere.parallel import clip_grad_norm_, count_traffic, leave_out_of_ddp
+from softsphere.parallel import Agreement, clip_grad_norm_, count_traffic, leave_out_of_ddp
 
 d = 5
 COUNTS = (4, 3, 0, 2)
@@ -325,6 +325,18 @@ def wrong_on_one(rank, size, folder):
     on_one(rank, (ValueError, "reduction"), (RuntimeError, "rank 0.*reduction must"), make)
 
 
+def late_error(rank, size, folder):
+    """An error after all facts were given, which are equal."""
+
+    def agree():
+        with Agreement(pair()[1].shards.ranks, "a test") as agreed:
+            agreed.same(fact=1)
+            if rank == 0:
+                raise ValueError("too late")
+
+    on_one(rank, (ValueError, "too late"), (RuntimeError, "rank 0 of.*too late"), agree)
+
+
 def other_action(rank, size, folder):
     _, many = pair()
     H, t = torch.randn(2, d).double(), torch.arange(2)
@@ -420,6 +432,7 @@ REFUSED = {
         other_number_of_classes,
         other_prior,
         wrong_on_one,
+        late_error,
         other_action,
         skipped_call,
         skipped_step,

@@ -28,6 +28,9 @@ ASSIGNMENT = torch.arange(V) % 6 - 1
 F64 = {"dtype": torch.float64}
 HEADS = {
     "linear": lambda: LinearSphericalLoss(16, V, prior=COUNTS, **F64),
+    "linear, smoothed": lambda: LinearSphericalLoss(
+        16, V, "spherical_softmax", False, weight=COUNTS, label_smoothing=0.1, **F64
+    ),
     "clustered": lambda: ClusteredLoss(16, V, ASSIGNMENT, counts=COUNTS, **F64),
     "clustered, projected": lambda: ClusteredLoss(
         16, V, ASSIGNMENT, leaf="softmax", leaf_features=4, bias=False, **F64

@@ -17,8 +17,9 @@ MOMENTUM = (
     "the present one; use softsphere.optim.FactoredSGD, whose momentum is exact"
 )
 DISTRIBUTED = (
-    "it cannot be sharded or reduced over processes: train this layer in one process, without "
-    "DistributedDataParallel and fully_shard, or use LinearSphericalLoss"
+    "it cannot be sharded or reduced over processes by a wrapper: give the layer a process_group "
+    "and leave it out of the wrapper (softsphere.parallel.leave_out_of_ddp, or ignored_params of "
+    "fully_shard), or use LinearSphericalLoss"
 )
 HALF = (
     "a factored weight must be float32 or float64; use torch.autocast for half precision around it"

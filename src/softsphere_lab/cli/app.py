@@ -12,12 +12,13 @@ from softsphere_lab.cli.compare import compare
 from softsphere_lab.cli.losses_command import losses
 from softsphere_lab.cli.report_command import report
 from softsphere_lab.cli.reproduce import reproduce
+from softsphere_lab.cli.tune import tune
 from softsphere_lab.errors import LabError
 
 __all__ = ["main"]
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-for command in (compare, losses, reproduce, report):
+for command in (compare, tune, losses, reproduce, report):
     app.command()(command)
 
 

@@ -23,7 +23,7 @@ from softsphere_lab.models.baselines import AdaptiveSoftmax, HierarchicalSoftmax
 from softsphere_lab.study.search import Axis
 from softsphere_lab.study.spec import LossSpec
 
-__all__ = ["Output", "Ranks", "layer"]
+__all__ = ["BASELINES", "Output", "Ranks", "layer"]
 
 
 class Ranks(Protocol):

@@ -116,5 +116,5 @@ def test_a_text_that_is_too_small_is_refused_before_a_folder_is_made(tmp_path, m
         rows.to_parquet(tmp_path / "data" / "ptb" / f"{part}.parquet")
     assert command("reproduce", "ablation", "--data-dir", "data") == 2
     said = capsys.readouterr().err
-    assert "ptb has 200 words to train on, and this budget reads 200,000" in said
+    assert "ptb has 200 words to train on, and 200,000 are to be read" in said
     assert not (tmp_path / "records").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 from softsphere_lab.data import text
 from softsphere_lab.data.similarity import load_pairs
@@ -18,7 +19,7 @@ from softsphere_lab.study.spec import axes_config
 from softsphere_lab.training.language_run import Data, Epoch, Final, LanguageRun, Setup
 from softsphere_lab.training.text_parts import perplexity
 
-__all__ = ["LanguageModelling"]
+__all__ = ["LAYER_RATES", "RATES", "LanguageModelling"]
 
 RATES = Axis((1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1), 3e-3)
 LAYER_RATES = Axis((1e-4, 1e-3, 0.01, 0.1, 1.0), 0.01)
@@ -48,6 +49,10 @@ class LanguageModelling(Study):
 
     Epoch, Final, tested = Epoch, Final, "test_mrr"
     grows = ("outputs", "seeds")
+    # Whether a final run reads the test part.
+    reads_test: ClassVar[bool] = True
+    # What a user can do who has a text with too few words.
+    shorter: ClassVar[str] = "another --budget"
 
     def config(self) -> Line:
         return {
@@ -102,8 +107,8 @@ class LanguageModelling(Study):
         least = max(self.setup.train or 1, self.trial_words or 1)
         if len(whole.train) < least:
             raise LabError(
-                f"--data-dir: {self.dataset} has {len(whole.train):,} words to train on, and this "
-                f"budget reads {least:,}; give a larger text, or another --budget"
+                f"--data-dir: {self.dataset} has {len(whole.train):,} words to train on, and "
+                f"{least:,} are to be read; give a larger text, or {self.shorter}"
             )
         classes = max((output.classes or 2 for output in self.outputs), default=2)
         if len(whole.words) < classes:
@@ -130,5 +135,5 @@ class LanguageModelling(Study):
         output = Output.parse(task.setting)
         run = LanguageRun(words, output, task.lr, task.seed, setup, data.assignments)
         run.train(setup.epochs, kept, on_epoch)
-        final = run.final(data, read_test=not task.trial)
+        final = run.final(data, read_test=self.reads_test and not task.trial)
         return [asdict(epoch) for epoch in run.history], asdict(final)

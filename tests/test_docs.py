@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
@@ -27,6 +28,8 @@ def test_examples_run(code):
     for name in ("skorch", "transformers"):
         if f"softsphere.integrations.{name}" in code:
             pytest.importorskip(name, reason=f"{name} is not installed")
+    if "fully_shard" in code and not hasattr(torch.cpu.Stream(), "record_event"):
+        pytest.skip("fully_shard needs streams, which this PyTorch has on GPUs alone")
     exec(code, {})
 
 
@@ -40,3 +43,10 @@ def test_the_page_of_engines_is_that_of_the_measured_grid(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     engines = importlib.import_module("engines_page")
     assert engines.PAGE.read_text() == engines.page(engines.read_table(engines.TABLE))
+
+
+def test_the_page_of_many_processes_is_that_of_the_formulas(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    scaling = importlib.import_module("scaling_simulated")
+    text = scaling.PAGE.read_text()
+    assert scaling.page(text) == text

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch import distributed as dist
@@ -25,6 +28,7 @@ from softsphere_lab.timing.sharded_steps import (
     simulated,
 )
 
+PAGE = Path(__file__).parents[3] / "docs" / "many_processes.md"
 SETTINGS = (Setting(D=1_001, d=8, m=20), Setting(D=50, d=16, m=4))
 MACHINE = Machine(Network(latency=1e-5, bandwidth=1e10), flops=1e12)
 
@@ -67,9 +71,12 @@ def made(layer, s, group=None, prior=False):
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 def test_a_step_sends_what_the_formulas_say(layer, setting, prior, four_ranks):
     step = made(layer, setting, four_ranks, prior)[2]
-    step()
+    with count_traffic() as first:
+        step()
     with count_traffic() as traffic:
         step()
+    of_gram = 4 * setting.d**2 + 8 * setting.d if layer == FACTORED else 0
+    assert first.bytes == traffic.bytes + of_gram
     assert traffic.calls == SHARDED[layer].calls(setting, 4, *[True] * prior)
 
 
@@ -87,6 +94,19 @@ def test_a_rank_keeps_what_the_formulas_say(four_ranks):
     matrices = (arrays.U, arrays.U_inv, arrays.centred_gram, generations.maps)
     kept = (*arrays.V.blocks, generations.made, *matrices)
     assert sum(x.nbytes for x in kept) == SHARDED[FACTORED].kept(s, 4)
+
+
+def test_the_page_has_the_formulas_of_what_is_sent():
+    table = re.findall(r"\| (all-gather: .*?) \|", PAGE.read_text())
+    assert len(table) == len(SHARDED)
+    for s in SETTINGS:
+        names = {"n": 4, "M": s.m // 4, "d": s.d}
+        for cell, layer in zip(table, SHARDED.values(), strict=True):
+            said = dict(part.split(": ") for part in cell.split("; "))
+            for name, formula in said.items():
+                sizes = [x for kind, x in layer.calls(s, 4) if kind == name.replace("-", "_")]
+                assert sum(sizes) == eval(re.sub(r"(?<=\w) (?=\w)", "*", formula), names)
+            assert {name.replace("-", "_") for name in said} == {x for x, _ in layer.calls(s, 4)}
 
 
 @pytest.mark.parametrize("m", [16, 64, 200])

@@ -75,7 +75,7 @@ def test_a_step_sends_what_the_formulas_say(layer, setting, prior, four_ranks):
         step()
     with count_traffic() as traffic:
         step()
-    of_gram = 4 * setting.d**2 + 8 * setting.d if layer == FACTORED else 0
+    of_gram = 8 * setting.d**2 + 12 * setting.d if layer == FACTORED else 0
     assert first.bytes == traffic.bytes + of_gram
     assert traffic.calls == SHARDED[layer].calls(setting, 4, *[True] * prior)
 

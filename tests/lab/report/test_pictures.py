@@ -14,6 +14,7 @@ from softsphere_lab.experiments.earlier import record_at
 from softsphere_lab.experiments.page import report_of
 from softsphere_lab.report import canvas, figures, point_names
 from softsphere_lab.report.paper import label
+from softsphere_lab.report.plateau import draw_plateaus, plateau_of
 from softsphere_lab.report.results import Results
 from softsphere_lab.report.summary import summarise
 
@@ -196,6 +197,20 @@ def test_diverged_runs_are_counted_and_equal_seeds_are_all_seen(drawn):
     assert "softmax\n(3 of 10 runs diverged)" in said and "z_loss\n(all runs diverged)" in said
     seeds = figure.axes[1].collections[0].get_offsets().tolist()
     assert len(seeds) == 7 and len({tuple(point) for point in seeds}) == 7
+
+
+def test_plateaus_of_rates_can_be_read(drawn):
+    rates = (1e-5, 1e-4, 1e-3, 1e-2, 0.1)
+    layers = {
+        f"log-Taylor softmax, base measure, layer {i}": plateau_of(
+            {rate: 100.0 + 40 * abs(place - i) for place, rate in enumerate(rates)}
+        )
+        for i in range(5)
+    }
+    layers["diverges"] = plateau_of({0.1: 5.0, 1.0: 5.1, 10.0: float("inf")})
+    figure = drawn(lambda path: draw_plateaus({"AdamW": layers, "FactoredSGD / D": layers}, path))
+    check(figure)
+    assert all(name in words(figure) for name in layers)
 
 
 @pytest.mark.parametrize("ratio", [1.02, 1.3, 2, 7, 30, 1e3, 1e6, 1e12])

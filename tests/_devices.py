@@ -26,6 +26,8 @@ KERNEL_DEVICE = "cuda" if GPU else "cpu"
 
 _FACTORIES = _device_constructors()
 _RANDOM = {torch.rand, torch.randn, torch.randint, torch.randperm}
+# Constants of test modules by device and identity: as they are, and on the device.
+_MOVED: dict[tuple[str, int], tuple[Any, Any]] = {}
 _TESTS = str(Path(__file__).parent) + os.sep
 _PACKAGE = os.sep + "softsphere" + os.sep
 
@@ -81,7 +83,11 @@ def constants_moved(device: str, modules: Iterable[ModuleType], patch: pytest.Mo
     for module in modules:
         for name, value in list(vars(module).items()):
             if isinstance(value, (Tensor, dict, list, tuple)) and not name.startswith("__"):
-                patch.setattr(module, name, moved(value, device))
+                key = device, id(value)
+                if key not in _MOVED:
+                    _MOVED[key] = value, moved(value, device)
+                if _MOVED[key][1] is not value:
+                    patch.setattr(module, name, _MOVED[key][1])
 
 
 def moved(value: Any, device: str) -> Any:

@@ -246,6 +246,7 @@ WRONG = {
 }  # fmt: skip
 
 
+@pytest.mark.once("values are checked on a CPU alone")
 @pytest.mark.parametrize("message", WRONG)
 def test_wrong_masks(message):
     kind, call = WRONG[message]
@@ -253,6 +254,7 @@ def test_wrong_masks(message):
         call()
 
 
+@pytest.mark.once("values are checked on a CPU alone")
 @every_loss
 def test_minus_infinity_is_a_probability_of_zero_or_an_error(name):
     loss = CASES[name][0]
@@ -324,6 +326,7 @@ def test_gradients_of_target_values(name, prior):
     assert not slope[:, 2].any() and slope[:, 1].all()
 
 
+@pytest.mark.once("values are checked on a CPU alone")
 def test_rows_without_a_class_are_told_before_their_targets():
     nothing = torch.zeros(3).bool()
     W = torch.ones(3, 4)

@@ -150,6 +150,7 @@ def test_counts_move_to_a_device_without_float64():
     assert torch.equal(criterion.prior, TaylorSoftmaxLoss(prior=counts.float()).prior)
 
 
+@pytest.mark.once("values are checked on a CPU alone")
 def test_a_prior_that_float32_cannot_hold_is_refused_for_float32_logits():
     criterion = TaylorSoftmaxLoss(prior=torch.tensor([1e-37, 1.0, 1e12]).double())
     assert criterion(LOGITS.double(), TARGET).isfinite()
@@ -168,6 +169,7 @@ def test_class_weights_come_first_as_in_cross_entropy(criterion):
         criterion(2)
 
 
+@pytest.mark.once("values are checked on a CPU alone")
 @pytest.mark.parametrize("criterion", [*CRITERIA, LinearSphericalLoss])
 def test_no_row_is_ignored_with_none(criterion):
     target = torch.tensor([0, -100, 1, 2])
@@ -182,6 +184,7 @@ def test_no_row_is_ignored_with_none(criterion):
     assert layer(LOGITS, target).isfinite()
 
 
+@pytest.mark.once("values are checked on a CPU alone")
 def test_no_row_of_sparse_targets_is_ignored_with_none():
     target, values = torch.full((4, 2), -100), torch.ones(4, 2)
     with pytest.raises(ValueError, match=r"or -1 for padding, got -100"):

@@ -22,6 +22,7 @@ def marked(number: float, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return logits.masked_fill(~KEPT, number).requires_grad_()
 
 
+@pytest.mark.once("values are checked on a CPU alone")
 @pytest.mark.parametrize("finite", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 @every_loss
@@ -39,6 +40,7 @@ def test_the_smallest_number_of_a_dtype_is_no_mask(name, dtype, finite):
     assert spherical_loss(o, TARGET, loss, mask=KEPT).isfinite()
 
 
+@pytest.mark.once("values are checked on a CPU alone")
 @pytest.mark.parametrize("number", [-1e30, -1e20])
 @pytest.mark.parametrize("name", losses.REGISTRY)
 def test_one_very_negative_number_in_several_places_is_no_mask(name, number):
@@ -49,6 +51,7 @@ def test_one_very_negative_number_in_several_places_is_no_mask(name, number):
         spherical_loss(marked(number), TARGET, loss)
 
 
+@pytest.mark.once("values are checked on a CPU alone")
 def test_minus_infinity_of_float16():
     with pytest.raises(ValueError, match="got −inf"):
         spherical_loss(marked(-torch.inf, torch.float16), TARGET, "taylor_softmax")
@@ -66,6 +69,7 @@ def test_a_model_that_diverges_has_a_loss_that_is_not_finite(name, least):
     assert not spherical_loss(o, TARGET, name, reduction="none").isfinite().any()
 
 
+@pytest.mark.once("squares that overflow are noticed on a CPU alone")
 def test_probabilities_of_large_logits_do_not_overflow():
     for order in (2, 4):
         p = taylor_softmax(torch.tensor([[0.0, 1.0, 1e20]]), order=order)

@@ -92,6 +92,7 @@ def test_masked_entries_of_weight_and_bias_may_hold_anything(name, engine):
     assert not found[0][3][~MASK].any() and not found[0][2][~MASK].any()
 
 
+@pytest.mark.once("values are checked on a CPU alone")
 @pytest.mark.parametrize("number", [-torch.inf, torch.finfo(torch.float32).min])
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", SPHERICAL)

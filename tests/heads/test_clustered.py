@@ -225,6 +225,7 @@ def test_many_pairs_are_computed_in_parts(monkeypatch):
         torch.testing.assert_close(x, y, **CLOSE)
 
 
+@pytest.mark.once("lost digits are noticed on a CPU alone")
 def test_auto_leaves_a_gram_matrix_that_has_lost_its_digits():
     """Two columns of the weight take each other off, and leave little of q."""
     far = layer(MIXED, engine="logits", dtype=torch.float32)
@@ -326,6 +327,7 @@ def test_another_assignment_is_not_loaded(engine):
     torch.testing.assert_close(dict(other.state_dict()), before, rtol=0, atol=0)
 
 
+@pytest.mark.once("it names its devices")
 @pytest.mark.parametrize("engine", ["auto", "factored"])
 def test_made_on_the_meta_device(engine):
     made = {"counts": COUNTS, "engine": engine, "device": "meta", "dtype": torch.float64}
@@ -526,6 +528,7 @@ ERRORS = {
 }
 
 
+@pytest.mark.once("values are checked on a CPU alone")
 @pytest.mark.parametrize("name", ERRORS)
 def test_wrong_arguments_are_refused_by_name(name):
     call, error, words = ERRORS[name]

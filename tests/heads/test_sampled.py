@@ -168,6 +168,7 @@ def test_gradients_are_those_of_finite_differences(name):
     assert torch.autograd.gradgradcheck(loss, (hidden, head.weight, head.bias), fast_mode=True)
 
 
+@pytest.mark.once("tables of samplers are made on a CPU, and moved by a layer")
 @pytest.mark.parametrize("bias", [True, False])
 @every_sampler
 def test_sparse_gradients_are_the_dense_ones_at_targets_and_negatives(name, bias):
@@ -447,6 +448,7 @@ def test_a_resized_weight_needs_a_sampler_of_its_size():
         head(rows(m), TARGET)
 
 
+@pytest.mark.once("tables of samplers are made on a CPU, and moved by a layer")
 @every_sampler
 def test_a_compiled_step_is_an_eager_one(name):
     torch._dynamo.reset()

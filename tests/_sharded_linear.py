@@ -1,4 +1,7 @@
-"""What a LinearSphericalLoss does on several ranks, beside one without a process group."""
+"""What a LinearSphericalLoss does on several ranks, beside one without a process group.
+
+The file is long, since all cases run in one process group, which is slow to start.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The factored output layer: SGD at a cost that does not grow with the number of classes."""
+"""The factored output layer: SGD at a cost that does not grow with the number of classes.
+
+The file is long for its docstrings, and for its loss with and without a process group.
+"""
 
 from __future__ import annotations
 

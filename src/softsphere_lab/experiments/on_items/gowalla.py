@@ -49,7 +49,6 @@ EXPERIMENT = StudyReproduction(
             outputs=(
                 Output("softmax", prior=True),
                 Output("taylor_softmax", prior=True, factored=True),
-                Output("taylor_softmax", clusters=8, shortlist=10),
                 Output("squared_error"),
             ),
             seeds=(0,),

@@ -57,7 +57,7 @@ def counted(name: str, setting: Setting) -> Iterator[Row]:
 
 
 def cases(options: argparse.Namespace) -> list[Case]:
-    timed, sent, turns, effort = TIMED, SENT, TURNS, Effort(warm_up=2, most=9)
+    timed, sent, turns, effort = TIMED, SENT, TURNS, Effort(warm_up=1, most=4)
     if options.smoke:
         timed, sent = (Setting(D=200, d=8, m=16),), (Setting(D=100, d=8, m=16),)
         turns, effort = 1, Effort(warm_up=1, most=1)

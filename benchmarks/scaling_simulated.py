@@ -210,5 +210,5 @@ if __name__ == "__main__":
         print(section(machine))
     else:
         draw(machine, PICTURE)
-        PAGE.write_text(page(PAGE.read_text()))
+        PAGE.write_text(page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
         print(PAGE)

@@ -23,6 +23,7 @@ EXAMPLES = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")  # checkpoints of torch 2.6
 @pytest.mark.parametrize("code", EXAMPLES)
 def test_examples_run(code):
     for name in ("skorch", "transformers"):

@@ -21,15 +21,16 @@ import signal
 import sys
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from softsphere import LinearSphericalLoss
+from softsphere.parallel import keep_whole_state
 
 # The arguments that a run must keep when it is resumed.
 KEPT = ("classes", "context", "width", "rows", "rate", "seed")
@@ -65,35 +66,22 @@ class Model:
         for x in parameters:  # the state exists before the first step, so that it can be loaded
             moments = {"exp_avg": torch.zeros_like(x), "exp_avg_sq": torch.zeros_like(x)}
             self.adam.state[x] = {"step": torch.zeros(()), **moments}
+        keep_whole_state(self.adam, self.head)
 
     def loss(self, words: Tensor, target: Tensor) -> Tensor:
         """The mean loss of the rows of all ranks, from those of this one."""
         value: Tensor = self.head(self.trunk(words), target)
         return value
 
-    def state(self) -> dict[str, dict[str, Tensor]]:
+    def state(self) -> dict[str, Any]:
         """All that a checkpoint holds. Tensors share their memory with the model."""
-        head = self.head.state_dict()
-        state = {"trunk": self.trunk.module.state_dict(), "head": head, "adam": {}}
-        for name, x in self.trunk.module.named_parameters():
-            state["adam"] |= {f"trunk.{name}.{k}": v for k, v in self.adam.state[x].items()}
-        for name, x in self.head.named_parameters():
-            for key, value in self.adam.state[x].items():
-                own = value.shape == x.shape
-                state["adam"][f"head.{name}.{key}"] = sharded(value, head[name]) if own else value
-        return state
+        trunk = self.trunk.module.state_dict()
+        return {"trunk": trunk, "head": self.head.state_dict(), "adam": self.adam.state_dict()}
 
-
-def sharded(x: Tensor, like: DTensor) -> DTensor:
-    """The rows x of this rank as a part of a tensor that is sharded as another one is."""
-    return DTensor.from_local(
-        x,
-        like.device_mesh,
-        like.placements,
-        run_check=False,
-        shape=like.shape,
-        stride=like.stride(),
-    )
+    def load(self, state: dict[str, Any]) -> None:
+        self.trunk.module.load_state_dict(state["trunk"])
+        self.head.load_state_dict(state["head"])
+        self.adam.load_state_dict(state["adam"])
 
 
 def save(model: Model, step: int, options: argparse.Namespace) -> None:
@@ -127,8 +115,7 @@ def load(model: Model, options: argparse.Namespace) -> int:
             )
     state = model.state()
     dcp.load(state, checkpoint_id=found[-1])
-    model.trunk.module.load_state_dict(state["trunk"])
-    model.head.load_state_dict(state["head"])
+    model.load(state)
     return int(found[-1].name.removeprefix("step-"))
 
 

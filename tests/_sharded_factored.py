@@ -27,6 +27,7 @@ def pair(D=23, replicated=False, **given):
     one = FactoredSphericalLoss(d, D, **given)
     many = FactoredSphericalLoss(d, D, **given, process_group=world(), replicated=replicated)
     many.load_state_dict(one.state_dict())
+    many.shards.averaged = False  # many cases take rows from a larger tensor
     return one, many
 
 
@@ -106,6 +107,7 @@ def predicted(rank, size, folder, D=23, replicated=False, **given):
 
 def below_data_parallel(rank, size, folder):
     one, many = pair()
+    many.shards.averaged = None  # the layer sees the wrapper
     models = [Model(one), Model(many)]
     wrapped = DistributedDataParallel(leave_out_of_ddp(models[1]))
     counts = (2,) * size

@@ -41,6 +41,7 @@ def pair(D=23, replicated=False, **given):
     one = LinearSphericalLoss(d, D, **given)
     many = LinearSphericalLoss(d, D, **given, process_group=world(), replicated=replicated)
     many.load_state_dict(one.state_dict())
+    many.shards.averaged = False  # many cases take rows from a larger tensor
     return one, many
 
 
@@ -364,6 +365,20 @@ def skipped_step(rank, size, folder):
     raises(RuntimeError, "changed on some ranks.*but not on rank 0", lambda: many(H, t))
 
 
+def unknown_average(rank, size, folder):
+    """Nobody can see whether the trunk is in a DistributedDataParallel of its own."""
+    _, many = pair()
+    many.shards.averaged = None
+    H, t = torch.randn(2, d, requires_grad=True, dtype=torch.float64), torch.arange(2)
+    many(H, t).backward()
+    if size > 1:
+        raises(
+            ValueError, "averaged=True if they are.*or with averaged=False", lambda: many(2 * H, t)
+        )
+    many.shards.averaged = False
+    many(2 * H, t).backward()
+
+
 def other_rows_replicated(rank, size, folder):
     _, many = pair(replicated=True)
     H, t = torch.randn(2, d).double() + rank, torch.arange(2)
@@ -439,6 +454,7 @@ REFUSED = {
         other_action,
         skipped_call,
         skipped_step,
+        unknown_average,
         other_rows_replicated,
         not_left_out,
         fully_sharded,

@@ -65,7 +65,8 @@ class LinearSphericalLoss(ShardedLayer, AccumulatingLayer, OutputLayer, WithPrio
         averaged: with a process_group, whether the layers below average their gradients over the
             ranks, as DistributedDataParallel and fully_shard do. Then the gradient with respect to
             hidden is n times as large, so that the average is right. None means that it is so
-            inside the forward of a DistributedDataParallel and nowhere else.
+            inside the forward of a DistributedDataParallel; elsewhere, hidden that comes from
+            layers below is refused then.
 
     With a process_group every rank must make the layer, call it, call backward and step the
     optimizer, all in the same order. The loss is that of the rows of all ranks together, and every
@@ -310,7 +311,7 @@ class LinearSphericalLoss(ShardedLayer, AccumulatingLayer, OutputLayer, WithPrio
         shards, kept = self.shards, self.accumulation
         assert shards is not None
         with Agreement(shards.ranks, "a loss") as agreed:
-            shards.check_wrapper(self)
+            shards.check_below(self, hidden)
             layer = self._layer()
             if kept is not None:
                 kept.check_use(layer.weight, layer.bias, self.vectors["prior"])

@@ -33,7 +33,7 @@ class Shards:
         num_classes: D.
         replicated: whether all ranks give the layer the same rows.
         averaged: whether the layers below average their gradients over the ranks. None asks the
-            DistributedDataParallel whose forward is running, if there is one.
+            DistributedDataParallel whose forward is running; without one, hidden must be a leaf.
     """
 
     def __init__(
@@ -107,10 +107,15 @@ class Shards:
             torch.manual_seed(seed ^ (self.ranks.rank * 0x9E3779B97F4A7C1 & (1 << 62) - 1))
             yield
 
-    def check_wrapper(self, layer: nn.Module) -> None:
-        """Raises RuntimeError if DistributedDataParallel reduces the parameters of the layer."""
+    def check_below(self, layer: nn.Module, hidden: Any) -> None:
+        """Checks how the gradients of the layer, and of the layers below it, are reduced.
+
+        Raises RuntimeError if DistributedDataParallel reduces the parameters of the layer, and
+        ValueError if it cannot be known whether the gradients of the layers below are averaged.
+        """
         wrapper = data_parallel_in_forward()
         if wrapper is None:
+            self._check_averaged(hidden)
             return
         own = {id(x) for x in layer.parameters(recurse=False)}
         left_out: set[str] = wrapper.parameters_to_ignore
@@ -121,6 +126,16 @@ class Shards:
                     f"rank has rows of its own of {name}; call "
                     "softsphere.parallel.leave_out_of_ddp(model) before wrapping the model"
                 )
+
+    def _check_averaged(self, hidden: Any) -> None:
+        if self.averaged is not None or self.replicated or self.ranks.size == 1:
+            return
+        if isinstance(hidden, Tensor) and hidden.grad_fn is not None:
+            raise ValueError(
+                "hidden comes from layers below, whose gradients may be averaged over the ranks; "
+                "make the layer with averaged=True if they are, as by DistributedDataParallel or "
+                "fully_shard around those layers, or with averaged=False if they are not"
+            )
 
 
 def leave_out_of_ddp(model: nn.Module) -> nn.Module:

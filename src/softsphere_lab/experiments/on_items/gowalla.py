@@ -48,7 +48,7 @@ EXPERIMENT = StudyReproduction(
             dataset="generated",
             outputs=(
                 Output("softmax", prior=True),
-                Output("taylor_softmax", prior=True, factored=True),
+                Output("taylor_softmax", clusters=8, shortlist=10),
                 Output("squared_error"),
             ),
             seeds=(0,),

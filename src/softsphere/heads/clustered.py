@@ -89,8 +89,8 @@ class ClusteredLoss(WithGrouping, OutputLayer):
     >>> assignment = torch.arange(1000) // 10 - 1  # a shortlist of ten classes, and 99 clusters
     >>> head = ClusteredLoss(8, 1000, assignment)
     >>> head(torch.randn(4, 8), torch.tensor([1, 5, 5, 999])).backward()
-    >>> head.log_prob(torch.randn(4, 8)).exp().sum(1)
-    tensor([1.0000, 1.0000, 1.0000, 1.0000], grad_fn=<SumBackward1>)
+    >>> torch.allclose(head.log_prob(torch.randn(4, 8)).exp().sum(1), torch.ones(4))
+    True
     """
 
     root: nn.Linear

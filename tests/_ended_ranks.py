@@ -12,6 +12,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import distributed
 
+from _ranks import TIGHT
 from softsphere import FactoredSphericalLoss, LinearSphericalLoss
 from softsphere.optim import FactoredSGD
 from softsphere.parallel import keep_whole_state
@@ -119,5 +120,5 @@ def resumed(rank, size, folder):
         train(head, optimizer, range(SAVED, LAST), rank, size)
         train(one, alone, range(SAVED, LAST))
         for got, want in zip(whole(head), whole(one), strict=True):
-            torch.testing.assert_close(got, want.detach(), rtol=1e-9, atol=1e-11)
+            torch.testing.assert_close(got, want.detach(), **TIGHT)
     distributed.destroy_process_group()

@@ -16,9 +16,6 @@ from softsphere import FactoredSphericalLoss
 from softsphere.optim import FactoredSGD
 from softsphere.parallel import count_traffic, leave_out_of_ddp
 
-# How far apart weights may be that were computed in factors, in float64.
-NEAR = {"rtol": 1e-9, "atol": 1e-10}
-
 
 def pair(D=23, replicated=False, **given):
     given = {"dtype": torch.float64, **given}
@@ -32,7 +29,7 @@ def pair(D=23, replicated=False, **given):
 
 
 def same_rows(one, many):
-    torch.testing.assert_close(many.dense(), one.dense()[many.shards.sharding.slice], **NEAR)
+    torch.testing.assert_close(many.dense(), one.dense()[many.shards.sharding.slice], **TIGHT)
 
 
 def same_bits(many):
@@ -76,9 +73,9 @@ def train(
                 head.matrix.renew_()
             found.append((loss.detach(), h.grad, norm))
         (want, by_h, whole_norm), (got, by_own, norm) = found
-        torch.testing.assert_close(got, want[own] if want.dim() else want, **NEAR)
-        torch.testing.assert_close(by_own, by_h[own], **NEAR)
-        torch.testing.assert_close(norm, whole_norm, **NEAR)
+        torch.testing.assert_close(got, want[own] if want.dim() else want, **TIGHT)
+        torch.testing.assert_close(by_own, by_h[own], **TIGHT)
+        torch.testing.assert_close(norm, whole_norm, **TIGHT)
     same_rows(one, many)
     same_bits(many)
     one.matrix.mend_(), many.matrix.mend_()
@@ -121,7 +118,7 @@ def below_data_parallel(rank, size, folder):
             loss.backward()
             optimizer.step()
     same_rows(one, many)
-    torch.testing.assert_close(models[1].trunk.weight, models[0].trunk.weight, **NEAR)
+    torch.testing.assert_close(models[1].trunk.weight, models[0].trunk.weight, **TIGHT)
 
 
 def saved(rank, size, folder):

@@ -64,9 +64,9 @@ class FactoredSphericalLoss(FactoredState, OutputLayer):
             and its norm is that of the whole gradient on every rank.
 
     With a process_group a step sends O(m d) numbers for the m rows of all ranks. Every rank takes
-    the same step of the small factors, from the same numbers by the same operations. They stay
-    equal bit for bit, which is compared at every call. All ranks must therefore run on machines
-    that round alike, and do with the layer the same in the same order.
+    the same step of the small factors, from the same numbers by the same operations, so that they
+    stay equal bit for bit; U, U⁻¹ and ω are compared at every call. All ranks must therefore run on
+    machines that round alike, and do with the layer the same in the same order.
 
     Shapes: hidden (…, d); target (…), class indices of any integer dtype, or (…, K) with
     target_values (…, K).

@@ -7,6 +7,7 @@ round. All ranks must call them, and must run their backward, in the same order.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,14 +27,12 @@ __all__ = [
 
 def all_rows(x: Tensor, batch: Batch) -> Tensor:
     """The rows x (m, …) of all ranks, one rank after the other: (Σ m, …)."""
-    out: Tensor = _AllRows.apply(x, batch)  # type: ignore[no-untyped-call]
-    return out
+    return _differentiable(x, batch.gathered, batch.scattered)
 
 
 def own_sums(x: Tensor, batch: Batch) -> Tensor:
     """The sum over ranks of x (Σ m, …), at the rows of this rank: (m, …)."""
-    out: Tensor = _OwnSums.apply(x, batch)  # type: ignore[no-untyped-call]
-    return out
+    return _differentiable(x, batch.scattered, batch.gathered)
 
 
 def same_on_all(x: Tensor, batch: Batch) -> Tensor:
@@ -41,95 +40,44 @@ def same_on_all(x: Tensor, batch: Batch) -> Tensor:
 
     The derivative of each rank is the whole one, so that nothing is added.
     """
-    out: Tensor = _SameOnAll.apply(x, batch)  # type: ignore[no-untyped-call]
-    return out
+    return _differentiable(x, batch.gathered, lambda g: g[batch.own])
 
 
 def own_part(x: Tensor, batch: Batch) -> Tensor:
     """The rows of this rank (m, …) of an x (Σ m, …) that is the same on all ranks."""
-    out: Tensor = _OwnPart.apply(x, batch)  # type: ignore[no-untyped-call]
-    return out
+    return _differentiable(x, lambda x: x[batch.own].clone(), batch.gathered)
 
 
 def sum_of_losses(x: Tensor, batch: Batch) -> Tensor:
     """The sum of x () over the ranks, where each rank differentiates its own part alone."""
-    out: Tensor = _SumOfLosses.apply(x, batch)  # type: ignore[no-untyped-call]
-    return out
+    return _differentiable(x, batch.total, lambda g: g)
 
 
 def sum_of_parts(x: Tensor, batch: Batch) -> Tensor:
     """The sum of x (…) over the ranks, which all of them go on with in different ways."""
-    out: Tensor = _SumOfParts.apply(x, batch)  # type: ignore[no-untyped-call]
+    return _differentiable(x, batch.ranks.sum, batch.ranks.sum)
+
+
+def _differentiable(
+    x: Tensor, there: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """there(x), whose derivative is `back`."""
+    out: Tensor = _Linear.apply(x, there, back)  # type: ignore[no-untyped-call]
     return out
 
 
-class _AllRows(torch.autograd.Function):
+class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, batch: Batch) -> Tensor:
-        ctx.batch = batch
-        return batch.gathered(x)
+    def forward(
+        ctx: Any, x: Tensor, there: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        ctx.back = back
+        return there(x)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
         _refuse_twice()
-        return ctx.batch.scattered(g), None
-
-
-class _OwnSums(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, batch: Batch) -> Tensor:
-        ctx.batch = batch
-        return batch.scattered(x)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        _refuse_twice()
-        return ctx.batch.gathered(g), None
-
-
-class _SameOnAll(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, batch: Batch) -> Tensor:
-        ctx.batch = batch
-        return batch.gathered(x)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        return g[ctx.batch.own], None
-
-
-class _OwnPart(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, batch: Batch) -> Tensor:
-        ctx.batch = batch
-        return x[batch.own].clone()
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        _refuse_twice()
-        return ctx.batch.gathered(g), None
-
-
-class _SumOfLosses(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, batch: Batch) -> Tensor:
-        return batch.total(x)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        return g, None
-
-
-class _SumOfParts(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, batch: Batch) -> Tensor:
-        ctx.batch = batch
-        return batch.ranks.sum(x)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        _refuse_twice()
-        return ctx.batch.ranks.sum(g), None
+        return ctx.back(g), None, None
 
 
 def _refuse_twice() -> None:

@@ -28,6 +28,7 @@ def criteria(rows: Tensor, labels: Tensor) -> None:
 def output_layers(rows: Tensor, labels: Tensor) -> None:
     linear = softsphere.LinearSphericalLoss(4, 10, options=softsphere.LinearSphericalOptions())
     assert_type(linear(rows, labels), Tensor)
+    assert_type(linear(rows, labels, num_items=7), Tensor)
     assert_type(linear.topk(rows, 3), TopK)
     assert_type(linear.topk(rows, 3).indices, Tensor)
     assert_type(linear.rank(rows, labels), Tensor)
@@ -42,7 +43,7 @@ def output_layers(rows: Tensor, labels: Tensor) -> None:
 
 def optimizers(rows: Tensor, labels: Tensor) -> None:
     factored = softsphere.FactoredSphericalLoss(4, 10)
-    assert_type(factored(rows, labels), Tensor)
+    assert_type(factored(rows, labels, num_items=7), Tensor)
     assert_type(factored.to_linear(), nn.Linear)
     sgd = optim.FactoredSGD(factored.parameters(), lr=1.0)
     assert_type(sgd.step(), float | None)

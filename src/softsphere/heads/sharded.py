@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -52,6 +52,17 @@ class ShardedLayer(nn.Module):
     # whether the gradient of the weight has the norm of the gradient of all rows, as a factored
     # one has, and not that of the rows of this rank
     norm_is_of_all: bool = False
+
+    if TYPE_CHECKING:
+        # the call of every output layer, with the argument that layers with a group have besides
+        def __call__(
+            self,
+            hidden: Tensor,
+            target: Tensor,
+            target_values: Tensor | None = None,
+            mask: Tensor | None = None,
+            num_items: float | Tensor | None = None,
+        ) -> Tensor: ...
 
     def register_parameter(self, name: str, param: Any) -> None:
         """See `nn.Module.register_parameter`.

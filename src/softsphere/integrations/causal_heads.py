@@ -54,6 +54,7 @@ class CausalHead(OutputLayer):
             target: Tensor | None = None,
             target_values: Tensor | None = None,
             mask: Tensor | None = None,
+            num_items: float | Tensor | None = None,
         ) -> Tensor: ...
 
 

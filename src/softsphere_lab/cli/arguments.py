@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -12,14 +12,18 @@ import typer
 from softsphere_lab.errors import LabError
 
 __all__ = [
+    "MOST_EPOCHS",
+    "MOST_SEEDS",
     "DataDir",
     "Device",
     "Epochs",
     "Jobs",
     "Resume",
+    "Seeds",
     "at_least_one",
     "folder",
     "html_file",
+    "out_option",
     "positive",
     "share_cores",
     "usable",
@@ -27,6 +31,8 @@ __all__ = [
 
 # torch counts the examples of a batch with 32 bits.
 MOST = 2**31 - 1
+# Far more than anybody runs.
+MOST_SEEDS, MOST_EPOCHS = 10_000, 100_000
 
 
 def folder(text: str) -> Path:
@@ -53,6 +59,12 @@ Resume = Annotated[
 ]
 Jobs = Annotated[int, typer.Option(help="Number of processes, each with its share of the cores.")]
 Epochs = Annotated[int, typer.Option(help="Passes over the training part.")]
+Seeds = Annotated[int, typer.Option(help="Number of seeds: 0, 1, …")]
+
+
+def out_option(default: str) -> Any:
+    """The option --out, with the folder that stands for it in the help."""
+    return typer.Option(parser=folder, metavar="FOLDER", help=f"Run folder; default {default}.")
 
 
 def at_least_one(option: str, value: int, most: int = MOST) -> int:

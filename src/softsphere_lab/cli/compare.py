@@ -9,14 +9,18 @@ import typer
 from rich.console import Console
 
 from softsphere_lab.cli.arguments import (
+    MOST_EPOCHS,
+    MOST_SEEDS,
     DataDir,
     Device,
     Epochs,
     Jobs,
     Resume,
+    Seeds,
     at_least_one,
     folder,
     html_file,
+    out_option,
     positive,
     share_cores,
     usable,
@@ -37,11 +41,6 @@ __all__ = ["compare"]
 
 DEFAULT_LOSSES = "softmax,taylor_softmax,spherical_softmax,z_loss,squared_error"
 
-# Where the run folders are, and the form of the time in their names.
-RUNS, STAMP = Path("runs"), "%Y%m%d-%H%M%S"
-# Far more than anybody runs.
-MOST_SEEDS, MOST_EPOCHS = 10_000, 100_000
-
 
 def compare(
     dataset: Annotated[str, typer.Option(help=f"One of {', '.join(data.DATASETS)}.")] = "digits",
@@ -52,7 +51,7 @@ def compare(
             "lists them."
         ),
     ] = DEFAULT_LOSSES,
-    seeds: Annotated[int, typer.Option(help="Number of seeds: 0, 1, …")] = 5,
+    seeds: Seeds = 5,
     epochs: Epochs = 20,
     model: Annotated[str, typer.Option(help=f"One of {', '.join(models.MODELS)}.")] = "mlp",
     batch_size: Annotated[int, typer.Option(help="Examples in a step.")] = 128,
@@ -73,12 +72,7 @@ def compare(
     ] = False,
     device: Device = "cpu",
     data_dir: DataDir = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            parser=folder, metavar="FOLDER", help="Run folder; default runs/TIME-compare-DATASET."
-        ),
-    ] = None,
+    out: Annotated[Path | None, out_option("runs/TIME-compare-DATASET")] = None,
     html: Annotated[
         Path | None,
         typer.Option(
@@ -118,7 +112,7 @@ def compare(
             write(page, text)
             print_plain(console, f"Page: {page}")
 
-    run_and_report(prepared, Place(RUNS, STAMP, f"compare-{dataset}"), out, resume, jobs, also)
+    run_and_report(prepared, Place.of_command(f"compare-{dataset}"), out, resume, jobs, also)
 
 
 def _fixed_rate_sentence(study: Classification, rate: float) -> str:

@@ -7,7 +7,15 @@ from typing import Annotated
 
 import typer
 
-from softsphere_lab.cli.arguments import DataDir, Device, Jobs, Resume, folder, share_cores, usable
+from softsphere_lab.cli.arguments import (
+    DataDir,
+    Device,
+    Jobs,
+    Resume,
+    out_option,
+    share_cores,
+    usable,
+)
 from softsphere_lab.cli.run_folders import Place, run_and_report
 from softsphere_lab.errors import LabError
 from softsphere_lab.experiments.experiment import BUDGETS
@@ -30,12 +38,7 @@ def reproduce(
     ] = "small",
     device: Device = "cpu",
     data_dir: DataDir = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            parser=folder, metavar="FOLDER", help="Run folder; default records/DATE-NAME-BUDGET."
-        ),
-    ] = None,
+    out: Annotated[Path | None, out_option("records/DATE-NAME-BUDGET")] = None,
     resume: Resume = False,
     jobs: Jobs = 1,
 ) -> None:

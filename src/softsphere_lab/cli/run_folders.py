@@ -32,6 +32,11 @@ class Place:
     stamp: str
     ending: str
 
+    @classmethod
+    def of_command(cls, ending: str) -> Place:
+        """Returns where a command has its runs that are no records."""
+        return cls(Path("runs"), "%Y%m%d-%H%M%S", ending)
+
     def new(self) -> Path:
         """Returns the folder of a run that begins now."""
         return self.parent / f"{time.strftime(self.stamp)}-{self.ending}"

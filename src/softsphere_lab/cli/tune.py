@@ -9,13 +9,16 @@ import typer
 
 from softsphere import losses
 from softsphere_lab.cli.arguments import (
+    MOST_EPOCHS,
+    MOST_SEEDS,
     DataDir,
     Device,
     Epochs,
     Jobs,
     Resume,
+    Seeds,
     at_least_one,
-    folder,
+    out_option,
     positive,
     share_cores,
     usable,
@@ -34,7 +37,6 @@ __all__ = ["tune"]
 DEFAULT_OUTPUTS = ["softmax", "taylor_softmax", "taylor_softmax factored"]
 DEFAULT_RATES = ",".join(f"{rate:g}" for rate in RATES.values)
 DEFAULT_LAYER_RATES = ",".join(f"{rate:g}" for rate in LAYER_RATES.values)
-RUNS, STAMP = Path("runs"), "%Y%m%d-%H%M%S"
 
 
 def tune(
@@ -51,7 +53,7 @@ def tune(
     layer_rates: Annotated[
         str, typer.Option(help="FactoredSGD's rates, as multiples of the number of classes.")
     ] = DEFAULT_LAYER_RATES,
-    seeds: Annotated[int, typer.Option(help="Number of seeds: 0, 1, …")] = 1,
+    seeds: Seeds = 1,
     epochs: Epochs = 2,
     words: Annotated[
         int | None, typer.Option(help="Words to train on; all of them without it.")
@@ -59,12 +61,7 @@ def tune(
     batch_size: Annotated[int, typer.Option(help="Words in a step.")] = 256,
     device: Device = "cpu",
     data_dir: DataDir = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            parser=folder, metavar="FOLDER", help="Run folder; default runs/TIME-tune-DATASET."
-        ),
-    ] = None,
+    out: Annotated[Path | None, out_option("runs/TIME-tune-DATASET")] = None,
     resume: Resume = False,
     jobs: Jobs = 1,
 ) -> None:
@@ -72,9 +69,9 @@ def tune(
     study = RateSweep(
         dataset=dataset,
         outputs=tuple(dict.fromkeys(map(Output.parse, _given(output)))),
-        seeds=tuple(range(at_least_one("--seeds", seeds, 10_000))),
+        seeds=tuple(range(at_least_one("--seeds", seeds, MOST_SEEDS))),
         setup=Setup(
-            epochs=at_least_one("--epochs", epochs, 100_000),
+            epochs=at_least_one("--epochs", epochs, MOST_EPOCHS),
             batch_size=at_least_one("--batch-size", batch_size),
             train=None if words is None else at_least_one("--words", words),
             device=usable(device),
@@ -86,7 +83,7 @@ def tune(
     )
     share_cores(jobs)
     prepared = RATE_FINDER.prepare(study)
-    run_and_report(prepared, Place(RUNS, STAMP, f"tune-{dataset}"), out, resume, jobs)
+    run_and_report(prepared, Place.of_command(f"tune-{dataset}"), out, resume, jobs)
 
 
 def _given(outputs: list[str]) -> list[str]:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from _ranks import TIGHT, rows_of, world
-from _sharded_linear import COUNTS, Model, d, raises
+from _sharded_linear import COUNTS, Model, d, raises, step_both
 from softsphere import FactoredSphericalLoss
 from softsphere.optim import FactoredSGD
 from softsphere.parallel import count_traffic, leave_out_of_ddp
@@ -44,38 +44,22 @@ def train(
     rank, size, folder, D=23, steps=4, replicated=False, sparse=False, lr=2.0, clip=None, **given
 ):
     momentum = given.pop("momentum", None)
-    one, many = pair(D, replicated, **given)
+    one, many = heads = pair(D, replicated, **given)
     if momentum is None:
-        optimizers = [torch.optim.SGD(x.parameters(), lr=lr) for x in (one, many)]
+        optimizers = [torch.optim.SGD(x.parameters(), lr=lr) for x in heads]
     else:
         given = {"momentum": momentum, "weight_decay": 1e-3, "nesterov": True}
-        optimizers = [FactoredSGD(x.parameters(), lr=lr / 10, **given) for x in (one, many)]
-    counts = COUNTS[:size]
-    m, own = sum(counts), slice(None) if replicated else rows_of(rank, counts)
+        optimizers = [FactoredSGD(x.parameters(), lr=lr / 10, **given) for x in heads]
+
+    def clipped(head):
+        if clip is None:
+            return 0.0
+        return nn.utils.clip_grad_norm_(head.parameters(), clip).as_subclass(torch.Tensor)
+
     for step in range(steps):
-        H = torch.randn(m, d, dtype=torch.float64)
-        t = torch.randint(D, (m, 3) if sparse else (m,))
-        t[1:3] = t[3]
-        values = torch.rand(m, 3, dtype=torch.float64) if sparse else None
-        if size > 1:
-            t[rows_of(1, counts)] = -100
-        found = []
-        for head, rows, optimizer in zip((one, many), (slice(None), own), optimizers, strict=True):
-            h = H[rows].clone().requires_grad_()
-            loss = head(h, t[rows], None if values is None else values[rows])
-            optimizer.zero_grad()
-            loss.sum().backward()
-            norm = torch.zeros(())
-            if clip is not None:
-                norm = nn.utils.clip_grad_norm_(head.parameters(), clip).as_subclass(torch.Tensor)
-            optimizer.step()
-            if step % 3 == 2:
-                head.matrix.renew_()
-            found.append((loss.detach(), h.grad, norm))
-        (want, by_h, whole_norm), (got, by_own, norm) = found
-        torch.testing.assert_close(got, want[own] if want.dim() else want, **TIGHT)
-        torch.testing.assert_close(by_own, by_h[own], **TIGHT)
-        torch.testing.assert_close(norm, whole_norm, **TIGHT)
+        step_both(rank, size, heads, optimizers, replicated, sparse, clipped)
+        if step % 3 == 2:
+            one.matrix.renew_(), many.matrix.renew_()
     same_rows(one, many)
     same_bits(many)
     one.matrix.mend_(), many.matrix.mend_()

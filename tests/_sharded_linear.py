@@ -58,30 +58,37 @@ def train(rank, size, folder, D=23, steps=3, replicated=False, adam=False, spars
         given["prior"] = torch.arange(1.0, D + 1)
     if given.pop("weight", False):
         given["weight"] = torch.linspace(0.5, 2, D)
-    one, many = pair(D, replicated, **given)
+    heads = pair(D, replicated, **given)
     make = torch.optim.Adam if adam else partial(torch.optim.SGD, momentum=0.9)
-    optimizers = [make(head.parameters(), lr=0.1) for head in (one, many)]
-    counts = COUNTS[:size]
-    m, own = sum(counts), slice(None) if replicated else rows_of(rank, counts)
+    optimizers = [make(head.parameters(), lr=0.1) for head in heads]
     for _ in range(steps):
-        H = torch.randn(m, d, dtype=torch.float64)
-        t = torch.randint(D, (m, 3) if sparse else (m,))
-        t[1:3] = t[3]
-        values = torch.rand(m, 3, dtype=torch.float64) if sparse else None
-        if size > 1:
-            t[rows_of(1, counts)] = -100
-        found = []
-        for head, rows, optimizer in zip((one, many), (slice(None), own), optimizers, strict=True):
-            h = H[rows].clone().requires_grad_()
-            loss = head(h, t[rows], None if values is None else values[rows])
-            optimizer.zero_grad()
-            loss.sum().backward()
-            optimizer.step()
-            found.append((loss.detach(), h.grad))
-        (want, by_h), (got, by_own) = found
-        torch.testing.assert_close(got, want[own] if want.dim() else want, **TIGHT)
-        torch.testing.assert_close(by_own, by_h[own], **TIGHT)
-        same_rows(one, many)
+        step_both(rank, size, heads, optimizers, replicated, sparse)
+        same_rows(*heads)
+
+
+def step_both(rank, size, heads, optimizers, replicated, sparse, before_step=lambda head: 0.0):
+    """A step without and with a group: the same loss, gradient of hidden and `before_step`."""
+    D, counts = heads[0].num_classes, COUNTS[:size]
+    m, own = sum(counts), slice(None) if replicated else rows_of(rank, counts)
+    H = torch.randn(m, d, dtype=torch.float64)
+    t = torch.randint(D, (m, 3) if sparse else (m,))
+    t[1:3] = t[3]
+    values = torch.rand(m, 3, dtype=torch.float64) if sparse else None
+    if size > 1:
+        t[rows_of(1, counts)] = -100
+    found = []
+    for head, rows, optimizer in zip(heads, (slice(None), own), optimizers, strict=True):
+        h = H[rows].clone().requires_grad_()
+        loss = head(h, t[rows], None if values is None else values[rows])
+        optimizer.zero_grad()
+        loss.sum().backward()
+        also = torch.as_tensor(before_step(head))
+        optimizer.step()
+        found.append((loss.detach(), h.grad, also))
+    (want, by_h, also), (got, by_own, own_also) = found
+    torch.testing.assert_close(got, want[own] if want.dim() else want, **TIGHT)
+    torch.testing.assert_close(by_own, by_h[own], **TIGHT)
+    torch.testing.assert_close(own_also, also, **TIGHT)
 
 
 def count_given(rank, size, folder):

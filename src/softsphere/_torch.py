@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 __all__ = [
     "DISABLED_TORCH_FUNCTION",
+    "backward_is_running",
     "data_parallel_in_forward",
     "eager",
     "exporting",
@@ -154,6 +155,11 @@ def runs_in_this_backward(node: Any) -> bool | None:
         return bool(torch._C._will_engine_execute_node(node))
     except RuntimeError:
         return None
+
+
+def backward_is_running() -> bool:
+    """Whether this thread is inside a backward."""
+    return bool(torch._C._current_graph_task_id() != -1)
 
 
 def has_gradient_hooks(x: Tensor) -> bool:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from softsphere import checks
-from softsphere.parallel import Agreement, Shards, is_dtensor, own_rows, whole_tensor
+from softsphere.parallel import Agreement, Ranks, Shards, is_dtensor, own_rows, whole_tensor
 
 __all__ = ["ShardedLayer", "making"]
 
@@ -22,21 +22,27 @@ def making(
 
     An error in the context is one on every rank.
     """
-    checks.flag("replicated", replicated)
-    if averaged is not None:
-        checks.flag("averaged", averaged)
     if group is None:
-        if replicated or averaged is not None:
+        if _flags(replicated, averaged):
             raise ValueError(
                 "replicated and averaged have a meaning with a process_group alone; leave them out"
             )
         yield None, None
         return
-    num_classes = checks.at_least_one("num_classes", num_classes)
-    shards = Shards(group, num_classes, replicated, averaged)
-    with Agreement(shards.ranks, "the making of a layer") as agreed:
+    ranks = Ranks(group)
+    with Agreement(ranks, "the making of a layer") as agreed:
+        _flags(replicated, averaged)
+        num_classes = checks.at_least_one("num_classes", num_classes)
         agreed.same(num_classes=num_classes, replicated=replicated, averaged=averaged)
-        yield shards, agreed
+        yield Shards(ranks, num_classes, replicated, averaged), agreed
+
+
+def _flags(replicated: Any, averaged: Any) -> bool:
+    """Whether one of them is given. Raises TypeError for what is no flag."""
+    given = checks.flag("replicated", replicated)
+    if averaged is not None:
+        checks.flag("averaged", averaged)
+    return given or averaged is not None
 
 
 class ShardedLayer(nn.Module):
@@ -48,6 +54,7 @@ class ShardedLayer(nn.Module):
     takes such a state, and that of a whole layer, from which each rank takes its own rows.
     """
 
+    in_features: int
     shards: Shards | None = None
     # whether the gradient of the weight has the norm of the gradient of all rows, as a factored
     # one has, and not that of the rows of this rank
@@ -144,8 +151,15 @@ class ShardedLayer(nn.Module):
         own = {}
         for name in self._own_tensors():
             key = f"{prefix}{self._of_all(name)}"
-            if key in state_dict:
-                own[prefix + name] = own_rows(key, self._whole(key, state_dict[key]), self.shards)
+            if key not in state_dict:
+                continue
+            x, width = state_dict[key], self.in_features
+            if name == "weight" and x.shape[1:] != (width,):
+                raise ValueError(
+                    f"{key} must have {width} columns, in_features of the layer, got shape "
+                    f"{tuple(x.shape)}"
+                )
+            own[prefix + name] = own_rows(key, self._whole(key, x), self.shards)
         return own
 
     def _whole(self, key: str, x: Tensor) -> Tensor:

@@ -37,8 +37,9 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
     squares = torch.zeros((), dtype=torch.float64)
     for p in rest:
         squares += _square(p)
+    seen: set[int] = set()
     for layer in layers:
-        own = sum((_square(p) for p in _trained(layer)), torch.zeros_like(squares))
+        own = sum((_square(p) for p in _trained(layer, seen)), torch.zeros_like(squares))
         if not layer.norm_is_of_all:
             ranks = layer.shards.ranks
             own = ranks.sum(own.to(ranks.device)).cpu()
@@ -51,8 +52,12 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
     return norm.to(torch.get_default_dtype())
 
 
-def _trained(layer: nn.Module) -> Iterator[nn.Parameter]:
-    return (p for p in layer.parameters(recurse=False) if p.grad is not None)
+def _trained(layer: nn.Module, seen: set[int]) -> Iterator[nn.Parameter]:
+    """The parameters of a layer with a gradient, unless an earlier layer has them, too."""
+    for p in layer.parameters(recurse=False):
+        if p.grad is not None and id(p) not in seen:
+            seen.add(id(p))
+            yield p
 
 
 def _square(p: Tensor) -> Tensor:

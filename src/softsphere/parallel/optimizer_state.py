@@ -39,6 +39,13 @@ def keep_whole_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> None
 
     def saved(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         def whole(name: str, x: Tensor, p: Tensor) -> Tensor:
+            if x.dim() and x.shape != p.shape:
+                raise TypeError(
+                    f"{type(optimizer).__name__} keeps {name} of shape {tuple(x.shape)} for a "
+                    f"sharded weight of shape {tuple(p.shape)}, and only states of single entries "
+                    "can be saved for all ranks; use an optimizer that acts on single entries, "
+                    "such as Adam"
+                )
             return whole_tensor(x, shards[id(p)]) if x.shape == p.shape else x
 
         return _converted(optimizer, state_dict, shards, whole)

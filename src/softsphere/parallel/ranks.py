@@ -37,6 +37,10 @@ class Ranks:
             )
         from torch.distributed.device_mesh import DeviceMesh  # a build may have none
 
+        if group is dist.GroupMember.NON_GROUP_MEMBER or (
+            isinstance(group, DeviceMesh) and group.get_coordinate() is None
+        ):
+            raise ValueError("process_group must contain this process, got a group without it")
         if isinstance(group, DeviceMesh):
             if group.ndim != 1:
                 raise ValueError(
@@ -49,8 +53,6 @@ class Ranks:
                 "process_group must be a process group or a DeviceMesh of one dimension, got "
                 f"{group!r}; torch.distributed.group.WORLD is the group of all processes"
             )
-        if dist.get_rank(group) < 0:
-            raise ValueError("process_group must contain this process, got a group without it")
         self.group = group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
 

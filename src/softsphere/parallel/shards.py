@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from softsphere._torch import (
+    backward_is_running,
     data_parallel_in_forward,
     ignore_in_data_parallel,
     ignored_in_data_parallel,
@@ -29,7 +30,7 @@ class Shards:
     """The classes of a layer over the ranks of a process group.
 
     Args:
-        group: see `Ranks`.
+        ranks: of the process group.
         num_classes: D.
         replicated: whether all ranks give the layer the same rows.
         averaged: whether the layers below average their gradients over the ranks. None asks the
@@ -37,15 +38,16 @@ class Shards:
     """
 
     def __init__(
-        self, group: Any, num_classes: int, replicated: bool, averaged: bool | None
+        self, ranks: Ranks, num_classes: int, replicated: bool, averaged: bool | None
     ) -> None:
-        self.ranks = Ranks(group)
-        self.sharding = Sharding(num_classes, self.ranks.size, self.ranks.rank)
+        self.ranks = ranks
+        self.sharding = Sharding(num_classes, ranks.size, ranks.rank)
         self.replicated, self.averaged = replicated, averaged
-        # calls that the ranks agreed on, and versions of the weight at the last one and now
-        self._calls = 0
+        # versions of the weight at the last call that the ranks agreed on, and now
         self._seen: Any = None
         self._now: Any = None
+        # whether a DistributedDataParallel has run the layer
+        self._wrapped = False
 
     def begin(self, agreed: Agreement, version: Any, rows: Tensor, *integers: Tensor) -> None:
         """Adds to an agreement what has to fit for every computation with rows (m, …).
@@ -59,7 +61,7 @@ class Shards:
         self._now = version
         known = self._seen is not None and version is not None
         stepped = int(version != self._seen) if known else -1
-        agreed.same(num_classes=self.sharding.num_classes, number_of_calls=self._calls)
+        agreed.same(num_classes=self.sharding.num_classes)
         agreed.same(dtype_of_rows=rows.dtype, shape_of_a_row=tuple(rows.shape[1:]))
         agreed.same(shape_of_targets=[tuple(x.shape[1:]) for x in integers])
         agreed.same(replicated=self.replicated)
@@ -72,7 +74,7 @@ class Shards:
 
         Raises RuntimeError on every rank if an optimizer stepped the weights of only some.
         """
-        self._calls, self._seen = self._calls + 1, self._now
+        self._seen = self._now
         stepped = agreed.found["stepped"]
         if {0, 1} <= set(stepped):
             ranks = [str(rank) for rank, x in enumerate(stepped) if x == 0]
@@ -85,14 +87,22 @@ class Shards:
 
     def hidden_for_average(self, hidden: Tensor) -> Tensor:
         """hidden, with a gradient that is right after the layers below average it over ranks."""
-        averaged = self.averaged
-        if averaged is None:
-            averaged = data_parallel_in_forward() is not None
+        averaged = self._below_wrapper() if self.averaged is None else self.averaged
         if not averaged or self.replicated or not hidden.requires_grad:
             return hidden
         size, hidden = self.ranks.size, hidden.view_as(hidden)
         hidden.register_hook(lambda g: g * size)
         return hidden
+
+    def _below_wrapper(self) -> bool:
+        """Whether the forward of a DistributedDataParallel runs the layer.
+
+        A forward that a checkpoint repeats inside a backward is what it was the first time.
+        """
+        if data_parallel_in_forward() is not None:
+            self._wrapped = True
+            return True
+        return self._wrapped and backward_is_running()
 
     @contextmanager
     def own_numbers(self, device: torch.device) -> Iterator[None]:
@@ -130,6 +140,8 @@ class Shards:
     def _check_averaged(self, hidden: Any) -> None:
         if self.averaged is not None or self.replicated or self.ranks.size == 1:
             return
+        if self._below_wrapper():
+            return
         if isinstance(hidden, Tensor) and hidden.grad_fn is not None:
             raise ValueError(
                 "hidden comes from layers below, whose gradients may be averaged over the ranks; "
@@ -159,12 +171,23 @@ def leave_out_of_ddp(model: nn.Module) -> nn.Module:
 
 
 def checksum(x: Tensor | None) -> int | None:
-    """A number made of all bits of x, in their order; None for None."""
+    """A number made of all bits of x, in their order; None for None.
+
+    Each byte is multiplied by a number of 64 bits that is drawn for its place.
+    """
     if x is None:
         return None
     total, start = 0, 1
     for part in x.detach().contiguous().view(-1).split(_PART):
         bits = part.view(torch.uint8).to(torch.int64)
-        places = torch.arange(start, start + len(bits), device=x.device) % 65521
-        total, start = total + int((bits * places).sum()), start + len(bits)
+        places = torch.arange(start, start + len(bits), device=x.device)
+        total, start = total + int((bits * _drawn(places)).sum()), start + len(bits)
     return total
+
+
+def _drawn(x: Tensor) -> Tensor:
+    """A number of 64 bits for each number, by the finaliser of SplitMix64 (Steele et al. 2014)."""
+    x = x * -0x61C8864680B583EB
+    x = (x ^ (x >> 30)) * -0x40A7B892E31B1A47
+    x = (x ^ (x >> 27)) * -0x6B2FB644ECCEEE15
+    return x ^ (x >> 31)

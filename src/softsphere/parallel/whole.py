@@ -47,7 +47,8 @@ def own_rows(key: str, x: Any, shards: Shards) -> Tensor:
             "the rows of one rank alone cannot be loaded, since they do not say whose they are"
         )
     if not isinstance(x, DTensor):
-        own: Tensor = x[shards.sharding.slice]
+        # a view would keep the rows of all ranks in memory
+        own: Tensor = x[shards.sharding.slice].clone()
         return own
     local: Tensor = x.to_local()
     if tuple(x.placements) != (Shard(0),) or len(local) != len(shards.sharding):

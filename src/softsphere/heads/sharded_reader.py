@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from softsphere import losses
-from softsphere._torch import version_of
+from softsphere._torch import values_on_cpu, version_of
 from softsphere.engines.chunked import CHUNKED
 from softsphere.engines.dispatch import settings
 from softsphere.engines.engine import Inputs
@@ -37,14 +37,26 @@ from softsphere.stats import Stats
 __all__ = ["ReaderOfFactoredShard", "ReaderOfShard", "ShardedReader"]
 
 
-class ReaderOfShard(DenseReader):
-    """A reader of the rows of one rank. It raises no error for infinite outputs, which only that
-    rank would know of; their scores are NaN."""
+class _OfShard(Reader):
+    """A reader of the rows of one rank.
+
+    It raises no error for infinite outputs, which only that rank would know of. It remembers them,
+    and their scores are NaN.
+    """
+
+    infinite = False
 
     def ranked(self, scores: Tensor) -> Tensor:
-        return (
-            scores.masked_fill(scores == torch.inf, torch.nan) if self.loss.normalised else scores
-        )
+        if not self.loss.normalised:
+            return scores
+        found = scores == torch.inf
+        if values_on_cpu(scores):
+            self.infinite |= bool(found.any())
+        return scores.masked_fill(found, torch.nan)
+
+
+class ReaderOfShard(_OfShard, DenseReader):
+    """A reader of the rows of one rank of a dense weight."""
 
     @property
     def version(self) -> Any:
@@ -60,13 +72,8 @@ class ReaderOfShard(DenseReader):
         return Stats(s, q, c, float(self.num_classes))
 
 
-class ReaderOfFactoredShard(FactoredReader):
+class ReaderOfFactoredShard(_OfShard, FactoredReader):
     """A reader of the rows of one rank of a factored weight."""
-
-    def ranked(self, scores: Tensor) -> Tensor:
-        return (
-            scores.masked_fill(scores == torch.inf, torch.nan) if self.loss.normalised else scores
-        )
 
     @property
     def version(self) -> Any:
@@ -126,10 +133,13 @@ class ShardedReader(Reader):
 
     def check_normaliser(self, H: Tensor, log_norm: Tensor) -> Tensor:
         """See `Reader.check_normaliser`. An infinite output is an error on every rank."""
-        infinite = (log_norm == torch.inf).any().to(torch.int64)
-        if int(self.shards.ranks.sum(infinite)):
-            raise ValueError(INFINITE)
+        self._refuse_infinite((log_norm == torch.inf).any())
         return log_norm
+
+    def _refuse_infinite(self, found: Tensor) -> None:
+        """Raises ValueError on every rank if one of them found an infinite output."""
+        if int(self.shards.ranks.sum(found.to(torch.int64))):
+            raise ValueError(INFINITE)
 
     def scores_of(self, H: Tensor, classes: Tensor) -> Tensor:
         place, own = self.sharding.local(classes)
@@ -169,6 +179,7 @@ class ShardedReader(Reader):
                 hit = (classes.unsqueeze(2) == left_out.unsqueeze(1)).any(2)
                 best = best.masked_fill(hit, torch.nan)
             marked[:, :own], index[:, :own] = best, classes + self.sharding.start
+        self._refuse_infinite(torch.tensor(self.own.infinite, device=H.device))
         values = self.batch.sent(marked).transpose(0, 1).flatten(1)
         found = self.batch.sent(index).transpose(0, 1).flatten(1)
         best, order = best_of(values.clone(), k)
@@ -198,10 +209,6 @@ class ShardedReader(Reader):
                     pi = self.own.pi[part].to(score.dtype)
                     better = better | (twin & (pi > score[1].unsqueeze(1)))
                 above = above + better.sum(1)
+        self._refuse_infinite(torch.tensor(self.own.infinite, device=H.device))
         above = self.batch.scattered(above)
         return torch.where(score[0][self.batch.own].isnan(), self.num_classes, above + 1)
-
-
-def _without_infinity(loss: losses.Loss, scores: Tensor) -> Tensor:
-    """Scores with NaN for those of +∞, unless the outputs themselves are ranked."""
-    return scores.masked_fill(scores == torch.inf, torch.nan) if loss.normalised else scores

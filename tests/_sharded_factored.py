@@ -8,13 +8,21 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from _ranks import TIGHT, rows_of, world
-from _sharded_linear import COUNTS, Model, d, raises, step_both
+from _sharded_linear import (
+    COUNTS,
+    DIFFERENT,
+    below_data_parallel,
+    d,
+    frozen,
+    raises,
+    refuses_another,
+    step_both,
+)
 from softsphere import FactoredSphericalLoss
 from softsphere.optim import FactoredSGD
-from softsphere.parallel import count_traffic, leave_out_of_ddp
+from softsphere.parallel import clip_grad_norm_, count_traffic
 
 
 def pair(D=23, replicated=False, **given):
@@ -41,7 +49,17 @@ def same_bits(many):
 
 
 def train(
-    rank, size, folder, D=23, steps=4, replicated=False, sparse=False, lr=2.0, clip=None, **given
+    rank,
+    size,
+    folder,
+    D=23,
+    steps=4,
+    replicated=False,
+    sparse=False,
+    lr=2.0,
+    clip=None,
+    counts=COUNTS,
+    **given,
 ):
     momentum = given.pop("momentum", None)
     one, many = heads = pair(D, replicated, **given)
@@ -57,7 +75,7 @@ def train(
         return nn.utils.clip_grad_norm_(head.parameters(), clip).as_subclass(torch.Tensor)
 
     for step in range(steps):
-        step_both(rank, size, heads, optimizers, replicated, sparse, clipped)
+        step_both(rank, heads, optimizers, replicated, sparse, counts[:size], clipped)
         if step % 3 == 2:
             one.matrix.renew_(), many.matrix.renew_()
     same_rows(one, many)
@@ -86,23 +104,15 @@ def predicted(rank, size, folder, D=23, replicated=False, **given):
         torch.testing.assert_close(many.log_prob(h), one.log_prob(H)[rows], **TIGHT)
 
 
-def below_data_parallel(rank, size, folder):
+def clipped_with_others(rank, size, folder):
+    """The norm of a factored gradient is the whole one on every rank."""
     one, many = pair()
-    many.shards.averaged = None  # the layer sees the wrapper
-    models = [Model(one), Model(many)]
-    wrapped = DistributedDataParallel(leave_out_of_ddp(models[1]))
-    counts = (2,) * size
-    optimizers = [torch.optim.SGD(model.parameters(), lr=0.5) for model in models]
-    for _ in range(3):
-        x, t = torch.randn(sum(counts), d).double(), torch.randint(23, (sum(counts),))
-        own = rows_of(rank, counts)
-        results = models[0](x, t), wrapped(x[own], t[own])
-        for optimizer, loss in zip(optimizers, results, strict=True):
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    same_rows(one, many)
-    torch.testing.assert_close(models[1].trunk.weight, models[0].trunk.weight, **TIGHT)
+    m, own = sum(COUNTS[:size]), rows_of(rank, COUNTS[:size])
+    H, t = torch.randn(m, d).double(), torch.randint(23, (m,))
+    one(H, t).backward()
+    many(H[own], t[own]).backward()
+    want = nn.utils.clip_grad_norm_(one.parameters(), 0.1).as_subclass(torch.Tensor)
+    torch.testing.assert_close(clip_grad_norm_(many, 0.1).double(), want, rtol=1e-5, atol=0)
 
 
 def saved(rank, size, folder):
@@ -162,7 +172,12 @@ RIGHT = {
     "predict": predicted,
     "predict, few classes": partial(predicted, D=4, prior=True),
     "predict, replicated": partial(predicted, replicated=True),
-    "data parallel": below_data_parallel,
+    "a rank without rows": partial(train, counts=(4, 0, 3, 2), prior=True, lr=0.5),
+    "clipped with others": clipped_with_others,
+    "data parallel": partial(below_data_parallel, pair=pair, same_rows=same_rows),
+    "data parallel, reentrant checkpoint": partial(
+        below_data_parallel, pair=pair, same_rows=same_rows, reentrant=True
+    ),
     "saved": saved,
     "traffic": traffic_is_flat,
     "copied": copied,
@@ -175,7 +190,7 @@ LONG = {
 }
 
 
-def trained(lr=1.0, step=True, backward=True):
+def trained(lr=1.0, step=True):
     _, many = pair()
     optimizer = torch.optim.SGD(many.parameters(), lr=lr)
     H, t = torch.randn(2, d).double(), torch.arange(2)
@@ -183,6 +198,11 @@ def trained(lr=1.0, step=True, backward=True):
     if step:
         optimizer.step()
     return lambda: many(H, t)
+
+
+def trained_on_one(many, rank):
+    frozen(many, rank, "weight")
+    many(torch.ones(2, d).double(), torch.arange(2))
 
 
 def skipped_step(rank, size, folder):
@@ -223,7 +243,14 @@ def pickled(rank, size, folder):
     raises(TypeError, "cannot be pickled", lambda: pickle.dumps(pair()[1].weight))
 
 
-REFUSED = {
+OTHERS = {**DIFFERENT, "trains_the_weight": trained_on_one}
+
+
+def differs(rank, size, folder, fact):
+    refuses_another(fact, OTHERS[fact], pair()[1], rank)
+
+
+REFUSED = {f"other {fact}": partial(differs, fact=fact) for fact in OTHERS} | {
     case.__name__: case
     for case in (
         skipped_step,

@@ -5,6 +5,7 @@ The file is long, since all cases run in one process group, which is slow to sta
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from functools import partial
 from pathlib import Path
@@ -14,25 +15,37 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from _ranks import TIGHT, rows_of, world
 from softsphere import LinearSphericalLoss, LinearSphericalOptions
-from softsphere.parallel import Agreement, clip_grad_norm_, count_traffic, leave_out_of_ddp
+from softsphere.losses import ZLoss
+from softsphere.parallel import (
+    Agreement,
+    clip_grad_norm_,
+    count_traffic,
+    keep_whole_state,
+    leave_out_of_ddp,
+)
 
 d = 5
-COUNTS = (4, 3, 0, 2)
+COUNTS = (4, 3, 2, 0)
+Z = ZLoss()
 
 
 class Model(nn.Module):
-    """A trunk and a head."""
+    """A trunk and a head, which a checkpoint computes twice unless `reentrant` is None."""
 
-    def __init__(self, head):
+    def __init__(self, head, reentrant=None):
         super().__init__()
+        self.reentrant = reentrant
         torch.manual_seed(1)
         self.trunk, self.head = nn.Linear(d, d, dtype=torch.float64), head
 
     def forward(self, x, t):
-        return self.head(self.trunk(x), t)
+        if self.reentrant is None:
+            return self.head(self.trunk(x), t)
+        return checkpoint(self.head, self.trunk(x), t, use_reentrant=self.reentrant)
 
 
 def pair(D=23, replicated=False, **given):
@@ -52,7 +65,18 @@ def same_rows(one, many):
         torch.testing.assert_close(many.bias.detach(), one.bias.detach()[own], **TIGHT)
 
 
-def train(rank, size, folder, D=23, steps=3, replicated=False, adam=False, sparse=False, **given):
+def train(
+    rank,
+    size,
+    folder,
+    D=23,
+    steps=3,
+    replicated=False,
+    adam=False,
+    sparse=False,
+    counts=COUNTS,
+    **given,
+):
     """Loss, gradient of hidden and weights of every step."""
     if given.pop("prior", False):
         given["prior"] = torch.arange(1.0, D + 1)
@@ -62,19 +86,22 @@ def train(rank, size, folder, D=23, steps=3, replicated=False, adam=False, spars
     make = torch.optim.Adam if adam else partial(torch.optim.SGD, momentum=0.9)
     optimizers = [make(head.parameters(), lr=0.1) for head in heads]
     for _ in range(steps):
-        step_both(rank, size, heads, optimizers, replicated, sparse)
+        step_both(rank, heads, optimizers, replicated, sparse, counts[:size])
         same_rows(*heads)
 
 
-def step_both(rank, size, heads, optimizers, replicated, sparse, before_step=lambda head: 0.0):
-    """A step without and with a group: the same loss, gradient of hidden and `before_step`."""
-    D, counts = heads[0].num_classes, COUNTS[:size]
+def step_both(rank, heads, optimizers, replicated, sparse, counts, before_step=lambda head: 0.0):
+    """A step without and with a group: the same loss, gradient of hidden and `before_step`.
+
+    The rows of rank 1 are ignored.
+    """
+    D = heads[0].num_classes
     m, own = sum(counts), slice(None) if replicated else rows_of(rank, counts)
     H = torch.randn(m, d, dtype=torch.float64)
     t = torch.randint(D, (m, 3) if sparse else (m,))
     t[1:3] = t[3]
     values = torch.rand(m, 3, dtype=torch.float64) if sparse else None
-    if size > 1:
+    if len(counts) > 1:
         t[rows_of(1, counts)] = -100
     found = []
     for head, rows, optimizer in zip(heads, (slice(None), own), optimizers, strict=True):
@@ -99,19 +126,29 @@ def count_given(rank, size, folder):
     torch.testing.assert_close(many(H[rows], t[rows], num_items=torch.tensor(7)), total / 7)
 
 
-def accumulated(rank, size, folder, **given):
-    one, many = pair(**given)
+def accumulated(rank, size, folder, D=23, **given):
+    one, many = pair(D, **given)
     rows = rows_of(rank, COUNTS[:size])
     m = sum(COUNTS[:size])
-    batches = [(torch.randn(m, d).double(), torch.randint(23, (m,))) for _ in range(3)]
+    batches = [(torch.randn(m, d).double(), torch.randint(D, (m,))) for _ in range(3)]
+    seen = []
+    many.weight.register_hook(lambda g: seen.append(g.shape))
     for H, t in batches:
         (one(H, t) / 3).backward()
     with many.accumulate():
         for H, t in batches:
             (many(H[rows], t[rows]) / 3).backward()
+        if len(many.weight):
+            raises(RuntimeError, "pending", lambda: many.weight.grad + 0)
+    assert seen == [many.weight.shape] or not len(many.weight)
     own = many.shards.sharding.slice
     torch.testing.assert_close(many.weight.grad, one.weight.grad[own], **TIGHT)
     torch.testing.assert_close(many.bias.grad, one.bias.grad[own], **TIGHT)
+    many.zero_grad()
+    with contextlib.suppress(KeyError), many.accumulate():
+        many(H[rows], t[rows]).backward()
+        raise KeyError
+    assert (many.weight.grad is None and many.bias.grad is None) or not len(many.weight)
 
 
 def predicted(rank, size, folder, D=23, replicated=False, loss="taylor_softmax", prior=False):
@@ -142,12 +179,14 @@ def predicted(rank, size, folder, D=23, replicated=False, loss="taylor_softmax",
             torch.testing.assert_close(many.log_prob(h, some), one.log_prob(H, some)[rows], **TIGHT)
 
 
-def below_data_parallel(rank, size, folder, whole=True):
+def below_data_parallel(
+    rank, size, folder, whole=True, reentrant=None, pair=pair, same_rows=same_rows
+):
     """A whole model in DistributedDataParallel, or its trunk alone."""
 
     one, many = pair()
     many.shards.averaged = None if whole else True
-    models = [Model(one), Model(many)]
+    models = [Model(one), Model(many, reentrant)]
     if whole:
         wrapped = DistributedDataParallel(leave_out_of_ddp(models[1]))
     else:
@@ -212,6 +251,31 @@ def clipped(rank, size, folder):
     torch.testing.assert_close(models[1].trunk.weight.grad, models[0].trunk.weight.grad, **TIGHT)
 
 
+def clipped_shared(rank, size, folder):
+    """A weight that two layers share counts once."""
+    one, many = pair()
+    other = pair()[1]
+    other.weight, other.bias = many.weight, many.bias
+    m, own = sum(COUNTS[:size]), rows_of(rank, COUNTS[:size])
+    H, t = torch.randn(m, d).double(), torch.randint(23, (m,))
+    one(H, t).backward()
+    many(H[own], t[own]).backward()
+    want = nn.utils.clip_grad_norm_(one.parameters(), 0.1)
+    got = clip_grad_norm_(nn.ModuleList([many, other]), 0.1)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=0)
+
+
+def converted(rank, size, folder):
+    """A prior in float32 is normalised again in float64, as without a group."""
+    given = {"prior": torch.rand(1001) + 0.1, "dtype": torch.float32}
+    one, many = (head.double() for head in pair(1001, **given))
+    H, t = torch.randn(4, d).double(), torch.arange(4)
+    own = rows_of(rank, [4, *[0] * (size - 1)])
+    torch.testing.assert_close(many(H[own], t[own]), one(H, t), **TIGHT)
+    rows = many.shards.sharding.slice
+    torch.testing.assert_close(many.base_measure, one.base_measure[rows], **TIGHT)
+
+
 def saved(rank, size, folder):
     """A checkpoint of several ranks, for `test_a_checkpoint_of_ranks_loads_in_one_process`."""
     torch.manual_seed(2)
@@ -265,15 +329,21 @@ RIGHT = {
     "sum, no bias": partial(train, reduction="sum", bias=False),
     "a count": count_given,
     "accumulate": accumulated,
-    "accumulate, centred": partial(accumulated, loss="bouchard_bound"),
+    "accumulate, centred": partial(accumulated, loss="bohning_bound"),
+    "accumulate, few classes": partial(accumulated, D=2, loss="bohning_bound"),
+    "a rank without rows": partial(train, counts=(4, 0, 3, 2), prior=True, weight=True),
     "predict": predicted,
     "predict, few classes": partial(predicted, D=4),
     "predict, replicated": partial(predicted, replicated=True, prior=True),
     "predict, outputs": partial(predicted, loss="z_loss"),
     "data parallel": below_data_parallel,
     "data parallel trunk": partial(below_data_parallel, whole=False),
+    "data parallel, checkpoint": partial(below_data_parallel, reentrant=False),
+    "data parallel, reentrant checkpoint": partial(below_data_parallel, reentrant=True),
     "fully sharded below": below_fully_sharded,
     "clipped": clipped,
+    "clipped, one weight in two layers": clipped_shared,
+    "converted": converted,
     "saved": saved,
     "traffic": traffic_is_flat,
     "start": started_apart,
@@ -355,13 +425,6 @@ def other_action(rank, size, folder):
     raises(RuntimeError, "same, but they began predict on rank 0, a loss on rank 1", call)
 
 
-def skipped_call(rank, size, folder):
-    _, many = pair()
-    many.shards._calls += rank == 0
-    H, t = torch.randn(2, d).double(), torch.arange(2)
-    raises(ValueError, "number_of_calls must be the same", lambda: many(H, t))
-
-
 def skipped_step(rank, size, folder):
     _, many = pair()
     optimizer = torch.optim.SGD(many.parameters(), lr=0.1)
@@ -388,15 +451,15 @@ def unknown_average(rank, size, folder):
 
 def other_rows_replicated(rank, size, folder):
     _, many = pair(replicated=True)
-    H, t = torch.randn(2, d).double() + rank, torch.arange(2)
-    raises(ValueError, "replicated_rows must be the same", lambda: many(H, t))
+    H, t = torch.randn(2, d).double(), torch.arange(2)
+    raises(ValueError, "replicated_rows must be the same", lambda: many(H + rank, t))
+    # of the same sum, weighted by the places, as little-endian bytes
+    others = torch.tensor([9, 0]) if rank == 0 else torch.tensor([0, 1])
+    raises(ValueError, "replicated_rows must be the same", lambda: many(H, others))
 
 
 def not_left_out(rank, size, folder):
-    head = LinearSphericalLoss(d, 4 * size, process_group=world())
-    model = DistributedDataParallel(nn.Sequential(nn.Linear(d, d), head))
-    model.forward = lambda *x: None
-    wrapped = DistributedDataParallel(head)
+    wrapped = DistributedDataParallel(LinearSphericalLoss(d, 4 * size, process_group=world()))
     raises(
         RuntimeError,
         "leave_out_of_ddp",
@@ -417,6 +480,60 @@ def rows_of_one_rank(rank, size, folder):
     one, many = pair()
     state = {name: x[:12] for name, x in one.state_dict().items()}
     raises(ValueError, "must have 23 rows", lambda: many.load_state_dict(state))
+
+
+def other_width_loaded(rank, size, folder):
+    """A state that cannot be loaded on one rank is loaded on none."""
+    one, many = pair()
+    before = many.weight.clone()
+    state = one.state_dict()
+    state["weight"] = state["weight"][:, : d - 1] if rank == 0 else state["weight"] + 1
+    words = "must have 5 columns"
+    others = RuntimeError, f"rank 0 of.*{words}"
+    on_one(rank, (ValueError, words), others, lambda: many.load_state_dict(state))
+    assert torch.equal(many.weight, before)
+
+
+def wrong_flag(rank, size, folder):
+    def make():
+        LinearSphericalLoss(d, 20, process_group=world(), replicated=1 if rank == 0 else False)
+
+    on_one(rank, (TypeError, "replicated"), (RuntimeError, "rank 0 of.*replicated"), make)
+
+
+def not_in_the_group(rank, size, folder):
+    from torch.distributed.device_mesh import DeviceMesh
+
+    for group in (torch.distributed.new_group([0]), DeviceMesh("cpu", [0])):
+        make = partial(LinearSphericalLoss, d, 20, process_group=group)
+        if rank:
+            raises(ValueError, "must contain this process", make)
+        else:
+            make()
+
+
+def vector_assigned(rank, size, folder):
+    _, many = pair(prior=torch.ones(23), weight=torch.ones(23))
+    for name in ("prior", "class_weight"):
+        for value in (torch.ones(23), None):
+            raises(AttributeError, "cannot be assigned", partial(setattr, many, name, value))
+
+
+def infinite(rank, size, folder):
+    """Outputs that only the rank of their class has are an error on every rank."""
+    _, many = pair()
+    H = torch.ones(1, d).double() * (1e200 if rank == 0 else 1)
+    for predict in (many.predict, partial(many.rank, target=torch.tensor([1]))):
+        raises(ValueError, "infinite", lambda predict=predict: predict(H))
+
+
+def state_of_columns(rank, size, folder):
+    _, many = pair()
+    optimizer = torch.optim.Adafactor(many.parameters())
+    keep_whole_state(optimizer, many)
+    many(torch.randn(2, d).double(), torch.arange(2)).backward()
+    optimizer.step()
+    raises(TypeError, "Adafactor keeps row_var.*single entries", optimizer.state_dict)
 
 
 def mask_given(rank, size, folder):
@@ -450,7 +567,62 @@ def gradient_of_prediction(rank, size, folder):
     raises(RuntimeError, "no_grad", lambda: many.log_prob(torch.randn(2, d).double()))
 
 
-REFUSED = {
+def set_on_one(many, rank, **values):
+    for name, value in values.items():
+        if rank == 0:
+            setattr(many, name, value)
+
+
+def frozen(many, rank, name):
+    getattr(many, name).requires_grad_(rank != 0)
+
+
+H, T = torch.ones(2, d, dtype=torch.float64), torch.arange(2)
+TWO, VALUES = torch.zeros(2, 2, dtype=torch.long), torch.ones(2, 2, dtype=torch.float64)
+
+
+def accumulating(many, rank):
+    with many.accumulate() if rank == 0 else contextlib.nullcontext():
+        many(H, T)
+
+
+# What differs on rank 0, by the name of the fact that says so on every rank.
+DIFFERENT = {
+    "loss": lambda many, rank: (set_on_one(many, rank, loss=Z), many(H, T)),
+    "reduction": lambda many, rank: (set_on_one(many, rank, reduction="sum"), many(H, T)),
+    "ignore_index": lambda many, rank: (set_on_one(many, rank, ignore_index=0), many(H, T)),
+    "num_items": lambda many, rank: many(H, T, num_items=7 + rank),
+    "shape_of_targets": lambda many, rank: many(
+        H, TWO[:, : 1 + (rank == 0)], VALUES[:, : 1 + (rank == 0)]
+    ),
+    "target_values": lambda many, rank: (
+        many(H, TWO[:, :1], VALUES[:, :1]) if rank == 0 else many(H, T)
+    ),
+    "records_a_gradient_of_hidden": lambda many, rank: many(H.clone().requires_grad_(rank == 0), T),
+    "replicated": lambda many, rank: (
+        set_on_one(many.shards, rank, replicated=True),
+        many(H, T),
+    ),
+}
+OF_LINEAR = {
+    "options": lambda many, rank: (
+        set_on_one(many, rank, options=LinearSphericalOptions(engine="dense")),
+        many(H, T),
+    ),
+    "accumulates": accumulating,
+    "trained": lambda many, rank: (frozen(many, rank, "bias"), many(H, T)),
+}
+
+
+def refuses_another(fact, call, many, rank):
+    raises(ValueError, f"^{fact} must be the same on all ranks", lambda: call(many, rank))
+
+
+def differs(rank, size, folder, fact):
+    refuses_another(fact, {**DIFFERENT, **OF_LINEAR}[fact], pair()[1], rank)
+
+
+REFUSED = {f"other {fact}": partial(differs, fact=fact) for fact in (*DIFFERENT, *OF_LINEAR)} | {
     case.__name__: case
     for case in (
         unowned_target,
@@ -459,13 +631,18 @@ REFUSED = {
         wrong_on_one,
         late_error,
         other_action,
-        skipped_call,
         skipped_step,
         unknown_average,
         other_rows_replicated,
         not_left_out,
         fully_sharded,
         rows_of_one_rank,
+        other_width_loaded,
+        wrong_flag,
+        not_in_the_group,
+        vector_assigned,
+        infinite,
+        state_of_columns,
         mask_given,
         logits_wanted,
         second_derivative,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -50,6 +51,7 @@ class Accumulation:
         self.versions, self.samples = self.current_versions(), self.current_samples()
         self.trained = self.currently_trained()
         self.moments: Moments | None = None
+        self.total: Tensor | None = None
         self.open = True
 
     def current_versions(self) -> list[int]:
@@ -126,6 +128,17 @@ class Accumulation:
         pi = None if self.pi is None else self.pi[target]
         return Stats(s, q, c, float(len(self.W)), pi=pi)
 
+    def total_row(self, compute: Callable[[], Tensor]) -> Tensor:
+        """Σ_k π_k [W b]_k (n), which `compute` gives. Its gradient waits as those of batches do."""
+        self.check()
+        if self.total is None:
+            with torch.no_grad():
+                self.total = compute()
+        W, b = (self.stand_in(x) for x in (self.W, self.b))
+        none = self.W.new_empty(0)
+        out: Tensor = _KeptTotal.apply(none, W, b, none, self)  # type: ignore[no-untyped-call]
+        return out
+
     def stand_in(self, x: Tensor | None) -> Tensor | None:
         """The leaf of a batch's graph that stands for W or b.
 
@@ -159,7 +172,22 @@ class Accumulation:
         with torch.autocast(H.device.type, enabled=False):
             small = moments.small_gradient(H, mu, self.moments, g)
         # copies, since the caller may write into these tensors after the backward
-        entry = H.clone(), target.clone(), g.c.clone()
+        self.leave(small, (H.clone(), target.clone(), g.c.clone()), wanted)
+
+    def add_to_each_row(self, r: Tensor, wanted: Both) -> None:
+        """Adds π_k r, r (n), to the gradient of every row [W b]_k that is wanted."""
+        r = r.to(self.dtype)
+        H, target = self.W.new_empty(0, self.W.shape[1]), torch.empty(0, 1, dtype=torch.long)
+        entry = H, target.to(H.device), r.new_empty(0, 1)
+        self.leave((r.new_zeros(len(r), len(r)), r), entry, wanted)
+
+    def leave(
+        self,
+        small: tuple[Tensor, Tensor],
+        entry: tuple[Tensor, Tensor, Tensor],
+        wanted: Both,
+    ) -> None:
+        """Leaves a share where the gradients wait."""
         pair = zip((self.W, self.b), wanted, strict=True)
         places = [waiting(x).shares for x, want in pair if want and x is not None]
         # an earlier share that waits at the same places, unless a zero_grad has dropped it
@@ -221,7 +249,7 @@ class Accumulation:
         """Forgets all shares; the backward of a graph that is left raises an error."""
         for x in (self.W, self.b):
             withdraw(x, self)
-        self.open, self.moments = False, None
+        self.open, self.moments, self.total = False, None, None
 
 
 class _KeptStatistics(torch.autograd.Function):
@@ -261,6 +289,29 @@ class _KeptStatistics(torch.autograd.Function):
         if any(wanted):
             a.add(H, target, mu, g, wanted)
         return back, None, None, None, None
+
+
+class _KeptTotal(torch.autograd.Function):
+    """The kept total row; see `_KeptStatistics`, whose arguments stand at the same places."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, none: Tensor, W: Tensor, b: Tensor | None, target: Tensor, a: Accumulation
+    ) -> Tensor:
+        assert a.total is not None
+        ctx.accumulation, ctx.stood_in = a, W is not a.W or b is not a.b
+        return a.total.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[None, None, None, None, None]:
+        a: Accumulation = ctx.accumulation
+        a.check()
+        if torch.is_grad_enabled():  # create_graph=True
+            raise RuntimeError(FIRST_ONLY)
+        wanted = wanted_now(ctx)
+        if any(wanted):
+            a.add_to_each_row(g, wanted)
+        return None, None, None, None, None
 
 
 class _Delivery(torch.autograd.Function):

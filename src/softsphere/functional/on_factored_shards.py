@@ -67,6 +67,7 @@ class FactoredLossOnShards:
         agreed.same(
             loss=self.loss,
             reduction=self.conventions.reduction,
+            ignore_index=self.conventions.ignore_index,
             num_items=self.items,
             target_values=self.entries.y is not None,
             records_a_gradient_of_hidden=records and self.H.requires_grad,

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from softsphere import checks, losses
 from softsphere._torch import version_of
+from softsphere.engines.accumulation import Accumulation
 from softsphere.engines.dispatch import linear_statistics
 from softsphere.engines.engine import mass_of
 from softsphere.engines.options import LinearSphericalOptions
@@ -61,6 +63,7 @@ class ShardedStatistics:
     pi: the base measure of its classes, or None for one everywhere.
     centred: whether the mean output of each row is taken off.
     statistics: takes the place of an engine, for the classes of this rank.
+    kept: of layer.accumulate(), which then computes the total row once.
     """
 
     layer: Affine
@@ -69,6 +72,7 @@ class ShardedStatistics:
     centred: bool
     options: LinearSphericalOptions
     statistics: Statistics | None = None
+    kept: Accumulation | None = None
 
     def of_rows(
         self, H: Tensor, target: Tensor, batch: Batch, constants: tuple[Tensor, ...] = ()
@@ -104,11 +108,17 @@ class ShardedStatistics:
             )
         if not self.centred:
             return x
-        d, mass, total = W.shape[1], mass_of(self.pi, len(W)), _total_row(W, b, self.pi)
+        d, mass, total = W.shape[1], mass_of(self.pi, len(W)), self._total_row()
         mean = sum_of_parts(total, batch) / self.shards.sharding.num_classes
         rest = total / mass - mean if len(W) else 0 * mean
         delta = (H.double() @ rest[:d] + rest[d:].sum()).to(x.q.dtype)
         return Stats(x.s, x.q + mass * delta * delta, x.c + delta.unsqueeze(1), x.mass)
+
+    def _total_row(self) -> Tensor:
+        """Σ_k π_k [W b]_k over the classes of this rank, in float64: (d), or (d + 1) with a b."""
+        W, b, _ = self.layer
+        compute = partial(_total_row, W, b, self.pi)
+        return compute() if self.kept is None or not len(W) else self.kept.total_row(compute)
 
 
 class LossOnShards:
@@ -120,7 +130,7 @@ class LossOnShards:
         conventions: with the vectors of its classes.
         num_items: what the mean divides by; None stands for the number of rows that are not
             ignored.
-        statistics: see `ShardedStatistics`.
+        kept: see `ShardedStatistics`.
 
     Raises ValueError or TypeError for arguments that are wrong.
     """
@@ -137,9 +147,9 @@ class LossOnShards:
         *,
         target_values: Any = None,
         num_items: Any = None,
-        statistics: Statistics | None = None,
+        kept: Accumulation | None = None,
     ) -> None:
-        H, W, b = _rows(hidden, layer, statistics is not None)
+        H, W, b = _rows(hidden, layer, kept is not None)
         self.H, self.given, self.weight = shards.hidden_for_average(H), hidden, layer.weight
         dtype = accumulator(H, W, options.accumulate_dtype)
         self.loss, self.shards = loss, shards
@@ -150,7 +160,8 @@ class LossOnShards:
         self.items = checked_items(num_items, conventions.reduction)
         own = Affine(W, b)
         pi, centred = self.conventions.pi, loss.shift_invariant
-        self.statistics = ShardedStatistics(own, pi, shards, centred, options, statistics)
+        statistics = None if kept is None else kept.statistics_of_batch
+        self.statistics = ShardedStatistics(own, pi, shards, centred, options, statistics, kept)
 
     def agree(self, agreed: Agreement) -> None:
         """Adds to an agreement what must be the same on all ranks."""
@@ -165,9 +176,10 @@ class LossOnShards:
             target_values=self.entries.y is not None,
             class_weights=self.conventions.weight is not None,
             prior=parts.pi is not None,
-            accumulates=parts.statistics is not None,
+            accumulates=parts.kept is not None,
             records_a_gradient_of_hidden=records and self.H.requires_grad,
-            trains_the_weight=records and parts.layer.weight.requires_grad,
+            trained=[records and x is not None and x.requires_grad for x in parts.layer[:2]],
+            ignore_index=self.conventions.ignore_index,
         )
 
     def value(self, batch: Batch) -> Tensor:

@@ -58,8 +58,8 @@ class LinearSphericalLoss(ShardedLayer, AccumulatingLayer, OutputLayer, WithPrio
         device, dtype: of weight and bias. The dtype is float16, bfloat16, float32 or float64.
         process_group: a process group of torch.distributed or a DeviceMesh of one dimension, over
             whose ranks the classes are sharded, ⌈D/n⌉ for each. `weight` and `bias` are then the
-            rows of this rank, ordinary parameters that any optimizer steps, while num_classes,
-            prior, class weights and targets are those of all classes.
+            rows of this rank, ordinary parameters that any optimizer of single entries steps, such
+            as Adam, while num_classes, prior, class weights and targets are those of all classes.
         replicated: with a process_group, whether all ranks give the same rows. By default each
             rank gives rows of its own.
         averaged: with a process_group, whether the layers below average their gradients over the
@@ -176,8 +176,16 @@ class LinearSphericalLoss(ShardedLayer, AccumulatingLayer, OutputLayer, WithPrio
         b = nn.Parameter(torch.empty(len(self.weight), **made)) if bias else None
         self.register_parameter("bias", b)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _BUFFERS and self.__dict__.get("shards") is not None:
+            raise AttributeError(
+                f"{name} of a layer with a process_group cannot be assigned, since each rank keeps "
+                "the entries of its own classes; make the layer with it, or load a state_dict()"
+            )
+        super().__setattr__(name, value)
+
     @property
-    def in_features(self) -> int:
+    def in_features(self) -> int:  # type: ignore[override]
         """d, the second size of the weight as it is now."""
         return self.weight.shape[-1]
 
@@ -325,7 +333,7 @@ class LinearSphericalLoss(ShardedLayer, AccumulatingLayer, OutputLayer, WithPrio
                 self.options,
                 target_values=values,
                 num_items=num_items,
-                statistics=None if kept is None else kept.statistics_of_batch,
+                kept=kept,
             )
             job.agree(agreed)
         return job.value(shards.batch(agreed))
@@ -350,8 +358,14 @@ class LinearSphericalLoss(ShardedLayer, AccumulatingLayer, OutputLayer, WithPrio
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LinearSphericalLoss:
         before: Tensor | None = getattr(self, "own_prior", None)
         super()._apply(fn, recurse)
-        if before is not None and self.own_prior.dtype in (torch.float16, torch.bfloat16):
+        if self.shards is None or before is None:
+            return self
+        if self.own_prior.dtype in (torch.float16, torch.bfloat16):
             self.own_prior = before.to(self.own_prior.device)
+        elif self.own_prior.dtype == torch.float64 != before.dtype and not before.is_meta:
+            # normalised again, since the sum was rounded to float32
+            mass = self.shards.ranks.sum(self.own_prior.sum())
+            self.own_prior *= self.num_classes / mass
         return self
 
     def _reader(self) -> Reader:
@@ -365,7 +379,7 @@ class LinearSphericalLoss(ShardedLayer, AccumulatingLayer, OutputLayer, WithPrio
 
     @property
     def base_measure(self) -> Tensor | None:
-        return self.prior
+        return self.vectors["prior"]
 
     def _load_from_state_dict(
         self,

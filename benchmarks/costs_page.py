@@ -18,6 +18,7 @@ HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "costs.md"
 # Values by (layer, D, d, m, measure).
 Key = tuple[str, int, int, int, str]
+SENT = "bytes that a rank gives to them"
 
 
 class Table:
@@ -26,7 +27,8 @@ class Table:
     def __init__(self, name: str) -> None:
         rows = read_table(HERE / f"{name}.csv")
         self.name = name
-        self.host = f"{rows[0]['machine']}, {rows[0]['threads']} threads, torch {rows[0]['torch']}"
+        threads = f"{rows[0]['threads']} thread{'s' * (rows[0]['threads'] != '1')}"
+        self.host = f"{rows[0]['machine']}, {threads}, torch {rows[0]['torch']}"
         self.values: dict[Key, str] = {
             (row["layer"], int(row["D"]), int(row["d"]), int(row["m"]), row["measure"]): row[
                 "value"
@@ -234,6 +236,38 @@ of 2,000 classes and 256 clusters, or 1,024 clusters from half a million classes
 """
 
 
+def many_processes() -> str:
+    table, softmax = Table("many_processes"), "vocabulary-parallel softmax"
+    named = {
+        "`LinearSphericalLoss`, Gram engine": "linear Taylor, gram (ours)",
+        "`FactoredSphericalLoss`": "factored Taylor (ours)",
+    }
+    timed = [s for s in table.settings if table.number(softmax, s, "seconds") is not None]
+    rows = [
+        (label, *(shown(table.number(softmax, s, f"times {name}")) for s in timed))
+        for label, name in named.items()
+    ]
+    ours = next(iter(named.values()))
+    counted = sorted(s for s in table.settings if table.number(ours, s, SENT) is not None)
+    sent = [
+        (label, *(f"{table.value(name, s, SENT):,.0f}" for s in counted))
+        for label, name in named.items()
+    ]
+    rest = f"d = {counted[0][1]}, m = {counted[0][2]}"
+    return f"""\
+## Two processes
+
+How many times longer a step of vocabulary-parallel softmax (`loss_parallel`) takes than one of our
+sharded layers, each with SGD. Both processes have one thread, and m counts the rows of both.
+
+{grids.markdown(("layer", *map(described, timed)), rows)}
+The bytes that a process gives to the collectives of a step, with {rest}:
+
+{grids.markdown(("layer", *(f"D = {D:,}" for D, _, _ in counted)), sent)}
+*{table.source}*
+"""
+
+
 HEAD = """\
 # What a step costs
 
@@ -245,7 +279,8 @@ classes are an experiment: [Seconds a step](results.md#seconds-a-step).
 
 def page() -> str:
     """The text of docs/costs.md."""
-    return "\n".join((HEAD, clustered_layer(), factored_layer(), any_optimizer(), on_logits()))
+    parts = clustered_layer, factored_layer, any_optimizer, many_processes, on_logits
+    return "\n".join((HEAD, *(part() for part in parts)))
 
 
 if __name__ == "__main__":

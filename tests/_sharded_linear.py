@@ -9,6 +9,7 @@ import contextlib
 import itertools
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -536,6 +537,18 @@ def state_of_columns(rank, size, folder):
     raises(TypeError, "Adafactor keeps row_var.*single entries", optimizer.state_dict)
 
 
+def lost_digits(rank, size, folder):
+    """Kept statistics that have lost their digits on one rank."""
+    _, many = pair(options=LinearSphericalOptions())
+    words = "too few digits"
+    with (
+        patch("softsphere.engines.accumulation.loses_digits", lambda *x: rank == 0),
+        many.accumulate(),
+    ):
+        call = partial(many, torch.randn(2, d).double(), torch.arange(2))
+        on_one(rank, (RuntimeError, words), (RuntimeError, f"rank 0 of.*{words}"), call)
+
+
 def mask_given(rank, size, folder):
     _, many = pair()
     H, t = torch.randn(2, d).double(), torch.arange(2)
@@ -643,6 +656,7 @@ REFUSED = {f"other {fact}": partial(differs, fact=fact) for fact in (*DIFFERENT,
         vector_assigned,
         infinite,
         state_of_columns,
+        lost_digits,
         mask_given,
         logits_wanted,
         second_derivative,

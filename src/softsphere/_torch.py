@@ -6,6 +6,7 @@ error, never a wrong number.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar, cast
@@ -34,6 +35,7 @@ __all__ = [
     "hooks_of",
     "ignore_in_data_parallel",
     "ignored_in_data_parallel",
+    "is_dtensor",
     "is_recorded",
     "is_shared_with_others",
     "is_wrapper",
@@ -231,6 +233,12 @@ def hooks_of(module: nn.Module) -> Iterator[tuple[str, Any]]:
     for kind in ("forward_pre", "forward", "backward_pre", "backward"):
         for hook in getattr(module, f"_{kind}_hooks", {}).values():
             yield kind.replace("_", " "), hook
+
+
+def is_dtensor(x: Any) -> bool:
+    """Whether x is a tensor of torch.distributed.tensor, which is not imported for the answer."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(x, module.DTensor)
 
 
 def is_wrapper(x: Tensor) -> bool:

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+import _sharded_dtensors
 import _sharded_factored
 import _sharded_linear
 from _ranks import AVAILABLE, run
@@ -15,7 +16,11 @@ pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs gloo")
 SLOW = pytest.mark.slow
 # All cases run in one process group of each size.
 SIZES = [3, *(pytest.param(size, marks=SLOW) for size in (1, 2, 4))]
-LAYERS = {"linear": _sharded_linear, "factored": _sharded_factored}
+LAYERS = {
+    "linear": _sharded_linear,
+    "linear of DTensors": _sharded_dtensors,
+    "factored": _sharded_factored,
+}
 
 
 def of_all(kind):

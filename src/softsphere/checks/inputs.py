@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from softsphere._torch import is_dtensor
 from softsphere.checks.class_vectors import class_vector
 from softsphere.checks.kinds import floating
 from softsphere.checks.settings import integer
@@ -129,6 +130,15 @@ def same_dtype(
 
 
 def same_device(name: str, value: Any, of: str, other: Tensor) -> None:
+    """Tensors on one device, and both or neither of them a DTensor."""
+    if isinstance(value, Tensor) and is_dtensor(value) != is_dtensor(other):
+        kinds = ("a DTensor", "an ordinary tensor")
+        kind, of_other = kinds if is_dtensor(value) else kinds[::-1]
+        raise TypeError(
+            f"{name} is {kind}, but {of} is {of_other}; make the output layer by "
+            "LinearSphericalLoss.from_linear(linear, replicated=…) for a weight that is sharded "
+            "over ranks, give to_local() of other DTensors, or distribute both"
+        )
     if isinstance(value, Tensor) and value.device != other.device:
         raise ValueError(
             f"{name} must be on the device of {of}, {other.device}, got {value.device}; "

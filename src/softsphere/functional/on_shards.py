@@ -94,18 +94,13 @@ class ShardedStatistics:
 
     def _of_own_classes(self, H: Tensor, place: Tensor, batch: Batch) -> Stats:
         """s, q and c of all rows from the classes of this rank; c has a meaning for its own."""
-        W, b, _ = self.layer
-        if not len(W):
-            # zeros that depend on all inputs, so that every rank has the same graph
-            nothing = H[:, :0].sum(1) + W.sum() + (0 if b is None else b.sum())
-            nothing = nothing.to(accumulator(H, W, self.options.accumulate_dtype))
-            x = Stats(nothing, nothing, nothing.unsqueeze(1).expand(place.shape), 0.0)
-        elif self.statistics is not None:
-            x = self.statistics(H, place)
+        W = self.layer.weight
+        if self.kept is None:
+            x = self._by_engine(H, place)
         else:
-            x = linear_statistics(
-                H, W, b, place, self.pi, centred=self.centred, options=self.options
-            )
+            # kept statistics may have lost their digits, which one rank alone finds out
+            with Agreement(self.shards.ranks, "the statistics of accumulate()"):
+                x = self._by_engine(H, place)
         if not self.centred:
             return x
         d, mass, total = W.shape[1], mass_of(self.pi, len(W)), self._total_row()
@@ -113,6 +108,19 @@ class ShardedStatistics:
         rest = total / mass - mean if len(W) else 0 * mean
         delta = (H.double() @ rest[:d] + rest[d:].sum()).to(x.q.dtype)
         return Stats(x.s, x.q + mass * delta * delta, x.c + delta.unsqueeze(1), x.mass)
+
+    def _by_engine(self, H: Tensor, place: Tensor) -> Stats:
+        W, b, _ = self.layer
+        if not len(W):
+            # zeros that depend on all inputs, so that every rank has the same graph
+            nothing = H[:, :0].sum(1) + W.sum() + (0 if b is None else b.sum())
+            nothing = nothing.to(accumulator(H, W, self.options.accumulate_dtype))
+            return Stats(nothing, nothing, nothing.unsqueeze(1).expand(place.shape), 0.0)
+        if self.statistics is not None:
+            return self.statistics(H, place)
+        return linear_statistics(
+            H, W, b, place, self.pi, centred=self.centred, options=self.options
+        )
 
     def _total_row(self) -> Tensor:
         """Σ_k π_k [W b]_k over the classes of this rank, in float64: (d), or (d + 1) with a b."""

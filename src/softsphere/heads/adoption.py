@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
-from softsphere._torch import has_own_call, hooks_of, transforms_active
+from softsphere._torch import has_own_call, hooks_of, is_dtensor, transforms_active
 from softsphere.checks.kinds import FLOATING, dense
 
 __all__ = ["Tie", "plain_parameters"]
@@ -87,9 +87,13 @@ def _hook_names(layer: nn.Module) -> Iterator[str]:
     """The hooks that a call of the layer runs, each with its kind.
 
     Hooks on all modules (torch.nn.modules.module.register_module_forward_hook) are left out: they
-    are for profiling, and they see the output layer as well.
+    are for profiling, and they see the output layer as well. So are those of tensor parallelism,
+    which place inputs and outputs: from_linear is told where the rows are.
     """
+    sharded = is_dtensor(getattr(layer, "weight", None))
     for kind, hook in hooks_of(layer):
+        if sharded and str(getattr(hook, "__module__", "")).startswith("torch.distributed.tensor"):
+            continue
         yield f"the {kind} hook {getattr(hook, '__qualname__', type(hook).__name__)}"
 
 

@@ -242,7 +242,7 @@ class FactoredSphericalLoss(FactoredState, OutputLayer):
         """`forward` with a process group."""
         assert self.shards is not None
         with Agreement(self.shards.ranks, "a loss") as agreed:
-            self.shards.check_below(self, hidden)
+            self.shards.check_below(self, hidden, target)
             _refuse_mask(mask)
             reader = self._checked_reader(hidden)
             with torch.autocast(hidden.device.type, enabled=False):

@@ -27,7 +27,7 @@ from softsphere.heads.prediction import OutputLayer
 from softsphere.heads.reader import Reader
 from softsphere.heads.sharded import ShardedLayer, making
 from softsphere.heads.sharded_reader import ReaderOfShard, ShardedReader
-from softsphere.parallel import Agreement, checksum
+from softsphere.parallel import Agreement, checksum, mesh_of_rows
 
 __all__ = ["LinearSphericalLoss"]
 
@@ -72,7 +72,8 @@ class LinearSphericalLoss(ShardedLayer, AccumulatingLayer, OutputLayer, WithPrio
     optimizer, all in the same order. The loss is that of the rows of all ranks together, and every
     rank returns it; with reduction "none" it is that of each rank's own rows. The gradient with
     respect to hidden is that of the rank's own rows. A step sends O(m d) numbers, whatever D is.
-    An error on one rank is an error on all. The loss must be spherical, and there is no mask.
+    What one rank is given wrongly is an error on all. The loss must be spherical, and there is no
+    mask.
     `softsphere.parallel` has what a model around the layer needs: `leave_out_of_ddp` before
     DistributedDataParallel wraps it as a whole, `clip_grad_norm_`, and `keep_whole_state` for the
     state of its optimizer.
@@ -223,6 +224,8 @@ class LinearSphericalLoss(ShardedLayer, AccumulatingLayer, OutputLayer, WithPrio
         ignore_index: int | None = -100,
         label_smoothing: float = 0.0,
         options: LinearSphericalOptions | None = None,
+        replicated: bool | None = None,
+        averaged: bool | None = None,
     ) -> LinearSphericalLoss:
         """Returns an output layer that shares the parameters of another layer.
 
@@ -244,6 +247,9 @@ class LinearSphericalLoss(ShardedLayer, AccumulatingLayer, OutputLayer, WithPrio
             linear: the layer.
             loss, prior, weight, reduction, ignore_index, label_smoothing, options: as in
                 `LinearSphericalLoss`.
+            replicated, averaged: for a weight that is a DTensor with the placement Shard(0), as
+                tensor parallelism makes it. The layer then has the process group of its mesh. Say
+                replicated=True if all ranks have the same rows.
 
         Raises TypeError or ValueError, with what can be done instead, for a layer that is neither
         an nn.Linear nor an nn.Embedding, for one that overrides what these compute (LoRA,
@@ -255,14 +261,20 @@ class LinearSphericalLoss(ShardedLayer, AccumulatingLayer, OutputLayer, WithPrio
         True
         """
         W, b = plain_parameters(linear)
+        mesh = mesh_of_rows("the weight of linear", W)
+        if b is not None and mesh_of_rows("the bias of linear", b) != mesh:
+            raise ValueError("weight and bias of linear must be sharded over the same mesh")
+        if mesh is None and replicated is None:
+            replicated = False
         rest: dict[str, Any] = {"label_smoothing": label_smoothing, "options": options}
         rest |= {"weight": weight, "reduction": reduction, "ignore_index": ignore_index}
         rest |= {"device": "meta", "dtype": W.dtype}
+        rest |= {"process_group": mesh, "replicated": replicated, "averaged": averaged}
         head = cls(W.shape[1], W.shape[0], loss, b is not None, prior, **rest)
+        head.of_dtensors = mesh is not None
         head.weight, head.bias, head._tie = W, b, Tie(linear)
-        for name in _BUFFERS:
-            value = getattr(head, name)
-            setattr(head, name, None if value is None else value.to(W.device))
+        for name, value in list(head.named_buffers(recurse=False)):
+            setattr(head, name, value.to(W.device))
         return head
 
     def reset_parameters(self) -> None:
@@ -274,7 +286,7 @@ class LinearSphericalLoss(ShardedLayer, AccumulatingLayer, OutputLayer, WithPrio
             start_as_linear(self.weight, self.bias)
         else:
             with self.shards.own_numbers(self.weight.device):
-                start_as_linear(self.weight, self.bias)
+                start_as_linear(self._rows_of("weight"), self._rows_of("bias"))
 
     def forward(
         self,
@@ -319,7 +331,7 @@ class LinearSphericalLoss(ShardedLayer, AccumulatingLayer, OutputLayer, WithPrio
         shards, kept = self.shards, self.accumulation
         assert shards is not None
         with Agreement(shards.ranks, "a loss") as agreed:
-            shards.check_below(self, hidden)
+            shards.check_below(self, hidden, target)
             layer = self._layer()
             if kept is not None:
                 kept.check_use(layer.weight, layer.bias, self.vectors["prior"])
@@ -346,7 +358,7 @@ class LinearSphericalLoss(ShardedLayer, AccumulatingLayer, OutputLayer, WithPrio
         """
         if not torch.compiler.is_compiling():
             self._tie.check(self)
-        return whole_layer(self.weight, self.bias, self.vectors)
+        return whole_layer(self._rows_of("weight"), self._rows_of("bias"), self.vectors)
 
     def _of_all(self, name: str) -> str | None:
         return _OWN.get(name, super()._of_all(name))

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from softsphere import checks
-from softsphere.parallel import Agreement, Ranks, Shards, is_dtensor, own_rows, whole_tensor
+from softsphere._torch import is_dtensor
+from softsphere.parallel import Agreement, Ranks, Shards, local_rows, own_rows, whole_tensor
 
 __all__ = ["ShardedLayer", "making"]
 
@@ -38,7 +39,13 @@ def making(
 
 
 def _flags(replicated: Any, averaged: Any) -> bool:
-    """Whether one of them is given. Raises TypeError for what is no flag."""
+    """Whether one of them is given. Raises TypeError for what is no flag, ValueError for None."""
+    if replicated is None:
+        raise ValueError(
+            "replicated must be given for a weight that is sharded over ranks: True where all "
+            "ranks have the same rows, as under tensor parallelism, and False where each rank has "
+            "rows of its own"
+        )
     given = checks.flag("replicated", replicated)
     if averaged is not None:
         checks.flag("averaged", averaged)
@@ -59,6 +66,8 @@ class ShardedLayer(nn.Module):
     # whether the gradient of the weight has the norm of the gradient of all rows, as a factored
     # one has, and not that of the rows of this rank
     norm_is_of_all: bool = False
+    # whether weight and bias are DTensors of a program that shards them by itself
+    of_dtensors: bool = False
 
     if TYPE_CHECKING:
         # the call of every output layer, with the argument that layers with a group have besides
@@ -77,13 +86,18 @@ class ShardedLayer(nn.Module):
         Raises TypeError for a DTensor in a layer with a process group, as fully_shard makes of
         parameters that it takes for the same on all ranks.
         """
-        if self.shards is not None and is_dtensor(param):
+        if self.shards is not None and not self.of_dtensors and is_dtensor(param):
             raise TypeError(
                 f"the {name} of a layer with a process_group is sharded already: each rank has "
                 "rows of its own. Leave its parameters out of fully_shard (ignored_params="
                 "set(head.parameters()), or fully_shard the layers below alone)"
             )
         super().register_parameter(name, param)
+
+    def _rows_of(self, name: str) -> Any:
+        """A parameter, or the rows of this rank of one that is a DTensor."""
+        x = getattr(self, name)
+        return x if self.shards is None else local_rows(name, x, self.shards)
 
     def _of_all(self, name: str) -> str | None:
         """The name in the state of a whole layer of a tensor with an entry for each class."""
@@ -159,7 +173,10 @@ class ShardedLayer(nn.Module):
                     f"{key} must have {width} columns, in_features of the layer, got shape "
                     f"{tuple(x.shape)}"
                 )
-            own[prefix + name] = own_rows(key, self._whole(key, x), self.shards)
+            rows = own_rows(key, self._whole(key, x), self.shards)
+            own[prefix + name] = (
+                whole_tensor(rows, self.shards) if is_dtensor(getattr(self, name, None)) else rows
+            )
         return own
 
     def _whole(self, key: str, x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from softsphere.parallel.ranks import Ranks
 from softsphere.parallel.sharding import Sharding
 from softsphere.parallel.shards import Shards, checksum, leave_out_of_ddp
 from softsphere.parallel.traffic import Traffic, count_traffic
-from softsphere.parallel.whole import is_dtensor, own_rows, whole_tensor
+from softsphere.parallel.whole import local_rows, mesh_of_rows, own_rows, whole_tensor
 
 __all__ = [
     "Agreement",
@@ -29,9 +29,10 @@ __all__ = [
     "checksum",
     "clip_grad_norm_",
     "count_traffic",
-    "is_dtensor",
     "keep_whole_state",
     "leave_out_of_ddp",
+    "local_rows",
+    "mesh_of_rows",
     "own_part",
     "own_rows",
     "own_sums",

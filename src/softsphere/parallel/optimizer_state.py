@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softsphere.parallel.shards import Shards
+from softsphere.parallel.shards import Shards, rows_of_one_rank
 from softsphere.parallel.whole import own_rows, whole_tensor
 
 __all__ = ["keep_whole_state"]
@@ -35,7 +35,7 @@ def keep_whole_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> None
         found: Any = getattr(layer, "shards", None)
         # the optimizer of a factored weight does so by itself
         if found is not None and not layer.norm_is_of_all:
-            shards |= {id(p): found for p in layer.parameters(recurse=False)}
+            shards |= {id(p): found for p in rows_of_one_rank(layer)}
 
     def saved(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         def whole(name: str, x: Tensor, p: Tensor) -> Tensor:

@@ -14,13 +14,14 @@ from softsphere._torch import (
     data_parallel_in_forward,
     ignore_in_data_parallel,
     ignored_in_data_parallel,
+    is_dtensor,
 )
 from softsphere.parallel.agreement import Agreement
 from softsphere.parallel.batch import Batch
 from softsphere.parallel.ranks import Ranks
 from softsphere.parallel.sharding import Sharding
 
-__all__ = ["Shards", "checksum", "leave_out_of_ddp"]
+__all__ = ["Shards", "checksum", "leave_out_of_ddp", "rows_of_one_rank"]
 
 # Numbers of a checksum that are in memory at once.
 _PART = 1 << 20
@@ -58,6 +59,7 @@ class Shards:
         Args:
             version: names the value of the weight; None where this rank cannot tell.
         """
+        _ordinary(rows, *integers)
         self._now = version
         known = self._seen is not None and version is not None
         stepped = int(version != self._seen) if known else -1
@@ -117,12 +119,14 @@ class Shards:
             torch.manual_seed(seed ^ (self.ranks.rank * 0x9E3779B97F4A7C1 & (1 << 62) - 1))
             yield
 
-    def check_below(self, layer: nn.Module, hidden: Any) -> None:
+    def check_below(self, layer: nn.Module, hidden: Any, target: Any) -> None:
         """Checks how the gradients of the layer, and of the layers below it, are reduced.
 
-        Raises RuntimeError if DistributedDataParallel reduces the parameters of the layer, and
-        ValueError if it cannot be known whether the gradients of the layers below are averaged.
+        Raises TypeError if hidden or target are DTensors, RuntimeError if DistributedDataParallel
+        reduces the parameters of the layer, and ValueError if it cannot be known whether the
+        gradients of the layers below are averaged.
         """
+        _ordinary(hidden, target)
         wrapper = data_parallel_in_forward()
         if wrapper is None:
             self._check_averaged(hidden)
@@ -150,6 +154,17 @@ class Shards:
             )
 
 
+def _ordinary(*given: Any) -> None:
+    for x in given:
+        if is_dtensor(x):
+            raise TypeError(
+                "hidden and targets of a layer with a process_group must be ordinary tensors, got "
+                f"a DTensor with the placements {x.placements}; give to_local() of one that is "
+                "Replicate() with replicated=True, or of one whose rows are sharded with "
+                "replicated=False"
+            )
+
+
 def leave_out_of_ddp(model: nn.Module) -> nn.Module:
     """Has DistributedDataParallel leave out the sharded output layers of a model.
 
@@ -168,6 +183,14 @@ def leave_out_of_ddp(model: nn.Module) -> nn.Module:
     if names:
         ignore_in_data_parallel(model, sorted(names))
     return model
+
+
+def rows_of_one_rank(layer: nn.Module) -> list[nn.Parameter]:
+    """The parameters of a sharded layer that hold the rows of this rank alone.
+
+    A DTensor knows of the rows of all ranks, as optimizers and torch.distributed.checkpoint do.
+    """
+    return [p for p in layer.parameters(recurse=False) if not is_dtensor(p)]
 
 
 def checksum(x: Tensor | None) -> int | None:

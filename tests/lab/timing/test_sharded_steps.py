@@ -10,6 +10,7 @@ import torch
 from torch import distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
+from _engines import OPERATORS
 from _ranks import AVAILABLE
 from softsphere import FactoredSphericalLoss, LinearSphericalLoss, LinearSphericalOptions
 from softsphere.optim import FactoredSGD
@@ -43,9 +44,9 @@ def four_ranks():
     dist.destroy_process_group()
 
 
-def made(layer, s, group=None, prior=False):
+def made(layer, s, group=None, prior=False, bias=False):
     """A step of a layer, of which each call takes the rows of one rank."""
-    given = {"bias": False, "process_group": group}
+    given = {"bias": bias, "process_group": group}
     given |= {"prior": torch.arange(1.0, s.D + 1) if prior else None}
     if layer == GRAM:
         options = LinearSphericalOptions(engine="gram")
@@ -81,6 +82,18 @@ def test_a_step_sends_what_the_formulas_say(layer, setting, prior, four_ranks):
 
 
 @pytest.mark.skipif(not AVAILABLE, reason="needs gloo")
+def test_a_bias_is_one_more_column_of_the_factored_layer_alone(four_ranks):
+    s = SETTINGS[0]
+    wider = Setting(s.D, s.d + 1, s.m)
+    for layer, same in ((GRAM, s), (FACTORED, wider)):
+        step = made(layer, s, four_ranks, bias=True)[2]
+        step()
+        with count_traffic() as traffic:
+            step()
+        assert traffic.calls == SHARDED[layer].calls(same, 4)
+
+
+@pytest.mark.skipif(not AVAILABLE, reason="needs gloo")
 def test_a_rank_keeps_what_the_formulas_say(four_ranks):
     s = SETTINGS[0]
     head, optimizer, step = made(GRAM, s, four_ranks)
@@ -96,17 +109,69 @@ def test_a_rank_keeps_what_the_formulas_say(four_ranks):
     assert sum(x.nbytes for x in kept) == SHARDED[FACTORED].kept(s, 4)
 
 
-def test_the_page_has_the_formulas_of_what_is_sent():
-    table = re.findall(r"\| (all-gather: .*?) \|", PAGE.read_text())
+def value(formula, names):
+    """What a formula of the page is, in which numbers and letters side by side are multiplied."""
+    for text, code in (("⌈D/n⌉", "share"), ("²", "**2"), ("³", "**3")):
+        formula = formula.replace(text, code)
+    return eval(re.sub(r"(?<=[\w)]) (?=[\w(])", "*", formula), names)
+
+
+def cells(s):
+    """The table of the page, and what its letters mean in a setting of four ranks."""
+    table = re.findall(r"^\| (.*) \| (.*) \| (all-gather: .*) \| (.*) \|$", PAGE.read_text(), re.M)
     assert len(table) == len(SHARDED)
-    for s in SETTINGS:
-        names = {"n": 4, "M": s.m // 4, "d": s.d}
-        for cell, layer in zip(table, SHARDED.values(), strict=True):
-            said = dict(part.split(": ") for part in cell.split("; "))
-            for name, formula in said.items():
-                sizes = [x for kind, x in layer.calls(s, 4) if kind == name.replace("-", "_")]
-                assert sum(sizes) == eval(re.sub(r"(?<=\w) (?=\w)", "*", formula), names)
-            assert {name.replace("-", "_") for name in said} == {x for x, _ in layer.calls(s, 4)}
+    names = {"n": 4, "M": s.m // 4, "d": s.d, "m": s.m, "share": -(-s.D // 4)}
+    return zip(table, SHARDED.values(), strict=True), names
+
+
+@pytest.mark.parametrize("setting", [*SETTINGS, Setting(D=1_001, d=8, m=4)], ids=str)
+def test_the_page_has_the_formulas(setting):
+    rows, names = cells(setting)
+    for (_, kept, sent_by_name, flops), layer in rows:
+        said = dict(part.split(": ") for part in sent_by_name.split("; "))
+        for name, formula in said.items():
+            sizes = [x for kind, x in layer.calls(setting, 4) if kind == name.replace("-", "_")]
+            assert sum(sizes) == value(formula, names)
+        assert {name.replace("-", "_") for name in said} == {x for x, _ in layer.calls(setting, 4)}
+        first, _, more = kept.partition(", and ")
+        assert value(first, names) == layer.kept(setting, 4)
+        if more:
+            formula, _, what = more.partition(" for ")
+            other = {"the logits": layer.at_work, "each array of the optimizer": layer.state}[what]
+            assert value(formula, names) == other(setting, 4)
+        few, _, many = flops.partition(" for m < d, otherwise ")
+        formula = many if many and setting.m >= setting.d else few
+        assert value(formula, names) == layer.flops(setting, 4)
+
+
+@pytest.fixture
+def flops_of_gram():
+    """The FLOPs of each call of the operator, which are hidden from a counter outside."""
+    found, engine = [], OPERATORS["gram"]
+    real = {name: getattr(engine, name) for name in ("forward", "backward")}
+
+    def counting(compute):
+        def count(*args):
+            with FlopCounterMode(display=False) as counter:
+                out = compute(*args)
+            found.append(counter.get_total_flops())
+            return out
+
+        return count
+
+    for name, compute in real.items():
+        object.__setattr__(engine, name, counting(compute))
+    yield found
+    for name, compute in real.items():
+        object.__setattr__(engine, name, compute)
+
+
+@pytest.mark.skipif(not AVAILABLE, reason="needs gloo")
+@pytest.mark.parametrize("m", [16, 400])
+def test_a_linear_step_computes_what_the_formula_says(m, four_ranks, flops_of_gram):
+    s = Setting(D=1_000, d=64, m=m)
+    made(GRAM, s, four_ranks)[2]()
+    assert sum(flops_of_gram) == pytest.approx(SHARDED[GRAM].flops(s, 4), rel=0.05)
 
 
 @pytest.mark.parametrize("m", [16, 64, 200])

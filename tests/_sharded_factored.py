@@ -85,6 +85,17 @@ def train(
     same_bits(many)
 
 
+def sums_forgotten_on_one(rank, size, folder):
+    """Sums over all rows are computed anew on every rank where one of them has lost them."""
+    one, many = pair()
+    H, t = torch.randn(2 * size, d).double(), torch.arange(2 * size)
+    own = rows_of(rank, (2,) * size)
+    many(H[own], t[own])
+    if rank == 0:
+        many.weight.matrix.arrays.forget_gram()
+    torch.testing.assert_close(many(H[own], t[own]), one(H, t), **TIGHT)
+
+
 def predicted(rank, size, folder, D=23, replicated=False, **given):
     one, many = pair(D, replicated, **given)
     m = sum(COUNTS[:size])
@@ -173,6 +184,7 @@ RIGHT = {
     "predict, few classes": partial(predicted, D=4, prior=True),
     "predict, replicated": partial(predicted, replicated=True),
     "a rank without rows": partial(train, counts=(4, 0, 3, 2), prior=True, lr=0.5),
+    "sums forgotten on one": sums_forgotten_on_one,
     "clipped with others": clipped_with_others,
     "data parallel": partial(below_data_parallel, pair=pair, same_rows=same_rows),
     "data parallel, reentrant checkpoint": partial(

@@ -59,6 +59,10 @@ def pair(D=23, replicated=False, **given):
     return one, many
 
 
+def with_vectors():
+    return pair(prior=torch.arange(1.0, 24), weight=torch.linspace(0.5, 2, 23))
+
+
 def same_rows(one, many):
     own = many.shards.sharding.slice
     torch.testing.assert_close(many.weight.detach(), one.weight.detach()[own], **TIGHT)
@@ -277,6 +281,23 @@ def converted(rank, size, folder):
     torch.testing.assert_close(many.base_measure, one.base_measure[rows], **TIGHT)
 
 
+def narrowed(rank, size, folder):
+    """A prior stays in float32 where the weight becomes bfloat16, as without a group."""
+    one, many = (head.bfloat16() for head in pair(prior=torch.rand(23) + 0.1, dtype=torch.float32))
+    own = many.shards.sharding.slice
+    assert many.own_prior.dtype == torch.float32
+    assert torch.equal(many.own_prior, one.base_measure[own])
+
+
+def loaded_prior(rank, size, folder):
+    """Counts in a state are normalised over all classes where they are loaded."""
+    one, many = pair(prior=torch.ones(23))
+    state = {**one.state_dict(), "prior": 10 * torch.rand(23) + 1}
+    one.load_state_dict(state)
+    many.load_state_dict(state)
+    assert torch.equal(many.own_prior, one.prior[many.shards.sharding.slice])
+
+
 def saved(rank, size, folder):
     """A checkpoint of several ranks, for `test_a_checkpoint_of_ranks_loads_in_one_process`."""
     torch.manual_seed(2)
@@ -338,6 +359,7 @@ RIGHT = {
     "predict, replicated": partial(predicted, replicated=True, prior=True),
     "predict, outputs": partial(predicted, loss="z_loss"),
     "data parallel": below_data_parallel,
+    "data parallel, prior": partial(below_data_parallel, pair=with_vectors),
     "data parallel trunk": partial(below_data_parallel, whole=False),
     "data parallel, checkpoint": partial(below_data_parallel, reentrant=False),
     "data parallel, reentrant checkpoint": partial(below_data_parallel, reentrant=True),
@@ -345,6 +367,8 @@ RIGHT = {
     "clipped": clipped,
     "clipped, one weight in two layers": clipped_shared,
     "converted": converted,
+    "narrowed": narrowed,
+    "prior loaded": loaded_prior,
     "saved": saved,
     "traffic": traffic_is_flat,
     "start": started_apart,
@@ -483,6 +507,18 @@ def rows_of_one_rank(rank, size, folder):
     raises(ValueError, "must have 23 rows", lambda: many.load_state_dict(state))
 
 
+def replicated_loaded(rank, size, folder):
+    """A DTensor that is not sharded by its rows."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Replicate
+
+    one, many = pair()
+    mesh, state = init_device_mesh("cpu", (size,)), {}
+    for name, x in one.state_dict().items():
+        state[name] = DTensor.from_local(x, mesh, [Replicate()])
+    raises(ValueError, "weight must be sharded by Shard.0.", lambda: many.load_state_dict(state))
+
+
 def other_width_loaded(rank, size, folder):
     """A state that cannot be loaded on one rank is loaded on none."""
     one, many = pair()
@@ -511,6 +547,15 @@ def not_in_the_group(rank, size, folder):
             raises(ValueError, "must contain this process", make)
         else:
             make()
+
+
+def mesh_of_two_dimensions(rank, size, folder):
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh("cpu", (1, size), mesh_dim_names=("dp", "tp"))
+    make = partial(LinearSphericalLoss, d, 20)
+    raises(ValueError, "mesh of one dimension, got one of 2", partial(make, process_group=mesh))
+    make(process_group=mesh["tp"])
 
 
 def vector_assigned(rank, size, folder):
@@ -650,9 +695,11 @@ REFUSED = {f"other {fact}": partial(differs, fact=fact) for fact in (*DIFFERENT,
         not_left_out,
         fully_sharded,
         rows_of_one_rank,
+        replicated_loaded,
         other_width_loaded,
         wrong_flag,
         not_in_the_group,
+        mesh_of_two_dimensions,
         vector_assigned,
         infinite,
         state_of_columns,

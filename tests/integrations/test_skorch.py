@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import pickle
 
 import pytest
@@ -22,6 +23,7 @@ sklearn = pytest.importorskip("sklearn")
 from sklearn.base import clone  # noqa: E402
 from sklearn.model_selection import GridSearchCV  # noqa: E402
 from sklearn.utils.estimator_checks import check_estimator  # noqa: E402
+from skorch.callbacks import Checkpoint, EarlyStopping  # noqa: E402
 
 from softsphere.integrations.skorch import SphericalClassifier  # noqa: E402
 
@@ -98,6 +100,44 @@ def test_a_loss_without_probabilities_is_refused():
     net = made("by name").set_params(criterion__loss="z_loss").fit(X, y)
     with pytest.raises(TypeError, match="not a normalised distribution"):
         net.predict_proba(X)
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+@pytest.mark.parametrize("safe", [False, True], ids=["torch", "safetensors"])
+def test_the_file_of_the_module_has_the_output_layer(name, safe, tmp_path):
+    if safe and importlib.util.find_spec("safetensors") is None:
+        pytest.skip("needs safetensors")
+    net = made(name).fit(X, y)
+    net.save_params(f_params=tmp_path / "net", use_safetensors=safe)
+    other = made(name, max_epochs=1).fit(X[::-1].copy(), y)
+    other.load_params(f_params=tmp_path / "net", use_safetensors=safe)
+    assert (other.predict_proba(X) == net.predict_proba(X)).all()
+
+
+def test_a_checkpoint_without_a_file_for_the_criterion_has_the_output_layer(tmp_path):
+    keeps = Checkpoint(monitor=None, dirname=tmp_path, f_criterion=None)
+    net = made("linear", callbacks=[keeps]).fit(X, y)
+    other = made("linear").initialize()
+    other.load_params(checkpoint=keeps)
+    assert (other.predict_proba(X) == net.predict_proba(X)).all()
+
+
+def test_a_callback_that_restores_the_module_alone_is_refused():
+    stopping = EarlyStopping(load_best=True)
+    with pytest.raises(ValueError, match=r"'stop' is EarlyStopping\(load_best=True\)"):
+        made("linear", callbacks=[("stop", stopping)]).fit(X, y)
+    # without parameters in the criterion the callback restores all there is
+    made("taylor", callbacks=[EarlyStopping("train_loss", load_best=True)]).fit(X, y)
+    made("linear", callbacks=[EarlyStopping("train_loss")]).fit(X, y)
+
+
+@pytest.mark.parametrize("labels", [y.astype(str), y.astype(str).tolist(), y == 1, y + 0.0])
+def test_labels_that_are_no_class_numbers_are_refused(labels):
+    net = made("taylor").initialize()
+    before = net.module_.weight.clone()
+    with pytest.raises(TypeError, match=r"y must have the numbers .*LabelEncoder"):
+        net.fit(X, labels)
+    assert (net.module_.weight == before).all()
 
 
 class Sized(nn.Module):

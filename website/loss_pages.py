@@ -22,6 +22,7 @@ from curves import draw
 from formulas import latex
 
 from softsphere import ClusteredLoss, FactoredSphericalLoss, LinearSphericalLoss, losses
+from softsphere_lab.report.grids import markdown
 from softsphere_lab.report.paper import LABELS
 
 REFERENCE = "../reference/losses.md#softsphere.losses"
@@ -109,7 +110,7 @@ def properties(kind: type[losses.Loss]) -> str:
         ("Does a positive scale change it?", "no" if kind.scale_invariant else "yes"),
         ("Is it an upper bound of −log softmax?", "yes" if kind.upper_bound else "no"),
     ]
-    return "| question | answer |\n|---|---|\n" + "\n".join(f"| {x} | {y} |" for x, y in rows)
+    return markdown(("question", "answer"), rows).rstrip()
 
 
 def layers(loss: losses.Loss) -> list[str]:

@@ -88,9 +88,10 @@ def html_file(option: str, path: Path, out: Path | None) -> Path:
     """
     if path.is_dir():
         raise LabError(f"{option} {path} is a folder; name a file, such as {path / 'page.html'}")
-    if path.suffix not in (".html", ".htm"):
+    if path.suffix.lower() not in (".html", ".htm"):
         raise LabError(f"{option} {path}: the name of a page ends in .html")
-    if path.parent != out and not path.parent.is_dir():
+    made = out is not None and path.parent.resolve() == out.resolve()
+    if not made and not path.parent.is_dir():
         raise LabError(f"{option} {path}: there is no folder {path.parent}; make it first")
     if path.parent.is_dir() and not os.access(path.parent, os.W_OK):
         raise LabError(f"{option} {path}: the folder {path.parent} cannot be written to")

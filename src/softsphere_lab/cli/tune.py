@@ -49,10 +49,21 @@ def tune(
             help="An output layer, such as 'taylor_softmax prior factored'; can be given again."
         ),
     ] = DEFAULT_OUTPUTS,
-    rates: Annotated[str, typer.Option(help="AdamW's rates, as in 0.001,0.01.")] = DEFAULT_RATES,
+    rates: Annotated[
+        str,
+        typer.Option(
+            help="AdamW's rates for a model whose output layer is not factored, as in 0.001,0.01."
+        ),
+    ] = DEFAULT_RATES,
     layer_rates: Annotated[
-        str, typer.Option(help="FactoredSGD's rates, as multiples of the number of classes.")
+        str,
+        typer.Option(
+            help="FactoredSGD's rates for a factored layer, as multiples of the number of classes."
+        ),
     ] = DEFAULT_LAYER_RATES,
+    rate_below: Annotated[
+        float, typer.Option(help="AdamW's one rate for the network below a factored layer.")
+    ] = RATES.start,
     seeds: Seeds = 1,
     epochs: Epochs = 2,
     words: Annotated[
@@ -66,6 +77,7 @@ def tune(
     jobs: Jobs = 1,
 ) -> None:
     """Train output layers with each of their rates, and say which rates are good."""
+    positive("--rate-below", rate_below)
     study = RateSweep(
         dataset=dataset,
         outputs=tuple(dict.fromkeys(map(Output.parse, _given(output)))),
@@ -77,8 +89,9 @@ def tune(
             device=usable(device),
         ),
         trial_epochs=epochs,
-        rates=_axis("--rates", rates, RATES.start),
-        layer_rates=_axis("--layer-rates", layer_rates, LAYER_RATES.start),
+        rates=_axis("--rates", rates),
+        layer_rates=_axis("--layer-rates", layer_rates),
+        rate_below=rate_below,
         data_dir=data_dir,
     )
     share_cores(jobs)
@@ -102,8 +115,8 @@ def _given(outputs: list[str]) -> list[str]:
     return outputs
 
 
-def _axis(option: str, text: str, start: float) -> Axis:
-    """Reads rates in any order. The network below a factored layer has the one nearest `start`."""
+def _axis(option: str, text: str) -> Axis:
+    """Reads rates in any order. All of them are tried, so it does not matter which is the first."""
     try:
         found = sorted({float(part) for part in text.split(",")})
     except ValueError as error:
@@ -112,4 +125,4 @@ def _axis(option: str, text: str, start: float) -> Axis:
         ) from error
     for rate in found:
         positive(option, rate)
-    return Axis(tuple(found), min(found, key=lambda rate: abs(rate - start)))
+    return Axis(tuple(found), found[0])

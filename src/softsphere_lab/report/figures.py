@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from softsphere_lab.report import canvas
+from softsphere_lab.report.learning_curves import curves_of
 from softsphere_lab.report.summary import Row
 
 __all__ = ["comparison", "side_by_side"]
@@ -59,18 +60,13 @@ def _learning_curves(
     named: Callable[[Row], str],
 ) -> None:
     """Validation errors by epoch: means over the seeds, and for few losses their ranges."""
-    for row, marker in zip(rows, canvas.markers(len(rows)), strict=True):
-        # by seed, so that one that was cut off and done again counts once
-        by_epoch: dict[int, dict[int, float]] = {}
-        for line in lines:
-            if "epoch" in line and line["loss"] == row.loss:
-                by_epoch.setdefault(line["epoch"], {})[line["seed"]] = 100 * line["valid_error"]
-        x = sorted(by_epoch)
-        errors = [list(by_epoch[epoch].values()) for epoch in x]
+    markers = canvas.markers(len(rows))
+    for row, curve, marker in zip(rows, curves_of(lines, rows), markers, strict=True):
+        x, means = list(curve.means), list(curve.means.values())
         style = {"color": colours[row.loss], "marker": marker, "markersize": 3.5}
-        axes.plot(x, [np.mean(each) for each in errors], label=named(row), linewidth=1.6, **style)
+        axes.plot(x, means, label=named(row), linewidth=1.6, **style)
         if len(rows) <= MOST_RANGES:
-            low, high = ([f(each) for each in errors] for f in (min, max))
+            low, high = list(curve.lows.values()), list(curve.highs.values())
             axes.fill_between(x, low, high, color=colours[row.loss], alpha=0.1, linewidth=0)
     ranges = "mean and range over the seeds" if len(rows) <= MOST_RANGES else "mean over the seeds"
     axes.set(xlabel="epoch", ylabel=f"validation error, %  ({ranges})")

@@ -221,4 +221,9 @@ def _test_sentences(rows: Sequence[Row], reference: Row, named: Callable[[str], 
     tested = [row.pairs for row in rows if row.p is not None]
     if min(tested) < max(tested):
         sentences.append(f"The tests are of {min(tested)} to {max(tested)} common seeds.")
+    if not any(row.trials for row in rows):
+        sentences.append(
+            f"All losses had the same learning rate, {reference.lr:g}, without a search: with one "
+            "for each loss, as --tune makes it, the order may be another."
+        )
     return [*sentences, "Chance is that of the seeds: initialisation and order."]

@@ -3,34 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
 from matplotlib.ticker import MaxNLocator
 
-from softsphere_lab.records.folder import Line
 from softsphere_lab.report import canvas
+from softsphere_lab.report.learning_curves import Curve
 from softsphere_lab.report.summary import Row
 from softsphere_lab.report.web_style import COLOURS
 
-__all__ = ["Curve", "curves_of", "draw_curves", "draw_seeds"]
+__all__ = ["draw_curves", "draw_seeds"]
 
 HEIGHT, ROW = 340, 46
 # The room around the axes.
 LEFT, RIGHT, TOP, BOTTOM = 44, 14, 26, 40
 # The part of an axis that is left free at each end.
 MARGIN = 0.06
-
-
-@dataclass(frozen=True)
-class Curve:
-    """Validation errors of a loss in per cent, by epoch: the mean over the seeds and the range."""
-
-    name: str
-    means: dict[int, float]
-    lows: dict[int, float]
-    highs: dict[int, float]
 
 
 @dataclass(frozen=True)
@@ -57,23 +47,6 @@ class _Scale:
         else:
             ticks = [*MaxNLocator(5).tick_values(self.low, self.high)]
         return [canvas.rounded(tick) for tick in ticks if self.low <= tick <= self.high]
-
-
-def curves_of(epochs: Iterable[Line], rows: Sequence[Row]) -> list[Curve]:
-    """Returns the curve of each row, from the lines of the epochs of final runs."""
-    seen: dict[str, dict[int, dict[int, float]]] = {row.loss: {} for row in rows}
-    for line in epochs:
-        if line["loss"] in seen and math.isfinite(line["valid_error"]):
-            seeds = seen[line["loss"]].setdefault(line["epoch"], {})
-            seeds[line["seed"]] = 100 * line["valid_error"]
-    curves = []
-    for row in rows:
-        by_epoch = {epoch: [*seeds.values()] for epoch, seeds in sorted(seen[row.loss].items())}
-        means = {epoch: sum(each) / len(each) for epoch, each in by_epoch.items()}
-        lows = {epoch: min(each) for epoch, each in by_epoch.items()}
-        highs = {epoch: max(each) for epoch, each in by_epoch.items()}
-        curves.append(Curve(row.setting, means, lows, highs))
-    return curves
 
 
 def draw_curves(curves: Sequence[Curve], width: int, kind: str) -> str:

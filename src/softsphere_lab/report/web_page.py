@@ -9,10 +9,11 @@ from typing import Any
 
 from softsphere_lab.records.folder import Line
 from softsphere_lab.report import summary
+from softsphere_lab.report.learning_curves import Curve, curves_of
 from softsphere_lab.report.measures import NOTE, values
 from softsphere_lab.report.results import Results
 from softsphere_lab.report.summary import ERROR, Row
-from softsphere_lab.report.web_charts import Curve, curves_of, draw_curves, draw_seeds
+from softsphere_lab.report.web_charts import draw_curves, draw_seeds
 from softsphere_lab.report.web_style import COLOURS, SCRIPT, STYLE
 
 __all__ = ["comparison_page"]

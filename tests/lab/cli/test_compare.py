@@ -53,7 +53,8 @@ def argv(monkeypatch):
 
 def test_a_run_leaves_a_whole_folder_and_says_what_was_found(tmp_path, capsys):
     out = tmp_path / "run"
-    page = out / "page.html"
+    # another way to the same folder, which is there only once the run has begun
+    page = out / ".." / "run" / "page.HTML"
     assert command(*SMALL, "--seeds", "2", "--out", str(out), "--html", str(page)) == 0
     said = capsys.readouterr().out
     names = {path.name for path in out.iterdir()}
@@ -64,7 +65,7 @@ def test_a_run_leaves_a_whole_folder_and_says_what_was_found(tmp_path, capsys):
         "README.md",
         "table.csv",
         "comparison.png",
-        "page.html",
+        "page.HTML",
     }
     assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
     config = json.loads((out / "config.json").read_text())

@@ -141,6 +141,14 @@ def test_trials_are_counted_for_each_loss():
     assert [row.trials for row in rows] == [0, 3]
 
 
+def test_a_comparison_without_a_search_says_so():
+    lines = [final(loss, s, e + s / 97) for loss, e in (("softmax", 0.1), ("z_loss", 0.2))
+             for s in range(3)]  # fmt: skip
+    said = "All losses had the same learning rate, 0.001, without a search: "
+    assert said in summary.finding(rows_of(lines))
+    assert "search" not in summary.finding(rows_of(lines, [{"loss": "z_loss"}]))
+
+
 def test_tables_hold_every_row_and_every_number():
     lines = [final("softmax", s, 0.1 + s / 100, 0.5) for s in range(3)]
     lines += [final("z_loss", s, 0.1) for s in range(3)]

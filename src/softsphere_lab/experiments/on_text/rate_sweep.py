@@ -12,7 +12,7 @@ from torch import Tensor
 
 from softsphere_lab.errors import LabError
 from softsphere_lab.experiments.experiment import Experiment, Prepared, prepare_study
-from softsphere_lab.experiments.on_text.language_modelling import LanguageModelling
+from softsphere_lab.experiments.on_text.language_modelling import RATES, LanguageModelling
 from softsphere_lab.models.output_layers import Output, layer
 from softsphere_lab.records.folder import Line, Record
 from softsphere_lab.report.grids import markdown
@@ -24,11 +24,12 @@ from softsphere_lab.training.text_parts import perplexity
 
 __all__ = ["RATE_FINDER", "RateFinder", "RateSweep"]
 
-HEADER = ("output layer", "best rate", "plateau", "perplexity", "MRR", "diverged")
+HEADER = ("output layer", "best rate", "plateau", "AdamW below", "perplexity", "MRR", "diverged")
 NOTE = (
     f"The plateau has the rates about the best that are at most {100 * WITHIN:g} % worse in "
     "validation perplexity, or in 1 / MRR for a loss without probabilities. Rates of factored "
-    "layers are multiples of the number of classes D; FactoredSGD steps them, and AdamW the others."
+    "layers are multiples of the number of classes D; FactoredSGD steps these layers, and AdamW "
+    "steps the network below them with one rate. AdamW steps all of the other models."
 )
 # What the axes of the picture are called, for layers that are factored and for the others.
 PANELS = {True: "rate of FactoredSGD / D", False: "rate of AdamW"}
@@ -38,13 +39,21 @@ PANELS = {True: "rate of FactoredSGD / D", False: "rate of AdamW"}
 class RateSweep(LanguageModelling):
     """Each output layer with each of its rates, as runs that never read the test part.
 
-    A factored layer goes along `layer_rates`, while the network below has the rate that `rates`
-    begins with. The others go along `rates`.
+    A factored layer has each of `layer_rates`, while AdamW steps the network below it with
+    `rate_below`. Any other layer has each of `rates`, with which AdamW steps the whole model. A
+    record may get more layers, rates and seeds when it is resumed.
     """
+
+    rate_below: float = RATES.start
 
     tested: ClassVar[str] = "valid_mrr"
     reads_test: ClassVar[bool] = False
     shorter: ClassVar[str] = "fewer --words"
+
+    def config(self) -> Line:
+        whole = super().config()
+        del whole["search"]  # nothing is searched for, and the names of the runs have their rates
+        return {**whole, "rate_below": self.rate_below}
 
     @property
     def by_name(self) -> dict[str, Output]:
@@ -57,7 +66,7 @@ class RateSweep(LanguageModelling):
             if output.factored:
                 for rate in self.layer_rates.values:
                     placed = output.at({"rate": rate})
-                    points[str(placed)] = placed, self.rates.start
+                    points[str(placed)] = placed, self.rate_below
             else:
                 for rate in self.rates.values:
                     points[f"{output} lr={rate!r}"] = output, rate
@@ -99,8 +108,10 @@ class RateFinder(Experiment):
             return None
         classes = int(results.config["data"]["words"])
         found = {name: plateau_of(_badness(ends)) for name, ends in layers.items()}
-        table = markdown(HEADER, [_table_row(name, layers[name], found[name]) for name in layers])
-        told = " ".join(_sentence(name, found[name], classes) for name in layers)
+        below = float(results.config["rate_below"])
+        rows = [_table_row(name, layers[name], found[name], below) for name in layers]
+        table = markdown(HEADER, rows)
+        told = " ".join(_sentence(name, found[name], below, classes) for name in layers)
         panels: dict[str, dict[str, Plateau]] = {}
         for name, plateau in found.items():
             if plateau is not None:
@@ -144,31 +155,35 @@ def _run_badness(final: Line) -> float:
 
 
 def _table_row(
-    name: str, ends: Mapping[float, list[Line]], found: Plateau | None
+    name: str, ends: Mapping[float, list[Line]], found: Plateau | None, below: float
 ) -> tuple[str, ...]:
     diverged = sum(final["diverged"] for finals in ends.values() for final in finals)
+    lower = f"{below:g}" if Output.parse(name).factored else "–"
     if found is None:
-        return label(name), "–", "–", "–", "–", str(diverged)
+        return label(name), "–", "–", lower, "–", "–", str(diverged)
     best = ends[found.best]
     nll = best[0]["valid_nll"]
     mrr = sum(final["valid_mrr"] for final in best) / len(best)
     likely = "–" if nll is None else f"{found.badness[found.best]:.1f}"
     reach = f"{found.low:g} to {found.high:g}" if found.low < found.high else f"{found.low:g}"
-    return label(name), f"{found.best:g}", reach, likely, f"{mrr:.4f}", str(diverged)
+    return label(name), f"{found.best:g}", reach, lower, likely, f"{mrr:.4f}", str(diverged)
 
 
-def _sentence(name: str, found: Plateau | None, classes: int) -> str:
-    """Returns what to do about the rate of a layer.
+def _sentence(name: str, found: Plateau | None, below: float, classes: int) -> str:
+    """Returns what to do about the rate of a layer. below: AdamW's rate under a factored layer.
 
     >>> found = plateau_of({0.01: 5.0, 0.1: 7.0})
-    >>> _sentence("softmax", found, 340)
+    >>> _sentence("softmax", found, 0.003, 340)
     'softmax: begin with 0.01; a lower rate was not tried and may be better.'
     """
+    factored = Output.parse(name).factored
     if found is None:
-        return f"{label(name)}: every run diverged; try lower rates."
+        lower = f"lower rates, here or below it, where AdamW had {below:g}"
+        return f"{label(name)}: every run diverged; try {lower if factored else 'lower rates'}."
     rate = f"{found.best:g}"
-    if Output.parse(name).factored:
-        rate = f"{rate} · D, which is lr={found.best * classes:g} with D = {classes:,}"
+    if factored:
+        rate += f" · D, which is lr={found.best * classes:g} with D = {classes:,}, if AdamW has "
+        rate += f"{below:g} below it"
     ends = {"below": "lower", "above": "higher"}
     beyond = " or ".join(ends[each] for each in found.open_ends)
     more = f"; a {beyond} rate was not tried and may be better" if beyond else ""

@@ -10,8 +10,13 @@ A step of the factored layer costs the same for any number of classes. Needs acc
 from __future__ import annotations
 
 import argparse
+import signal
+import sys
 import tempfile
 import time
+
+# Ctrl-C ends the program with a sentence, also during the imports below.
+signal.signal(signal.SIGINT, lambda *_: sys.exit("Stopped by Ctrl-C."))
 
 import torch
 from accelerate import Accelerator

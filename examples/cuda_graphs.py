@@ -10,7 +10,12 @@ Needs nothing but softsphere.
 from __future__ import annotations
 
 import argparse
+import signal
+import sys
 import time
+
+# Ctrl-C ends the program with a sentence, also during the imports below.
+signal.signal(signal.SIGINT, lambda *_: sys.exit("Stopped by Ctrl-C."))
 
 import torch
 from torch import Tensor, nn

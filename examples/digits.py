@@ -9,6 +9,11 @@ Needs scikit-learn, which has the digits (pip install 'softsphere[clusters]').
 from __future__ import annotations
 
 import argparse
+import signal
+import sys
+
+# Ctrl-C ends the program with a sentence, also during the imports below.
+signal.signal(signal.SIGINT, lambda *_: sys.exit("Stopped by Ctrl-C."))
 
 import torch
 from sklearn.datasets import load_digits

@@ -12,9 +12,14 @@ from __future__ import annotations
 
 import argparse
 import math
+import signal
+import sys
 import tempfile
 from pydoc_data.topics import topics
 from typing import Any
+
+# Ctrl-C ends the program with a sentence, also during the imports below.
+signal.signal(signal.SIGINT, lambda *_: sys.exit("Stopped by Ctrl-C."))
 
 import torch
 from transformers import (

@@ -10,8 +10,13 @@ Each class is a point, and the data are points near those of their classes. Need
 from __future__ import annotations
 
 import argparse
+import signal
+import sys
 import tempfile
 from pathlib import Path
+
+# Ctrl-C ends the program with a sentence, also during the imports below.
+signal.signal(signal.SIGINT, lambda *_: sys.exit("Stopped by Ctrl-C."))
 
 import lightning
 import torch

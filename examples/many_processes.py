@@ -1,8 +1,9 @@
-"""Trains a small language model whose output classes are sharded over processes.
+"""Trains a language model whose output classes are sharded over processes.
 
     torchrun --nproc-per-node 2 examples/many_processes.py --data FOLDER --out runs/ptb
     torchrun --nproc-per-node 3 examples/many_processes.py --data FOLDER --out runs/ptb --resume
-    python examples/many_processes.py
+    python examples/many_processes.py           # some seconds on a CPU
+    python examples/many_processes.py --full    # 100,000 classes and a wider network
 
 FOLDER has ptb/train.parquet and so on, as SOFTSPHERE_DATA does; reading it needs the extra [lab].
 Without --data the text is generated. The trunk is replicated by DistributedDataParallel. Each
@@ -23,6 +24,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+# Ctrl-C ends the program with a sentence, also during the imports below.
+signal.signal(signal.SIGINT, lambda *_: sys.exit("Stopped by Ctrl-C."))
+
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -32,6 +36,9 @@ from torch.nn.parallel import DistributedDataParallel
 from softsphere import LinearSphericalLoss
 from softsphere.parallel import keep_whole_state
 
+# The sizes without --full and with it. An argument of its own changes each of them.
+QUICK = {"classes": 5_000, "width": 64, "rows": 256, "steps": 200}
+FULL = {"classes": 100_000, "width": 256, "rows": 2_048, "steps": 2_000}
 # The arguments that a run must keep when it is resumed.
 KEPT = ("classes", "context", "width", "rows", "rate", "seed")
 SETTINGS = "settings.json"
@@ -103,20 +110,21 @@ def save(model: Model, step: int, options: argparse.Namespace) -> None:
 
 def load(model: Model, options: argparse.Namespace) -> int:
     """Loads the newest checkpoint into the model, on any number of ranks. Returns its step."""
-    found = checkpoints(options.out)
-    if not found:
-        raise UseError(f"--resume: {options.out} has no checkpoint; leave --resume out")
-    kept = json.loads((found[-1] / SETTINGS).read_text())
+    newest = checkpoints(options.out)[-1]
+    try:
+        kept = json.loads((newest / SETTINGS).read_text())
+    except (OSError, ValueError) as error:
+        raise UseError(f"--resume: {newest} is not a checkpoint of this program") from error
     for name in KEPT:
         if kept[name] != getattr(options, name):
             raise UseError(
-                f"--resume: {found[-1]} was made with {name} {kept[name]}, got "
+                f"--resume: {newest} was made with {name} {kept[name]}, got "
                 f"{getattr(options, name)}; pass the same arguments, or another --out"
             )
     state = model.state()
-    dcp.load(state, checkpoint_id=found[-1])
+    dcp.load(state, checkpoint_id=newest)
     model.load(state)
-    return int(found[-1].name.removeprefix("step-"))
+    return int(newest.name.removeprefix("step-"))
 
 
 def checkpoints(folder: Path | None) -> list[Path]:
@@ -125,7 +133,7 @@ def checkpoints(folder: Path | None) -> list[Path]:
 
 
 def read_text(options: argparse.Namespace) -> tuple[Tensor, Tensor]:
-    """The words of a text as numbers, and how often each of the classes occurs."""
+    """The words of a text as numbers, and how often each class occurs."""
     if options.data is None:
         generator = torch.Generator().manual_seed(options.seed)
         after = torch.randperm(options.classes, generator=generator)
@@ -164,10 +172,14 @@ def train(options: argparse.Namespace, device: torch.device) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.fill_(1))
     words, counts = read_text(options)
+    if options.context >= len(words):
+        raise UseError(f"--context {options.context} must be less than the {len(words)} words")
     model = Model(counts, options, device)
     step = saved = load(model, options) if options.resume else 0
     if first:
-        print(f"{len(counts)} classes on {dist.get_world_size()} processes, from step {step}")
+        print(f"{len(counts)} classes, processes: {dist.get_world_size()}, from step {step}")
+        if step >= options.steps:
+            print(f"Nothing is left to do; more than --steps {options.steps} would go on.")
     while step < options.steps:
         rows, target = (x.to(device) for x in batch_of(step, words, options))
         loss = model.loss(rows, target)
@@ -192,30 +204,76 @@ def train(options: argparse.Namespace, device: torch.device) -> int:
 
 
 def parsed(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data", type=Path, help="folder with ptb/train.parquet")
-    parser.add_argument("--out", type=Path, help="folder of the checkpoints")
+    """Reads the arguments. Raises UseError for what no run could use."""
+    what = (__doc__ or "").partition("\n")[0]
+    parser = argparse.ArgumentParser(prog=Path(__file__).name, description=what)
+    parser.add_argument("--full", action="store_true", help="larger sizes by default")
+    parser.add_argument("--data", type=folder, help="folder with ptb/train.parquet")
+    parser.add_argument("--out", type=folder, help="folder of the checkpoints")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
-    numbers = {"classes": 5_000, "context": 4, "width": 64, "rows": 256, "steps": 500}
-    for name, value in {**numbers, "every": 100, "print": 10, "timeout": 300}.items():
-        parser.add_argument(f"--{name}", type=int, default=value, help=f"default {value}")
+    for name, value in QUICK.items():
+        told = f"default {value}, or {FULL[name]} with --full"
+        parser.add_argument(f"--{name}", type=at_least_one, help=told)
+    for name, value in {"context": 4, "every": 100, "print": 10, "timeout": 300}.items():
+        told = f"default {value}"
+        parser.add_argument(f"--{name}", type=at_least_one, default=value, help=told)
     parser.add_argument("--seed", type=int, default=0, help="default 0")
     parser.add_argument("--rate", type=float, default=2e-3, help="of Adam; default 0.002")
     options = parser.parse_args(arguments)
-    for name in (*numbers, "every", "print", "timeout"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(options, name)}")
-    if options.resume and options.out is None:
-        parser.error("--resume needs --out, the folder to go on in")
-    if not options.resume and checkpoints(options.out):
-        parser.error(f"{options.out} has checkpoints; pass --resume, or another --out")
+    check(options)
+    for name, value in (FULL if options.full else QUICK).items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
     return options
 
 
+def at_least_one(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) < 2**31:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 to 2**31 - 1, got {text}")
+    return int(text)
+
+
+def folder(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("must name a folder, got an empty name")
+    return Path(text)
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raises UseError for arguments that do not go together, and makes the folder --out."""
+    if not 0 < options.rate < 1e6:
+        raise UseError(f"--rate must be positive and less than 1e6, got {options.rate}")
+    if not 0 <= options.seed < 2**31:
+        raise UseError(f"--seed must be at least 0 and less than 2**31, got {options.seed}")
+    if options.data is not None and options.classes is not None:
+        raise UseError("--classes has no meaning with --data, whose words are the classes")
+    if options.out is None:
+        if options.resume:
+            raise UseError("--resume needs --out, the folder to go on in")
+        return
+    if options.resume and not checkpoints(options.out):
+        raise UseError(f"--resume: {options.out} has no checkpoint; leave --resume out")
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UseError(f"--out {options.out} cannot be made: {error.strerror}") from error
+    if not os.access(options.out, os.W_OK):
+        raise UseError(f"--out {options.out} cannot be written to; take another")
+    if not options.resume and checkpoints(options.out):
+        raise UseError(f"{options.out} has checkpoints; pass --resume, or another --out")
+
+
 def main(arguments: list[str] | None = None) -> int:
-    options = parsed(arguments)
+    try:
+        return run(parsed(arguments))
+    except UseError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
+        return 2
+
+
+def run(options: argparse.Namespace) -> int:
+    """Joins the other processes, and trains with them."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -225,10 +283,6 @@ def main(arguments: list[str] | None = None) -> int:
     dist.init_process_group(backend, timeout=timedelta(seconds=options.timeout), **alone)
     try:
         return train(options, device)
-    except UseError as error:
-        if dist.get_rank() == 0:
-            print(f"many_processes.py: error: {error}", file=sys.stderr)
-        return 2
     finally:
         dist.destroy_process_group()
 

@@ -10,6 +10,11 @@ items of a user without an order, and gives every item a probability. Needs noth
 from __future__ import annotations
 
 import argparse
+import signal
+import sys
+
+# Ctrl-C ends the program with a sentence, also during the imports below.
+signal.signal(signal.SIGINT, lambda *_: sys.exit("Stopped by Ctrl-C."))
 
 import torch
 from torch import Tensor, nn

@@ -13,8 +13,13 @@ from __future__ import annotations
 
 import argparse
 import re
+import signal
+import sys
 from collections import Counter
 from pydoc_data.topics import topics
+
+# Ctrl-C ends the program with a sentence, also during the imports below.
+signal.signal(signal.SIGINT, lambda *_: sys.exit("Stopped by Ctrl-C."))
 
 import torch
 from torch import Tensor, nn

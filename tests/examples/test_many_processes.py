@@ -27,10 +27,9 @@ pytestmark = [
 
 @pytest.fixture
 def example(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    found = importlib.import_module("many_processes")
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield found
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    yield importlib.import_module("many_processes")
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
@@ -66,7 +65,7 @@ def test_two_processes_are_stopped_and_one_goes_on(tmp_path, example, capsys):
         wrong.seek(0)
         assert "step 5:" in said, said + wrong.read()
     assert code != 0
-    assert "41 classes on 2 processes, from step 0" in said
+    assert "41 classes, processes: 2, from step 0" in said
     last = int(re.search(r"Stopped after step (\d+); --resume goes on from step \1\.", said)[1])
     whole = [path.name for path in sorted(out.iterdir())]
     assert whole == sorted({f"step-{i:08d}" for i in (*range(3, last, 3), last)})
@@ -75,7 +74,7 @@ def test_two_processes_are_stopped_and_one_goes_on(tmp_path, example, capsys):
         shutil.rmtree(out / name)
     assert example.main([*given, "--steps", str(last), "--resume"]) == 0
     alone = capsys.readouterr().out
-    assert "41 classes on 1 processes, from step 3" in alone
+    assert "41 classes, processes: 1, from step 3" in alone
     want, got = losses(said), losses(alone)
     assert sorted(got) == list(range(4, last + 1))
     for step, loss in got.items():
@@ -84,13 +83,76 @@ def test_two_processes_are_stopped_and_one_goes_on(tmp_path, example, capsys):
 
 def test_a_run_that_cannot_go_on_says_why(tmp_path, example, capsys):
     given = [*SMALL, "--steps", "1", "--out", str(tmp_path / "run")]
-    assert example.main([*given, "--resume"]) == 2
-    assert "run has no checkpoint; leave --resume out" in capsys.readouterr().err
+
+    def refused(*arguments):
+        assert example.main([*given, *arguments]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("many_processes.py: error: ") and len(said.splitlines()) == 1
+        return said
+
+    assert "run has no checkpoint; leave --resume out" in refused("--resume")
+    assert not (tmp_path / "run").exists()
     assert example.main(given) == 0
-    assert example.main([*given, "--width", "9", "--resume"]) == 2
-    assert "was made with width 8, got 9" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        example.main(given)
-    assert "has checkpoints; pass --resume" in capsys.readouterr().err
-    assert example.main([*SMALL, "--data", str(tmp_path)]) == 2
-    assert "many_processes.py: error: " in capsys.readouterr().err
+    assert "was made with width 8, got 9" in refused("--width", "9", "--resume")
+    assert "has checkpoints; pass --resume" in refused()
+    assert example.main([*given, "--resume"]) == 0
+    assert "Nothing is left to do" in capsys.readouterr().out
+    (tmp_path / "run" / "step-00000009").mkdir()
+    assert "step-00000009 is not a checkpoint of this program" in refused("--resume")
+
+
+# What is said of arguments. FILE is an empty file, and FOLDER an empty folder.
+WRONG = {
+    "--data FOLDER": "--data",
+    "--data FILE": "--data",
+    "--data FOLDER --classes 9": "--classes has no meaning with --data",
+    "--context 20000": "--context 20000 must be less than the 20000 words",
+    "--rate 0": "--rate must be positive",
+    "--rate -1": "--rate must be positive",
+    "--rate nan": "--rate must be positive",
+    "--rate inf": "--rate must be positive",
+    "--seed -1": "--seed must be at least 0",
+    "--seed 99999999999": "--seed must be at least 0 and less than 2**31",
+    "--out FILE": "cannot be made: File exists",
+    "--out FILE/run": "cannot be made: Not a directory",
+    "--resume": "--resume needs --out",
+}
+MISREAD = {
+    "--out=": "argument --out: must name a folder",
+    "--data=": "argument --data: must name a folder",
+    "--rate much": "argument --rate: invalid float value",
+    "--steps 0": "argument --steps: must be a whole number",
+    "--classes -5": "argument --classes: must be a whole number",
+    "--rows 1.5": "argument --rows: must be a whole number",
+    "--timeout 99999999999999999999": "argument --timeout: must be a whole number",
+    "--epochs 3": "unrecognized arguments",
+}
+
+
+def test_wrong_arguments_are_one_sentence_before_a_model_is_made(
+    tmp_path, example, capsys, monkeypatch
+):
+    monkeypatch.setattr(example, "Model", None)
+    monkeypatch.chdir(tmp_path)
+    Path("FILE").touch()
+    Path("FOLDER").mkdir()
+    for text, word in (WRONG | MISREAD).items():
+        arguments = text.split()
+        if text in WRONG:
+            assert example.main(arguments) == 2, text
+        else:
+            with pytest.raises(SystemExit, match="2"):
+                example.main(arguments)
+        said = capsys.readouterr().err
+        last = said.splitlines()[-1]
+        assert "many_processes.py: error: " in said and word in last, (text, said)
+        assert text in MISREAD or said == last + "\n"
+    monkeypatch.setenv("RANK", "1")  # the first process alone tells it
+    assert example.main(["--rate", "0"]) == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_full_sizes_are_for_what_is_not_given(example):
+    options = example.parsed(["--full", "--width", "8"])
+    assert (options.classes, options.width) == (example.FULL["classes"], 8)
+    assert vars(example.parsed([])).items() >= example.QUICK.items()

@@ -242,7 +242,9 @@ class FactoredSGD(torch.optim.Optimizer):
         values = _unpacked(state)[_BUFFER] if started else None
         shards = matrix.arrays.shards
         if values is not None and shards is not None and not isinstance(buffer, FactoredTensor):
-            values = own_rows("the momentum of a factored weight", values, shards)
+            values = own_rows(
+                "the momentum of a factored weight", values, shards.ranks, shards.sharding
+            )
         if values is not None and values.shape != p.shape:
             raise ValueError(
                 f"the momentum of a factored weight must have shape {tuple(p.shape)}, got "
@@ -273,7 +275,9 @@ def _saved(state: dict[str, Any]) -> dict[str, Any]:
     """The state of a parameter, with its momentum as an ordinary tensor of all classes."""
     buffer, saved = state.get(_BUFFER), _unpacked(state)
     shards = buffer.matrix.arrays.shards if isinstance(buffer, FactoredTensor) else None
-    return saved if shards is None else {**saved, _BUFFER: whole_tensor(saved[_BUFFER], shards)}
+    if shards is None:
+        return saved
+    return {**saved, _BUFFER: whole_tensor(saved[_BUFFER], shards.ranks, shards.sharding)}
 
 
 def _check_capturable(group: dict[str, Any], params: list[Tensor]) -> None:

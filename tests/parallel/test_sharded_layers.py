@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+import _sharded_clustered
 import _sharded_dtensors
 import _sharded_factored
 import _sharded_linear
@@ -20,6 +21,7 @@ LAYERS = {
     "linear": _sharded_linear,
     "linear of DTensors": _sharded_dtensors,
     "factored": _sharded_factored,
+    "clustered": _sharded_clustered,
 }
 
 

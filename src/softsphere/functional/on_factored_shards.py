@@ -63,7 +63,7 @@ class FactoredLossOnShards:
     def agree(self, agreed: Agreement) -> None:
         """Adds to an agreement what must be the same on all ranks."""
         records = torch.is_grad_enabled()
-        self.shards.begin(agreed, self.weight.matrix.edition, self.H, self.entries.t)
+        self.shards.begin(agreed, (self.weight.matrix.edition,), self.H, self.entries.t)
         agreed.same(
             loss=self.loss,
             reduction=self.conventions.reduction,

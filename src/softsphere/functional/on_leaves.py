@@ -15,14 +15,15 @@ from softsphere import losses
 from softsphere._torch import values_on_cpu
 from softsphere.engines.grouped_gram import cluster_statistics, target_outputs_of
 from softsphere.engines.grouped_products import group_outputs
-from softsphere.engines.grouping import Group
+from softsphere.engines.grouping import Group, Grouping
 from softsphere.engines.leaf_choice import leaf_costs
+from softsphere.engines.row_statistics import accumulator
 from softsphere.engines.stack_statistics import stack_statistics
 from softsphere.matrix import FactoredTensor
 from softsphere.matrix.stack_arrays import StackArrays
 from softsphere.stats import Stats
 
-__all__ = ["Leaves", "leaf_losses", "log_sums"]
+__all__ = ["Leaves", "leaf_losses", "log_sums", "root_scores"]
 
 # The outputs that are in memory at once.
 _PAIRS = 1 << 24
@@ -61,6 +62,20 @@ class Leaves(NamedTuple):
             return [W.V[index], W.old[index].unsqueeze(1)]
         columns = [self.W] if self.b is None else [self.W, self.b.unsqueeze(1)]
         return [x.detach()[index] for x in columns]
+
+
+def root_scores(logits: Tensor, grouping: Grouping, rows: slice | None = None) -> Tensor:
+    """The outputs of the root in float32 or wider, with −∞ for clusters without classes.
+
+    Args:
+        logits: (m, S + C), or those of some rows of the root.
+        rows: which rows of the root they are of; None for all.
+    """
+    logits = logits.to(accumulator(logits.dtype))
+    if not grouping.has_empty:
+        return logits
+    empty = F.pad(grouping.sizes == 0, (len(grouping.shortlist), 0))
+    return logits.masked_fill(empty if rows is None else empty[rows], -torch.inf)
 
 
 def leaf_losses(

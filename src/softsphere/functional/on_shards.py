@@ -51,6 +51,7 @@ __all__ = [
     "ShardedStatistics",
     "checked_items",
     "entries_of_rank",
+    "finish_over_ranks",
     "reduce_over_ranks",
 ]
 
@@ -175,7 +176,7 @@ class LossOnShards:
         """Adds to an agreement what must be the same on all ranks."""
         parts, records = self.statistics, torch.is_grad_enabled()
         version = version_of(self.weight) if len(self.weight) else None
-        self.shards.begin(agreed, version, self.H, self.entries.t)
+        self.shards.begin(agreed, (version,), self.H, self.entries.t)
         agreed.same(
             loss=self.loss,
             options=parts.options,
@@ -195,11 +196,7 @@ class LossOnShards:
         x, entries = self._statistics_of_entries(batch)
         rows = entries.weigh(spherical_value(self.loss, x, entries, self.conventions))
         reduction = self.conventions.reduction
-        if reduction == "none":
-            result = rows.view(self.given.shape[:-1])
-        else:
-            result = reduce_over_ranks(rows, entries.counted, reduction, self.items, batch)
-        return result if mixed_precision(self.given) else result.to(self.given.dtype)
+        return finish_over_ranks(rows, entries.counted, reduction, self.items, batch, self.given)
 
     def _statistics_of_entries(self, batch: Batch) -> tuple[Stats, Targets]:
         """The statistics of the rows of this rank, and their targets with class weights."""
@@ -212,6 +209,20 @@ class LossOnShards:
         elif w is not None and entries.y is not None:
             entries = replace(entries, y=entries.y * found[-1])
         return replace(x, y=entries.y, pi=None if pi is None else found[0]), entries
+
+
+def finish_over_ranks(
+    rows: Tensor, counted: Tensor, reduction: str, items: float | None, batch: Batch, given: Tensor
+) -> Tensor:
+    """`reduce_over_ranks`, or the losses (…) of the rows of this rank with "none".
+
+    They are in the dtype of the given hidden states (…, d), except under autocast.
+    """
+    if reduction == "none":
+        result = rows.view(given.shape[:-1])
+    else:
+        result = reduce_over_ranks(rows, counted, reduction, items, batch)
+    return result if mixed_precision(given) else result.to(given.dtype)
 
 
 def reduce_over_ranks(

@@ -1,8 +1,12 @@
-"""The output layer that first finds a cluster of classes, and then the class within it."""
+"""The output layer that first finds a cluster of classes, and then the class within it.
+
+The file is long for its docstrings, and for its loss with and without a process group.
+"""
 
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,12 +17,19 @@ from softsphere._torch import eager
 from softsphere.engines.leaf_choice import LEAF_ENGINES
 from softsphere.engines.row_statistics import accumulator
 from softsphere.functional.conventions import Conventions, mixed_precision
+from softsphere.functional.on_cluster_shards import ClustersOfRank, LossOnClusterShards
 from softsphere.functional.on_leaves import Leaves, leaf_losses
 from softsphere.heads.affine import made_dtype
+from softsphere.heads.clustered_checks import check_engine, distribution, refuse_other_targets
 from softsphere.heads.clustered_reader import ClusteredReader, Root, root_log_prob
 from softsphere.heads.clustered_state import WithGrouping
 from softsphere.heads.factored_leaves import factored_leaves
 from softsphere.heads.prediction import OutputLayer
+from softsphere.heads.reader import Reader
+from softsphere.heads.sharded import ShardedLinear, making
+from softsphere.heads.sharded_clusters import ReaderOfClusters, ShardedClusteredReader
+from softsphere.parallel import Agreement, Shards, checksum
+from softsphere.targets import Targets
 
 __all__ = ["ClusteredLoss"]
 
@@ -76,6 +87,17 @@ class ClusteredLoss(WithGrouping, OutputLayer):
             `torch.optim.SparseAdam` take it. A step then touches no other rows. The gradient of
             `bias` is dense.
         device, dtype: of the parameters.
+        process_group, replicated, averaged: as in `LinearSphericalLoss`. Each cluster belongs to
+            one rank as a whole. The ranks have about equal shares of the counts of the classes in
+            clusters, so that one with rare classes has more of them. `weight` and `bias` have the
+            leaves of this rank, `root.weight` and `root.bias` ⌈(S + C)/n⌉ rows. `project.weight`
+            is the same on all ranks, and its gradient is that of the rows of all ranks: it must not
+            be reduced.
+
+    With a process_group a step sends O(m d + d d') numbers for the m rows of all ranks, whatever
+    the numbers of classes and clusters are; all else is as in `LinearSphericalLoss`. `state_dict()`
+    sends the rows of clusters to the ranks that have them in a DTensor, so that all ranks must call
+    it.
 
     Shapes: hidden (…, d); target (…), class indices of any integer dtype.
 
@@ -115,31 +137,73 @@ class ClusteredLoss(WithGrouping, OutputLayer):
         sparse: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        process_group: Any = None,
+        replicated: bool = False,
+        averaged: bool | None = None,
     ) -> None:
         super().__init__()
+        given: dict[str, Any] = {"leaf": leaf, "leaf_features": leaf_features, "counts": counts}
+        given |= {"bias": bias, "engine": engine, "sparse": sparse, "device": device}
+        given |= {"reduction": reduction, "ignore_index": ignore_index, "dtype": dtype}
+        given |= {"label_smoothing": label_smoothing}
+        with making(process_group, num_classes, replicated, averaged) as (shards, agreed):
+            self.shards = shards
+            self._make(in_features, num_classes, assignment, **given)
+            if agreed is not None:
+                agreed.same(layer=self.extra_repr(), dtype=self.weight.dtype, sparse=self.sparse)
+                agreed.same(leaf_features=leaf_features, counts=checksum(counts))
+                agreed.same(
+                    assignment=checksum(self._grouping.cluster),
+                    clusters_of_ranks=self._clusters.clusters.starts,
+                )
+        self.reset_parameters()
+
+    def _make(
+        self,
+        in_features: int,
+        num_classes: int,
+        assignment: Tensor,
+        *,
+        leaf: str | losses.Loss,
+        leaf_features: int | None,
+        counts: Tensor | None,
+        bias: bool,
+        engine: str,
+        sparse: bool,
+        label_smoothing: float,
+        device: Any,
+        dtype: torch.dtype | None,
+        **rest: Any,
+    ) -> None:
+        """Checks the arguments of the constructor, and makes attributes, parameters and buffers."""
         self.in_features = checks.at_least_one("in_features", in_features)
         self.num_classes = checks.at_least_one("num_classes", num_classes)
         self.has_bias = checks.flag("bias", bias)
         made_dtype(dtype)
-        self.loss = _distribution(leaf)
+        self.loss = distribution(leaf)
         width = self.in_features
         if leaf_features is not None:
             width = checks.at_least_one("leaf_features", leaf_features)
         checks.one_of("engine", engine, ("auto", *LEAF_ENGINES))
         self.engine, self.sparse = engine, checks.flag("sparse", sparse)
-        _check_engine(self.loss, engine, sparse)
+        check_engine(self.loss, engine, sparse)
         self.leaf_width = width
         if checks.label_smoothing(label_smoothing):
             raise ValueError(
                 "label_smoothing cannot be used with a ClusteredLoss, since it needs the outputs "
                 f"of all classes, got {label_smoothing}; leave it 0, or use LinearSphericalLoss"
             )
-        given = Conventions.checked(self.loss, reduction=reduction, ignore_index=ignore_index)
-        self.reduction, self.ignore_index = given.reduction, given.ignore_index
+        conventions = Conventions.checked(self.loss, **rest)
+        self.reduction = conventions.reduction
+        self.ignore_index = conventions.ignore_index
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         self.keep_grouping(assignment, counts, torch.empty(0, **made))
-        S, L = len(self._grouping.shortlist), len(self._grouping.leaves)
-        self.root = nn.Linear(self.in_features, S + self.num_clusters, bias=bias, **made)
+        L, rows = len(self._clusters.leaves), self._clusters.root.total
+        self.root = (
+            nn.Linear(self.in_features, rows, bias=bias, **made)
+            if self.shards is None
+            else ShardedLinear(self.in_features, self.shards.of_rows(rows), bias=bias, **made)
+        )
         self.project = (
             None
             if leaf_features is None
@@ -147,26 +211,31 @@ class ClusteredLoss(WithGrouping, OutputLayer):
         )
         W, b = torch.empty(L, width, **made), torch.empty(L, **made) if bias else None
         if engine == "factored":
-            W, b = factored_leaves(W, b, self._grouping.starts, self.prior), None
+            W, b = factored_leaves(W, b, self._clusters.own.starts, self.prior), None
         self.weight = nn.Parameter(W)
         self.register_parameter("bias", None if b is None else nn.Parameter(b))
-        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draws the initial values of `nn.Linear` for the weights.
 
         The bias of the root is the logarithm of the shares of the counts, that of the leaves is 0.
+        With a process_group, whose ranks must all call this, each rank draws other numbers, except
+        for the projection, which is that of rank 0.
         """
-        for layer in (self.root, self.project):
-            if layer is not None:
-                layer.reset_parameters()
-        bound = 1 / math.sqrt(self.leaf_width)
-        with torch.no_grad():
+        bound, shards = 1 / math.sqrt(self.leaf_width), self.shards
+        own = nullcontext() if shards is None else shards.own_numbers(self.weight.device)
+        with torch.no_grad(), own:
+            for layer in (self.root, self.project):
+                if layer is not None:
+                    layer.reset_parameters()
+            if shards is not None and self.project is not None and not self.weight.is_meta:
+                self.project.weight.copy_(shards.ranks.gather(self.project.weight)[0])
             for block, reach in zip(self.leaf_blocks(), (bound, 0.0), strict=False):
                 block.uniform_(-reach, reach)
             self.leaves_written()
             if self.has_bias:
-                self.root.bias.copy_(self.root_shares.log().clamp_min(_NO_SHARE))
+                shares = self.root_shares[self._clusters.root.slice]
+                self.root.bias.copy_(shares.log().clamp_min(_NO_SHARE))
 
     @eager(EAGER)
     def forward(
@@ -175,6 +244,7 @@ class ClusteredLoss(WithGrouping, OutputLayer):
         target: Tensor,
         target_values: None = None,
         mask: None = None,
+        num_items: float | Tensor | None = None,
     ) -> Tensor:
         """Computes −log p of the targets, reduced over the rows.
 
@@ -185,29 +255,39 @@ class ClusteredLoss(WithGrouping, OutputLayer):
             hidden: (…, d), floating-point.
             target: (…), class indices of any integer dtype.
             target_values, mask: must be None.
+            num_items: with a process_group, what the mean divides by: the same number on all
+                ranks. None stands for the number of rows of all ranks that are not ignored.
 
         Returns a scalar, or (…) for reduction "none".
 
         Raises ValueError or TypeError for invalid arguments.
         """
-        _refuse(target, target_values, mask)
+        if self.shards is not None:
+            return self._loss_on_shards(self.shards, hidden, target, target_values, mask, num_items)
+        checks.only_with_a_group("num_items", num_items)
+        entries, conventions = self._checked(hidden, target, target_values, mask)
+        H = hidden.reshape(-1, self.in_features)
+        rows = entries.weigh(self._losses(H, entries.t.squeeze(1), entries.ignored))
+        return conventions.finish(rows.view(hidden.shape[:-1]), entries.counted, hidden)
+
+    def _checked(
+        self, hidden: Tensor, target: Tensor, target_values: Any, mask: Any
+    ) -> tuple[Targets, Conventions]:
+        """The targets of the rows and their conventions, after checks of all that is given."""
+        refuse_other_targets(target, target_values, mask)
         self.check_parameters()
         checks.hidden(hidden, self.in_features)
         checks.same_device("weight", self.weight, "hidden", hidden)
         checks.same_device("target", target, "hidden", hidden)
-        leading = hidden.shape[:-1]
-        checks.rows_target(leading, target)
-        mixed = mixed_precision(hidden)
-        if not mixed:
+        checks.rows_target(hidden.shape[:-1], target)
+        if not mixed_precision(hidden):
             checks.same_dtype(hidden, self.weight, self.bias, _NAMES)
-        H, dtype = hidden.reshape(-1, self.in_features), accumulator(self.weight.dtype)
+        dtype = accumulator(self.weight.dtype)
         conventions = Conventions.checked(
             self.loss, reduction=self.reduction, ignore_index=self.ignore_index
         )
         entries = conventions.entries(target.reshape(-1), None, self.num_classes, dtype)
-        nll = self._losses(H, entries.t.squeeze(1), entries.ignored)
-        rows = entries.weigh(nll)
-        return conventions.finish(rows.view(leading), entries.counted, hidden)
+        return entries, conventions
 
     def _losses(self, H: Tensor, target: Tensor, ignored: Tensor) -> Tensor:
         """−log p of the target of each row H (m, d): (m), in float32 or wider."""
@@ -230,11 +310,47 @@ class ClusteredLoss(WithGrouping, OutputLayer):
             )
         return nll.index_add(0, rows, of_leaves.to(nll.dtype))
 
-    def _reader(self) -> ClusteredReader:
+    def _loss_on_shards(
+        self,
+        shards: Shards,
+        hidden: Tensor,
+        target: Tensor,
+        values: Any,
+        mask: Any,
+        num_items: Any,
+    ) -> Tensor:
+        """`forward` with a process group."""
+        with Agreement(shards.ranks, "a loss") as agreed:
+            shards.check_below(self, hidden, target)
+            entries, conventions = self._checked(hidden, target, values, mask)
+            loss = self.loss if self.training else self.loss.plain
+            given = hidden, entries, self._part_of_rank(), loss, conventions
+            job = LossOnClusterShards(*given, shards, num_items)
+            job.agree(agreed)
+        return job.value(shards.batch(agreed))
+
+    def _part_of_rank(self) -> ClustersOfRank:
+        """The weights and the clusters of this rank."""
+        dtype = accumulator(self.weight.dtype)
+        return ClustersOfRank(
+            self.root.weight,
+            self.root.bias,
+            None if self.project is None else self.project.weight,
+            Leaves(self.weight, self.bias, self.prior.to(dtype)),
+            self.clusters,
+            self.versions(),
+            self.engine,
+            self.sparse,
+        )
+
+    def _reader(self) -> Reader:
         self.check_parameters()
         pi = self.prior.to(accumulator(self.weight.dtype))
         leaves = Leaves(self.weight, self.bias, pi)
         root = Root(self.root, self.project)
+        if self.shards is not None:
+            given = self.loss.plain, root, leaves, self.clusters, self.versions()
+            return ShardedClusteredReader(ReaderOfClusters(*given), self.shards)
         return ClusteredReader(self.loss.plain, root, leaves, self.grouping, self.num_classes)
 
     log_prob = eager(EAGER)(OutputLayer.log_prob)
@@ -248,49 +364,4 @@ class ClusteredLoss(WithGrouping, OutputLayer):
             f"clusters={self.num_clusters}, leaf={self.loss}, bias={self.has_bias}, "
             f"engine={self.engine!r}, reduction={self.reduction!r}, "
             f"ignore_index={self.ignore_index}"
-        )
-
-
-def _distribution(leaf: str | losses.Loss) -> losses.Loss:
-    """Returns the loss if it is a distribution."""
-    loss = losses.get(leaf)
-    if not loss.normalised:
-        known = [name for name, kind in losses.REGISTRY.items() if kind.normalised]
-        raise TypeError(
-            f"leaf must be a loss that is a distribution, got {loss}; use one of {', '.join(known)}"
-        )
-    return loss
-
-
-def _check_engine(loss: losses.Loss, engine: str, sparse: bool) -> None:
-    if engine in ("auto", "logits"):
-        return
-    if not isinstance(loss, losses.Normalised):
-        raise TypeError(
-            f"engine={engine!r} needs a spherical leaf, got leaf={loss}; "
-            "use engine='logits' or 'auto'"
-        )
-    if sparse:
-        raise ValueError(
-            f"sparse must be False for engine={engine!r}, whose gradient is that of all classes; "
-            "use engine='logits' or 'auto'"
-        )
-
-
-def _refuse(target: Any, target_values: Any, mask: Any) -> None:
-    """Raises TypeError for what a clustered layer cannot do."""
-    if target_values is not None:
-        raise TypeError(
-            "target_values cannot be used with a ClusteredLoss, which takes one class index for "
-            "each row; use LinearSphericalLoss or FactoredSphericalLoss for K-sparse targets"
-        )
-    if mask is not None:
-        raise TypeError(
-            "mask cannot be used with a ClusteredLoss; use LinearSphericalLoss, whose forward "
-            "takes a mask of classes"
-        )
-    if isinstance(target, Tensor) and target.is_floating_point():
-        raise TypeError(
-            "target must hold class indices, got class probabilities, which need the logits of all "
-            "classes; use LinearSphericalLoss for them"
         )

@@ -13,7 +13,7 @@ from softsphere import losses
 from softsphere._torch import is_recorded, values_on_cpu
 from softsphere.engines.grouping import Grouping
 from softsphere.engines.row_statistics import accumulator
-from softsphere.functional.on_leaves import Leaves, leaf_losses, log_sums
+from softsphere.functional.on_leaves import Leaves, leaf_losses, log_sums, root_scores
 from softsphere.heads.reader import INFINITE, SCORES, Reader
 from softsphere.heads.row_keys import keys_of_rows
 from softsphere.matrix import FactoredTensor
@@ -33,11 +33,7 @@ def root_log_prob(logits: Tensor, grouping: Grouping) -> Tensor:
 
     Clusters without classes have probability 0.
     """
-    logits = logits.to(accumulator(logits.dtype))
-    if grouping.has_empty:
-        empty = F.pad(grouping.sizes == 0, (len(grouping.shortlist), 0))
-        logits = logits.masked_fill(empty, -torch.inf)
-    return logits.log_softmax(1)
+    return root_scores(logits, grouping).log_softmax(1)
 
 
 class ClusteredReader(Reader):
@@ -58,11 +54,12 @@ class ClusteredReader(Reader):
 
     def rows_of(self, hidden: Tensor) -> Tensor:
         H = hidden.reshape(-1, self.in_features).to(self.dtype)
-        log_p = root_log_prob(self._affine(self.root.scores, H), self.grouping)
-        z = H if self.root.project is None else self._affine(self.root.project, H)
+        log_p = root_log_prob(self.affine(self.root.scores, H), self.grouping)
+        z = H if self.root.project is None else self.affine(self.root.project, H)
         return torch.cat([log_p, z], 1)
 
-    def _affine(self, layer: nn.Linear, H: Tensor) -> Tensor:
+    def affine(self, layer: nn.Linear, H: Tensor) -> Tensor:
+        """The outputs of a layer above the leaves, in the dtype of the computation."""
         b = dict(layer.named_parameters()).get("bias")
         return F.linear(H, layer.weight.to(self.dtype), None if b is None else b.to(self.dtype))
 
@@ -146,23 +143,34 @@ class ClusteredReader(Reader):
         return is_recorded(hidden, root.weight, root.bias, projection, *self.leaves)
 
     def rank(self, H: Tensor, target: Tensor) -> Tensor:
-        own, above = self._own_scores(H, target), torch.zeros_like(target)
-        own_key, own_pi = self._keys(target).unsqueeze(1), self._measure(target).unsqueeze(1)
-        for classes, scores in self.chunks_of_scores(H):
-            twin = self._keys(classes) == own_key
-            better = (scores > own.unsqueeze(1)) & ~twin
+        scores, key = self.of_targets(H, target)
+        return torch.where(scores[0].isnan(), self.num_classes, self.better(H, scores, key) + 1)
+
+    def of_targets(self, H: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """The scores of one class for each row and its π, (2, m), and keys of the rows of W (m)."""
+        scores = torch.stack([self._own_scores(H, target), self._measure(target).to(H.dtype)])
+        return scores, self._keys(target)
+
+    def better(self, H: Tensor, scores: Tensor, key: Tensor) -> Tensor:
+        """How many classes have a better score than those of `of_targets`: (m)."""
+        above = torch.zeros_like(key)
+        own, own_pi = scores.unsqueeze(2)
+        for classes, found in self.chunks_of_scores(H):
+            twin = self._keys(classes) == key.unsqueeze(1)
+            better = (found > own) & ~twin
             better = better | (twin & (self._measure(classes) > own_pi))
             above = above + better.sum(1)
-        return torch.where(own.isnan(), self.num_classes, above + 1)
+        return above
 
     def _own_scores(self, H: Tensor, target: Tensor) -> Tensor:
         """The scores of one class for each row, from its own cluster alone: (m)."""
         cluster, place = self.grouping.cluster[target], self.grouping.place[target]
-        own = H.gather(1, self.grouping.root_entry(target).unsqueeze(1)).squeeze(1)
+        short, clusters, z = self._split(H)
+        entry = self.grouping.root_entry(target).unsqueeze(1)
+        own = torch.cat([short, clusters], 1).gather(1, entry).squeeze(1)
         rows, group = self.grouping.group(cluster, place)
         engine = "factored" if isinstance(self.leaves.W, FactoredTensor) else "logits"
-        z = self._split(H)[2][rows]
-        nll = leaf_losses(self.loss, z, self.leaves, group, engine=engine, sparse=False)
+        nll = leaf_losses(self.loss, z[rows], self.leaves, group, engine=engine, sparse=False)
         return own.index_add(0, rows, nll, alpha=-1)
 
     def _keys(self, classes: Tensor) -> Tensor:
@@ -174,10 +182,14 @@ class ClusteredReader(Reader):
         scores = self.root.scores
         shortlist = Leaves(scores.weight, scores.bias, self.leaves.pi)
         for some, table in ((listed, shortlist), (~listed, self.leaves)):
-            owner = cluster[some].to(self.dtype).unsqueeze(1)
+            owner = self._number(cluster[some]).to(self.dtype).unsqueeze(1)
             columns = (x.to(self.dtype) for x in table.distinct(place[some]))
             keys[some] = keys_of_rows(owner, *columns)
         return keys
+
+    def _number(self, cluster: Tensor) -> Tensor:
+        """Which clusters they are among those of all ranks."""
+        return cluster
 
     def _measure(self, classes: Tensor) -> Tensor:
         """π of classes in clusters, and 1 of those of the shortlist: (n)."""

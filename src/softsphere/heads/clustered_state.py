@@ -1,4 +1,7 @@
-"""What a clustered layer keeps besides its parameters: its grouping and the frequencies."""
+"""What a clustered layer keeps besides its parameters: its grouping and the frequencies.
+
+With a process group, a rank keeps the rows of its own clusters, and its rows of the root.
+"""
 
 from __future__ import annotations
 
@@ -9,39 +12,56 @@ import torch
 from torch import Tensor, nn
 
 from softsphere import checks
+from softsphere._torch import version_of
+from softsphere.engines.cluster_shards import ClusterShards
 from softsphere.engines.grouping import Grouping
 from softsphere.engines.row_statistics import accumulator
 from softsphere.heads.factored_leaves import FactoredLeaves
+from softsphere.heads.sharded import ShardedLayer, ShardedLinear
+from softsphere.parallel import Agreement, RowsOfRanks
 
 __all__ = ["WithGrouping"]
 
+_OTHER_ASSIGNMENT = (
+    "assignment is not the one that the layer was made with; make the layer with the assignment "
+    "that was saved, and load again"
+)
 
-class WithGrouping(FactoredLeaves):
+
+class WithGrouping(ShardedLayer, FactoredLeaves):
     """A module with the buffers assignment (D), prior (L) and root_shares (S + C).
 
-    The assignment never changes. The other two stay in float32 or wider.
+    The assignment never changes. The other two stay in float32 or wider. With a process group, L is
+    the number of leaves of this rank.
     """
 
     assignment: Tensor
     root_shares: Tensor
     root: nn.Linear
     num_classes: int
-    _grouping: Grouping
+    sparse: bool
+    _clusters: ClusterShards
 
     def keep_grouping(self, assignment: Tensor, counts: Tensor | None, like: Tensor) -> None:
         """Registers the buffers, on the device of a tensor, for parameters of its dtype.
 
         Raises TypeError or ValueError for a wrong assignment, and for wrong counts (None: ones).
         """
-        self._grouping = Grouping.of(checks.assignment(assignment, self.num_classes))
+        grouping = Grouping.of(checks.assignment(assignment, self.num_classes))
         if counts is None:
             counts = torch.ones(self.num_classes)
         counts = checks.class_counts(counts)
         checks.class_vector("counts", counts, self.num_classes)
+        shares, pi = grouping.root_shares(counts), grouping.base_measure(counts)
+        size, rank = (
+            (1, 0) if self.shards is None else (self.shards.ranks.size, self.shards.ranks.rank)
+        )
+        self._clusters = ClusterShards.of(grouping, shares, size, rank)
+        pi = pi if self.shards is None else pi[self._clusters.leaves.slice].clone()
         device, dtype = like.device, accumulator(like.dtype)
-        self.register_buffer("assignment", self._grouping.cluster.to(device))
-        self.register_buffer("prior", self._grouping.base_measure(counts).to(device, dtype))
-        self.register_buffer("root_shares", self._grouping.root_shares(counts).to(device, dtype))
+        self.register_buffer("assignment", grouping.cluster.to(device))
+        self.register_buffer("prior", pi.to(device, dtype))
+        self.register_buffer("root_shares", shares.to(device, dtype))
 
     @property
     def num_clusters(self) -> int:
@@ -49,33 +69,59 @@ class WithGrouping(FactoredLeaves):
         return self._grouping.num_clusters
 
     @property
+    def _grouping(self) -> Grouping:
+        return self._clusters.grouping
+
+    @property
+    def clusters(self) -> ClusterShards:
+        """The classes of the ranks, on the device of the parameters."""
+        self._clusters = self._clusters.to(self.weight.device)
+        return self._clusters
+
+    @property
     def grouping(self) -> Grouping:
-        """Shortlist and clusters, on the device of the parameters."""
-        self._grouping = self._grouping.to(self.weight.device)
-        return self._grouping
+        """Shortlist and clusters of all ranks, on the device of the parameters."""
+        return self.clusters.grouping
 
     @property
     def base_measure(self) -> Tensor:
-        """π of every class (D); 1 for those of the shortlist."""
+        """π of every class (D); 1 for those of the shortlist.
+
+        With a process group it is `prior`, π of the leaves of this rank.
+        """
+        if self.shards is not None:
+            return self.prior
         pi = self.prior.new_ones(self.num_classes)
         pi[self.grouping.leaves] = self.prior
         return pi
 
+    def versions(self) -> tuple[Any, ...]:
+        """Name the values of root and leaves; None where this rank cannot tell of a step.
+
+        It cannot without rows, or where an optimizer of sparse gradients may leave all as they are.
+        """
+        leaves: Any = None
+        if len(self.weight) and self.weight.requires_grad and not self.sparse:
+            factored = self.engine == "factored"
+            leaves = self.stack.edition if factored else version_of(self.weight)
+        root = self.root.weight
+        return version_of(root) if len(root) and root.requires_grad else None, leaves
+
     def check_parameters(self) -> None:
         """Raises ValueError or TypeError for parameters that were replaced by unfit ones."""
         self.check_factored()
-        S, L = len(self._grouping.shortlist), len(self._grouping.leaves)
+        L, R = len(self._clusters.leaves), len(self._clusters.root)
         for name, x in (("weight", self.weight), ("bias", self.bias), ("prior", self.prior)):
             if x is not None and len(x) != L:
                 raise ValueError(
                     f"{name} must have {L} rows, one for each class in a cluster, got "
                     f"{tuple(x.shape)}; make a new layer for other classes"
                 )
-        if len(self.root.weight) != S + self.num_clusters:
+        if len(self.root.weight) != R:
             raise ValueError(
-                f"root.weight must have {S + self.num_clusters} rows, one for each class of the "
-                f"shortlist and each cluster, got {tuple(self.root.weight.shape)}; make a new "
-                "layer for another assignment"
+                f"root.weight must have {R} rows, one for each class of the shortlist and each "
+                f"cluster, got {tuple(self.root.weight.shape)}; make a new layer for another "
+                "assignment"
             )
 
     @torch.no_grad()
@@ -95,12 +141,12 @@ class WithGrouping(FactoredLeaves):
             raise ValueError(
                 f"rows must have shape {shape}, one row for each class, got {tuple(rows.shape)}"
             )
-        grouping, rows = self.grouping, rows.to(self.weight.device)
-        self.write_leaves(rows[grouping.leaves])
+        clusters, grouping = self.clusters, self.grouping
+        rows = rows.to(self.weight.device)
+        self.write_leaves(rows[grouping.leaves[clusters.leaves.slice]])
         if self.root.weight.shape[1] == rows.shape[1]:
-            self.root.weight[: len(grouping.shortlist)] = rows[grouping.shortlist].to(
-                self.root.weight.dtype
-            )
+            listed = rows[grouping.shortlist[clusters.listed]]
+            self.root.weight[: len(listed)] = listed.to(self.root.weight.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WithGrouping:
         before = {"prior": self.prior, "root_shares": self.root_shares}
@@ -114,6 +160,35 @@ class WithGrouping(FactoredLeaves):
             self.assignment.copy_(self._grouping.cluster)
         return self
 
+    def rows_of_ranks(self, name: str) -> RowsOfRanks:
+        return self._clusters.leaves
+
+    def _of_all(self, name: str) -> str | None:
+        return name if name in ("weight", "bias", "prior") else None
+
+    def _own_tensors(self) -> list[str]:
+        return ["weight", *(["bias"] if self.has_bias else []), "prior"]
+
+    def _row_width(self) -> int:
+        return self.leaf_width
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        if self.shards is not None:
+            with Agreement(self.shards.ranks, "state_dict()"):
+                pass  # the rows of clusters are sent to other ranks
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _check_state(self, state_dict: dict[str, Any], prefix: str) -> None:
+        if not self._has_assignment_of(state_dict, prefix):
+            raise ValueError(prefix + _OTHER_ASSIGNMENT)
+        if isinstance(self.root, ShardedLinear):
+            self.root._entries_of_all(state_dict, f"{prefix}root.")
+
+    def _has_assignment_of(self, state_dict: dict[str, Any], prefix: str) -> bool:
+        """Whether a state has the assignment of this layer, or none."""
+        loaded, own = state_dict.get(f"{prefix}assignment"), self._grouping.cluster
+        return loaded is None or torch.equal(loaded.to(own.device), own)
+
     def _load_from_state_dict(
         self,
         state_dict: dict[str, Any],
@@ -125,13 +200,8 @@ class WithGrouping(FactoredLeaves):
         error_msgs: list[str],
     ) -> None:
         """Loads as every module does, but refuses the weights of another assignment."""
-        loaded = state_dict.get(f"{prefix}assignment")
-        own = self._grouping.cluster
-        if loaded is not None and not torch.equal(loaded.to(own.device), own):
-            error_msgs.append(
-                f"{prefix}assignment is not the one that the layer was made with; make the layer "
-                "with the assignment that was saved, and load again"
-            )
+        if self.shards is None and not self._has_assignment_of(state_dict, prefix):
+            error_msgs.append(prefix + _OTHER_ASSIGNMENT)
             # The layers below load after this one: nothing changes.
             state_dict.update({prefix + key: x for key, x in self.state_dict().items()})
             return

@@ -24,7 +24,7 @@ from softsphere.heads.factored_state import FactoredState
 from softsphere.heads.prediction import OutputLayer
 from softsphere.heads.reader import Reader
 from softsphere.heads.sharded import making
-from softsphere.heads.sharded_reader import ReaderOfFactoredShard, ShardedReader
+from softsphere.heads.sharded_reader import ReaderOfFactoredShard, ShardedWeightReader
 from softsphere.losses import Spherical
 from softsphere.matrix import FactoredTensor, Health, StructuredGradient
 from softsphere.matrix.interrupts import uninterrupted
@@ -271,7 +271,7 @@ class FactoredSphericalLoss(FactoredState, OutputLayer):
     def _reader(self) -> Reader:
         reader = self._local_reader()
         if self.shards is not None and isinstance(reader, ReaderOfFactoredShard):
-            return ShardedReader(reader, self.shards)
+            return ShardedWeightReader(reader, self.shards)
         return reader
 
     log_prob = eager(EXPORT)(OutputLayer.log_prob)

@@ -26,7 +26,7 @@ from softsphere.heads.dense_reader import DenseReader
 from softsphere.heads.prediction import OutputLayer
 from softsphere.heads.reader import Reader
 from softsphere.heads.sharded import ShardedLayer, making
-from softsphere.heads.sharded_reader import ReaderOfShard, ShardedReader
+from softsphere.heads.sharded_reader import ReaderOfShard, ShardedWeightReader
 from softsphere.parallel import Agreement, checksum, mesh_of_rows
 
 __all__ = ["LinearSphericalLoss"]
@@ -386,7 +386,7 @@ class LinearSphericalLoss(ShardedLayer, AccumulatingLayer, OutputLayer, WithPrio
         checks.same_dtype(W, W, b, ("weight", "weight", "bias"))
         given = layer, self.vectors["prior"], self.loss, self.options
         if self.shards is not None:
-            return ShardedReader(ReaderOfShard(*given), self.shards)
+            return ShardedWeightReader(ReaderOfShard(*given), self.shards)
         return DenseReader(*given)
 
     @property

@@ -1,4 +1,4 @@
-"""An output layer whose classes are sharded over the ranks of a process group, and its state."""
+"""Layers whose rows are sharded over the ranks of a process group, and their state."""
 
 from __future__ import annotations
 
@@ -6,13 +6,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from softsphere import checks
 from softsphere._torch import is_dtensor
-from softsphere.parallel import Agreement, Ranks, Shards, local_rows, own_rows, whole_tensor
+from softsphere.parallel import (
+    Agreement,
+    Ranks,
+    RowsOfRanks,
+    Shards,
+    check_rows,
+    local_rows,
+    own_rows,
+    whole_tensor,
+)
 
-__all__ = ["ShardedLayer", "making"]
+__all__ = ["ShardedLayer", "ShardedLinear", "ShardedRows", "making"]
 
 
 @contextmanager
@@ -52,8 +62,8 @@ def _flags(replicated: Any, averaged: Any) -> bool:
     return given or averaged is not None
 
 
-class ShardedLayer(nn.Module):
-    """A layer that may have a process group. Then each rank has the rows of its own classes.
+class ShardedRows(nn.Module):
+    """A module that may have a process group. Then each rank has rows of its own of its tensors.
 
     `shards` is None without a group. The state_dict of a layer with one has DTensors with the
     placement Shard(0), under the names that the state of a whole layer has, so that
@@ -69,16 +79,9 @@ class ShardedLayer(nn.Module):
     # whether weight and bias are DTensors of a program that shards them by itself
     of_dtensors: bool = False
 
-    if TYPE_CHECKING:
-        # the call of every output layer, with the argument that layers with a group have besides
-        def __call__(
-            self,
-            hidden: Tensor,
-            target: Tensor,
-            target_values: Tensor | None = None,
-            mask: Tensor | None = None,
-            num_items: float | Tensor | None = None,
-        ) -> Tensor: ...
+    def __setattr__(self, name: str, value: Any) -> None:
+        # fully_shard would not call register_parameter of a module without a __setattr__ of its own
+        super().__setattr__(name, value)
 
     def register_parameter(self, name: str, param: Any) -> None:
         """See `nn.Module.register_parameter`.
@@ -97,11 +100,20 @@ class ShardedLayer(nn.Module):
     def _rows_of(self, name: str) -> Any:
         """A parameter, or the rows of this rank of one that is a DTensor."""
         x = getattr(self, name)
-        return x if self.shards is None else local_rows(name, x, self.shards)
+        return x if self.shards is None else local_rows(name, x, self.shards.ranks)
 
     def _of_all(self, name: str) -> str | None:
         """The name in the state of a whole layer of a tensor with an entry for each class."""
         return name if name in ("weight", "bias") else None
+
+    def rows_of_ranks(self, name: str) -> RowsOfRanks:
+        """Which rows of a tensor each rank has."""
+        assert self.shards is not None
+        return self.shards.sharding
+
+    def _row_width(self) -> int:
+        """The number of columns of the weight in the state of a whole layer."""
+        return self.in_features
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self._local_state(destination, prefix, keep_vars)
@@ -109,7 +121,8 @@ class ShardedLayer(nn.Module):
             return
         for name in self._own_tensors():
             x = destination.pop(prefix + name)
-            destination[prefix + str(self._of_all(name))] = whole_tensor(x, self.shards)
+            whole = whole_tensor(x, self.shards.ranks, self.rows_of_ranks(name))
+            destination[prefix + str(self._of_all(name))] = whole
 
     def _load_from_state_dict(
         self,
@@ -127,8 +140,10 @@ class ShardedLayer(nn.Module):
         """
         if self.shards is not None:
             with Agreement(self.shards.ranks, "the loading of a state_dict") as agreed:
-                own = self._own_rows_of(state_dict, prefix)
-                agreed.same(entries=sorted(own))
+                self._check_state(state_dict, prefix)
+                whole = self._entries_of_all(state_dict, prefix)
+                agreed.same(entries=[(k, x.dtype, is_dtensor(x)) for k, x in whole.items()])
+            own = {prefix + name: self._as_kept(name, x) for name, x in whole.items()}
             taken = {prefix + str(self._of_all(name)) for name in self._own_tensors()}
             state_dict = {k: v for k, v in state_dict.items() if k not in taken} | own
         self._load_local_state(
@@ -159,26 +174,81 @@ class ShardedLayer(nn.Module):
         named = [*self.named_parameters(recurse=False), *self.named_buffers(recurse=False)]
         return [name for name, _ in named if self._of_all(name) is not None]
 
-    def _own_rows_of(self, state_dict: dict[str, Any], prefix: str) -> dict[str, Tensor]:
-        """The entries of this layer in a state of the whole layer, with the rows of this rank."""
+    def _entries_of_all(self, state_dict: dict[str, Any], prefix: str) -> dict[str, Tensor]:
+        """The entries of this layer in a state of the whole layer, by the names of its tensors.
+
+        Raises ValueError for entries that this layer cannot load.
+        """
         assert self.shards is not None
-        own = {}
+        found = {}
         for name in self._own_tensors():
             key = f"{prefix}{self._of_all(name)}"
             if key not in state_dict:
                 continue
-            x, width = state_dict[key], self.in_features
+            x, width = state_dict[key], self._row_width()
             if name == "weight" and x.shape[1:] != (width,):
                 raise ValueError(
-                    f"{key} must have {width} columns, in_features of the layer, got shape "
-                    f"{tuple(x.shape)}"
+                    f"{key} must have {width} columns, the width of the weight of the layer, got "
+                    f"shape {tuple(x.shape)}"
                 )
-            rows = own_rows(key, self._whole(key, x), self.shards)
-            own[prefix + name] = (
-                whole_tensor(rows, self.shards) if is_dtensor(getattr(self, name, None)) else rows
-            )
-        return own
+            found[name] = self._whole(key, x)
+            check_rows(key, found[name], self.shards.ranks, self.rows_of_ranks(name))
+        return found
+
+    def _as_kept(self, name: str, x: Tensor) -> Tensor:
+        """The rows of this rank of an entry, or a DTensor where the layer has one."""
+        assert self.shards is not None
+        held = self.shards.ranks, self.rows_of_ranks(name)
+        rows = own_rows(name, x, *held)
+        return whole_tensor(rows, *held) if is_dtensor(getattr(self, name, None)) else rows
+
+    def _check_state(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Raises ValueError for a state that the layers of this one cannot load."""
 
     def _whole(self, key: str, x: Tensor) -> Tensor:
         """An entry for all classes, as this layer keeps it."""
         return x
+
+
+class ShardedLayer(ShardedRows):
+    """An output layer that may have a process group."""
+
+    if TYPE_CHECKING:
+        # the call of every output layer, with the argument that layers with a group have besides
+        def __call__(
+            self,
+            hidden: Tensor,
+            target: Tensor,
+            target_values: Tensor | None = None,
+            mask: Tensor | None = None,
+            num_items: float | Tensor | None = None,
+        ) -> Tensor: ...
+
+
+class ShardedLinear(ShardedRows, nn.Linear):
+    """The rows of this rank of an `nn.Linear`.
+
+    They have no values before `reset_parameters` is called, since ranks with other numbers of rows
+    would go on with other random numbers.
+
+    Args:
+        in_features, bias, device, dtype: as in `nn.Linear`.
+        shards: of its rows.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        shards: Shards,
+        *,
+        bias: bool,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, len(shards.sharding), bias, device, dtype)
+        self.shards = shards
+
+    def reset_parameters(self) -> None:
+        """Draws the initial values of `nn.Linear`, if the rank has any rows."""
+        if self.shards is not None and self.out_features:
+            super().reset_parameters()

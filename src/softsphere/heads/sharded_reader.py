@@ -1,4 +1,4 @@
-"""Predictions from a weight whose rows are sharded over ranks.
+"""Predictions from a layer whose classes are sharded over ranks.
 
 Each rank finds the answers of its own classes for the rows of all ranks, and each row's own rank
 merges them. What is sent does not grow with the number of classes, except by `log_prob` of all.
@@ -6,6 +6,7 @@ merges them. What is sent does not grow with the number of classes, except by `l
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 from softsphere import losses
 from softsphere._torch import values_on_cpu, version_of
 from softsphere.engines.chunked import CHUNKED
+from softsphere.engines.cluster_shards import ClusterShards
 from softsphere.engines.dispatch import settings
 from softsphere.engines.engine import Inputs
 from softsphere.engines.gram import guarded_statistics
@@ -31,20 +33,40 @@ from softsphere.heads.reader import (
     with_room_for_marks,
     without_marks,
 )
-from softsphere.parallel import Agreement, Batch, Shards, checksum
+from softsphere.heads.weight_reader import WeightReader
+from softsphere.parallel import Agreement, Batch, Sharding, Shards, checksum
 from softsphere.stats import Stats
 
-__all__ = ["ReaderOfFactoredShard", "ReaderOfShard", "ShardedReader"]
+__all__ = [
+    "ReaderOfFactoredShard",
+    "ReaderOfRank",
+    "ReaderOfShard",
+    "ShardedReader",
+    "ShardedWeightReader",
+]
 
 
-class _OfShard(Reader):
-    """A reader of the rows of one rank.
+class ReaderOfRank(Reader):
+    """A reader of the classes of one rank, which it numbers by their places.
 
     It raises no error for infinite outputs, which only that rank would know of. It remembers them,
     and their scores are NaN.
     """
 
     infinite = False
+
+    @property
+    @abstractmethod
+    def versions(self) -> tuple[Any, ...]:
+        """Name the values of the weights; None where this rank cannot tell."""
+
+    @abstractmethod
+    def of_targets(self, H: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """The scores of one class for each row and its π, (2, m), and keys of the rows of W (m)."""
+
+    @abstractmethod
+    def better(self, H: Tensor, scores: Tensor, key: Tensor) -> Tensor:
+        """How many classes have a better score than those of `of_targets`: (m)."""
 
     def ranked(self, scores: Tensor) -> Tensor:
         if not self.loss.normalised:
@@ -55,13 +77,39 @@ class _OfShard(Reader):
         return scores.masked_fill(found, torch.nan)
 
 
+class _OfShard(ReaderOfRank, WeightReader):
+    """A reader of the rows of one rank."""
+
+    @property
+    def _measure(self) -> Tensor | None:
+        """π, where classes are ranked by it."""
+        return self.pi if self.loss.normalised else None
+
+    def of_targets(self, H: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        pi = torch.ones_like(H[:, 0]) if self._measure is None else self._measure[target]
+        o = (H * self.weight_rows(target)).sum(-1, keepdim=True)
+        own = self.scores(o, None if self._measure is None else pi.unsqueeze(1))
+        own = self.ranked(own).squeeze(1)
+        return torch.stack([own, pi.to(own.dtype)]), self.row_keys(target)
+
+    def better(self, H: Tensor, scores: Tensor, key: Tensor) -> Tensor:
+        above, pi = torch.zeros_like(key), self._measure
+        own, own_pi = scores.unsqueeze(2)
+        for part, found in self.chunks_of_scores(H):
+            twin = self.row_keys(part) == key.unsqueeze(1)
+            better = (self.ranked(found) > own) & ~twin
+            if pi is not None:
+                better = better | (twin & (pi[part].to(scores.dtype) > own_pi))
+            above = above + better.sum(1)
+        return above
+
+
 class ReaderOfShard(_OfShard, DenseReader):
     """A reader of the rows of one rank of a dense weight."""
 
     @property
-    def version(self) -> Any:
-        """Names the value of W; None where this rank has no row of it."""
-        return version_of(self.W) if len(self.W) else None
+    def versions(self) -> tuple[Any, ...]:
+        return (version_of(self.W) if len(self.W) else None,)
 
     def sums(self, H: Tensor, target: Tensor) -> Stats:
         """s and q of rows H (m, d) over the classes of this rank."""
@@ -76,21 +124,24 @@ class ReaderOfFactoredShard(_OfShard, FactoredReader):
     """A reader of the rows of one rank of a factored weight."""
 
     @property
-    def version(self) -> Any:
-        return self.weight.matrix.edition
+    def versions(self) -> tuple[Any, ...]:
+        return (self.weight.matrix.edition,)
 
 
 class ShardedReader(Reader):
-    """A reader of the rows of all ranks.
+    """A reader of the classes of all ranks.
 
     Args:
-        own: of the rows of this rank.
+        own: of the classes of this rank.
         shards: of the layer.
+        classes: which classes each rank has.
     """
 
-    def __init__(self, own: ReaderOfShard | ReaderOfFactoredShard, shards: Shards) -> None:
+    def __init__(
+        self, own: ReaderOfRank, shards: Shards, classes: Sharding | ClusterShards
+    ) -> None:
         super().__init__(own.loss, own.in_features, shards.sharding.num_classes, own.device)
-        self.own, self.shards, self.sharding = own, shards, shards.sharding
+        self.own, self.shards, self.classes = own, shards, classes
         self.batch = Batch(shards.ranks, (0,) * shards.ranks.size)
 
     @contextmanager
@@ -105,18 +156,102 @@ class ShardedReader(Reader):
                     )
                 rows = hidden.reshape(-1, self.in_features)
                 beside = [x.reshape(len(rows), x.shape[-1]) for x in integers if x is not None]
-                self.shards.begin(agreed, self.own.version, rows, *beside)
+                self.shards.begin(agreed, self.own.versions, rows, *beside)
                 given = {k: checksum(v) if isinstance(v, Tensor) else v for k, v in facts.items()}
                 agreed.same(loss=self.loss, **given)
 
             yield found
         self.batch = self.shards.batch(agreed)
 
-    def rows_of(self, hidden: Tensor) -> Tensor:
-        return self.own.rows_of(hidden)
-
     def is_differentiated(self, hidden: Tensor) -> bool:
         return False
+
+    def check_normaliser(self, H: Tensor, log_norm: Tensor) -> Tensor:
+        """See `Reader.check_normaliser`. An infinite output is an error on every rank."""
+        self._refuse_infinite((log_norm == torch.inf).any())
+        return log_norm
+
+    def _refuse_infinite(self, found: Tensor | None = None) -> None:
+        """Raises ValueError on every rank if one of them found an infinite output."""
+        if found is None:
+            found = torch.tensor(self.own.infinite, device=self.device)
+        if int(self.shards.ranks.sum(found.to(torch.int64))):
+            raise ValueError(INFINITE)
+
+    def scores_of(self, H: Tensor, classes: Tensor) -> Tensor:
+        place, own = self.classes.local(classes)
+        every = self.batch.gathered(H)
+        if not len(self.classes):
+            return self.batch.scattered(every.new_zeros(len(every), len(classes)))
+        return self.batch.scattered(torch.where(own, self.own.scores_of(every, place), 0.0))
+
+    def every_score(self, H: Tensor) -> Tensor:
+        result = H.new_empty(len(H), self.num_classes)
+        for part, scores in self.chunks_of_scores(H):
+            result[:, part] = scores
+        return result
+
+    def chunks_of_scores(self, H: Tensor) -> Iterator[tuple[slice | Tensor, Tensor]]:
+        every, share = self.batch.gathered(H), self.classes.share
+        size = max(1, min(share, SCORES // max(*every.shape, 1)))
+        for first in range(0, share, size):
+            places = torch.arange(first, min(first + size, len(self.classes)))
+            mine = every.new_zeros(len(every), size)
+            if len(places):
+                mine[:, : len(places)] = self.own.scores_of(every, places.to(every.device))
+            for rank, scores in enumerate(self.batch.sent(mine)):
+                number = min(size, self.classes.number_of(rank) - first)
+                if number > 0:
+                    yield self.classes.classes_of(rank, first, size), scores[:, :number]
+
+    def topk(self, H: Tensor, k: int, exclude: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        every, left_out = self.batch.gathered(H), None
+        if exclude is not None:
+            excluded = self.batch.gathered(exclude)
+            place, mine = self.classes.local(excluded.clamp_min(0))
+            left_out = torch.where(mine & (excluded >= 0), place, -1)
+        width = min(k, self.classes.share)
+        marked = every.new_full((len(every), width), torch.nan)
+        index = torch.full((len(every), width), -1, device=H.device)
+        own = min(width, len(self.classes))
+        if own:
+            best, places = self.own.topk(every, own, left_out)
+            best = with_room_for_marks(best)
+            if left_out is not None:
+                hit = (places.unsqueeze(2) == left_out.unsqueeze(1)).any(2)
+                best = best.masked_fill(hit, torch.nan)
+            marked[:, :own], index[:, :own] = best, self.classes.named(places)
+        self._refuse_infinite()
+        values = self.batch.sent(marked).transpose(0, 1).flatten(1)
+        found = self.batch.sent(index).transpose(0, 1).flatten(1)
+        best, order = best_of(values.clone(), k)
+        return without_marks(best), found.gather(1, order)
+
+    def rank(self, H: Tensor, target: Tensor) -> Tensor:
+        every, targets = self.batch.gathered(H), self.batch.gathered(target)
+        place, mine = self.classes.local(targets)
+        score, key = every.new_zeros(2, len(every)), torch.zeros_like(targets)
+        above = torch.zeros_like(targets)
+        if len(self.classes):
+            score[:, mine], key[mine] = self.own.of_targets(every[mine], place[mine])
+        score, key = self.shards.ranks.sum(score), self.shards.ranks.sum(key)
+        if len(self.classes):
+            above = self.own.better(every, score, key)
+        self._refuse_infinite()
+        above = self.batch.scattered(above)
+        return torch.where(score[0][self.batch.own].isnan(), self.num_classes, above + 1)
+
+
+class ShardedWeightReader(ShardedReader):
+    """A reader of a weight that has a row for each class of all ranks."""
+
+    own: ReaderOfShard | ReaderOfFactoredShard
+
+    def __init__(self, own: ReaderOfShard | ReaderOfFactoredShard, shards: Shards) -> None:
+        super().__init__(own, shards, shards.sharding)
+
+    def rows_of(self, hidden: Tensor) -> Tensor:
+        return self.own.rows_of(hidden)
 
     def log_normaliser(self, H: Tensor) -> Tensor:
         if isinstance(self.own, ReaderOfFactoredShard):
@@ -130,85 +265,3 @@ class ShardedReader(Reader):
         none = torch.empty(len(H), 0, dtype=torch.long, device=H.device)
         x, _ = find.of_rows(H[:, : self.in_features], none, self.batch)
         return self.loss.log_normaliser(x.s, x.q, x.mass)
-
-    def check_normaliser(self, H: Tensor, log_norm: Tensor) -> Tensor:
-        """See `Reader.check_normaliser`. An infinite output is an error on every rank."""
-        self._refuse_infinite((log_norm == torch.inf).any())
-        return log_norm
-
-    def _refuse_infinite(self, found: Tensor) -> None:
-        """Raises ValueError on every rank if one of them found an infinite output."""
-        if int(self.shards.ranks.sum(found.to(torch.int64))):
-            raise ValueError(INFINITE)
-
-    def scores_of(self, H: Tensor, classes: Tensor) -> Tensor:
-        place, own = self.sharding.local(classes)
-        every = self.batch.gathered(H)
-        if not len(self.sharding):
-            return self.batch.scattered(every.new_zeros(len(every), len(classes)))
-        return self.batch.scattered(torch.where(own, self.own.scores_of(every, place), 0.0))
-
-    def every_score(self, H: Tensor) -> Tensor:
-        return torch.cat([scores for _, scores in self.chunks_of_scores(H)], 1)
-
-    def chunks_of_scores(self, H: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        every = self.batch.gathered(H)
-        size = max(1, min(self.sharding.share, SCORES // max(*every.shape, 1)))
-        for first in range(0, self.sharding.share, size):
-            classes = torch.arange(first, min(first + size, len(self.sharding)))
-            mine = every.new_zeros(len(every), size)
-            if len(classes):
-                mine[:, : len(classes)] = self.own.scores_of(every, classes.to(every.device))
-            for rank, scores in enumerate(self.batch.sent(mine)):
-                start = self.sharding.start_of(rank) + first
-                stop = min(start + size, self.sharding.start_of(rank + 1))
-                if stop > start:
-                    yield slice(start, stop), scores[:, : stop - start]
-
-    def topk(self, H: Tensor, k: int, exclude: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        every = self.batch.gathered(H)
-        left_out = None if exclude is None else self.batch.gathered(exclude) - self.sharding.start
-        width = min(k, self.sharding.share)
-        marked = every.new_full((len(every), width), torch.nan)
-        index = torch.full((len(every), width), -1, device=H.device)
-        own = min(width, len(self.sharding))
-        if own:
-            best, classes = self.own.topk(every, own, left_out)
-            best = with_room_for_marks(best)
-            if left_out is not None:
-                hit = (classes.unsqueeze(2) == left_out.unsqueeze(1)).any(2)
-                best = best.masked_fill(hit, torch.nan)
-            marked[:, :own], index[:, :own] = best, classes + self.sharding.start
-        self._refuse_infinite(torch.tensor(self.own.infinite, device=H.device))
-        values = self.batch.sent(marked).transpose(0, 1).flatten(1)
-        found = self.batch.sent(index).transpose(0, 1).flatten(1)
-        best, order = best_of(values.clone(), k)
-        return without_marks(best), found.gather(1, order)
-
-    def rank(self, H: Tensor, target: Tensor) -> Tensor:
-        every, targets = self.batch.gathered(H), self.batch.gathered(target)
-        place, mine = self.sharding.local(targets)
-        score = every.new_zeros(2, len(every))
-        key = torch.zeros_like(targets)
-        with_pi = self.own.pi is not None and self.loss.normalised
-        if len(self.sharding):
-            pi = self.own.pi[place] if self.own.pi is not None else torch.ones_like(score[0])
-            o = (every * self.own.weight_rows(place)).sum(-1)
-            own = self.own.ranked(
-                self.own.scores(o.unsqueeze(1), pi.unsqueeze(1) if with_pi else None)
-            )
-            score = torch.where(mine, torch.stack([own.squeeze(1), pi.to(own.dtype)]), 0.0)
-            key = torch.where(mine, self.own.row_keys(place), 0)
-        score, key = self.shards.ranks.sum(score), self.shards.ranks.sum(key)
-        above = torch.zeros_like(targets)
-        if len(self.sharding):
-            for part, scores in self.own.chunks_of_scores(every):
-                twin = self.own.row_keys(part) == key.unsqueeze(1)
-                better = (self.own.ranked(scores) > score[0].unsqueeze(1)) & ~twin
-                if with_pi and self.own.pi is not None:
-                    pi = self.own.pi[part].to(score.dtype)
-                    better = better | (twin & (pi > score[1].unsqueeze(1)))
-                above = above + better.sum(1)
-        self._refuse_infinite(torch.tensor(self.own.infinite, device=H.device))
-        above = self.batch.scattered(above)
-        return torch.where(score[0][self.batch.own].isnan(), self.num_classes, above + 1)

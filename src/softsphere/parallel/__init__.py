@@ -5,6 +5,8 @@ from softsphere.parallel.batch import Batch
 from softsphere.parallel.clipping import clip_grad_norm_
 from softsphere.parallel.functions import (
     all_rows,
+    answers_of_all,
+    on_all_ranks,
     own_part,
     own_sums,
     same_on_all,
@@ -13,19 +15,29 @@ from softsphere.parallel.functions import (
 )
 from softsphere.parallel.optimizer_state import keep_whole_state
 from softsphere.parallel.ranks import Ranks
-from softsphere.parallel.sharding import Sharding
+from softsphere.parallel.sharding import Cuts, RowsOfRanks, Sharding
 from softsphere.parallel.shards import Shards, checksum, leave_out_of_ddp
 from softsphere.parallel.traffic import Traffic, count_traffic
-from softsphere.parallel.whole import local_rows, mesh_of_rows, own_rows, whole_tensor
+from softsphere.parallel.whole import (
+    check_rows,
+    local_rows,
+    mesh_of_rows,
+    own_rows,
+    whole_tensor,
+)
 
 __all__ = [
     "Agreement",
     "Batch",
+    "Cuts",
     "Ranks",
+    "RowsOfRanks",
     "Sharding",
     "Shards",
     "Traffic",
     "all_rows",
+    "answers_of_all",
+    "check_rows",
     "checksum",
     "clip_grad_norm_",
     "count_traffic",
@@ -33,6 +45,7 @@ __all__ = [
     "leave_out_of_ddp",
     "local_rows",
     "mesh_of_rows",
+    "on_all_ranks",
     "own_part",
     "own_rows",
     "own_sums",

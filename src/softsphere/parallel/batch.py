@@ -52,6 +52,15 @@ class Batch:
             return self.ranks.gather(x)
         return self._exchanged(x)[:, : self.counts[self.ranks.rank]]
 
+    def returned(self, x: Tensor) -> Tensor:
+        """The derivative of `sent`: from x (size, m, …), with a part for each rank, (Σ m, …)."""
+        if self.replicated:
+            return x[self.ranks.rank].clone()
+        padded = x.new_zeros(len(x), max(self.counts), *x.shape[2:])
+        padded[:, : x.shape[1]] = x.detach()
+        parts = self.ranks.exchange(padded)
+        return torch.cat([part[:m] for part, m in zip(parts, self.counts, strict=True)])
+
     def total(self, x: Tensor) -> Tensor:
         """The sum of x over the ranks, or x itself where all have the same rows."""
         return x.detach().clone() if self.replicated else self.ranks.sum(x)

@@ -34,7 +34,7 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
     (tensor(5.), tensor([[0.6000, 0.8000]]))
     """
     layers: list[Any] = [x for x in model.modules() if getattr(x, "shards", None) is not None]
-    sharded = {id(p) for x in layers for p in rows_of_one_rank(x)}
+    sharded = {id(p) for x in layers for p in rows_of_one_rank(x).values()}
     rest = [p for p in model.parameters() if id(p) not in sharded and p.grad is not None]
     squares = torch.zeros((), dtype=torch.float64)
     for p in rest:
@@ -56,7 +56,7 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
 
 def _trained(layer: nn.Module, seen: set[int]) -> Iterator[nn.Parameter]:
     """The parameters of a layer with a gradient, unless an earlier layer has them, too."""
-    for p in rows_of_one_rank(layer):
+    for p in rows_of_one_rank(layer).values():
         if p.grad is not None and id(p) not in seen:
             seen.add(id(p))
             yield p

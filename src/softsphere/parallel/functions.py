@@ -17,6 +17,8 @@ from softsphere.parallel.batch import Batch
 
 __all__ = [
     "all_rows",
+    "answers_of_all",
+    "on_all_ranks",
     "own_part",
     "own_sums",
     "same_on_all",
@@ -33,6 +35,16 @@ def all_rows(x: Tensor, batch: Batch) -> Tensor:
 def own_sums(x: Tensor, batch: Batch) -> Tensor:
     """The sum over ranks of x (Σ m, …), at the rows of this rank: (m, …)."""
     return _differentiable(x, batch.scattered, batch.gathered)
+
+
+def answers_of_all(x: Tensor, batch: Batch) -> Tensor:
+    """What each rank found for the rows of this one, from its x (Σ m, …): (size, m, …)."""
+    return _differentiable(x, batch.sent, batch.returned)
+
+
+def on_all_ranks(x: Tensor, batch: Batch) -> Tensor:
+    """A weight x that all ranks have, whose gradient is the sum over them, with the same bits."""
+    return _differentiable(x, Tensor.clone, batch.ranks.sum)
 
 
 def same_on_all(x: Tensor, batch: Batch) -> Tensor:

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from softsphere.parallel.shards import Shards, rows_of_one_rank
-from softsphere.parallel.whole import own_rows, whole_tensor
+from softsphere.parallel.agreement import Agreement
+from softsphere.parallel.ranks import Ranks
+from softsphere.parallel.sharding import RowsOfRanks
+from softsphere.parallel.shards import rows_of_one_rank
+from softsphere.parallel.whole import check_rows, own_rows, whole_tensor
 
 __all__ = ["keep_whole_state"]
+
+# The ranks of a parameter, and which of its rows each of them has.
+_Held = tuple[Ranks, RowsOfRanks]
 
 
 def keep_whole_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
@@ -30,12 +37,14 @@ def keep_whole_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> None
     >>> model = nn.Linear(2, 2)
     >>> keep_whole_state(torch.optim.Adam(model.parameters()), model)
     """
-    shards: dict[int, Shards] = {}
+    held: dict[int, _Held] = {}
     for layer in model.modules():
-        found: Any = getattr(layer, "shards", None)
+        shards: Any = getattr(layer, "shards", None)
         # the optimizer of a factored weight does so by itself
-        if found is not None and not layer.norm_is_of_all:
-            shards |= {id(p): found for p in rows_of_one_rank(layer)}
+        if shards is not None and not layer.norm_is_of_all:
+            rows: Any = layer.rows_of_ranks
+            named = rows_of_one_rank(layer).items()
+            held |= {id(p): (shards.ranks, rows(name)) for name, p in named}
 
     def saved(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         def whole(name: str, x: Tensor, p: Tensor) -> Tensor:
@@ -46,15 +55,25 @@ def keep_whole_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> None
                     "can be saved for all ranks; use an optimizer that acts on single entries, "
                     "such as Adam"
                 )
-            return whole_tensor(x, shards[id(p)]) if x.shape == p.shape else x
+            return whole_tensor(x, *held[id(p)]) if x.shape == p.shape else x
 
-        return _converted(optimizer, state_dict, shards, whole)
+        return _converted(optimizer, state_dict, held, whole)
 
     def loaded(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        def own(name: str, x: Tensor, p: Tensor) -> Tensor:
-            return own_rows(name, x, shards[id(p)]) if x.dim() == p.dim() else x
+        def check(name: str, x: Tensor, p: Tensor) -> Tensor:
+            if x.dim() == p.dim():
+                check_rows(name, x, *held[id(p)])
+            return x
 
-        return _converted(optimizer, state_dict, shards, own)
+        def own(name: str, x: Tensor, p: Tensor) -> Tensor:
+            return own_rows(name, x, *held[id(p)]) if x.dim() == p.dim() else x
+
+        # an error on one rank is one on all, before rows are sent
+        with ExitStack() as stack:
+            for ranks in {id(ranks.group): ranks for ranks, _ in held.values()}.values():
+                stack.enter_context(Agreement(ranks, "the loading of an optimizer's state"))
+            _converted(optimizer, state_dict, held, check)
+        return _converted(optimizer, state_dict, held, own)
 
     optimizer.register_state_dict_post_hook(saved)
     optimizer.register_load_state_dict_pre_hook(loaded)
@@ -63,13 +82,13 @@ def keep_whole_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> None
 def _converted(
     optimizer: torch.optim.Optimizer,
     state_dict: dict[str, Any],
-    shards: dict[int, Shards],
+    held: dict[int, _Held],
     convert: Callable[[str, Tensor, Tensor], Tensor],
 ) -> dict[str, Any]:
     """A state_dict with the tensors of sharded parameters converted."""
     state = dict(state_dict["state"])
     for key, p in _parameters(optimizer, state_dict):
-        if id(p) in shards and key in state:
+        if id(p) in held and key in state:
             state[key] = {
                 name: convert(name, x, p) if isinstance(x, Tensor) else x
                 for name, x in state[key].items()

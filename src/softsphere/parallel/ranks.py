@@ -86,6 +86,17 @@ class Ranks:
             dist.all_to_all_single(out, x, group=self.group)
         return out
 
+    def exchange_rows(self, x: Tensor, given: list[int], taken: list[int]) -> Tensor:
+        """Sends given[r] rows of x to each rank r, one rank after another.
+
+        Returns the taken[r] rows from each rank r, in the order of the ranks.
+        """
+        x = x.detach().contiguous()
+        out = x.new_empty(sum(taken), *x.shape[1:])
+        with self._collective("all_to_all", x):
+            dist.all_to_all_single(out, x, taken, given, group=self.group)
+        return out
+
     def reduce(self, x: Tensor) -> Tensor:
         """The sum of x over the ranks, in an order of the backend's.
 

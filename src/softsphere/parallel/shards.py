@@ -25,6 +25,8 @@ __all__ = ["Shards", "checksum", "leave_out_of_ddp", "rows_of_one_rank"]
 
 # Numbers of a checksum that are in memory at once.
 _PART = 1 << 20
+# Facts of an agreement with this name say whether a rank has stepped a weight.
+_STEPPED = "stepped_"
 
 
 class Shards:
@@ -44,32 +46,40 @@ class Shards:
         self.ranks = ranks
         self.sharding = Sharding(num_classes, ranks.size, ranks.rank)
         self.replicated, self.averaged = replicated, averaged
-        # versions of the weight at the last call that the ranks agreed on, and now
-        self._seen: Any = None
-        self._now: Any = None
+        # versions of the weights at the last call that the ranks agreed on, and now
+        self._seen: tuple[Any, ...] = ()
+        self._now: tuple[Any, ...] = ()
         # whether a DistributedDataParallel has run the layer
         self._wrapped = False
 
-    def begin(self, agreed: Agreement, version: Any, rows: Tensor, *integers: Tensor) -> None:
+    def of_rows(self, number: int) -> Shards:
+        """The shards of another tensor of the layer, with a number of rows in all."""
+        return Shards(self.ranks, number, self.replicated, self.averaged)
+
+    def begin(
+        self, agreed: Agreement, versions: tuple[Any, ...], rows: Tensor, *integers: Tensor
+    ) -> None:
         """Adds to an agreement what has to fit for every computation with rows (m, …).
 
         Other ranks may have other numbers of rows, unless the batch is replicated; then all bits
         of the rows and of the integers (m, …) beside them must be the same.
 
         Args:
-            version: names the value of the weight; None where this rank cannot tell.
+            versions: each names the value of a weight; None where this rank cannot tell.
         """
         _ordinary(rows, *integers)
-        self._now = version
-        known = self._seen is not None and version is not None
-        stepped = int(version != self._seen) if known else -1
+        self._now = versions
+        seen = self._seen or (None,) * len(versions)
+        for i, (before, now) in enumerate(zip(seen, versions, strict=True)):
+            known = before is not None and now is not None
+            agreed.each(**{f"{_STEPPED}{i}": int(now != before) if known else -1})
         agreed.same(num_classes=self.sharding.num_classes)
         agreed.same(dtype_of_rows=rows.dtype, shape_of_a_row=tuple(rows.shape[1:]))
         agreed.same(shape_of_targets=[tuple(x.shape[1:]) for x in integers])
         agreed.same(replicated=self.replicated)
         if self.replicated:
             agreed.same(replicated_rows=[checksum(x) for x in (rows, *integers)])
-        agreed.each(rows=len(rows), stepped=stepped)
+        agreed.each(rows=len(rows))
 
     def batch(self, agreed: Agreement) -> Batch:
         """The rows of all ranks, after an agreement.
@@ -77,8 +87,9 @@ class Shards:
         Raises RuntimeError on every rank if an optimizer stepped the weights of only some.
         """
         self._seen = self._now
-        stepped = agreed.found["stepped"]
-        if {0, 1} <= set(stepped):
+        for name, stepped in agreed.found.items():
+            if not name.startswith(_STEPPED) or not {0, 1} <= set(stepped):
+                continue
             ranks = [str(rank) for rank, x in enumerate(stepped) if x == 0]
             raise RuntimeError(
                 "the weight of a sharded output layer was changed on some ranks since the last "
@@ -131,7 +142,8 @@ class Shards:
         if wrapper is None:
             self._check_averaged(hidden)
             return
-        own = {id(x) for x in layer.parameters(recurse=False)}
+        sharded = [x for x in layer.modules() if getattr(x, "shards", None) is not None]
+        own = {id(p) for x in sharded for p in x.parameters(recurse=False)}
         left_out: set[str] = wrapper.parameters_to_ignore
         for name, x in wrapper.module.named_parameters():
             if id(x) in own and name not in left_out and f"module.{name}" not in left_out:
@@ -178,19 +190,20 @@ def leave_out_of_ddp(model: nn.Module) -> nn.Module:
     for path, layer in model.named_modules():
         if getattr(layer, "shards", None) is None:
             continue
-        own = [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]
+        own = [*layer.named_parameters(), *layer.named_buffers()]
         names |= {f"{path}.{name}" if path else name for name, _ in own}
     if names:
         ignore_in_data_parallel(model, sorted(names))
     return model
 
 
-def rows_of_one_rank(layer: nn.Module) -> list[nn.Parameter]:
-    """The parameters of a sharded layer that hold the rows of this rank alone.
+def rows_of_one_rank(layer: nn.Module) -> dict[str, nn.Parameter]:
+    """By name, the parameters of a sharded layer that hold the rows of this rank alone.
 
     A DTensor knows of the rows of all ranks, as optimizers and torch.distributed.checkpoint do.
     """
-    return [p for p in layer.parameters(recurse=False) if not is_dtensor(p)]
+    named = layer.named_parameters(recurse=False)
+    return {name: p for name, p in named if not is_dtensor(p)}
 
 
 def checksum(x: Tensor | None) -> int | None:

@@ -1,4 +1,8 @@
-"""Tensors with an entry for each class as `DTensor`s of all ranks, and the part of one rank."""
+"""Tensors with rows of all ranks as `DTensor`s, and the part of one rank.
+
+A `DTensor` with the placement Shard(0) has the same number of rows on every rank, except the last
+ones. Rows that are cut in another way are sent to the ranks that have them there.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +13,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from softsphere._torch import is_dtensor
-from softsphere.parallel.shards import Shards
+from softsphere.parallel.ranks import Ranks
+from softsphere.parallel.sharding import RowsOfRanks, Sharding
 
-__all__ = ["local_rows", "mesh_of_rows", "own_rows", "whole_tensor"]
+__all__ = ["check_rows", "local_rows", "mesh_of_rows", "own_rows", "whole_tensor"]
 
 
 def mesh_of_rows(name: str, x: Tensor) -> Any:
@@ -33,7 +38,7 @@ def mesh_of_rows(name: str, x: Tensor) -> Any:
     return found.device_mesh
 
 
-def local_rows(name: str, x: Tensor, shards: Shards) -> Tensor:
+def local_rows(name: str, x: Tensor, ranks: Ranks) -> Tensor:
     """The rows of this rank of a weight, whose gradient is that of the weight.
 
     Raises ValueError for a DTensor over other ranks than those of the layer.
@@ -41,11 +46,12 @@ def local_rows(name: str, x: Tensor, shards: Shards) -> Tensor:
     mesh = mesh_of_rows(name, x)
     if mesh is None:
         return x
-    group = shards.ranks.group
-    ranks = [dist.get_process_group_ranks(g) for g in (mesh.get_group(), group)]
-    if ranks[0] != ranks[1] or list(mesh.get_coordinate()) != [shards.ranks.rank]:
+    given_ranks, own_ranks = (
+        dist.get_process_group_ranks(g) for g in (mesh.get_group(), ranks.group)
+    )
+    if given_ranks != own_ranks or list(mesh.get_coordinate()) != [ranks.rank]:
         raise ValueError(
-            f"{name} must be sharded over the ranks {ranks[1]} of the layer in the order of their "
+            f"{name} must be sharded over the ranks {own_ranks} of the layer in the order of their "
             f"process group, got {mesh}"
         )
     given: Any = x
@@ -53,44 +59,79 @@ def local_rows(name: str, x: Tensor, shards: Shards) -> Tensor:
     return own
 
 
-def whole_tensor(x: Tensor, shards: Shards) -> Tensor:
-    """A tensor of all classes that shares the memory of the rows x of this rank."""
+def whole_tensor(x: Tensor, ranks: Ranks, rows: RowsOfRanks) -> Tensor:
+    """A tensor of the rows of all ranks, from the rows x of this one.
+
+    It shares the memory of x if the rows are a `Sharding`. Otherwise it is a copy, and all ranks
+    must call this.
+    """
     if is_dtensor(x):
         return x
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor, Shard
 
-    mesh = DeviceMesh.from_group(shards.ranks.group, x.device.type)
-    shape = torch.Size([shards.sharding.num_classes, *x.shape[1:]])
+    mesh = DeviceMesh.from_group(ranks.group, x.device.type)
+    shape = torch.Size([rows.total, *x.shape[1:]])
     stride = torch.empty(shape, device="meta").stride()
+    local = _moved(x.detach(), ranks, rows, _even(rows))
     whole: Tensor = DTensor.from_local(
-        x.detach(), mesh, [Shard(0)], run_check=False, shape=shape, stride=stride
+        local, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride
     )
     return whole
 
 
-def own_rows(key: str, x: Any, shards: Shards) -> Tensor:
-    """The rows of this rank of an entry for all classes.
+def check_rows(key: str, x: Any, ranks: Ranks, rows: RowsOfRanks) -> None:
+    """Checks an entry with the rows of all ranks.
 
-    Raises ValueError for another number of classes, and for a DTensor that is sharded otherwise.
+    Raises ValueError for another number of rows, and for a DTensor that is sharded otherwise.
     """
     from torch.distributed.tensor import DTensor, Shard
 
-    D = shards.sharding.num_classes
-    if x.shape[:1] != (D,):
+    if x.shape[:1] != (rows.total,):
         raise ValueError(
-            f"{key} must have {D} rows, those of all ranks together, got shape {tuple(x.shape)}; "
-            "the rows of one rank alone cannot be loaded, since they do not say whose they are"
+            f"{key} must have {rows.total} rows, those of all ranks together, got shape "
+            f"{tuple(x.shape)}; the rows of one rank alone cannot be loaded, since they do not say "
+            "whose they are"
         )
     if not isinstance(x, DTensor):
-        # a view would keep the rows of all ranks in memory
-        own: Tensor = x[shards.sharding.slice].clone()
-        return own
+        return
     local: Tensor = x.to_local()
-    if tuple(x.placements) != (Shard(0),) or len(local) != len(shards.sharding):
+    if tuple(x.placements) != (Shard(0),) or len(local) != len(_even(rows)):
         raise ValueError(
-            f"{key} must be sharded by Shard(0) over the {shards.ranks.size} ranks of the layer, "
+            f"{key} must be sharded by Shard(0) over the {ranks.size} ranks of the layer, "
             f"got {x.placements} with {len(local)} rows on this rank; load it by "
             "torch.distributed.checkpoint into the state_dict() of this layer"
         )
-    return local
+
+
+def own_rows(key: str, x: Any, ranks: Ranks, rows: RowsOfRanks) -> Tensor:
+    """The rows of this rank of an entry for all ranks; see `check_rows`.
+
+    All ranks must call this for a DTensor whose rows are no `Sharding`.
+    """
+    check_rows(key, x, ranks, rows)
+    if is_dtensor(x):
+        return _moved(x.to_local(), ranks, _even(rows), rows)
+    # a view would keep the rows of all ranks in memory
+    own: Tensor = x[rows.slice].clone()
+    return own
+
+
+def _even(rows: RowsOfRanks) -> RowsOfRanks:
+    """The rows as Shard(0) has them."""
+    return rows if isinstance(rows, Sharding) else Sharding(rows.total, rows.size, rows.rank)
+
+
+def _moved(x: Tensor, ranks: Ranks, before: RowsOfRanks, after: RowsOfRanks) -> Tensor:
+    """The rows of this rank after a change of the ranks that have them."""
+    if before is after:
+        return x
+    given = [_common(before.slice, after.slice_of(rank)) for rank in range(ranks.size)]
+    taken = [_common(before.slice_of(rank), after.slice) for rank in range(ranks.size)]
+    return ranks.exchange_rows(x, given, taken)
+
+
+def _common(a: slice, b: slice) -> int:
+    """How many rows two slices have in common."""
+    common: int = min(a.stop, b.stop) - max(a.start, b.start)
+    return max(0, common)

@@ -1,0 +1,158 @@
+"""The losses of a clustered output layer whose clusters belong to ranks.
+
+Every rank gathers the rows h of all ranks. With its rows of the root it finds
+
+    z_r = log Σ exp of its scores,    s_r = the score of the target's class or cluster, or 0,
+
+and −log f of the target within its cluster, l_r, or 0 where the cluster is that of another rank. It
+sends these three numbers to the rank of the row, whose loss is
+
+    −log p = log Σ_r exp(z_r) − Σ_r s_r + Σ_r l_r.
+
+Nothing else is sent in the forward, and only the derivative with respect to h and to the projection
+in the backward: O(m d + d d') numbers, whatever the numbers of classes and clusters are.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from softsphere import losses
+from softsphere.engines.cluster_shards import ClusterShards
+from softsphere.engines.row_statistics import accumulator
+from softsphere.functional.conventions import Conventions
+from softsphere.functional.on_leaves import Leaves, leaf_losses, root_scores
+from softsphere.functional.on_shards import checked_items, finish_over_ranks
+from softsphere.parallel import (
+    Agreement,
+    Batch,
+    Shards,
+    all_rows,
+    answers_of_all,
+    checksum,
+    on_all_ranks,
+)
+from softsphere.targets import Targets
+
+__all__ = ["ClustersOfRank", "LossOnClusterShards"]
+
+
+class ClustersOfRank(NamedTuple):
+    """What a rank has of a clustered layer.
+
+    root, root_bias: its rows of the root, (·, d) and (·) or None.
+    project: (d', d) the projection of hidden, the same on all ranks, or None.
+    leaves: of its clusters.
+    clusters: which they are.
+    versions: name the values of the weights; None where the rank cannot tell.
+    engine, sparse: see `leaf_losses`.
+    """
+
+    root: Tensor
+    root_bias: Tensor | None
+    project: Tensor | None
+    leaves: Leaves
+    clusters: ClusterShards
+    versions: tuple[Any, ...]
+    engine: str
+    sparse: bool
+
+
+class LossOnClusterShards:
+    """The loss of the rows of all ranks: first what this rank can check alone, then `value`.
+
+    Args:
+        hidden: (…, d), of this rank, already checked.
+        entries: its targets.
+        num_items: what the mean divides by; None stands for the number of rows that are not
+            ignored.
+
+    Raises ValueError or TypeError for num_items that cannot be.
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        entries: Targets,
+        layer: ClustersOfRank,
+        loss: losses.Loss,
+        conventions: Conventions,
+        shards: Shards,
+        num_items: Any,
+    ) -> None:
+        self.given, self.entries, self.layer, self.loss = hidden, entries, layer, loss
+        self.conventions, self.shards = conventions, shards
+        self.items = checked_items(num_items, conventions.reduction)
+        H = hidden.reshape(len(entries.t), hidden.shape[-1])
+        self.H = shards.hidden_for_average(H)
+        self.dtype = accumulator(layer.leaves.pi.dtype)
+
+    def agree(self, agreed: Agreement) -> None:
+        """Adds to an agreement what must be the same on all ranks."""
+        layer, records = self.layer, torch.is_grad_enabled()
+        weights = layer.root, layer.root_bias, layer.project, *layer.leaves[:2]
+        self.shards.begin(agreed, layer.versions, self.H, self.entries.t)
+        agreed.same(
+            loss=self.loss,
+            engine=layer.engine,
+            sparse=layer.sparse,
+            reduction=self.conventions.reduction,
+            ignore_index=self.conventions.ignore_index,
+            num_items=self.items,
+            records_a_gradient_of_hidden=records and self.H.requires_grad,
+            trained=[records and x is not None and x.requires_grad for x in weights],
+            bits_of_the_projection=checksum(layer.project),
+        )
+
+    def value(self, batch: Batch) -> Tensor:
+        """The loss, reduced over the rows of all ranks; with "none", of the rows of this one."""
+        entries, reduction = self.entries, self.conventions.reduction
+        rows = entries.weigh(self._losses(batch))
+        return finish_over_ranks(rows, entries.counted, reduction, self.items, batch, self.given)
+
+    def _losses(self, batch: Batch) -> Tensor:
+        """−log p of the target of each row of this rank: (m)."""
+        target = self.entries.t.squeeze(1).masked_fill(self.entries.ignored, -1)
+        target = batch.gathered(target)
+        project = self.layer.project
+        project = None if project is None else on_all_ranks(project, batch)
+        H = all_rows(self.H, batch)
+        found = [*self._of_root(H, target), self._of_leaves(H, project, target)]
+        normaliser, own, leaf = answers_of_all(torch.stack(found, 1), batch).unbind(2)
+        return normaliser.logsumexp(0) - own.sum(0) + leaf.sum(0)
+
+    def _of_root(self, H: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """log Σ exp of the scores of this rank, and the score of the target, 0 if it has none."""
+        clusters, (W, b, *_) = self.layer.clusters, self.layer
+        rows = clusters.root.slice
+        scores = root_scores(F.linear(H, W, b), clusters.grouping, rows).to(self.dtype)
+        place, own = clusters.root.local(clusters.grouping.root_entry(target.clamp_min(0)))
+        if not len(W):
+            return scores.logsumexp(1), scores.sum(1)
+        of_target = scores.gather(1, place.unsqueeze(1)).squeeze(1)
+        return scores.logsumexp(1), torch.where(own, of_target, 0.0)
+
+    def _of_leaves(self, H: Tensor, project: Tensor | None, target: Tensor) -> Tensor:
+        """−log f of the target of each row within its cluster; 0 for those of other ranks."""
+        layer, clusters, grouping = self.layer, self.layer.clusters, self.layer.clusters.grouping
+        known = target.clamp_min(0)
+        cluster, own = clusters.clusters.local(grouping.cluster[known])
+        place, _ = clusters.leaves.local(grouping.place[known])
+        kept = torch.where(own & (target >= 0), cluster, -1)
+        rows, group = clusters.own.group(kept, place)
+        Z = H[rows] if project is None else F.linear(H[rows], project)
+        with torch.autocast(H.device.type, enabled=False):
+            of_leaves = leaf_losses(
+                self.loss,
+                Z.to(self.dtype),
+                layer.leaves,
+                group,
+                engine=layer.engine,
+                sparse=layer.sparse,
+            )
+        zeros = of_leaves.new_zeros(len(H), dtype=self.dtype)
+        return zeros.index_add(0, rows, of_leaves.to(self.dtype))

@@ -1,4 +1,4 @@
-"""Tiny causal language models of transformers, made from configs alone, in float64."""
+"""Tiny causal language models of transformers, made from configs alone, in float64, and heads."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+
+from softsphere import ClusteredLoss, FactoredSphericalLoss, LinearSphericalLoss
+from softsphere.integrations.transformers import replace_lm_head
 
 transformers = pytest.importorskip("transformers")
 
@@ -68,6 +71,46 @@ def gpt2(tied: bool = False) -> Any:
         model.config.tie_word_embeddings = False
         model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
     return model
+
+
+def llava() -> Any:
+    """A model whose submodules have parts of its config."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    vision = transformers.CLIPVisionConfig(
+        **sizes, num_attention_heads=2, image_size=8, patch_size=4, projection_dim=16
+    )
+    text = ARCHITECTURES["Llama"][0]().config
+    config = transformers.LlavaConfig(vision_config=vision, text_config=text)
+    return transformers.LlavaForConditionalGeneration(config).double()
+
+
+COUNTS = torch.arange(1.0, V + 1)
+ASSIGNMENT = torch.arange(V) % 6 - 1
+F64 = {"dtype": torch.float64}
+HEADS: dict[str, Callable[[], Any]] = {
+    "linear": lambda: LinearSphericalLoss(16, V, prior=COUNTS, **F64),
+    "linear, smoothed": lambda: LinearSphericalLoss(
+        16, V, "spherical_softmax", False, weight=COUNTS, label_smoothing=0.1, **F64
+    ),
+    "clustered": lambda: ClusteredLoss(16, V, ASSIGNMENT, counts=COUNTS, **F64),
+    "clustered, projected": lambda: ClusteredLoss(
+        16, V, ASSIGNMENT, leaf="softmax", leaf_features=4, bias=False, **F64
+    ),
+    "factored": lambda: FactoredSphericalLoss(16, V, prior=COUNTS, **F64),
+}
+
+
+def with_head(kind: str) -> Any:
+    torch.manual_seed(1)
+    return replace_lm_head(gpt2(), HEADS[kind]())
+
+
+def states(model: nn.Module) -> dict[str, Tensor]:
+    return {name: x.detach().clone() for name, x in model.state_dict().items()}
+
+
+def near(got: Any, want: Any) -> None:
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10)
 
 
 def batch(seed: int = 0, rows: int = 2) -> dict[str, Tensor]:

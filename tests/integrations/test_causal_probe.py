@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import pytest
-import torch
-from _causal_models import ARCHITECTURES, V, gpt2, made
+from _causal_models import ARCHITECTURES, ASSIGNMENT, F64, V, gpt2, made
 from torch import nn
 
-from softsphere import ClusteredLoss, LinearSphericalLoss, SphericalLoss
+from softsphere import ClusteredLoss, LinearSphericalLoss, SphericalLoss, losses
 from softsphere.integrations.transformers import replace_lm_head
 
 transformers = pytest.importorskip("transformers")
@@ -17,9 +16,6 @@ pytestmark = [
     pytest.mark.once("the models are made by transformers, and the heads have their own tests"),
     pytest.mark.filterwarnings("ignore"),
 ]
-
-ASSIGNMENT = torch.arange(V) % 6 - 1
-F64 = {"dtype": torch.float64}
 
 
 def llama(**options):
@@ -39,6 +35,29 @@ def gemma2():
 
 def linear(**options):
     return lambda model: LinearSphericalLoss(16, V, **{**F64, **options})
+
+
+def sharded(model):
+    head = LinearSphericalLoss(16, V, **F64)
+    head.shards = "the shards of a process group"
+    return head
+
+
+def without_values():
+    model = gpt2()
+    model.lm_head.to("meta")
+    return model
+
+
+def computed():
+    """A model whose forward computes its loss by itself."""
+    model = gpt2()
+    model.loss_function = nn.functional.cross_entropy
+    return model
+
+
+class Mine(LinearSphericalLoss):
+    """An output layer of a user."""
 
 
 REFUSALS = {
@@ -66,10 +85,27 @@ REFUSALS = {
         "causal language model with an lm_head",
     ),
     "no model of transformers": (lambda: nn.Linear(2, 2), None, "PreTrainedModel, got Linear"),
-    "a hook on the lm_head": (hooked, None, "must have no hooks"),
+    "a hook on the lm_head": (hooked, None, "lm_head cannot be replaced: .* must have no hooks"),
+    "no values": (without_values, None, "lm_head is on the meta device"),
+    "another loss": (computed, None, "that of this GPT2LMHeadModel is cross_entropy"),
     "replaced already": (lambda: replace_lm_head(gpt2()), None, "already"),
     "no distribution": (gpt2, lambda model: "z_loss", "is a distribution"),
-    "no output layer": (gpt2, lambda model: SphericalLoss("taylor_softmax"), "head|loss must be"),
+    "no output layer": (
+        gpt2,
+        lambda model: SphericalLoss("taylor_softmax"),
+        "head must be the name of a loss, .* got SphericalLoss",
+    ),
+    "a plain layer": (gpt2, lambda model: nn.Linear(16, V), "head must be .* got Linear"),
+    "a class": (gpt2, lambda model: LinearSphericalLoss, "head .* the class LinearSphericalLoss"),
+    "the class of a loss": (gpt2, lambda model: losses.ZLoss, "head .* got the class ZLoss"),
+    "an unknown name": (gpt2, lambda model: "taylor", "head must be one of .* got 'taylor'"),
+    "a subclass": (gpt2, lambda model: Mine(16, V, **F64), "head must be .* got Mine"),
+    "the head of another model": (
+        gpt2,
+        lambda model: replace_lm_head(gpt2()).lm_head,
+        "LinearSphericalLoss is the lm_head of one already",
+    ),
+    "a process group": (gpt2, sharded, "head must have no process_group"),
     "a sum": (gpt2, linear(reduction="sum"), "reduction='mean'"),
     "another ignore_index": (gpt2, linear(ignore_index=0), "ignore_index=-100"),
     "another size": (gpt2, lambda model: LinearSphericalLoss(16, V + 1), f"num_classes={V}"),
@@ -93,8 +129,9 @@ def test_refused_before_anything_has_changed(name):
     make, head, words = REFUSALS[name]
     model = make()
     kind, modules = type(model), dict(model.named_modules())
+    loss = vars(model).get("_loss_function")
     with pytest.raises((TypeError, ValueError), match=words):
         replace_lm_head(model, "taylor_softmax" if head is None else head(model))
     assert type(model) is kind and dict(model.named_modules()) == modules
     assert all(module.training == model.training for module in modules.values())
-    assert "_loss_function" not in vars(model) or name == "replaced already"
+    assert vars(model).get("_loss_function") is loss

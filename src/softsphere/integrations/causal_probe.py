@@ -39,7 +39,10 @@ def check_model(model: Any) -> nn.Linear:
             f"model must be a causal language model with an lm_head, such as GPT2LMHeadModel or "
             f"LlamaForCausalLM, got {name}"
         )
-    plain_parameters(linear)
+    try:
+        plain_parameters(linear)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"the lm_head cannot be replaced: {error}") from error
     if linear.weight.is_meta:
         raise ValueError("model must have values, but its lm_head is on the meta device")
     loss = getattr(model.loss_function, "__name__", repr(model.loss_function))

@@ -2,97 +2,115 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-from pathlib import Path
+from dataclasses import asdict, fields
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from softsphere import losses
+from softsphere.engines import LinearSphericalOptions
 from softsphere.heads import ClusteredLoss, FactoredSphericalLoss, LinearSphericalLoss
 from softsphere.heads.prediction import OutputLayer
+from softsphere.integrations.causal_heads import plain_twin
 
-__all__ = ["described", "load_head"]
+__all__ = ["described", "made_again"]
+
+_FACTORED = (torch.float32, torch.float64)
 
 
 def described(head: Any) -> dict[str, Any]:
-    """What `load_head` needs besides the tensors, as numbers and names that JSON can hold."""
+    """What `made_again` needs besides the tensors, as numbers and names that JSON can hold."""
     kinds = (LinearSphericalLoss, ClusteredLoss, FactoredSphericalLoss)
     kind = next(kind for kind in kinds if isinstance(head, kind))
-    loss = {field.name: getattr(head.loss, field.name) for field in fields(head.loss)}
-    found: dict[str, Any] = {
-        "head": kind.__name__,
-        "loss": {"name": type(head.loss).__name__, **loss},
-    }
+    found: dict[str, Any] = {"head": kind.__name__, "loss": _described_loss(head.loss)}
     if isinstance(head, LinearSphericalLoss):
-        found["label_smoothing"] = head.label_smoothing
+        options = asdict(head.options)
+        options["accumulate_dtype"] = str(head.options.accumulate_dtype).removeprefix("torch.")
+        found |= {"label_smoothing": head.label_smoothing, "options": options}
     if isinstance(head, ClusteredLoss):
         width = None if head.project is None else head.leaf_width
         found |= {"engine": head.engine, "sparse": head.sparse, "leaf_features": width}
     return found
 
 
-def load_head(folder: Any, description: dict[str, Any], linear: nn.Linear) -> OutputLayer:
+def made_again(
+    description: dict[str, Any], state: dict[str, Tensor], linear: nn.Linear, tied: bool, cast: bool
+) -> OutputLayer:
     """Makes the output layer of a saved model.
 
     Args:
-        folder: where the model was saved.
         description: what `described` returned.
-        linear: the lm_head of the model that transformers has loaded, whose weight is right if the
-            output layer has one of the same shape.
+        state: the tensors of the output layer.
+        linear: the lm_head of the model that transformers has loaded, in whose place it comes.
+        tied: whether linear has the weight of the input embedding, which the output layer shares.
+        cast: whether the output layer has the dtype of linear, and not the dtype of its tensors.
 
-    Raises ValueError for a loss that softsphere does not have.
+    Raises ValueError for a loss that softsphere does not have, and for tensors that do not fit.
     """
     description = dict(description)
-    kind, loss = description.pop("head"), _loss(dict(description.pop("loss")))
-    state = _head_tensors(folder)
+    kind, loss = description.pop("head"), _loss(description.pop("loss"))
+    state = _fitting(state, linear, tied)
     D, d = linear.weight.shape
-    made: dict[str, Any] = {"device": linear.weight.device, "dtype": linear.weight.dtype}
-    prior, bias = state.get("prior"), "bias" in state
+    prior, dtype = state.get("prior"), state["weight"].dtype
+    factored = kind == "FactoredSphericalLoss" or description.get("engine") == "factored"
+    if cast and not (factored and linear.weight.dtype not in _FACTORED):
+        dtype = linear.weight.dtype
+    made: dict[str, Any] = {"device": linear.weight.device, "dtype": dtype}
     head: Any
     if kind == "ClusteredLoss":
         head = ClusteredLoss(
             d, D, state["assignment"], leaf=loss, bias="root.bias" in state, **description, **made
         )
     elif kind == "FactoredSphericalLoss":
-        made["dtype"] = state["weight"].dtype  # a factored weight is never in half precision
-        head = FactoredSphericalLoss(d, D, loss, bias, prior, **made)
+        head = FactoredSphericalLoss(d, D, loss, "bias" in state, prior, **made)
     elif kind == "LinearSphericalLoss":
-        weight = state.get("class_weight")
-        description |= {"weight": weight}
-        if bias == (linear.bias is not None):
-            head = LinearSphericalLoss.from_linear(linear, loss, prior, **description)
-        else:
-            head = LinearSphericalLoss(d, D, loss, bias, prior, **description, **made)
+        options = dict(description.pop("options"))
+        options["accumulate_dtype"] = getattr(torch, options["accumulate_dtype"])
+        description |= {"weight": state.get("class_weight")}
+        W: Any = linear.weight if tied else nn.Parameter(torch.empty(D, d, **made))
+        b = nn.Parameter(torch.empty(D, **made)) if "bias" in state else None
+        head = LinearSphericalLoss.from_linear(
+            plain_twin(W, b), loss, prior, options=LinearSphericalOptions(**options), **description
+        )
     else:
         raise ValueError(f"there is no output layer {kind!r} for a language model")
-    # A tied weight is saved as that of the input embedding alone.
-    missing, unexpected = head.load_state_dict(state, strict=False)
-    assert not unexpected and set(missing) <= {"weight"}, (missing, unexpected)
-    made_again: OutputLayer = head
-    return made_again
+    head.load_state_dict(state)
+    layer: OutputLayer = head
+    return layer
+
+
+def _fitting(state: dict[str, Tensor], linear: nn.Linear, tied: bool) -> dict[str, Tensor]:
+    """The tensors with the weight, which was not saved if it is that of the input embedding."""
+    weight = state.get("weight")
+    if weight is None and not tied:
+        raise ValueError(
+            "the output layer was saved with the weight of the input embedding, which the loaded "
+            "model does not share; load it with the tie_word_embeddings of its own config"
+        )
+    if weight is not None and tied and not torch.equal(weight.to(linear.weight), linear.weight):
+        raise ValueError(
+            "the output layer was saved with a weight of its own, but the loaded model shares that "
+            "of the input embedding; load it with the tie_word_embeddings of its own config"
+        )
+    return {**state, "weight": linear.weight.detach()} if tied else state
+
+
+def _described_loss(loss: losses.Loss) -> dict[str, Any]:
+    kind = type(loss)
+    if getattr(losses, kind.__name__, None) is not kind:
+        return {"name": f"{kind.__module__}.{kind.__qualname__}"}
+    return {"name": kind.__name__, **{x.name: getattr(loss, x.name) for x in fields(loss)}}
 
 
 def _loss(description: dict[str, Any]) -> losses.Loss:
+    description = dict(description)
     name = description.pop("name")
     kind = getattr(losses, name, None) if name in losses.__all__ else None
     if kind is None:
         raise ValueError(
             f"the saved model has the loss {name!r}, which softsphere.losses does not have; load "
-            "it by AutoModelForCausalLM.from_pretrained and use replace_lm_head with that loss"
+            "the state_dict() of the model into one that replace_lm_head gave that loss"
         )
     loss: losses.Loss = kind(**description)
     return loss
-
-
-def _head_tensors(folder: Any) -> dict[str, Tensor]:
-    """The tensors of the lm_head in the safetensors files of a folder."""
-    from safetensors import safe_open
-
-    found: dict[str, Tensor] = {}
-    for file in sorted(Path(folder).glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118 (it is not a dict)
-                if key.startswith("lm_head."):
-                    found[key.removeprefix("lm_head.")] = tensors.get_tensor(key)
-    return found

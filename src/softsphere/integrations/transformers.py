@@ -5,24 +5,21 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
+import weakref
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from softsphere import losses
 from softsphere.heads import LinearSphericalLoss
 from softsphere.heads.prediction import OutputLayer
-from softsphere.integrations.causal_heads import (
-    CausalHead,
-    as_causal_head,
-    causal_lm_loss,
-    check_causal,
-)
+from softsphere.integrations.causal_heads import as_causal_head, check_causal
+from softsphere.integrations.causal_lm import CausalLM, class_with_head, own_config
+from softsphere.integrations.causal_loading import head_tensors, load_below_head
 from softsphere.integrations.causal_probe import check_model
-from softsphere.integrations.head_description import described, load_head
+from softsphere.integrations.head_description import described, made_again
+from softsphere.integrations.stale_optimizers import warn_of_stale_optimizers
 
 __all__ = ["from_pretrained", "replace_lm_head"]
 
@@ -40,19 +37,25 @@ def replace_lm_head(model: Any, head: str | losses.Loss | OutputLayer = "taylor_
 
     Args:
         model: a `transformers.PreTrainedModel` with a causal language-modelling head, changed in
-            place. Do this before the model is compiled or wrapped (peft, DistributedDataParallel).
+            place. Do this before the model is compiled or wrapped (peft, DistributedDataParallel),
+            and before its optimizer is made: a head with a weight of its own has parameters that
+            an older optimizer does not have, which warns at its first step.
         head: the name of a loss or a loss, for a `LinearSphericalLoss` that shares the weight of
             the present `lm_head`; or a `LinearSphericalLoss`, `ClusteredLoss` or
             `FactoredSphericalLoss`, which becomes the `lm_head`. Its loss is a distribution, its
-            reduction "mean" and its ignore_index −100.
+            reduction "mean" and its ignore_index −100, and it has no process_group.
 
     With config.tie_word_embeddings the weight of the head must be that of the input embedding, as
     `LinearSphericalLoss` shares it. Other output layers need config.tie_word_embeddings=False.
 
-    `save_pretrained` and the checkpoints of `Trainer` keep the output layer, and `from_pretrained`
-    of this module loads it. The config describes it under `softsphere`.
+    The model gets a config of its own, a copy that describes the output layer under `softsphere`;
+    other models that were made from the same config object keep that. `save_pretrained` and the
+    checkpoints of `Trainer` keep the output layer, and `from_pretrained` of this module loads it.
     `AutoModelForCausalLM.from_pretrained` would load a model whose logits are the outputs of a
     plain linear layer.
+
+    A call of the model takes num_items_in_batch, shift_labels and ignore_index as
+    transformers does. It refuses label_smoothing and class weights, which the output layer has.
 
     Returns the model, which keeps its class name and is still an instance of its class.
 
@@ -71,14 +74,18 @@ def replace_lm_head(model: Any, head: str | losses.Loss | OutputLayer = "taylor_
             "another one"
         )
     linear = check_model(model)
-    if not isinstance(head, OutputLayer):
-        head = LinearSphericalLoss.from_linear(linear, head)
-    check_causal(head)
-    _check_fit(model, linear, head)
-    model.__class__ = _class_with_head(model.__class__)
-    model.set_output_embeddings(as_causal_head(head))
-    model.config.softsphere = described(head)
+    layer = _layer(linear, head)
+    _check_fit(model, linear, layer)
+    description = described(layer)
+    own_config(model)
+    own = {id(p) for p in (*layer.parameters(), *model.get_input_embeddings().parameters())}
+    replaced = [weakref.ref(p) for p in linear.parameters() if id(p) not in own]
+    model.__class__ = class_with_head(model.__class__)
+    model.set_output_embeddings(as_causal_head(layer).train(linear.training))
+    model.config.softsphere = description
     model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+    del linear  # what still holds its parameters is an optimizer, perhaps
+    warn_of_stale_optimizers(replaced, layer)
     return model
 
 
@@ -87,9 +94,15 @@ def from_pretrained(folder: Any, **options: Any) -> Any:
 
     Args:
         folder: where `save_pretrained` or a `Trainer` wrote it.
-        options: as of `transformers.AutoModelForCausalLM.from_pretrained`.
+        options: as of `transformers.AutoModelForCausalLM.from_pretrained`. A dtype is also that of
+            the output layer, except that a factored weight is never in half precision. Without
+            one, each tensor of the output layer keeps its own dtype.
 
-    Raises ValueError for a folder without such a model.
+    Returns the model. With output_loading_info=True, returns it and a dictionary of what was found,
+    which says nothing about the output layer, since that is loaded whole or not at all.
+
+    Raises ValueError for a folder without such a model, and for tensors of other shapes than the
+    model has, unless ignore_mismatched_sizes=True allows them outside the output layer.
     """
     library = _transformers()
     if not Path(folder).is_dir():
@@ -97,125 +110,36 @@ def from_pretrained(folder: Any, **options: Any) -> Any:
             f"folder must be a folder that save_pretrained has written, got {folder!r}; download a "
             "model from the hub first (huggingface_hub.snapshot_download)"
         )
-    description = getattr(library.AutoConfig.from_pretrained(folder), "softsphere", None)
+    config = library.AutoConfig.from_pretrained(folder)
+    description = getattr(config, "softsphere", None)
     if description is None:
         raise ValueError(
             f"{folder} has no output layer of softsphere in its config; load the model by "
             "AutoModelForCausalLM.from_pretrained and give it one with replace_lm_head"
         )
-    load = library.AutoModelForCausalLM.from_pretrained
-    model = load(folder, **options, ignore_mismatched_sizes=True)
-    return replace_lm_head(model, load_head(folder, description, model.get_output_embeddings()))
+    # The class that was saved, or one that comes with the folder (trust_remote_code).
+    kind = getattr(library, (config.architectures or [""])[0], library.AutoModelForCausalLM)
+    model, found = load_below_head(kind.from_pretrained, folder, options)
+    dtype = options.get("dtype", options.get("torch_dtype"))
+    head = made_again(
+        description,
+        head_tensors(folder, options.get("variant")),
+        model.get_output_embeddings(),
+        tied=model.get_output_embeddings().weight is model.get_input_embeddings().weight,
+        cast=dtype not in (None, "auto"),
+    )
+    replace_lm_head(model, head)
+    return (model, found) if options.get("output_loading_info") else model
 
 
-# What a subclass of CausalLM derives from besides: the class of a model.
-_Model: Any = object
-
-
-class CausalLM(_Model):
-    """What a model with an output layer of softsphere does differently from its own class.
-
-    A subclass of this class and of the model's own class is made for each of them.
-    """
-
-    @property
-    def loss_function(self) -> Any:
-        return self._loss_of_hidden
-
-    @loss_function.setter
-    def loss_function(self, value: Any) -> None:
-        raise TypeError(
-            "loss_function cannot be set for a model whose loss is that of its output layer; "
-            "compute another loss from the logits of a call without labels"
-        )
-
-    def _loss_of_hidden(
-        self,
-        logits: Tensor,
-        labels: Tensor | None,
-        vocab_size: int | None = None,
-        num_items_in_batch: Tensor | int | None = None,
-        shift_labels: Tensor | None = None,
-        **others: Any,
-    ) -> Tensor:
-        head = self._causal_head()
-        return causal_lm_loss(head, logits, labels, num_items_in_batch, shift_labels)
-
-    def _with_labels(self, forward: Any, *args: Any, **options: Any) -> Any:
-        """The outputs of a call with labels, whose logits are hidden states on their way."""
-        as_tuple = not options.pop("return_dict", getattr(self.config, "return_dict", True))
-        head = self._causal_head()
-        with head.passing():
-            outputs = forward(self, *args, return_dict=True, **options)
-        logits = None if self.training else head(outputs.logits)
-        outputs = type(outputs)(**{**outputs, "logits": logits})
-        return outputs.to_tuple() if as_tuple else outputs
-
-    def _causal_head(self) -> CausalHead:
-        head = self.get_output_embeddings()
-        assert isinstance(head, CausalHead)
-        return head
-
-    def resize_token_embeddings(
-        self, new_num_tokens: int | None = None, *args: Any, **options: Any
-    ) -> Any:
-        """See `transformers.PreTrainedModel.resize_token_embeddings`.
-
-        Raises TypeError or ValueError, before anything has changed, for an output layer whose
-        classes cannot be changed.
-        """
-        head: Any = self._causal_head()
-        resize = super().resize_token_embeddings
-        if new_num_tokens is None and not (args or options.get("pad_to_multiple_of")):
-            return resize(new_num_tokens, *args, **options)
-        if not isinstance(head, LinearSphericalLoss):
-            raise TypeError(
-                f"the tokens of a {type(head).__mro__[2].__name__} cannot be resized; resize the "
-                "model before replace_lm_head"
-            )
-        if head.prior is not None or head.class_weight is not None:
-            raise ValueError(
-                "the tokens of a head with a prior or class weights cannot be resized, since the "
-                "new tokens have none; resize the model before replace_lm_head"
-            )
-        # A plain linear layer of the same parameters is resized in its place.
-        linear: Any = nn.Linear(1, 1, bias=head.bias is not None, device="meta")
-        linear.weight, linear.bias = head.weight, head.bias
-        linear.out_features, linear.in_features = head.weight.shape
-        self.set_output_embeddings(linear)
-        try:
-            embedding = resize(new_num_tokens, *args, **options)
-        finally:
-            linear = self.get_output_embeddings()
-            head.weight, head.bias = linear.weight, linear.bias
-            self.set_output_embeddings(head)
-        return embedding
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return _empty, (type(self).__mro__[2],), self.__dict__
-
-
-@functools.cache
-def _class_with_head(base: Any) -> Any:
-    """A subclass of a model's class whose calls with labels compute the loss of the head."""
-    names = list(inspect.signature(base.forward).parameters)
-    place = names.index("labels") - 1
-
-    @functools.wraps(base.forward)
-    def forward(self: Any, *args: Any, **options: Any) -> Any:
-        labels = args[place] if len(args) > place else options.get("labels")
-        if labels is None:
-            return base.forward(self, *args, **options)
-        return self._with_labels(base.forward, *args, **options)
-
-    own = {"forward": forward, "__module__": base.__module__, "__qualname__": base.__qualname__}
-    return type(base.__name__, (CausalLM, base), own)
-
-
-def _empty(base: Any) -> Any:
-    """A model without a state, for pickle and copy."""
-    kind = _class_with_head(base)
-    return kind.__new__(kind)
+def _layer(linear: nn.Linear, head: str | losses.Loss | OutputLayer) -> OutputLayer:
+    """The output layer that the argument `head` stands for."""
+    if isinstance(head, str) and head not in losses.REGISTRY:
+        raise ValueError(f"head must be one of {', '.join(losses.REGISTRY)}, got {head!r}")
+    if isinstance(head, (str, losses.Loss)):
+        head = LinearSphericalLoss.from_linear(linear, head)
+    check_causal(head)
+    return head
 
 
 def _check_fit(model: Any, linear: nn.Linear, head: Any) -> None:

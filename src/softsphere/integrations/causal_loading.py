@@ -90,7 +90,7 @@ def _files(folder: Path, variant: str) -> list[Path]:
             f"folder must have {single.name} or {index.name}, which save_pretrained writes, but "
             f"{folder} has neither"
         )
-    names = json.loads(index.read_text())["weight_map"].values()
+    names = json.loads(index.read_text("utf-8"))["weight_map"].values()
     return [folder / name for name in sorted(set(names))]
 
 

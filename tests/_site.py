@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -26,6 +27,43 @@ def built(folder: Path) -> Path:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
+
+
+# A point of a path, and a curve of a drawing by Matplotlib, which is as wide as no other line.
+POINT = r"[ML] (-?[\d.]+) (-?[\d.]+)"
+CURVE = re.compile(r'<path d="([^"]*)"[^>]*stroke: (#\w+); (?:[^"]*; )?stroke-width: 2\.2[^>]*/>')
+
+
+def curves_in(
+    svg: str, across: tuple[float, float], up: tuple[tuple[float, float], ...]
+) -> list[dict[str, list[tuple[float, float]]]]:
+    """The curves of each axes of a drawing, by colour, as points in the units of the axes.
+
+    across, up: the ends of the horizontal axis, and those of the vertical axis of each axes.
+    """
+    found = []
+    for text, ends in zip(re.split(r'id="axes_\d"', svg)[1:], up, strict=True):
+        text = text.partition('id="legend_1"')[0]
+        frame = points(re.search(r'<path d="([^"]*)"', text)[1])
+        (left, bottom), (right, top) = frame[0], frame[2]
+
+        def in_units(x: float, y: float, box=(left, bottom, right, top), ends=ends):
+            left, bottom, right, top = box
+            part, height = (x - left) / (right - left), (y - bottom) / (top - bottom)
+            return (
+                across[0] + part * (across[1] - across[0]),
+                ends[0] + height * (ends[1] - ends[0]),
+            )
+
+        found.append(
+            {colour: [in_units(*x) for x in points(path)] for path, colour in CURVE.findall(text)}
+        )
+    return found
+
+
+def points(path: str) -> list[tuple[float, float]]:
+    """The points of a path of straight lines."""
+    return [(float(x), float(y)) for x, y in re.findall(POINT, path)]
 
 
 class Page(HTMLParser):

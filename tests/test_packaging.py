@@ -22,11 +22,18 @@ from _environments import lacking, needed, python_with
 from softsphere_lab import __main__ as lab
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text("utf-8")
 COMPARE = ["compare", "--epochs", "1", "--seeds", "1", "--losses", "softmax"]
+
+
+def program(page: str, word: str) -> str:
+    """The first program of a page that has a word."""
+    programs = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text("utf-8"), re.DOTALL)
+    return next(text for text in programs if word in text)
+
+
 # What a user can do with an extra, in an environment that has it alone.
 USES = {
-    "": ["-c", re.findall(r"```python\n(.*?)```", README, re.DOTALL)[0]],
+    "": ["-c", program("README.md", "TaylorSoftmaxLoss")],
     "clusters": [
         "-c",
         "import torch; from softsphere import clusters; counts = torch.arange(300, 0, -1); "
@@ -34,8 +41,8 @@ USES = {
         "clusters.by_vectors(vectors, counts)",
     ],
     "lab": ["-m", "softsphere_lab", *COMPARE],
-    "transformers": ["-c", "from softsphere.integrations import transformers"],
-    "skorch": ["-c", "import softsphere, skorch"],
+    "transformers": ["-c", program("docs/frameworks.md", "replace_lm_head(model")],
+    "skorch": ["-c", program("docs/frameworks.md", "SphericalClassifier(")],
 }
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import doctest
 import importlib
 import importlib.util
 import inspect
 import re
 
+import numpy as np
 import pytest
 import torch
 
-from _site import ROOT, broken, built, pages
+from _site import ROOT, broken, built, curves_in, pages
 from softsphere import losses
 from softsphere_lab.experiments.registry import REPRODUCTIONS
 
@@ -24,12 +26,14 @@ MODULES = (
     "softsphere.clusters",
     "softsphere.optim",
     "softsphere.matrix",
+    "softsphere.integrations.transformers",
+    *(["softsphere.integrations.skorch"] if importlib.util.find_spec("skorch") else []),
 )
 
 
-def public_names():
-    """Each public name with its object, but for modules and plain values."""
-    for module in MODULES:
+def classes_and_functions(*modules: str):
+    """The names that modules export with their objects, without modules and plain values."""
+    for module in modules:
         imported = importlib.import_module(module)
         for name in imported.__all__:
             found = getattr(imported, name)
@@ -37,7 +41,28 @@ def public_names():
                 yield name, found
 
 
-PUBLIC = dict(public_names())
+PUBLIC = dict(classes_and_functions(*MODULES))
+# The layers share more of softsphere.parallel with each other than users need.
+SAID = PUBLIC | dict(classes_and_functions("softsphere.parallel"))
+
+
+def taught_names() -> set[str]:
+    """The classes and functions that a page, the README or an example imports."""
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    programs = [
+        text
+        for page in pages
+        for text in re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), re.DOTALL)
+    ]
+    programs += [path.read_text("utf-8") for path in (ROOT / "examples").glob("*.py")]
+    return {
+        alias.name
+        for program in programs
+        for node in ast.walk(ast.parse(program))
+        if isinstance(node, ast.ImportFrom) and re.match(r"softsphere(\.|$)", node.module or "")
+        for alias in node.names
+        if importlib.util.find_spec(f"softsphere.{alias.name}") is None
+    }
 
 
 def own_members(kind: type):
@@ -57,18 +82,18 @@ def website(monkeypatch):
     return importlib.import_module
 
 
-@pytest.mark.parametrize("name", PUBLIC)
+@pytest.mark.parametrize("name", SAID)
 def test_a_public_name_has_a_docstring(name):
-    assert inspect.getdoc(PUBLIC[name])
+    assert inspect.getdoc(SAID[name])
 
 
-@pytest.mark.parametrize("name", [x for x in PUBLIC if inspect.isclass(PUBLIC[x])])
+@pytest.mark.parametrize("name", [x for x in SAID if inspect.isclass(SAID[x])])
 def test_what_a_public_class_has_has_a_docstring(name):
     # extra_repr and what PyTorch calls by itself are documented there.
     theirs = set(dir(torch.nn.Module)) | set(dir(torch.Tensor)) | {"count", "index"}
     lacking = [
         member
-        for member, found in own_members(PUBLIC[name])
+        for member, found in own_members(SAID[name])
         if member not in theirs and not inspect.getdoc(found)
     ]
     assert lacking == []
@@ -89,6 +114,23 @@ def test_the_picture_of_a_loss_has_the_curves_of_the_package(name, website):
     numbers = [[float(x) for x in re.findall(r"-?[\d.]+", text)] for text in (drawn, computed)]
     assert len(numbers[0]) == 21
     assert numbers[0] == pytest.approx(numbers[1], abs=2e-3)
+
+
+@pytest.mark.parametrize("name", losses.REGISTRY)
+def test_the_lines_of_a_picture_are_the_curves_of_the_package(name, website):
+    """Every point that was computed is where the line is drawn, to less than a pixel."""
+    curves, palette = website("curves"), website("palette")
+    picture = (ROOT / "docs" / "losses" / f"{name}.svg").read_text()
+    drawn = curves_in(picture, curves.ACROSS, curves.UP)
+    shown = {palette.ACCENT: name} | ({palette.MUTED: "softmax"} if name != "softmax" else {})
+    assert [set(axes) for axes in drawn] == [set(shown)] * 2
+    for colour, loss in shown.items():
+        for axes, (low, high), values in zip(drawn, curves.UP, curves.curve(loss), strict=True):
+            x, y = zip(*axes[colour], strict=True)
+            seen = (values > low) & (values < high)
+            there = np.interp(curves.OUTPUTS[seen].numpy(), x, y)
+            # an axes is 143 pixels high
+            np.testing.assert_allclose(there, values[seen].numpy(), rtol=0, atol=(high - low) / 143)
 
 
 def test_the_page_of_a_loss_names_the_layers_that_take_it(website):
@@ -152,7 +194,9 @@ def test_the_built_site_has_no_faults(site):
             link for page in found.values() for link in page.loaded if "//" in link
         ],
         "pictures without words": [src for page in found.values() for src in page.without_alt],
-        "public names that are not in the reference": sorted(set(PUBLIC) - named_in(found)),
+        "public names that are not in the reference": sorted(
+            (set(PUBLIC) | taught_names()) - named_in(found)
+        ),
         "formulas that are not drawn": [path.name for path in found if not_drawn(path)],
     }
     assert {what: where for what, where in faults.items() if where} == {}

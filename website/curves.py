@@ -16,6 +16,8 @@ from softsphere import SphericalLoss
 
 CLASSES = 10
 OUTPUTS = torch.linspace(-6, 6, 241, dtype=torch.float64)
+# The ends of the axes: the output, and the loss and the gradient.
+ACROSS, UP = (-6, 6), ((-0.4, 10.4), (-2.15, 2.15))
 STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "softsphere",
@@ -60,11 +62,11 @@ def draw(name: str, label: str, path: Path) -> None:
             style = {"color": colour, "linewidth": 2.2, "dashes": dashes or (None, None)}
             for axes, values in zip((left, right), curve(loss), strict=True):
                 axes.plot(OUTPUTS.tolist(), values.tolist(), label=words, **style)
-        left.set(title="Loss ℓ", ylim=(-0.4, 10.4), yticks=range(0, 11, 2))
-        right.set(title="Gradient ∂ℓ/∂c", ylim=(-2.15, 2.15))
+        left.set(title="Loss ℓ", ylim=UP[0], yticks=range(0, 11, 2))
+        right.set(title="Gradient ∂ℓ/∂c", ylim=UP[1])
         for axes in (left, right):
             axes.grid()
-            axes.set(xlabel="output c of the target", xlim=(-6, 6))
+            axes.set(xlabel="output c of the target", xlim=ACROSS)
             axes.title.set_fontsize(12)
         figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2)
         buffer = io.StringIO()

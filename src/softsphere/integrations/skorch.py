@@ -75,14 +75,17 @@ class SphericalClassifier(NeuralNetClassifier):  # type: ignore[misc, unused-ign
         return found
 
     def fit(self, X: Any, y: Any, **fit_params: Any) -> Any:
+        """Trains from new parameters, as in skorch, after a look at the labels."""
         _check_class_numbers(y)  # before the parameters are drawn again
         return super().fit(X, y, **fit_params)
 
     def check_data(self, X: Any, y: Any) -> None:
+        """Raises TypeError for labels that are no class numbers."""
         _check_class_numbers(y)
         super().check_data(X, y)
 
     def on_train_begin(self, net: Any, X: Any = None, y: Any = None, **others: Any) -> None:
+        """Raises ValueError for a callback that would restore the module alone."""
         super().on_train_begin(net, X=X, y=y, **others)
         stopping = [(name, x) for name, x in self.callbacks_ if isinstance(x, EarlyStopping)]
         for name, callback in stopping:

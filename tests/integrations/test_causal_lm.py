@@ -42,7 +42,7 @@ def test_other_models_of_one_config_keep_it(name):
     replace_lm_head(model)
     assert model.config is not config and config.to_dict() == before
     assert configs(model) == structure
-    assert {**model.config.to_dict(), "softsphere": None} == {**before, "softsphere": None}
+    assert model.config.to_dict() == before
     model.resize_token_embeddings(V + 8)
     model.set_attn_implementation("eager")
     assert config.to_dict() == before
@@ -159,6 +159,15 @@ def test_a_head_in_a_model_has_the_name_of_its_class():
         model.resize_token_embeddings(V + 1)
     with pytest.raises(TypeError, match="but this ClusteredLoss is the lm_head of one already"):
         replace_lm_head(gpt2(), model.lm_head)
+
+
+def test_the_class_of_the_model_makes_no_model_without_a_head(tmp_path):
+    model = replace_lm_head(gpt2())
+    with pytest.raises(TypeError, match="cannot be made from a config alone"):
+        type(model)(model.config)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match="by the from_pretrained of its class"):
+        type(model).from_pretrained(tmp_path)
 
 
 def test_an_lm_head_that_is_replaced_again_is_told():

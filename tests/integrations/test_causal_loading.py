@@ -29,6 +29,7 @@ from softsphere import (
     LinearSphericalOptions,
     losses,
 )
+from softsphere.integrations.head_description import described, made_again
 from softsphere.integrations.transformers import from_pretrained, replace_lm_head
 
 transformers = pytest.importorskip("transformers")
@@ -192,6 +193,15 @@ def test_what_cannot_be_loaded_is_refused(name, tmp_path):
         from_pretrained(tmp_path, **options)
 
 
+def test_a_weight_of_its_own_does_not_overwrite_the_embedding():
+    """An older transformers may tie what was saved apart."""
+    head = HEADS["linear"]()
+    with pytest.raises(ValueError, match="saved with a weight of its own"):
+        made_again(
+            described(head), head.state_dict(), nn.Linear(16, V, **F64), tied=True, cast=False
+        )
+
+
 def test_a_name_on_the_hub_is_no_folder():
     with pytest.raises(ValueError, match="snapshot_download"):
         from_pretrained("gpt2")
@@ -228,17 +238,22 @@ def test_the_report_is_of_the_model_below_alone(tmp_path):
         lines.clear()
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path, ignore_mismatched_sizes=True)
         assert "lm_head" in lines[0]
+        with_head("linear").save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="tie_word_embeddings"):
+            from_pretrained(tmp_path, tie_word_embeddings=True)
+        assert any("NOT tie" in line for line in lines)  # another line of the same logger
     finally:
         logger.removeHandler(handler)
         transformers.utils.logging.set_verbosity_error()
 
 
-def test_a_model_without_a_head_is_loaded_by_transformers(tmp_path):
-    """The plain lm_head of another model is not taken for one of ours."""
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_plain_model_of_the_same_config_is_not_taken_for_one_with_a_head(loaded, tmp_path):
     model = gpt2()
-    other = type(model)(model.config).double()
-    replace_lm_head(model)
-    other.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="give it one with replace_lm_head"):
-        from_pretrained(tmp_path)
-    assert isinstance(other.lm_head, nn.Linear)
+    config, kind = model.config, type(model)
+    replace_lm_head(model).save_pretrained(tmp_path / "own")
+    model = from_pretrained(tmp_path / "own") if loaded else model
+    for i, shared in enumerate((config, model.config)):
+        kind(shared).save_pretrained(tmp_path / str(i))
+        with pytest.raises(ValueError, match="give it one with replace_lm_head"):
+            from_pretrained(tmp_path / str(i))

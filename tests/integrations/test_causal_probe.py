@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 from _causal_models import ARCHITECTURES, ASSIGNMENT, F64, V, gpt2, made
 from torch import nn
@@ -50,10 +52,18 @@ def without_values():
 
 
 def computed():
-    """A model whose forward computes its loss by itself."""
+    """A model with another loss."""
     model = gpt2()
     model.loss_function = nn.functional.cross_entropy
     return model
+
+
+class ByItself(transformers.GPT2LMHeadModel):
+    """A model whose forward computes its loss by itself."""
+
+    def forward(self, input_ids=None, labels=None):
+        logits = self.lm_head(self.transformer(input_ids).last_hidden_state)
+        return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
 class Mine(LinearSphericalLoss):
@@ -88,6 +98,11 @@ REFUSALS = {
     "a hook on the lm_head": (hooked, None, "lm_head cannot be replaced: .* must have no hooks"),
     "no values": (without_values, None, "lm_head is on the meta device"),
     "another loss": (computed, None, "that of this GPT2LMHeadModel is cross_entropy"),
+    "a loss of its own": (
+        lambda: ByItself(gpt2().config).double(),
+        None,
+        "ByItself called the one 1 times and the other 0 times",
+    ),
     "replaced already": (lambda: replace_lm_head(gpt2()), None, "already"),
     "no distribution": (gpt2, lambda model: "z_loss", "is a distribution"),
     "no output layer": (
@@ -135,3 +150,19 @@ def test_refused_before_anything_has_changed(name):
     assert type(model) is kind and dict(model.named_modules()) == modules
     assert all(module.training == model.training for module in modules.values())
     assert vars(model).get("_loss_function") is loss
+
+
+def test_the_loss_of_a_language_model_may_have_been_set():
+    model = gpt2()
+    model.loss_function = loss = model.loss_function
+    with pytest.raises(TypeError, match="got Linear"):
+        replace_lm_head(model, nn.Linear(16, V))
+    assert model.loss_function is loss
+    replace_lm_head(model)
+    assert model.loss_function is not loss
+
+
+def test_the_extra_is_named_where_transformers_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match=r"softsphere\[transformers\]"):
+        replace_lm_head(nn.Linear(2, 2))

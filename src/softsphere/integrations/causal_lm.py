@@ -33,6 +33,14 @@ class CausalLM(_Model):
     A subclass of this class and of the model's own class is made for each of them.
     """
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        raise TypeError(
+            f"a {type(self).__name__} with an output layer of softsphere cannot be made from a "
+            "config alone, or by the from_pretrained of its class; give the layer to a plain model "
+            "with replace_lm_head, or load a saved model with "
+            "softsphere.integrations.transformers.from_pretrained"
+        )
+
     @property
     def loss_function(self) -> Any:
         return self._loss_of_hidden
@@ -92,8 +100,12 @@ class CausalLM(_Model):
         """
         head = self._causal_head()
         check_conventions(head)
+        # Only what is saved is marked: a plain model may be made from this config.
         self.config.softsphere = described(head)
-        return super().save_pretrained(save_directory, *args, **options)
+        try:
+            return super().save_pretrained(save_directory, *args, **options)
+        finally:
+            del self.config.softsphere
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, *args: Any, **options: Any
@@ -167,3 +179,4 @@ def own_config(model: Any) -> None:
         for name, value in vars(module).items():
             if isinstance(value, PreTrainedConfig) and id(value) in copies:
                 vars(module)[name] = copies[id(value)]
+    vars(model.config).pop("softsphere", None)  # what a saved model had

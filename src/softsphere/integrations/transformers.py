@@ -18,7 +18,7 @@ from softsphere.integrations.causal_heads import as_causal_head, check_causal
 from softsphere.integrations.causal_lm import CausalLM, class_with_head, own_config
 from softsphere.integrations.causal_loading import head_tensors, load_below_head
 from softsphere.integrations.causal_probe import check_model
-from softsphere.integrations.head_description import described, made_again
+from softsphere.integrations.head_description import made_again
 from softsphere.integrations.stale_optimizers import warn_of_stale_optimizers
 
 __all__ = ["from_pretrained", "replace_lm_head"]
@@ -48,9 +48,9 @@ def replace_lm_head(model: Any, head: str | losses.Loss | OutputLayer = "taylor_
     With config.tie_word_embeddings the weight of the head must be that of the input embedding, as
     `LinearSphericalLoss` shares it. Other output layers need config.tie_word_embeddings=False.
 
-    The model gets a config of its own, a copy that describes the output layer under `softsphere`;
-    other models that were made from the same config object keep that. `save_pretrained` and the
-    checkpoints of `Trainer` keep the output layer, and `from_pretrained` of this module loads it.
+    The model gets a config of its own, a copy; other models that were made from the same config
+    object keep that. `save_pretrained` and the checkpoints of `Trainer` keep the output layer,
+    which config.json describes under `softsphere`, and `from_pretrained` of this module loads it.
     `AutoModelForCausalLM.from_pretrained` would load a model whose logits are the outputs of a
     plain linear layer.
 
@@ -76,13 +76,11 @@ def replace_lm_head(model: Any, head: str | losses.Loss | OutputLayer = "taylor_
     linear = check_model(model)
     layer = _layer(linear, head)
     _check_fit(model, linear, layer)
-    description = described(layer)
     own_config(model)
     own = {id(p) for p in (*layer.parameters(), *model.get_input_embeddings().parameters())}
     replaced = [weakref.ref(p) for p in linear.parameters() if id(p) not in own]
     model.__class__ = class_with_head(model.__class__)
     model.set_output_embeddings(as_causal_head(layer).train(linear.training))
-    model.config.softsphere = description
     model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
     del linear  # what still holds its parameters is an optimizer, perhaps
     warn_of_stale_optimizers(replaced, layer)

@@ -22,6 +22,7 @@ from _sharded_linear import (
     H,
     T,
     below_data_parallel,
+    below_fully_sharded,
     d,
     frozen,
     on_one,
@@ -47,6 +48,8 @@ def pair(replicated=False, assignment=ASSIGNMENT, counts=None, **given):
     given = {"dtype": torch.float64, **given}
     given["counts"] = torch.arange(1.0, D + 1) if counts else None
     one = ClusteredLoss(d, D, assignment, **given)
+    if one.root.bias is not None:  # that of an empty cluster would hide it
+        nn.init.normal_(one.root.bias)
     many = ClusteredLoss(d, D, assignment, **given, process_group=world(), replicated=replicated)
     many.load_state_dict(one.state_dict())
     many.shards.averaged = False  # many cases take rows from a larger tensor
@@ -106,11 +109,13 @@ def predicted(rank, size, folder, replicated=False, assignment=ASSIGNMENT, **opt
     one, many = pair(replicated, assignment, **options)
     D, m = len(assignment), sum(COUNTS[:size])
     state = one.state_dict()
-    for name in ("weight", "bias", "root.weight", "root.bias"):
-        # the first two classes of the shortlist and of a cluster are twins
-        state[name] = torch.cat([state[name][:1], state[name][:1], state[name][2:]])[
-            : len(state[name])
-        ]
+    # the first two classes of the shortlist are twins, and so are those of each cluster, which have
+    # the same rows in all clusters
+    for name, starts in (("weight", one.grouping.starts[:-1]), ("root.weight", torch.tensor([0]))):
+        bias = name.replace("weight", "bias")
+        for start in starts[: len(state[name])].tolist():
+            state[name][start : start + 2] = state[name][:1].clone()
+            state[bias][start : start + 2] = state[bias][:1].clone()
     one.load_state_dict(state)
     many.load_state_dict(one.state_dict())
     rows = slice(None) if replicated else rows_of(rank, COUNTS[:size])
@@ -143,8 +148,8 @@ def count_given(rank, size, folder):
     torch.testing.assert_close(many(H[rows], t[rows], num_items=7), one(H, t) * m / 7, **TIGHT)
 
 
-def clipped(rank, size, folder):
-    heads = pair(leaf_features=3)
+def clipped(rank, size, folder, **options):
+    heads = pair(leaf_features=3, **options)
     m, own = sum(COUNTS[:size]), rows_of(rank, COUNTS[:size])
     H, t = torch.randn(m, d).double(), torch.randint(D, (m,))
     heads[0](H, t).backward()
@@ -161,12 +166,12 @@ def whole(state):
     return {k: getattr(x, "full_tensor", lambda x=x: x)() for k, x in state.items()}
 
 
-def saved(rank, size, folder, **options):
+def saved(rank, size, folder, make=torch.optim.Adam, **options):
     """Weights and momentum of several ranks, loaded by others and by one process."""
     one, many = heads = pair(leaf_features=2, counts=True, **options)
     others = pair(leaf_features=2, counts=True, **options)
     m, own = sum(COUNTS[:size]), rows_of(rank, COUNTS[:size])
-    optimizers = [torch.optim.Adam(x.parameters(), lr=0.1) for x in (one, many, *others)]
+    optimizers = [make(x.parameters(), lr=0.1) for x in (one, many, *others)]
     for head, optimizer in zip((many, others[1]), optimizers[1::2], strict=True):
         keep_whole_state(optimizer, head)
     H, t = torch.randn(m, d).double(), torch.randint(D, (m,))
@@ -177,14 +182,14 @@ def saved(rank, size, folder, **options):
 
     def state_of(head, optimizer):
         packed = optimizer.state_dict()["state"]
-        return {"head": head.state_dict(), "adam": {str(k): x for k, x in packed.items()}}
+        return {"head": head.state_dict(), "optimizer": {str(k): x for k, x in packed.items()}}
 
-    path, state = Path(folder) / "clustered", state_of(others[1], optimizers[3])
+    path, state = Path(folder) / f"clustered-{many.engine}", state_of(others[1], optimizers[3])
     dcp.save(state_of(many, optimizers[1]), checkpoint_id=path)
     dcp.load(state, checkpoint_id=path)
     many.load_state_dict(state["head"])
     packed = optimizers[3].state_dict()
-    packed["state"] = {int(k): x for k, x in state["adam"].items()}
+    packed["state"] = {int(k): x for k, x in state["optimizer"].items()}
     # what was saved is in another layer with other values, and in one without a group
     others[1].load_state_dict(state["head"])
     optimizers[3].load_state_dict(packed)
@@ -265,6 +270,37 @@ def balanced(rank, size, folder):
     assert found == [3] * (size - 1) + [24 - 3 * (size - 1)]
 
 
+class SparseAdam(torch.optim.SparseAdam):
+    """SparseAdam of the leaves, and SGD of the other parameters."""
+
+    def __init__(self, parameters, lr):
+        parameters = list(parameters)
+        super().__init__(parameters[:1], lr)
+        self.other = torch.optim.SGD(parameters[1:], lr)
+
+    def step(self):
+        super().step()
+        self.other.step()
+
+    def zero_grad(self):
+        super().zero_grad()
+        self.other.zero_grad()
+
+
+def sparse_steps(rank, size, folder):
+    """Steps in which ranks without targets leave their leaves as they are."""
+    one, many = heads = pair(sparse=True)
+    optimizers = [SparseAdam(head.parameters(), lr=0.1) for head in heads]
+    for c in (0, 1, 2, 4, 4):
+        H, t = torch.randn(2, d).double(), one.grouping.leaves[one.grouping.starts[c]].expand(2)
+        own = rows_of(rank, [2, *[0] * (size - 1)])
+        for head, rows, optimizer in zip(heads, (slice(None), own), optimizers, strict=True):
+            optimizer.zero_grad()
+            head(H[rows], t[rows]).backward()
+            optimizer.step()
+    same_rows(one, many)
+
+
 RIGHT = {
     "momentum": train,
     "adam, counts": partial(train, make=torch.optim.Adam, counts=True),
@@ -274,6 +310,7 @@ RIGHT = {
     "sum, logits": partial(train, reduction="sum", engine="logits", counts=True),
     "a rank without rows": partial(train, given=(4, 0, 3, 2), leaf_features=3, counts=True),
     "sparse": partial(train, sparse=True, make=partial(torch.optim.SGD, momentum=0)),
+    "sparse adam": sparse_steps,
     "factored": partial(train, engine="factored", make=torch.optim.SGD, counts=True),
     "factored, few clusters": partial(
         train, assignment=ASSIGNMENTS["one cluster"], engine="factored", make=torch.optim.SGD
@@ -285,7 +322,12 @@ RIGHT = {
     "predict, one cluster": partial(predicted, assignment=ASSIGNMENTS["one cluster"]),
     "predict, all shortlist": partial(predicted, assignment=ASSIGNMENTS["all shortlist"]),
     "a count": count_given,
-    "data parallel": partial(below_data_parallel, pair=pair, same_rows=same_rows),
+    "data parallel": partial(
+        below_data_parallel, pair=partial(pair, leaf_features=2), same_rows=same_rows
+    ),
+    "fully sharded below": partial(
+        below_fully_sharded, pair=partial(pair, leaf_features=2), same_rows=same_rows
+    ),
     "data parallel trunk": partial(
         below_data_parallel, whole=False, pair=partial(pair, leaf_features=2), same_rows=same_rows
     ),
@@ -293,7 +335,9 @@ RIGHT = {
         below_data_parallel, reentrant=True, pair=pair, same_rows=same_rows
     ),
     "clipped": clipped,
+    "clipped, factored": partial(clipped, engine="factored", counts=True),
     "saved": saved,
+    "saved, factored": partial(saved, make=torch.optim.SGD, engine="factored"),
     "traffic": traffic_is_flat,
     "start": started_apart,
     "rows copied": rows_copied,
@@ -306,7 +350,7 @@ RIGHT = {
 }
 LONG = {
     "momentum": partial(train, steps=100, counts=True, leaf_features=4),
-    "adam": partial(train, steps=100, make=torch.optim.Adam),
+    "optimizer": partial(train, steps=100, make=torch.optim.Adam),
 }
 
 

@@ -215,7 +215,7 @@ def below_data_parallel(
     torch.testing.assert_close(models[1].trunk.weight, models[0].trunk.weight, **TIGHT)
 
 
-def below_fully_sharded(rank, size, folder):
+def below_fully_sharded(rank, size, folder, pair=pair, same_rows=same_rows):
     """The layers below are sharded by FSDP2, and the head is left out."""
     if not hasattr(torch.cpu.Stream, "record_event"):
         return  # this torch shards on no CPU

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from scipy import stats
 
 from _lab_results import image_end
 from softsphere_lab.report import web_style
@@ -117,6 +119,52 @@ def test_hovering_and_the_table_of_numbers_say_the_means_over_the_seeds():
     assert data["curves"][0]["means"] == pytest.approx([44, 22, 44 / 3])
     (numbers,) = [text for _, text in page.all("table") if "after each epoch" in text]
     assert "44.00" in numbers and "14.67" in numbers
+
+
+def drawings(page: str, kind: str) -> list[str]:
+    """The drawings of a kind, each of which a page has twice: wide and narrow."""
+    found = [x for x in re.findall(r"<svg.*?</svg>", page, re.DOTALL) if kind in x]
+    assert len(found) == 2
+    return found
+
+
+def value_at(marks: list[tuple[str, str]], of=float, back=float):
+    """Returns what the value at a place is, given places with their values on a straight axis."""
+    (a, first), (b, last) = ((float(at), of(float(value))) for at, value in (marks[0], marks[-1]))
+    return lambda at: back(first + (float(at) - a) / (b - a) * (last - first))
+
+
+def test_the_lines_are_at_the_means_of_the_seeds_and_the_bands_at_their_ends():
+    for drawing in drawings(page_of(results()), "Learning curves"):
+        marks = re.findall(r'y2="([\d.]+)"/><text[^>]*>([\d.]+)</text>', drawing)
+        error = value_at(marks, math.log, math.exp)  # the axis is logarithmic
+        epochs = re.findall(r'<text x="([\d.]+)" y="318"[^>]*>(\d)</text>', drawing)
+        epoch = value_at(epochs)
+        assert len(marks) > 5 and [number for _, number in epochs] == ["1", "2", "3"]
+        for place, (low, mean, high) in enumerate(((40, 44, 48), (20, 24, 28))):
+            group = re.search(rf'<g data-of="{place}">.*?</g>', drawing)[0]
+            band, line = (
+                [(epoch(x), error(y)) for x, y in re.findall(r"([\d.]+),([\d.]+)", points)]
+                for points in re.findall(r' points="(.*?)"', group)
+            )
+            wanted = [(x, height / x) for height in (high, low) for x in (1, 2, 3)]
+            wanted = [*wanted[:3], *wanted[:2:-1]]  # there, and back
+            assert band == [pytest.approx(point, rel=2e-3) for point in wanted]
+            assert line == [pytest.approx((x, mean / x), rel=2e-3) for x in (1, 2, 3)]
+
+
+def test_the_seeds_their_mean_and_its_interval_are_where_the_axis_says():
+    for drawing in drawings(page_of(results()), "Test errors"):
+        error = value_at(re.findall(r'<text x="([\d.]+)" y="108"[^>]*>([\d.]+)</text>', drawing))
+        groups = re.findall(r"<g><title>(.*?):.*?</title>(.*?)</g>", drawing)
+        assert [name for name, _ in groups] == ["softmax", "z_loss"]
+        for (_, group), seeds in zip(groups, ((10, 11, 12), (5, 6, 7)), strict=True):
+            drawn = [error(x) for x in re.findall(r'class="seed" cx="([\d.]+)"', group)]
+            assert drawn == pytest.approx(seeds, abs=0.01)
+            assert error(re.search(r'd="M([\d.]+) ', group)[1]) == pytest.approx(seeds[1], abs=0.01)
+            ends = [error(x) for x in re.search(r'x1="([\d.]+)" x2="([\d.]+)"', group).groups()]
+            half = stats.t.ppf(0.975, 2) / math.sqrt(3)  # the seeds have a deviation of one
+            assert ends == pytest.approx([seeds[1] - half, seeds[1] + half], abs=0.01)
 
 
 def test_it_can_be_read_without_seeing_it():

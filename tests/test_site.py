@@ -27,7 +27,11 @@ MODULES = (
     "softsphere.optim",
     "softsphere.matrix",
     "softsphere.integrations.transformers",
-    *(["softsphere.integrations.skorch"] if importlib.util.find_spec("skorch") else []),
+    *(
+        f"softsphere.integrations.{name}"
+        for name in ("skorch", "torchtitan")
+        if importlib.util.find_spec(name)
+    ),
 )
 
 

@@ -55,6 +55,7 @@ class CausalHead(OutputLayer):
 
     public: ClassVar[type[OutputLayer]]
     weight: nn.Parameter
+    _own_reduction: str
 
     def __init_subclass__(cls) -> None:
         cls.public = public = cls.__bases__[1]
@@ -64,12 +65,11 @@ class CausalHead(OutputLayer):
     @property
     def reduction(self) -> str:
         """That of the output layer, or "sum" inside `summing`."""
-        own: str = self.__dict__["reduction"]
-        return "sum" if _calls.summing is self else own
+        return "sum" if _calls.summing is self else self._own_reduction
 
     @reduction.setter
     def reduction(self, value: str) -> None:
-        self.__dict__["reduction"] = value
+        self._own_reduction = value
 
     @contextmanager
     def passing(self) -> Iterator[None]:
@@ -193,8 +193,10 @@ def as_causal_head(head: OutputLayer) -> CausalHead:
 
     It is the same object with the same parameters afterwards.
     """
+    reduction = vars(head).pop("reduction")  # a property from here on
     head.__class__ = _CAUSAL[type(head)]
     assert isinstance(head, CausalHead)
+    head.reduction = reduction
     return head
 
 

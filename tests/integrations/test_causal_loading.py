@@ -20,6 +20,7 @@ from _causal_models import (
     states,
     with_head,
 )
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from softsphere import (
@@ -63,15 +64,20 @@ def changed_later():
 
 
 SAVED = {
+    **{
+        name: (lambda make=make: replace_lm_head(make()))
+        for name, (make, _) in ARCHITECTURES.items()
+    },
     **{kind: (lambda kind=kind: with_head(kind)) for kind in HEADS},
     "options": lambda: replace_lm_head(gpt2(), LinearSphericalLoss(16, V, options=OPTIONS, **F64)),
+    "an lm_head with another name in files": lambda: replace_lm_head(
+        ARCHITECTURES["GPT-NeoX"][0](), HEADS["linear"]()
+    ),
     "a loss with a number": lambda: replace_lm_head(gpt2(), losses.SphericalSoftmax(eps=0.3)),
     "clustered, factored": lambda: replace_lm_head(
         gpt2(), ClusteredLoss(16, V, ASSIGNMENT, engine="factored", **F64)
     ),
-    "tied": lambda: replace_lm_head(gpt2(tied=True), "spherical_softmax"),
     "tied with a bias": tied_with_bias,
-    "a bias of the model": lambda: replace_lm_head(ARCHITECTURES["Phi"][0]()),
     "changed later": changed_later,
     "half": lambda: half("taylor_softmax"),
     "half below float32": lambda: half(LinearSphericalLoss(16, V, prior=torch.arange(1.0, V + 1))),
@@ -93,7 +99,7 @@ def test_what_was_saved_is_loaded(kind, tmp_path):
     assert getattr(head, "options", None) == getattr(own, "options", None)
     torch.testing.assert_close(states(loaded), states(model), rtol=0, atol=0)
     tied = [x.lm_head.weight is x.get_input_embeddings().weight for x in (loaded, model)]
-    assert tied[0] == tied[1] == kind.startswith("tied")
+    assert tied[0] == tied[1]
     got, want = loaded(**batch()), model.eval()(**batch())
     near((got.loss, got.logits), (want.loss, want.logits))
 
@@ -138,6 +144,13 @@ def other_files(folder):
     torch.save(state, folder / "pytorch_model.bin")
 
 
+def without_bias(folder):
+    file = folder / "model.safetensors"
+    state = load_file(file)
+    del state["lm_head.bias"]
+    save_file(state, file, {"format": "pt"})
+
+
 class Mine(losses.TaylorSoftmax):
     """A loss of a user, with a name that softsphere does not know."""
 
@@ -165,6 +178,7 @@ REFUSED = {
         {"tie_word_embeddings": True},
         "tie_word_embeddings",
     ),
+    "no bias": (tied_with_bias, without_bias, {}, r"have no lm_head\.bias.*save_original_format"),
     "a subfolder": (tied, None, {"subfolder": "x"}, "subfolder cannot be given here"),
     "other files": (tied, other_files, {}, "model.safetensors or"),
     "an unknown loss": (lambda: replace_lm_head(gpt2(), Mine()), None, {}, "has the loss '.*Mine'"),

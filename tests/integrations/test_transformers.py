@@ -174,21 +174,22 @@ def test_adam_is_refused_for_a_factored_head(tmp_path):
     near(states(model), before)
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_tokens_are_added_and_removed(tied):
-    model = replace_lm_head(gpt2(tied))
-    before = model.lm_head.weight.detach().clone()
+@pytest.mark.parametrize("name", ["GPT-2", "Llama", "Phi"])
+def test_tokens_are_added_and_removed(name):
+    make, tied = ARCHITECTURES[name]
+    model, dense = replace_lm_head(make()), make()
     for size in (V + 5, V - 3):
-        torch.manual_seed(0)
-        model.resize_token_embeddings(size)
+        for each in (model, dense):
+            torch.manual_seed(0)
+            each.resize_token_embeddings(size)
         head = model.lm_head
         assert head.num_classes == model.config.vocab_size == size
-        assert (head.weight is model.transformer.wte.weight) == tied
-        assert torch.equal(head.weight[: V - 3], before[: V - 3])
+        assert (head.weight is model.get_input_embeddings().weight) == tied
+        near(states(model), states(dense))
     tokens = batch()["input_ids"] % (V - 3)
     loss = model(tokens, labels=tokens).loss
     near(loss, nll(model.eval()(tokens).logits, tokens))
-    assert model.resize_token_embeddings() is model.transformer.wte
+    assert model.resize_token_embeddings() is model.get_input_embeddings()
 
 
 @pytest.mark.parametrize("kind", HEADS)

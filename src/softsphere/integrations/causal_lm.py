@@ -33,6 +33,8 @@ class CausalLM(_Model):
     A subclass of this class and of the model's own class is made for each of them.
     """
 
+    plain_class: Any
+
     def __init__(self, *args: Any, **options: Any) -> None:
         raise TypeError(
             f"a {type(self).__name__} with an output layer of softsphere cannot be made from a "
@@ -95,11 +97,16 @@ class CausalLM(_Model):
     def save_pretrained(self, save_directory: Any, *args: Any, **options: Any) -> Any:
         """See `transformers.PreTrainedModel.save_pretrained`.
 
+        save_original_format is False by default, so that all tensors have the names of the model:
+        the original names of some architectures, such as embed_out for lm_head, would be those of
+        a plain lm_head alone.
+
         Raises TypeError or ValueError, before anything is written, for an output layer that
         `from_pretrained` could not make again.
         """
         head = self._causal_head()
         check_conventions(head)
+        options.setdefault("save_original_format", False)
         # Only what is saved is marked: a plain model may be made from this config.
         self.config.softsphere = described(head)
         try:
@@ -139,7 +146,7 @@ class CausalLM(_Model):
         return embedding
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _without_state, (type(self).__mro__[2],), self.__dict__
+        return _without_state, (self.plain_class,), self.__dict__
 
 
 @functools.cache
@@ -155,7 +162,8 @@ def class_with_head(base: Any) -> Any:
             return base.forward(self, *args, **options)
         return self._with_labels(base.forward, *args, **options)
 
-    own = {"forward": forward, "__module__": base.__module__, "__qualname__": base.__qualname__}
+    own = {"forward": forward, "plain_class": base}
+    own |= {"__module__": base.__module__, "__qualname__": base.__qualname__}
     return type(base.__name__, (CausalLM, base), own)
 
 

@@ -62,18 +62,16 @@ def head_tensors(folder: Any, variant: str | None = None) -> dict[str, Tensor]:
         folder: where the model was saved.
         variant: that of `save_pretrained`.
 
-    Raises ValueError for a folder without them.
+    Raises ValueError for a folder without files of safetensors.
     """
     from safetensors import safe_open
 
     found: dict[str, Tensor] = {}
-    # Some architectures are saved with other names, such as language_model.lm_head.weight.
     for file in _files(Path(folder), f".{variant}" if variant else ""):
         with safe_open(file, framework="pt") as tensors:
             for key in tensors.keys():  # noqa: SIM118 (it is not a dict)
-                _, of_head, name = f".{key}".rpartition(f".{_PREFIX}")
-                if of_head:
-                    found[name] = tensors.get_tensor(key)
+                if key.startswith(_PREFIX):
+                    found[key.removeprefix(_PREFIX)] = tensors.get_tensor(key)
     return found
 
 

@@ -24,6 +24,7 @@ def described(head: Any) -> dict[str, Any]:
     kinds = (LinearSphericalLoss, ClusteredLoss, FactoredSphericalLoss)
     kind = next(kind for kind in kinds if isinstance(head, kind))
     found: dict[str, Any] = {"head": kind.__name__, "loss": _described_loss(head.loss)}
+    found["tensors"] = sorted(head.state_dict())
     if isinstance(head, LinearSphericalLoss):
         options = asdict(head.options)
         options["accumulate_dtype"] = str(head.options.accumulate_dtype).removeprefix("torch.")
@@ -50,7 +51,7 @@ def made_again(
     """
     description = dict(description)
     kind, loss = description.pop("head"), _loss(description.pop("loss"))
-    state = _fitting(state, linear, tied)
+    state = _whole(state, description.pop("tensors"), linear, tied)
     D, d = linear.weight.shape
     prior, dtype = state.get("prior"), state["weight"].dtype
     factored = kind == "FactoredSphericalLoss" or description.get("engine") == "factored"
@@ -80,8 +81,13 @@ def made_again(
     return layer
 
 
-def _fitting(state: dict[str, Tensor], linear: nn.Linear, tied: bool) -> dict[str, Tensor]:
-    """The tensors with the weight, which was not saved if it is that of the input embedding."""
+def _whole(
+    state: dict[str, Tensor], names: list[str], linear: nn.Linear, tied: bool
+) -> dict[str, Tensor]:
+    """The tensors with the weight, which was not saved if it is that of the input embedding.
+
+    Raises ValueError if one of these names is missing, or if another weight was saved.
+    """
     weight = state.get("weight")
     if weight is None and not tied:
         raise ValueError(
@@ -93,7 +99,14 @@ def _fitting(state: dict[str, Tensor], linear: nn.Linear, tied: bool) -> dict[st
             "the output layer was saved with a weight of its own, but the loaded model shares that "
             "of the input embedding; load it with the tie_word_embeddings of its own config"
         )
-    return {**state, "weight": linear.weight.detach()} if tied else state
+    whole = {**state, "weight": linear.weight.detach()} if tied else state
+    missing = ", ".join(f"lm_head.{name}" for name in names if name not in whole)
+    if missing:
+        raise ValueError(
+            f"the files of the saved model have no {missing}; they must be as save_pretrained of "
+            "the model writes them by default, with save_original_format=False"
+        )
+    return whole
 
 
 def _described_loss(loss: losses.Loss) -> dict[str, Any]:

@@ -77,11 +77,11 @@ def replace_lm_head(model: Any, head: str | losses.Loss | OutputLayer = "taylor_
     layer = _layer(linear, head)
     _check_fit(model, linear, layer)
     own_config(model)
-    own = {id(p) for p in (*layer.parameters(), *model.get_input_embeddings().parameters())}
-    replaced = [weakref.ref(p) for p in linear.parameters() if id(p) not in own]
     model.__class__ = class_with_head(model.__class__)
     model.set_output_embeddings(as_causal_head(layer).train(linear.training))
     model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+    kept = {id(p) for p in model.parameters()}
+    replaced = [weakref.ref(p) for p in linear.parameters() if id(p) not in kept]
     del linear  # what still holds its parameters is an optimizer, perhaps
     warn_of_stale_optimizers(replaced, layer)
     return model
@@ -94,7 +94,7 @@ def from_pretrained(folder: Any, **options: Any) -> Any:
         folder: where `save_pretrained` or a `Trainer` wrote it.
         options: as of `transformers.AutoModelForCausalLM.from_pretrained`. A dtype is also that of
             the output layer, except that a factored weight is never in half precision. Without
-            one, each tensor of the output layer keeps its own dtype.
+            one, the output layer has the dtype in which it was saved.
 
     Returns the model. With output_loading_info=True, returns it and a dictionary of what was found,
     which says nothing about the output layer, since that is loaded whole or not at all.

@@ -38,8 +38,8 @@ def replace_lm_head(model: Any, head: str | losses.Loss | OutputLayer = "taylor_
     Args:
         model: a `transformers.PreTrainedModel` with a causal language-modelling head, changed in
             place. Do this before the model is compiled or wrapped (peft, DistributedDataParallel),
-            and before its optimizer is made: a head with a weight of its own has parameters that
-            an older optimizer does not have, which warns at its first step.
+            and before its optimizer is made. A head with a weight of its own has parameters that
+            an older optimizer does not train; such an optimizer warns at its first step.
         head: the name of a loss or a loss, for a `LinearSphericalLoss` that shares the weight of
             the present `lm_head`; or a `LinearSphericalLoss`, `ClusteredLoss` or
             `FactoredSphericalLoss`, which becomes the `lm_head`. Its loss is a distribution, its
@@ -54,8 +54,9 @@ def replace_lm_head(model: Any, head: str | losses.Loss | OutputLayer = "taylor_
     `AutoModelForCausalLM.from_pretrained` would load a model whose logits are the outputs of a
     plain linear layer.
 
-    A call of the model takes num_items_in_batch, shift_labels and ignore_index as
-    transformers does. It refuses label_smoothing and class weights, which the output layer has.
+    A call of the model takes num_items_in_batch, shift_labels and ignore_index as the loss of
+    transformers does. It refuses label_smoothing, weight and reduction with a TypeError, since
+    these are attributes of the output layer. Several threads may call the model at once.
 
     Returns the model, which keeps its class name and is still an instance of its class.
 
@@ -108,15 +109,15 @@ def from_pretrained(folder: Any, **options: Any) -> Any:
             f"folder must be a folder that save_pretrained has written, got {folder!r}; download a "
             "model from the hub first (huggingface_hub.snapshot_download)"
         )
-    config = library.AutoConfig.from_pretrained(folder)
-    description = getattr(config, "softsphere", None)
+    config, _ = library.PreTrainedConfig.get_config_dict(folder)
+    description = config.get("softsphere")
     if description is None:
         raise ValueError(
             f"{folder} has no output layer of softsphere in its config; load the model by "
             "AutoModelForCausalLM.from_pretrained and give it one with replace_lm_head"
         )
     # The class that was saved, or one that comes with the folder (trust_remote_code).
-    kind = getattr(library, (config.architectures or [""])[0], library.AutoModelForCausalLM)
+    kind = getattr(library, config["architectures"][0], library.AutoModelForCausalLM)
     model, found = load_below_head(kind.from_pretrained, folder, options)
     dtype = options.get("dtype", options.get("torch_dtype"))
     head = made_again(

@@ -69,7 +69,7 @@ def same_rows(one, many):
             x = x[clusters.root.slice]
         torch.testing.assert_close(got[name], x, **TIGHT)
     if many.engine != "factored":
-        torch.testing.assert_close(many.weight, one.weight[clusters.leaves.slice], **TIGHT)
+        torch.testing.assert_close(many.weight, one.weight[clusters.leaves], **TIGHT)
     if many.project is not None:
         same_bits(many.project.weight, many)
 
@@ -264,10 +264,12 @@ def copied(rank, size, folder):
 def balanced(rank, size, folder):
     """The ranks have equal shares of the counts, and not of the clusters or the classes."""
     assignment = torch.arange(8).repeat_interleave(3)
-    counts = torch.where(assignment < size, 1000, 1)
+    counts = torch.where(assignment == 2, 1000, 1)
     head = ClusteredLoss(d, 24, assignment, counts=counts, process_group=world())
     found = head.shards.ranks.gather(torch.tensor(len(head.weight))).tolist()
-    assert found == [3] * (size - 1) + [24 - 3 * (size - 1)]
+    if size > 1:
+        assert found[0] == 3 and max(found[1:]) - min(found[1:]) <= 3
+    assert sum(found) == 24
 
 
 class SparseAdam(torch.optim.SparseAdam):

@@ -2,8 +2,8 @@
 
 The rows of the root, for the shortlist and the clusters, are sharded as DTensor's Shard(0) does it.
 A cluster belongs to one rank as a whole, so that a rank computes its leaves like a layer without a
-group. Each rank has clusters that follow one another, and about the same share of the frequency:
-its leaves are then neighbours in the weight of all leaves.
+group. The ranks have about the same share of the frequency, and mostly of the classes as well,
+since each has common and rare clusters.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from softsphere.engines.grouping import Grouping
-from softsphere.parallel import Cuts, Sharding
+from softsphere.engines.grouping import Grouping, consecutive
+from softsphere.parallel import Owners, Sharding
 
 __all__ = ["ClusterShards"]
 
@@ -29,19 +30,19 @@ class ClusterShards:
 
     grouping: the shortlist and the clusters of all classes.
     root: the S + C rows of the root.
-    clusters: the clusters.
+    owners: of the clusters.
     """
 
     grouping: Grouping
     root: Sharding
-    clusters: Cuts
+    owners: Owners
 
     @classmethod
     def of(cls, grouping: Grouping, shares: Tensor, size: int = 1, rank: int = 0) -> ClusterShards:
-        """Gives each rank about the same sum of the shares (S + C) of shortlist and clusters."""
+        """Gives each rank about the same sum of the shares (S + C) of its clusters."""
         S, C = len(grouping.shortlist), grouping.num_clusters
         root = Sharding(S + C, size, rank)
-        return cls(grouping, root, Cuts.balanced(shares[S:], size, rank))
+        return cls(grouping, root, Owners.balanced(shares[S:], size, rank))
 
     def to(self, device: torch.device) -> ClusterShards:
         """The same on a device."""
@@ -49,10 +50,22 @@ class ClusterShards:
         return self if grouping is self.grouping else replace(self, grouping=grouping)
 
     @cached_property
-    def leaves(self) -> Cuts:
-        """The leaves of the ranks among all leaves."""
-        starts = self.grouping.starts.tolist()
-        return Cuts(tuple(starts[cluster] for cluster in self.clusters.starts), self.clusters.rank)
+    def clusters(self) -> Tensor:
+        """The clusters of this rank."""
+        return self._clusters_of(self.root.rank)
+
+    def _clusters_of(self, rank: int) -> Tensor:
+        return self.owners.rows_of(rank).to(self.grouping.starts.device)
+
+    @cached_property
+    def leaves(self) -> Tensor:
+        """The leaves of this rank among all leaves."""
+        return self.grouping.leaves_of(self.clusters)
+
+    def leaf_owners(self) -> Owners:
+        """The owners of all leaves."""
+        owner = self.owners.owner[self.grouping.cluster_of_leaf.cpu()]
+        return Owners(owner, self.root.size, self.root.rank)
 
     def listed_of(self, rank: int) -> slice:
         """The classes of the shortlist that have their rows of the root on a rank."""
@@ -66,9 +79,9 @@ class ClusterShards:
 
     def number_of(self, rank: int) -> int:
         """The number of classes of a rank."""
-        listed, leaves = self.listed_of(rank), self.leaves.slice_of(rank)
-        number: int = listed.stop - listed.start + leaves.stop - leaves.start
-        return number
+        listed = self.listed_of(rank)
+        leaves = int(self.grouping.sizes[self._clusters_of(rank)].sum())
+        return leaves + int(listed.stop - listed.start)
 
     def __len__(self) -> int:
         return self.number_of(self.root.rank)
@@ -78,6 +91,23 @@ class ClusterShards:
         """The largest number of classes that a rank has."""
         return max(self.number_of(rank) for rank in range(self.root.size))
 
+    def own_leaves(self, classes: Tensor) -> tuple[Tensor, Tensor]:
+        """The cluster of classes among those of this rank, and their place among its leaves.
+
+        The cluster is −1 for those of other ranks and of the shortlist, and the place then is 0.
+        """
+        cluster = self.grouping.cluster[classes]
+        number = self._numbers[cluster]  # −1 looks at the last entry
+        place = self.grouping.place[classes] - self.grouping.starts[cluster]
+        return number, torch.where(number < 0, 0, place + self.own.starts[number])
+
+    @cached_property
+    def _numbers(self) -> Tensor:
+        """(C + 1) the numbers of all clusters among those of this rank; −1 for others, and last."""
+        numbers = self.grouping.starts.new_full((self.grouping.num_clusters + 1,), -1)
+        numbers[self.clusters] = torch.arange(len(self.clusters), device=numbers.device)
+        return numbers
+
     def local(self, classes: Tensor) -> tuple[Tensor, Tensor]:
         """The places of classes among those of this rank, and whether they are its own.
 
@@ -85,9 +115,9 @@ class ClusterShards:
         """
         place, first = self.grouping.place[classes], self.listed
         listed = self.grouping.cluster[classes] < 0
-        leaf, own_leaf = self.leaves.local(place)
+        number, leaf = self.own_leaves(classes)
         in_list = (place >= first.start) & (place < first.stop)
-        own = torch.where(listed, in_list, own_leaf)
+        own = torch.where(listed, in_list, number >= 0)
         place = torch.where(listed, place - first.start, leaf + first.stop - first.start)
         return torch.where(own, place, 0), own
 
@@ -101,20 +131,20 @@ class ClusterShards:
 
     def _all_of(self, rank: int) -> Tensor:
         listed = self.grouping.shortlist[self.listed_of(rank)]
-        return torch.cat([listed, self.grouping.leaves[self.leaves.slice_of(rank)]])
+        leaves = self.grouping.leaves_of(self._clusters_of(rank))
+        return torch.cat([listed, self.grouping.leaves[leaves]])
 
     @cached_property
     def own(self) -> Grouping:
         """The shortlist and the clusters of this rank, with its classes numbered by place."""
-        device = self.grouping.starts.device
-        listed = torch.arange(self.listed.stop - self.listed.start, device=device)
-        leaves = torch.arange(len(self.leaves), device=device)
-        of_leaf = self.grouping.cluster_of_leaf[self.leaves.slice] - self.clusters.start
-        starts = self.grouping.starts[self.clusters.start : self.clusters.stop + 1]
+        sizes = self.grouping.sizes[self.clusters]
+        of_leaf = consecutive(sizes)
+        leaves = torch.arange(len(of_leaf), device=sizes.device)
+        listed = torch.arange(self.listed.stop - self.listed.start, device=sizes.device)
         return Grouping(
             cluster=torch.cat([torch.full_like(listed, -1), of_leaf]),
             place=torch.cat([listed, leaves]),
             shortlist=listed,
             leaves=leaves + len(listed),
-            starts=starts - self.leaves.start,
+            starts=F.pad(sizes.cumsum(0), (1, 0)),
         )

@@ -138,11 +138,9 @@ class LossOnClusterShards:
 
     def _of_leaves(self, H: Tensor, project: Tensor | None, target: Tensor) -> Tensor:
         """−log f of the target of each row within its cluster; 0 for those of other ranks."""
-        layer, clusters, grouping = self.layer, self.layer.clusters, self.layer.clusters.grouping
-        known = target.clamp_min(0)
-        cluster, own = clusters.clusters.local(grouping.cluster[known])
-        place, _ = clusters.leaves.local(grouping.place[known])
-        kept = torch.where(own & (target >= 0), cluster, -1)
+        layer, clusters = self.layer, self.layer.clusters
+        cluster, place = clusters.own_leaves(target.clamp_min(0))
+        kept = torch.where(target >= 0, cluster, -1)
         rows, group = clusters.own.group(kept, place)
         Z = H[rows] if project is None else F.linear(H[rows], project)
         with torch.autocast(H.device.type, enabled=False):

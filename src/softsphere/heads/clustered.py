@@ -89,10 +89,9 @@ class ClusteredLoss(WithGrouping, OutputLayer):
         device, dtype: of the parameters.
         process_group, replicated, averaged: as in `LinearSphericalLoss`. Each cluster belongs to
             one rank as a whole. The ranks have about equal shares of the counts of the classes in
-            clusters, so that one with rare classes has more of them. `weight` and `bias` have the
-            leaves of this rank, `root.weight` and `root.bias` ⌈(S + C)/n⌉ rows. `project.weight`
-            is the same on all ranks, and its gradient is that of the rows of all ranks: it must not
-            be reduced.
+            clusters. `weight` and `bias` have the leaves of this rank, `root.weight` and
+            `root.bias` ⌈(S + C)/n⌉ rows. `project.weight` is the same on all ranks, and its
+            gradient is that of the rows of all ranks: it must not be reduced.
 
     With a process_group a step sends O(m d + d d') numbers for the m rows of all ranks, whatever
     the numbers of classes and clusters are; all else is as in `LinearSphericalLoss`. `state_dict()`
@@ -154,7 +153,7 @@ class ClusteredLoss(WithGrouping, OutputLayer):
                 agreed.same(leaf_features=leaf_features, counts=checksum(counts))
                 agreed.same(
                     assignment=checksum(self._grouping.cluster),
-                    clusters_of_ranks=self._clusters.clusters.starts,
+                    owners_of_clusters=checksum(self._clusters.owners.owner),
                 )
         self.reset_parameters()
 

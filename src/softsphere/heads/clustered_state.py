@@ -57,7 +57,7 @@ class WithGrouping(ShardedLayer, FactoredLeaves):
             (1, 0) if self.shards is None else (self.shards.ranks.size, self.shards.ranks.rank)
         )
         self._clusters = ClusterShards.of(grouping, shares, size, rank)
-        pi = pi if self.shards is None else pi[self._clusters.leaves.slice].clone()
+        pi = pi if self.shards is None else pi[self._clusters.leaves]
         device, dtype = like.device, accumulator(like.dtype)
         self.register_buffer("assignment", grouping.cluster.to(device))
         self.register_buffer("prior", pi.to(device, dtype))
@@ -143,7 +143,7 @@ class WithGrouping(ShardedLayer, FactoredLeaves):
             )
         clusters, grouping = self.clusters, self.grouping
         rows = rows.to(self.weight.device)
-        self.write_leaves(rows[grouping.leaves[clusters.leaves.slice]])
+        self.write_leaves(rows[grouping.leaves[clusters.leaves]])
         if self.root.weight.shape[1] == rows.shape[1]:
             listed = rows[grouping.shortlist[clusters.listed]]
             self.root.weight[: len(listed)] = listed.to(self.root.weight.dtype)
@@ -161,7 +161,7 @@ class WithGrouping(ShardedLayer, FactoredLeaves):
         return self
 
     def rows_of_ranks(self, name: str) -> RowsOfRanks:
-        return self._clusters.leaves
+        return self._clusters.leaf_owners()
 
     def _of_all(self, name: str) -> str | None:
         return name if name in ("weight", "bias", "prior") else None

@@ -48,10 +48,10 @@ class ReaderOfClusters(ClusteredReader, ReaderOfRank):
     def _split(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         S, total = len(self.clusters.grouping.shortlist), self.clusters.root.total
         short, clusters, z = rows.split([S, total - S, rows.shape[1] - total], 1)
-        return short[:, self.clusters.listed], clusters[:, self.clusters.clusters.slice], z
+        return short[:, self.clusters.listed], clusters[:, self.clusters.clusters], z
 
     def _number(self, cluster: Tensor) -> Tensor:
-        return torch.where(cluster < 0, cluster, cluster + self.clusters.clusters.start)
+        return F.pad(self.clusters.clusters, (0, 1), value=-1)[cluster]
 
     def _finite(self, log_norm: Tensor) -> Tensor:
         if values_on_cpu(log_norm):

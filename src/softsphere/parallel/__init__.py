@@ -15,7 +15,7 @@ from softsphere.parallel.functions import (
 )
 from softsphere.parallel.optimizer_state import keep_whole_state
 from softsphere.parallel.ranks import Ranks
-from softsphere.parallel.sharding import Cuts, RowsOfRanks, Sharding
+from softsphere.parallel.sharding import Owners, RowsOfRanks, Sharding
 from softsphere.parallel.shards import Shards, checksum, leave_out_of_ddp
 from softsphere.parallel.traffic import Traffic, count_traffic
 from softsphere.parallel.whole import (
@@ -29,7 +29,7 @@ from softsphere.parallel.whole import (
 __all__ = [
     "Agreement",
     "Batch",
-    "Cuts",
+    "Owners",
     "Ranks",
     "RowsOfRanks",
     "Sharding",

@@ -1,18 +1,19 @@
-"""Which rows belong to which rank: equal numbers as `DTensor`'s `Shard(0)` has them, or others."""
+"""Which rows belong to which rank: equal numbers as `DTensor`'s `Shard(0)` has them, or any."""
 
 from __future__ import annotations
 
+import heapq
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["Cuts", "RowsOfRanks", "Sharding"]
+__all__ = ["Owners", "RowsOfRanks", "Sharding"]
 
 
 class RowsOfRanks(ABC):
-    """Rows over ranks: those of rank 0 come first, then those of rank 1, and so on.
+    """Rows over ranks, each of which has its own in their order.
 
     size: the number of ranks.
     rank: this one.
@@ -26,43 +27,17 @@ class RowsOfRanks(ABC):
     def total(self) -> int:
         """The number of rows of all ranks."""
 
+    @property
     @abstractmethod
-    def start_of(self, rank: int) -> int:
-        """The first row of a rank."""
+    def own(self) -> slice | Tensor:
+        """The rows of this rank."""
 
-    def slice_of(self, rank: int) -> slice:
-        """The rows of a rank."""
-        return slice(self.start_of(rank), self.start_of(rank + 1))
-
+    @abstractmethod
     def number_of(self, rank: int) -> int:
         """The number of rows of a rank."""
-        return self.start_of(rank + 1) - self.start_of(rank)
-
-    @property
-    def start(self) -> int:
-        """The first row of this rank."""
-        return self.start_of(self.rank)
-
-    @property
-    def stop(self) -> int:
-        """The end of the rows of this rank."""
-        return self.start_of(self.rank + 1)
-
-    @property
-    def slice(self) -> slice:
-        """The rows of this rank."""
-        return slice(self.start, self.stop)
 
     def __len__(self) -> int:
         return self.number_of(self.rank)
-
-    def local(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """The places of rows among those of this rank, and whether they are its own.
-
-        The place of a row of another rank is 0.
-        """
-        own = (rows >= self.start) & (rows < self.stop)
-        return torch.where(own, rows - self.start, 0), own
 
 
 @dataclass(frozen=True)
@@ -87,7 +62,37 @@ class Sharding(RowsOfRanks):
         return -(-self.num_classes // self.size)
 
     def start_of(self, rank: int) -> int:
+        """The first class of a rank."""
         return min(rank * self.share, self.num_classes)
+
+    def slice_of(self, rank: int) -> slice:
+        """The classes of a rank."""
+        return slice(self.start_of(rank), self.start_of(rank + 1))
+
+    def number_of(self, rank: int) -> int:
+        return self.start_of(rank + 1) - self.start_of(rank)
+
+    @property
+    def start(self) -> int:
+        """The first class of this rank."""
+        return self.start_of(self.rank)
+
+    @property
+    def stop(self) -> int:
+        """The end of the classes of this rank."""
+        return self.start_of(self.rank + 1)
+
+    @property
+    def own(self) -> slice | Tensor:
+        return self.slice_of(self.rank)
+
+    def local(self, classes: Tensor) -> tuple[Tensor, Tensor]:
+        """The places of classes among those of this rank, and whether they are its own.
+
+        The place of a class of another rank is 0.
+        """
+        own = (classes >= self.start) & (classes < self.stop)
+        return torch.where(own, classes - self.start, 0), own
 
     def classes_of(self, rank: int, start: int, size: int) -> slice:
         """At most `size` classes of a rank, from the one at a place among its own."""
@@ -98,43 +103,53 @@ class Sharding(RowsOfRanks):
         """The classes at places among those of this rank."""
         return places + self.start
 
+    @property
+    def slice(self) -> slice:
+        """The classes of this rank."""
+        return slice(self.start, self.stop)
 
-@dataclass(frozen=True)
-class Cuts(RowsOfRanks):
-    """Any number of rows for each rank.
 
-    starts: the first row of each rank, and the number of all rows.
+@dataclass(frozen=True, eq=False)
+class Owners(RowsOfRanks):
+    """Rows that belong to any rank.
 
-    >>> Cuts((0, 5, 5, 7), 2).slice
-    slice(5, 7, None)
+    owner: (N) the rank of each row.
     """
 
-    starts: tuple[int, ...]
+    owner: Tensor
+    size: int
     rank: int
 
     @classmethod
-    def balanced(cls, loads: Tensor, size: int, rank: int) -> Cuts:
-        """Rows with loads (n), none of them negative, over ranks with about equal sums.
+    def balanced(cls, loads: Tensor, size: int, rank: int) -> Owners:
+        """Rows with loads (N) over ranks whose loads have about equal sums.
 
-        A row belongs to the rank in whose share of the total the middle of its load lies. No rank
-        has more than its share and the largest load.
+        Each row, the heaviest first, joins the rank with the smallest sum (Graham 1969, "Bounds on
+        multiprocessing timing anomalies").
 
-        >>> Cuts.balanced(torch.tensor([4.0, 1.0, 1.0, 2.0]), 2, 0).starts
-        (0, 1, 4)
+        >>> Owners.balanced(torch.tensor([1, 5, 2, 1, 2]), 2, 0).owner
+        tensor([1, 0, 1, 0, 1])
         """
-        loads = loads.double()
-        before = loads.cumsum(0) - loads
-        owner = ((before + loads / 2) * (size / loads.sum().clamp_min(1e-300))).floor()
-        starts = [int((owner < r).sum()) for r in range(size)]
-        return cls((*starts, len(loads)), rank)
-
-    @property
-    def size(self) -> int:  # type: ignore[override]
-        return len(self.starts) - 1
+        owner = torch.empty(len(loads), dtype=torch.long)
+        heap = [(0.0, r) for r in range(size)]
+        order = loads.argsort(descending=True, stable=True)
+        for row, load in zip(order.tolist(), loads[order].tolist(), strict=True):
+            held, r = heap[0]
+            owner[row] = r
+            heapq.heapreplace(heap, (held + load, r))
+        return cls(owner, size, rank)
 
     @property
     def total(self) -> int:
-        return self.starts[-1]
+        return len(self.owner)
 
-    def start_of(self, rank: int) -> int:
-        return self.starts[rank]
+    @property
+    def own(self) -> slice | Tensor:
+        return self.rows_of(self.rank)
+
+    def rows_of(self, rank: int) -> Tensor:
+        """The rows of a rank."""
+        return (self.owner == rank).nonzero().squeeze(1)
+
+    def number_of(self, rank: int) -> int:
+        return int((self.owner == rank).sum())

@@ -1,7 +1,7 @@
 """Tensors with rows of all ranks as `DTensor`s, and the part of one rank.
 
 A `DTensor` with the placement Shard(0) has the same number of rows on every rank, except the last
-ones. Rows that are cut in another way are sent to the ranks that have them there.
+ones. Rows with other owners are sent to the ranks that have them there.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from softsphere._torch import is_dtensor
 from softsphere.parallel.ranks import Ranks
-from softsphere.parallel.sharding import RowsOfRanks, Sharding
+from softsphere.parallel.sharding import Owners, RowsOfRanks, Sharding
 
 __all__ = ["check_rows", "local_rows", "mesh_of_rows", "own_rows", "whole_tensor"]
 
@@ -73,7 +73,7 @@ def whole_tensor(x: Tensor, ranks: Ranks, rows: RowsOfRanks) -> Tensor:
     mesh = DeviceMesh.from_group(ranks.group, x.device.type)
     shape = torch.Size([rows.total, *x.shape[1:]])
     stride = torch.empty(shape, device="meta").stride()
-    local = _moved(x.detach(), ranks, rows, _even(rows))
+    local = _to_even(x.detach(), ranks, rows)
     whole: Tensor = DTensor.from_local(
         local, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride
     )
@@ -111,27 +111,43 @@ def own_rows(key: str, x: Any, ranks: Ranks, rows: RowsOfRanks) -> Tensor:
     """
     check_rows(key, x, ranks, rows)
     if is_dtensor(x):
-        return _moved(x.to_local(), ranks, _even(rows), rows)
+        return _from_even(x.to_local(), ranks, rows)
+    own: Tensor = x[rows.own]
     # a view would keep the rows of all ranks in memory
-    own: Tensor = x[rows.slice].clone()
-    return own
+    return own.clone() if isinstance(rows, Sharding) else own
 
 
-def _even(rows: RowsOfRanks) -> RowsOfRanks:
+def _even(rows: RowsOfRanks) -> Sharding:
     """The rows as Shard(0) has them."""
     return rows if isinstance(rows, Sharding) else Sharding(rows.total, rows.size, rows.rank)
 
 
-def _moved(x: Tensor, ranks: Ranks, before: RowsOfRanks, after: RowsOfRanks) -> Tensor:
-    """The rows of this rank after a change of the ranks that have them."""
-    if before is after:
+def _to_even(x: Tensor, ranks: Ranks, rows: RowsOfRanks) -> Tensor:
+    """The rows that Shard(0) has on this rank, from its own rows x of another kind."""
+    if not isinstance(rows, Owners):
         return x
-    given = [_common(before.slice, after.slice_of(rank)) for rank in range(ranks.size)]
-    taken = [_common(before.slice_of(rank), after.slice) for rank in range(ranks.size)]
-    return ranks.exchange_rows(x, given, taken)
+    theirs, given, taken = _exchanged(rows)
+    found = ranks.exchange_rows(x, given, taken)
+    return torch.empty_like(found).index_copy_(0, theirs.to(x.device), found)
 
 
-def _common(a: slice, b: slice) -> int:
-    """How many rows two slices have in common."""
-    common: int = min(a.stop, b.stop) - max(a.start, b.start)
-    return max(0, common)
+def _from_even(x: Tensor, ranks: Ranks, rows: RowsOfRanks) -> Tensor:
+    """The other way round."""
+    if not isinstance(rows, Owners):
+        return x
+    theirs, given, taken = _exchanged(rows)
+    return ranks.exchange_rows(x[theirs.to(x.device)], taken, given)
+
+
+def _exchanged(rows: Owners) -> tuple[Tensor, list[int], list[int]]:
+    """The rows of Shard(0) on this rank in the order of their owners, and how many are sent.
+
+    There are two numbers for each rank: how many of the own rows Shard(0) has on that rank, and how
+    many of that rank's rows Shard(0) has on this one.
+    """
+    even = _even(rows)
+    owner = rows.owner[even.slice]
+    there = rows.rows_of(rows.rank).div(max(even.share, 1), rounding_mode="floor")
+    given = torch.bincount(there, minlength=rows.size)
+    taken = torch.bincount(owner, minlength=rows.size)
+    return owner.argsort(stable=True), given.tolist(), taken.tolist()

@@ -113,8 +113,8 @@ WRONG = {
     "--rate inf": "--rate must be positive",
     "--seed -1": "--seed must be at least 0",
     "--seed 99999999999": "--seed must be at least 0 and less than 2**31",
-    "--out FILE": "cannot be made: File exists",
-    "--out FILE/run": "cannot be made: Not a directory",
+    "--out FILE": "cannot be made",
+    "--out FILE/run": "cannot be made",
     "--resume": "--resume needs --out",
 }
 MISREAD = {

@@ -116,9 +116,9 @@ def load(model: Model, options: argparse.Namespace) -> int:
     except (OSError, ValueError) as error:
         raise UseError(f"--resume: {newest} is not a checkpoint of this program") from error
     for name in KEPT:
-        if kept[name] != getattr(options, name):
+        if kept.get(name) != getattr(options, name):
             raise UseError(
-                f"--resume: {newest} was made with {name} {kept[name]}, got "
+                f"--resume: {newest} was made with {name} {kept.get(name)}, got "
                 f"{getattr(options, name)}; pass the same arguments, or another --out"
             )
     state = model.state()

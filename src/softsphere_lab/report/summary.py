@@ -223,7 +223,7 @@ def _test_sentences(rows: Sequence[Row], reference: Row, named: Callable[[str], 
         sentences.append(f"The tests are of {min(tested)} to {max(tested)} common seeds.")
     if not any(row.trials for row in rows):
         sentences.append(
-            f"All losses had the same learning rate, {reference.lr:g}, without a search: with one "
-            "for each loss, as --tune makes it, the order may be another."
+            f"All losses had the same learning rate, {reference.lr:g}. It was not searched for, "
+            "and a search for each loss, by --tune, may change the order."
         )
     return [*sentences, "Chance is that of the seeds: initialisation and order."]

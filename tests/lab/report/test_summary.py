@@ -144,7 +144,7 @@ def test_trials_are_counted_for_each_loss():
 def test_a_comparison_without_a_search_says_so():
     lines = [final(loss, s, e + s / 97) for loss, e in (("softmax", 0.1), ("z_loss", 0.2))
              for s in range(3)]  # fmt: skip
-    said = "All losses had the same learning rate, 0.001, without a search: "
+    said = "All losses had the same learning rate, 0.001. It was not searched for"
     assert said in summary.finding(rows_of(lines))
     assert "search" not in summary.finding(rows_of(lines, [{"loss": "z_loss"}]))
 

@@ -204,7 +204,6 @@ def train(options: argparse.Namespace, device: torch.device) -> int:
 
 
 def parsed(arguments: list[str] | None) -> argparse.Namespace:
-    """Reads the arguments. Raises UseError for what no run could use."""
     what = (__doc__ or "").partition("\n")[0]
     parser = argparse.ArgumentParser(prog=Path(__file__).name, description=what)
     parser.add_argument("--full", action="store_true", help="larger sizes by default")
@@ -220,7 +219,8 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="default 0")
     parser.add_argument("--rate", type=float, default=2e-3, help="of Adam; default 0.002")
     options = parser.parse_args(arguments)
-    check(options)
+    if options.data is not None and options.classes is not None:
+        parser.error("--classes has no meaning with --data, whose words are the classes")
     for name, value in (FULL if options.full else QUICK).items():
         if getattr(options, name) is None:
             setattr(options, name, value)
@@ -245,8 +245,6 @@ def check(options: argparse.Namespace) -> None:
         raise UseError(f"--rate must be positive and less than 1e6, got {options.rate}")
     if not 0 <= options.seed < 2**31:
         raise UseError(f"--seed must be at least 0 and less than 2**31, got {options.seed}")
-    if options.data is not None and options.classes is not None:
-        raise UseError("--classes has no meaning with --data, whose words are the classes")
     if options.out is None:
         if options.resume:
             raise UseError("--resume needs --out, the folder to go on in")
@@ -264,16 +262,7 @@ def check(options: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    try:
-        return run(parsed(arguments))
-    except UseError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
-        return 2
-
-
-def run(options: argparse.Namespace) -> int:
-    """Joins the other processes, and trains with them."""
+    options = parsed(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -282,7 +271,13 @@ def run(options: argparse.Namespace) -> int:
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=options.timeout), **alone)
     try:
+        check(options)
         return train(options, device)
+    except UseError as error:
+        if dist.get_rank() == 0:
+            print(f"{Path(__file__).name}: error: {error}", file=sys.stderr, flush=True)
+        dist.barrier()  # torchrun ends all processes once one of them has left
+        return 2
     finally:
         dist.destroy_process_group()
 

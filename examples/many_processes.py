@@ -9,7 +9,7 @@ FOLDER has ptb/train.parquet and so on, as SOFTSPHERE_DATA does; reading it need
 Without --data the text is generated. The trunk is replicated by DistributedDataParallel. Each
 process keeps its own rows of the output layer. The batch of a step depends on the seed and the
 step alone, so that a run can be resumed on another number of processes. Ctrl-C stops the run after
-the current step, with a checkpoint.
+the current step, with a checkpoint; torchrun then adds a traceback of its own.
 """
 
 from __future__ import annotations

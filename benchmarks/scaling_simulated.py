@@ -20,6 +20,7 @@ from softsphere_lab.timing.clock import milliseconds
 from softsphere_lab.timing.collectives import ALGORITHMS, Network
 from softsphere_lab.timing.setting import Setting
 from softsphere_lab.timing.sharded_steps import (
+    CLUSTERED,
     FACTORED,
     GRAM,
     SHARDED,
@@ -34,7 +35,12 @@ PICTURE = Path(__file__).with_suffix(".png")
 BEGIN, END = (
     f"<!-- {word} of what benchmarks/scaling_simulated.py writes -->\n" for word in ("begin", "end")
 )
-LABELS = {GRAM: "Gram engine", FACTORED: "factored", SOFTMAX: "vocabulary-parallel softmax"}
+LABELS = {
+    GRAM: "Gram engine",
+    FACTORED: "factored",
+    CLUSTERED: "clustered",
+    SOFTMAX: "vocabulary-parallel softmax",
+}
 MACHINE = Machine(Network(latency=5e-6, bandwidth=25e9), flops=1e14)
 MOST = 4_096
 SHOWN = (64, 256, 1_024, 4_096)
@@ -185,7 +191,7 @@ def draw(machine: Machine, path: Path) -> None:
         f"{network.bandwidth / 1e9:.3g} GB/s and {machine.flops / 1e12:.3g} TFLOP/s a rank. "
         "Dotted: sending alone."
     )
-    legend_below(figure, 3, note, handles=both[0].get_legend_handles_labels()[0])
+    legend_below(figure, len(LABELS), note, handles=both[0].get_legend_handles_labels()[0])
     for axes in both:
         log_scale(axes, "x")
         log_scale(axes, "y")

@@ -27,7 +27,8 @@ def keep_whole_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> None
     Without it `optimizer.state_dict()` has the rows of one rank under a name that all ranks share,
     and torch.distributed.checkpoint would keep those of one rank alone. With it the state has
     DTensors with the placement Shard(0), like the `state_dict` of the layers, and it may be loaded
-    on another number of ranks. Call it once, before the state is saved or loaded.
+    on another number of ranks. Call it once, before the state is saved or loaded, which all ranks
+    must then do together.
     `softsphere.optim.FactoredSGD` does so for factored weights by itself.
 
     Args:

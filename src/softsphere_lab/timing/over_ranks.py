@@ -19,12 +19,23 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, loss_parallel, parallelize_module
 from torch.multiprocessing.spawn import spawn
 
-from softsphere import FactoredSphericalLoss, LinearSphericalLoss, LinearSphericalOptions
+from softsphere import (
+    ClusteredLoss,
+    FactoredSphericalLoss,
+    LinearSphericalLoss,
+    LinearSphericalOptions,
+)
 from softsphere.optim import FactoredSGD
 from softsphere.parallel import count_traffic
 from softsphere_lab.timing.clock import Effort, step_times
 from softsphere_lab.timing.setting import Setting
-from softsphere_lab.timing.sharded_steps import FACTORED, GRAM, SOFTMAX
+from softsphere_lab.timing.sharded_steps import (
+    CLUSTERED,
+    FACTORED,
+    GRAM,
+    SOFTMAX,
+    number_of_clusters,
+)
 from softsphere_lab.timing.training_steps import LOSS, RATE, Step
 
 __all__ = ["ON_RANKS", "measured_on_ranks", "vocabulary_parallel_softmax"]
@@ -47,6 +58,20 @@ def _factored(setting: Setting) -> Step:
         setting.d, setting.D, LOSS, bias=False, process_group=dist.group.WORLD
     )
     return Step(head, FactoredSGD(head.parameters(), lr=1e-3 * setting.D))
+
+
+def _clustered(setting: Setting) -> Step:
+    C = number_of_clusters(setting)
+    # common classes are spread over the clusters
+    head = ClusteredLoss(
+        setting.d,
+        setting.D,
+        torch.arange(setting.D) % C,
+        leaf=LOSS,
+        bias=False,
+        process_group=dist.group.WORLD,
+    )
+    return Step(head, torch.optim.SGD(head.parameters(), lr=RATE))
 
 
 class ParallelSoftmax(nn.Module):
@@ -91,6 +116,7 @@ def vocabulary_parallel_softmax(setting: Setting) -> Callable[[Tensor, Tensor], 
 ON_RANKS: Mapping[str, Callable[[Setting], Callable[[Tensor, Tensor], Tensor]]] = {
     GRAM: _gram,
     FACTORED: _factored,
+    CLUSTERED: _clustered,
     SOFTMAX: vocabulary_parallel_softmax,
 }
 

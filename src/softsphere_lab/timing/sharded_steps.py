@@ -2,11 +2,13 @@
 
 D classes are sharded over n ranks, whose batches have m rows together, M = ⌈m / n⌉ each. Numbers
 are float32, losses are not centred, each row has one target, and there is no bias. One with the
-factored layer counts as one more column of d.
+factored layer counts as one more column of d. The clustered layer has no shortlist and ⌈√D⌉ equal
+clusters, among which the targets are spread evenly.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -15,6 +17,7 @@ from softsphere_lab.timing.collectives import Network
 from softsphere_lab.timing.setting import Setting
 
 __all__ = [
+    "CLUSTERED",
     "FACTORED",
     "GRAM",
     "SHARDED",
@@ -23,13 +26,14 @@ __all__ = [
     "Machine",
     "ShardedLayer",
     "Step",
+    "number_of_clusters",
     "scales_to",
     "simulated",
 ]
 
 # A collective, and the bytes that each rank gives to it.
 Call = tuple[str, int]
-GRAM, FACTORED, SOFTMAX = "gram", "factored", "softmax"
+GRAM, FACTORED, CLUSTERED, SOFTMAX = "gram", "factored", "clustered", "softmax"
 # Bytes of a number, of a class index, and of the message by which ranks agree to begin.
 _E, _INDEX, _AGREEMENT = 4, 8, 208
 # Doubling the ranks has to save this share of the time of a step.
@@ -87,6 +91,36 @@ def _factored_calls(s: Setting, n: int, prior: bool = False) -> list[Call]:
     ]
 
 
+def _clustered_calls(s: Setting, n: int, prior: bool = False) -> list[Call]:
+    """Those of any prior, which a rank has for its own clusters."""
+    M, found = _share(s.m, n), 3
+    return [
+        ("all_gather", _AGREEMENT),
+        ("all_gather", _INDEX * M),
+        ("all_gather", _E * M * s.d),
+        ("all_to_all", _E * n * M * found),
+        ("all_gather", 2 * _E),
+        ("all_to_all", _E * n * M * found),
+        ("all_to_all", _E * n * M * s.d),
+    ]
+
+
+def number_of_clusters(s: Setting) -> int:
+    """C = ⌈√D⌉."""
+    return math.isqrt(s.D - 1) + 1
+
+
+def _clustered_rows(s: Setting, n: int) -> int:
+    """The rows of the root and of the leaves that a rank has."""
+    return _share(number_of_clusters(s), n) + _share(s.D, n)
+
+
+def _clustered_flops(s: Setting, n: int) -> float:
+    C = number_of_clusters(s)
+    outputs = s.m * _share(C, n) + _share(s.m, n) * _share(s.D, C)
+    return 6.0 * s.d * outputs
+
+
 def _softmax_calls(s: Setting, n: int) -> list[Call]:
     """Those of `loss_parallel` on rows that are sharded as well."""
     M = _share(s.m, n)
@@ -122,6 +156,15 @@ SHARDED: Mapping[str, ShardedLayer] = {
         state=_weight,
         at_work=lambda s, n: 4 * _E * s.m * s.d,
         flops=_factored_flops,
+    ),
+    CLUSTERED: ShardedLayer(
+        calls=_clustered_calls,
+        kept=lambda s, n: (
+            2 * _E * s.d * _clustered_rows(s, n) + _INDEX * (4 * s.D + 5 * _share(s.D, n))
+        ),
+        state=lambda s, n: _E * s.d * _clustered_rows(s, n),
+        at_work=lambda s, n: _E * s.m * (3 * s.d + 2 * _share(number_of_clusters(s), n)),
+        flops=_clustered_flops,
     ),
     SOFTMAX: ShardedLayer(
         calls=_softmax_calls,

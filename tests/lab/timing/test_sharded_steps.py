@@ -12,7 +12,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from _engines import OPERATORS
 from _ranks import AVAILABLE
-from softsphere import FactoredSphericalLoss, LinearSphericalLoss, LinearSphericalOptions
+from softsphere import (
+    ClusteredLoss,
+    FactoredSphericalLoss,
+    LinearSphericalLoss,
+    LinearSphericalOptions,
+)
 from softsphere.optim import FactoredSGD
 from softsphere.parallel import count_traffic
 from softsphere_lab.timing.clock import Effort
@@ -20,11 +25,13 @@ from softsphere_lab.timing.collectives import ALGORITHMS, MODELS, Network, secon
 from softsphere_lab.timing.over_ranks import measured_on_ranks, vocabulary_parallel_softmax
 from softsphere_lab.timing.setting import Setting
 from softsphere_lab.timing.sharded_steps import (
+    CLUSTERED,
     FACTORED,
     GRAM,
     SHARDED,
     SOFTMAX,
     Machine,
+    number_of_clusters,
     scales_to,
     simulated,
 )
@@ -46,13 +53,19 @@ def four_ranks():
 
 def made(layer, s, group=None, prior=False, bias=False):
     """A step of a layer, of which each call takes the rows of one rank."""
-    given = {"bias": bias, "process_group": group}
-    given |= {"prior": torch.arange(1.0, s.D + 1) if prior else None}
+    given, counts = {"bias": bias, "process_group": group}, torch.arange(1.0, s.D + 1)
+    if layer == CLUSTERED:
+        given |= {"counts": counts if prior else None, "engine": "logits"}
+        head = ClusteredLoss(s.d, s.D, torch.arange(s.D) % number_of_clusters(s), **given)
+        optimizer = torch.optim.Adam(head.parameters())
+        given = {}
+    else:
+        given |= {"prior": counts if prior else None}
     if layer == GRAM:
         options = LinearSphericalOptions(engine="gram")
         head = LinearSphericalLoss(s.d, s.D, options=options, **given)
         optimizer = torch.optim.Adam(head.parameters())
-    else:
+    elif layer == FACTORED:
         head = FactoredSphericalLoss(s.d, s.D, **given)
         optimizer = FactoredSGD(head.parameters(), lr=0.01)
     rows = s.m if group is None else s.m // 4
@@ -68,7 +81,7 @@ def made(layer, s, group=None, prior=False, bias=False):
 
 @pytest.mark.skipif(not AVAILABLE, reason="needs gloo")
 @pytest.mark.parametrize("prior", [False, True], ids=["", "prior"])
-@pytest.mark.parametrize("layer", [GRAM, FACTORED])
+@pytest.mark.parametrize("layer", [GRAM, FACTORED, CLUSTERED])
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 def test_a_step_sends_what_the_formulas_say(layer, setting, prior, four_ranks):
     step = made(layer, setting, four_ranks, prior)[2]
@@ -85,7 +98,7 @@ def test_a_step_sends_what_the_formulas_say(layer, setting, prior, four_ranks):
 def test_a_bias_is_one_more_column_of_the_factored_layer_alone(four_ranks):
     s = SETTINGS[0]
     wider = Setting(s.D, s.d + 1, s.m)
-    for layer, same in ((GRAM, s), (FACTORED, wider)):
+    for layer, same in ((GRAM, s), (FACTORED, wider), (CLUSTERED, s)):
         step = made(layer, s, four_ranks, bias=True)[2]
         step()
         with count_traffic() as traffic:
@@ -109,9 +122,30 @@ def test_a_rank_keeps_what_the_formulas_say(four_ranks):
     assert sum(x.nbytes for x in kept) == SHARDED[FACTORED].kept(s, 4)
 
 
+@pytest.mark.skipif(not AVAILABLE, reason="needs gloo")
+def test_a_rank_keeps_its_clusters_and_where_each_class_belongs(four_ranks):
+    s = Setting(D=64**2, d=8, m=20)
+    head, optimizer, step = made(CLUSTERED, s, four_ranks)
+    step()
+    parameters = list(head.parameters())
+    state = [x for p in parameters for x in optimizer.state[p].values() if x.shape == p.shape]
+    assert sum(x.nbytes for x in state) == 2 * SHARDED[CLUSTERED].state(s, 4)
+    clusters = head.clusters
+    held = (
+        *vars(clusters).values(),
+        *vars(clusters.grouping).values(),
+        *vars(clusters.own).values(),
+    )
+    arrays = [x for x in (*held, *head.buffers()) if isinstance(x, torch.Tensor)]
+    memory = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in arrays}
+    found = sum(memory.values()) + sum(p.nbytes + p.grad.nbytes for p in parameters)
+    assert found == pytest.approx(SHARDED[CLUSTERED].kept(s, 4), rel=0.02)
+
+
 def value(formula, names):
     """What a formula of the page is, in which numbers and letters side by side are multiplied."""
-    for text, code in (("⌈D/n⌉", "share"), ("²", "**2"), ("³", "**3")):
+    replaced = (("⌈D/n⌉", "share"), ("⌈(S + C)/n⌉", "root"), ("²", "**2"), ("³", "**3"))
+    for text, code in replaced:
         formula = formula.replace(text, code)
     return eval(re.sub(r"(?<=[\w)]) (?=[\w(])", "*", formula), names)
 
@@ -120,7 +154,10 @@ def cells(s):
     """The table of the page, and what its letters mean in a setting of four ranks."""
     table = re.findall(r"^\| (.*) \| (.*) \| (all-gather: .*) \| (.*) \|$", PAGE.read_text(), re.M)
     assert len(table) == len(SHARDED)
-    names = {"n": 4, "M": s.m // 4, "d": s.d, "m": s.m, "share": -(-s.D // 4)}
+    C, share = number_of_clusters(s), -(-s.D // 4)
+    names = {"n": 4, "M": s.m // 4, "D": s.D, "d": s.d, "m": s.m, "share": share, "L": share}
+    # of the clusters: its rows of the root, and the sizes of the clusters of its rows
+    names |= {"root": -(-C // 4), "P": s.m // 4 * -(-s.D // C)}
     return zip(table, SHARDED.values(), strict=True), names
 
 

@@ -131,11 +131,23 @@ def test_a_callback_that_restores_the_module_alone_is_refused():
     made("linear", callbacks=[EarlyStopping("train_loss")]).fit(X, y)
 
 
-@pytest.mark.parametrize("labels", [y.astype(str), y.astype(str).tolist(), y == 1, y + 0.0])
-def test_labels_that_are_no_class_numbers_are_refused(labels):
+LABELS = {
+    "strings": (y.astype(str), "LabelEncoder"),
+    "objects": (y.astype(str).astype(object), "LabelEncoder"),
+    "list of strings": (y.astype(str).tolist(), "LabelEncoder"),
+    "truth values": (y == 1, "LabelEncoder"),
+    "floats": (y + 0.0, "LabelEncoder"),
+    "list": (y.tolist(), r"got a list; pass np.array\(y\)"),
+    "tuple": (tuple(y), "got a tuple"),
+}
+
+
+@pytest.mark.parametrize("name", LABELS)
+def test_labels_that_are_no_class_numbers_are_refused(name):
+    labels, cure = LABELS[name]
     net = made("taylor").initialize()
     before = net.module_.weight.clone()
-    with pytest.raises(TypeError, match=r"y must have the numbers .*LabelEncoder"):
+    with pytest.raises(TypeError, match=f"^y must .*{cure}"):
         net.fit(X, labels)
     assert (net.module_.weight == before).all()
 

@@ -116,3 +116,7 @@ def _check_class_numbers(y: Any) -> None:
             f"y must have the numbers of the classes as integers from 0, got dtype {given.dtype}; "
             "sklearn.preprocessing.LabelEncoder().fit_transform(y) makes them"
         )
+    if isinstance(y, list | tuple):  # skorch takes a list for several outputs
+        raise TypeError(
+            f"y must be an array or a tensor, got a {type(y).__name__}; pass np.array(y)"
+        )

@@ -9,7 +9,8 @@ import sys
 import pytest
 
 from softsphere_lab.cli import app as cli
-from softsphere_lab.experiments.on_text.rate_sweep import RateSweep
+from softsphere_lab.experiments.on_text.rate_sweep import RATE_FINDER, RateSweep
+from softsphere_lab.records.folder import Record
 
 SMALL = [
     "tune",
@@ -65,6 +66,8 @@ def test_each_rate_is_tried_once_and_resuming_does_only_what_is_missing(tmp_path
     finals = [json.loads(line) for line in (out / "metrics.jsonl").read_text("utf-8").splitlines()]
     finals = [line["final"] for line in finals if "final" in line]
     assert len(finals) == 6 and all(final["test_mrr"] is None for final in finals)
+    panels = RATE_FINDER.section(Record(out)).pictures["plateaus"].args[0]
+    assert set(panels) == {"rate of AdamW", "rate of FactoredSGD / D, with 0.003 for AdamW below"}
     assert (out / "plateaus.png").read_bytes().startswith(b"\x89PNG")
     said = capsys.readouterr().out.splitlines()
     assert re.search(

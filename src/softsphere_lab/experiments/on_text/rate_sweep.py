@@ -31,8 +31,6 @@ NOTE = (
     "layers are multiples of the number of classes D; FactoredSGD steps these layers, and AdamW "
     "steps the network below them with one rate. AdamW steps all of the other models."
 )
-# What the axes of the picture are called, for layers that are factored and for the others.
-PANELS = {True: "rate of FactoredSGD / D", False: "rate of AdamW"}
 
 
 @dataclass(frozen=True)
@@ -112,10 +110,7 @@ class RateFinder(Experiment):
         rows = [_table_row(name, layers[name], found[name], below) for name in layers]
         table = markdown(HEADER, rows)
         told = " ".join(_sentence(name, found[name], below, classes) for name in layers)
-        panels: dict[str, dict[str, Plateau]] = {}
-        for name, plateau in found.items():
-            if plateau is not None:
-                panels.setdefault(PANELS[Output.parse(name).factored], {})[label(name)] = plateau
+        panels = _panels(found, below)
         pictures = {"plateaus": partial(draw_plateaus, panels)} if panels else {}
         text = f"{table}\n{NOTE}\n\n{told}\n"
         return Section(text=text, table=table, finding=told, note=NOTE, pictures=pictures)
@@ -167,6 +162,17 @@ def _table_row(
     likely = "–" if nll is None else f"{found.badness[found.best]:.1f}"
     reach = f"{found.low:g} to {found.high:g}" if found.low < found.high else f"{found.low:g}"
     return label(name), f"{found.best:g}", reach, lower, likely, f"{mrr:.4f}", str(diverged)
+
+
+def _panels(found: Mapping[str, Plateau | None], below: float) -> dict[str, dict[str, Plateau]]:
+    """Returns the layers by what the axis of their rates is called."""
+    panels: dict[str, dict[str, Plateau]] = {}
+    for name, plateau in found.items():
+        if plateau is not None:
+            own = f"rate of FactoredSGD / D, with {below:g} for AdamW below"
+            title = own if Output.parse(name).factored else "rate of AdamW"
+            panels.setdefault(title, {})[label(name)] = plateau
+    return panels
 
 
 def _sentence(name: str, found: Plateau | None, below: float, classes: int) -> str:

@@ -6,6 +6,7 @@ import datetime
 import json
 import os
 import signal
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,19 +14,23 @@ import torch.distributed.checkpoint as dcp
 from torch import distributed
 
 from _ranks import TIGHT
-from softsphere import FactoredSphericalLoss, LinearSphericalLoss
+from softsphere import ClusteredLoss, FactoredSphericalLoss, LinearSphericalLoss
 from softsphere.optim import FactoredSGD
 from softsphere.parallel import keep_whole_state
 
 d, D = 5, 23
-HEADS = {"linear": LinearSphericalLoss, "factored": FactoredSphericalLoss}
+HEADS = {
+    "linear": LinearSphericalLoss,
+    "clustered": partial(ClusteredLoss, assignment=torch.arange(D) % 7 - 1, leaf_features=3),
+    "factored": FactoredSphericalLoss,  # the last one, in which a rank is killed
+}
 SAVED, ENDED, LAST = 3, 5, 8
 
 
 def made(kind, group=None):
     torch.manual_seed(0)
     head = HEADS[kind](d, D, dtype=torch.float64, process_group=group)
-    make = torch.optim.SGD if kind == "linear" else FactoredSGD
+    make = FactoredSGD if kind == "factored" else torch.optim.SGD
     optimizer = make(head.parameters(), lr=0.1, momentum=0.9)
     keep_whole_state(optimizer, head)
     return head, optimizer
@@ -49,12 +54,9 @@ def train(head, optimizer, steps, rank=0, size=1, after=lambda step: None):
 
 
 def whole(head):
-    """All rows of W and b, on every rank."""
-    state = head.state_dict()
-    return [
-        x.full_tensor() if hasattr(x, "full_tensor") else x
-        for x in (state["weight"], state["bias"])
-    ]
+    """All rows of all tensors, on every rank."""
+    state = head.state_dict().items()
+    return {k: x.full_tensor() if hasattr(x, "full_tensor") else x for k, x in state}
 
 
 def state_of(head, optimizer):
@@ -78,7 +80,7 @@ def until_one_is_ended(rank, size, folder):
     begin(rank, size, folder, "first")
     runs = {kind: made(kind, distributed.group.WORLD) for kind in HEADS}
     for kind, (head, optimizer) in runs.items():
-        first = [x.detach().clone() for x in whole(head)]
+        first = {k: x.detach().clone() for k, x in whole(head).items()}
         if rank == 0:
             torch.save(first, f"{folder}/{kind}.first")
         train(head, optimizer, range(SAVED), rank, size)
@@ -113,9 +115,10 @@ def resumed(rank, size, folder):
         optimizer.load_state_dict(packed)
         train(head, optimizer, range(SAVED, LAST), rank, size)
         one, alone = made(kind)
-        first = torch.load(f"{folder}/{kind}.first")
-        one.load_state_dict(dict(zip(("weight", "bias"), first, strict=True)))
+        one.load_state_dict(torch.load(f"{folder}/{kind}.first"))
         train(one, alone, range(LAST))
-        for got, want in zip(whole(head), whole(one), strict=True):
-            torch.testing.assert_close(got, want.detach(), **TIGHT)
+        got, want = whole(head), whole(one)
+        assert set(got) == set(want)
+        for name, x in want.items():
+            torch.testing.assert_close(got[name], x.detach(), **TIGHT)
     distributed.destroy_process_group()

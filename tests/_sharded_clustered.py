@@ -148,6 +148,33 @@ def count_given(rank, size, folder):
     torch.testing.assert_close(many(H[rows], t[rows], num_items=7), one(H, t) * m / 7, **TIGHT)
 
 
+def half_precision(rank, size, folder, dtype, mixed):
+    """A layer in half precision, or in float32 under autocast; hidden has two leading sizes."""
+    heads = pair(dtype=torch.float32 if mixed else dtype, counts=True, leaf_features=3)
+    m, own = sum(COUNTS[:size]), rows_of(rank, COUNTS[:size])
+    H, t, found = torch.randn(m, 1, d).to(heads[0].weight.dtype), torch.randint(D, (m, 1)), []
+    for head, rows in zip(heads, (slice(None), own), strict=True):
+        h = H[rows].clone().requires_grad_()
+        with torch.autocast("cpu", dtype, enabled=mixed):
+            loss = head(h, t[rows])
+        loss.backward()
+        found.append((loss, h.grad, head.project.weight.grad))
+    (want, by_h, by_project), (got, by_own, also) = found
+    near = {"rtol": 0.05, "atol": 0.02}
+    for x, y in ((got, want), (by_own, by_h[own]), (also, by_project)):
+        torch.testing.assert_close(x, y, **near)
+
+
+def without_rows(rank, size, folder):
+    """The mean of no rows at all."""
+    _, many = pair(leaf_features=2)
+    h, t = torch.zeros(0, d, requires_grad=True, dtype=torch.float64), torch.zeros(0).long()
+    loss = many(h, t)
+    loss.backward()
+    assert loss.isnan() and h.grad.shape == (0, d)
+    assert many.predict(h).shape == (0,) and many.topk(h, 2).values.shape == (0, 2)
+
+
 def clipped(rank, size, folder, **options):
     heads = pair(leaf_features=3, **options)
     m, own = sum(COUNTS[:size]), rows_of(rank, COUNTS[:size])
@@ -186,6 +213,8 @@ def saved(rank, size, folder, make=torch.optim.Adam, **options):
 
     path, state = Path(folder) / f"clustered-{many.engine}", state_of(others[1], optimizers[3])
     dcp.save(state_of(many, optimizers[1]), checkpoint_id=path)
+    if rank == 0:  # for test_a_checkpoint_of_clusters_loads_in_one_process
+        torch.save(one.state_dict(), f"{path}.pt")
     dcp.load(state, checkpoint_id=path)
     many.load_state_dict(state["head"])
     packed = optimizers[3].state_dict()
@@ -324,6 +353,9 @@ RIGHT = {
     "predict, one cluster": partial(predicted, assignment=ASSIGNMENTS["one cluster"]),
     "predict, all shortlist": partial(predicted, assignment=ASSIGNMENTS["all shortlist"]),
     "a count": count_given,
+    "half precision": partial(half_precision, dtype=torch.bfloat16, mixed=False),
+    "mixed precision": partial(half_precision, dtype=torch.bfloat16, mixed=True),
+    "no rows": without_rows,
     "data parallel": partial(
         below_data_parallel, pair=partial(pair, leaf_features=2), same_rows=same_rows
     ),

@@ -10,7 +10,7 @@ import _sharded_clustered
 import _sharded_dtensors
 import _sharded_factored
 import _sharded_linear
-from _ranks import AVAILABLE, run
+from _ranks import AVAILABLE, TIGHT, run
 from softsphere import LinearSphericalLoss
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="needs gloo")
@@ -81,3 +81,14 @@ def test_a_checkpoint_of_ranks_loads_in_one_process(results):
     dcp.load(state, checkpoint_id=results[1] / "checkpoint", no_dist=True)
     for name, x in one.state_dict().items():
         assert torch.equal(state[name], x), name
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("engine", ["auto", "factored"])
+def test_a_checkpoint_of_clusters_loads_in_one_process(results, engine):
+    path = results[1] / f"clustered-{engine}"
+    want = torch.load(f"{path}.pt")
+    state = {"head": {name: torch.zeros_like(x) for name, x in want.items()}}
+    dcp.load(state, checkpoint_id=path, no_dist=True)
+    for name, x in want.items():
+        torch.testing.assert_close(state["head"][name], x, **TIGHT)

@@ -69,7 +69,7 @@ def same_rows(one, many):
             x = x[clusters.root.slice]
         torch.testing.assert_close(got[name], x, **TIGHT)
     if many.engine != "factored":
-        torch.testing.assert_close(many.weight, one.weight[clusters.leaves], **TIGHT)
+        torch.testing.assert_close(many.weight, one.weight[clusters.leaves()], **TIGHT)
     if many.project is not None:
         same_bits(many.project.weight, many)
 

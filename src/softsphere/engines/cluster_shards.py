@@ -58,6 +58,15 @@ class ClusterShards:
         return self.owners.rows_of(rank).to(self.grouping.starts.device)
 
     @cached_property
+    def starts(self) -> Tensor:
+        """The first leaf of each cluster of this rank among its leaves, and their number."""
+        return F.pad(self.grouping.sizes[self.clusters].cumsum(0), (1, 0))
+
+    @cached_property
+    def number_of_leaves(self) -> int:
+        """The number of leaves of this rank."""
+        return int(self.starts[-1])
+
     def leaves(self) -> Tensor:
         """The leaves of this rank among all leaves."""
         return self.grouping.leaves_of(self.clusters)
@@ -99,7 +108,7 @@ class ClusterShards:
         cluster = self.grouping.cluster[classes]
         number = self._numbers[cluster]  # −1 looks at the last entry
         place = self.grouping.place[classes] - self.grouping.starts[cluster]
-        return number, torch.where(number < 0, 0, place + self.own.starts[number])
+        return number, torch.where(number < 0, 0, place + self.starts[number])
 
     @cached_property
     def _numbers(self) -> Tensor:
@@ -146,5 +155,5 @@ class ClusterShards:
             place=torch.cat([listed, leaves]),
             shortlist=listed,
             leaves=leaves + len(listed),
-            starts=F.pad(sizes.cumsum(0), (1, 0)),
+            starts=self.starts,
         )

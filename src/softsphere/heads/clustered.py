@@ -197,7 +197,7 @@ class ClusteredLoss(WithGrouping, OutputLayer):
         self.ignore_index = conventions.ignore_index
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         self.keep_grouping(assignment, counts, torch.empty(0, **made))
-        L, rows = len(self._clusters.leaves), self._clusters.root.total
+        L, rows = self._clusters.number_of_leaves, self._clusters.root.total
         self.root = (
             nn.Linear(self.in_features, rows, bias=bias, **made)
             if self.shards is None
@@ -210,7 +210,7 @@ class ClusteredLoss(WithGrouping, OutputLayer):
         )
         W, b = torch.empty(L, width, **made), torch.empty(L, **made) if bias else None
         if engine == "factored":
-            W, b = factored_leaves(W, b, self._clusters.own.starts, self.prior), None
+            W, b = factored_leaves(W, b, self._clusters.starts, self.prior), None
         self.weight = nn.Parameter(W)
         self.register_parameter("bias", None if b is None else nn.Parameter(b))
 

@@ -57,7 +57,7 @@ class WithGrouping(ShardedLayer, FactoredLeaves):
             (1, 0) if self.shards is None else (self.shards.ranks.size, self.shards.ranks.rank)
         )
         self._clusters = ClusterShards.of(grouping, shares, size, rank)
-        pi = pi if self.shards is None else pi[self._clusters.leaves]
+        pi = pi if self.shards is None else pi[self._clusters.leaves()]
         device, dtype = like.device, accumulator(like.dtype)
         self.register_buffer("assignment", grouping.cluster.to(device))
         self.register_buffer("prior", pi.to(device, dtype))
@@ -110,7 +110,7 @@ class WithGrouping(ShardedLayer, FactoredLeaves):
     def check_parameters(self) -> None:
         """Raises ValueError or TypeError for parameters that were replaced by unfit ones."""
         self.check_factored()
-        L, R = len(self._clusters.leaves), len(self._clusters.root)
+        L, R = self._clusters.number_of_leaves, len(self._clusters.root)
         for name, x in (("weight", self.weight), ("bias", self.bias), ("prior", self.prior)):
             if x is not None and len(x) != L:
                 raise ValueError(
@@ -143,7 +143,7 @@ class WithGrouping(ShardedLayer, FactoredLeaves):
             )
         clusters, grouping = self.clusters, self.grouping
         rows = rows.to(self.weight.device)
-        self.write_leaves(rows[grouping.leaves[clusters.leaves]])
+        self.write_leaves(rows[grouping.leaves[clusters.leaves()]])
         if self.root.weight.shape[1] == rows.shape[1]:
             listed = rows[grouping.shortlist[clusters.listed]]
             self.root.weight[: len(listed)] = listed.to(self.root.weight.dtype)

@@ -130,7 +130,9 @@ class Owners(RowsOfRanks):
         >>> Owners.balanced(torch.tensor([1, 5, 2, 1, 2]), 2, 0).owner
         tensor([1, 0, 1, 0, 1])
         """
-        owner = torch.empty(len(loads), dtype=torch.long)
+        owner = torch.zeros(len(loads), dtype=torch.long)
+        if size == 1:
+            return cls(owner, size, rank)
         heap = [(0.0, r) for r in range(size)]
         order = loads.argsort(descending=True, stable=True)
         for row, load in zip(order.tolist(), loads[order].tolist(), strict=True):

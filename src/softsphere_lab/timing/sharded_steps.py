@@ -160,7 +160,7 @@ SHARDED: Mapping[str, ShardedLayer] = {
     CLUSTERED: ShardedLayer(
         calls=_clustered_calls,
         kept=lambda s, n: (
-            2 * _E * s.d * _clustered_rows(s, n) + _INDEX * (4 * s.D + 5 * _share(s.D, n))
+            2 * _E * s.d * _clustered_rows(s, n) + _INDEX * 4 * s.D + 28 * _share(s.D, n)
         ),
         state=lambda s, n: _E * s.d * _clustered_rows(s, n),
         at_work=lambda s, n: _E * s.m * (3 * s.d + 2 * _share(number_of_clusters(s), n)),

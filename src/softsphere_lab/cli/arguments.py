@@ -108,7 +108,7 @@ def usable(device: str) -> str:
     return device
 
 
-def share_cores(jobs: int) -> None:
+def share_cores(jobs: int, nproc: int = 1) -> None:
     """Gives each process its share of the threads, as the record will say."""
     at_least_one("--jobs", jobs, max(1, os.cpu_count() or 1))
-    torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
+    torch.set_num_threads(max(1, torch.get_num_threads() // (jobs * nproc)))

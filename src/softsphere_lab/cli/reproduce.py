@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -12,13 +13,14 @@ from softsphere_lab.cli.arguments import (
     Device,
     Jobs,
     Resume,
+    at_least_one,
     out_option,
     share_cores,
     usable,
 )
 from softsphere_lab.cli.run_folders import Place, run_and_report
 from softsphere_lab.errors import LabError
-from softsphere_lab.experiments.experiment import BUDGETS
+from softsphere_lab.experiments.experiment import BUDGETS, Reproduction, StudyReproduction
 from softsphere_lab.experiments.page import RECORDS
 from softsphere_lab.experiments.registry import REPRODUCTIONS
 
@@ -41,6 +43,9 @@ def reproduce(
     out: Annotated[Path | None, out_option("records/DATE-NAME-BUDGET")] = None,
     resume: Resume = False,
     jobs: Jobs = 1,
+    nproc: Annotated[
+        int, typer.Option(help="Number of processes that train each run together.")
+    ] = 1,
 ) -> None:
     """Run an experiment of the papers again, and show the result beside what they report."""
     if name not in REPRODUCTIONS:
@@ -50,9 +55,31 @@ def reproduce(
     experiment = REPRODUCTIONS[name]
     if experiment.timed and jobs > 1:
         raise LabError(f"--jobs must be 1 for {name}, whose steps are timed one by one, got {jobs}")
+    if at_least_one("--nproc", nproc) > 1:
+        experiment = _over_processes(experiment, nproc, jobs)
     if budget == "smoke" and data_dir is not None:
         raise LabError("--data-dir has no meaning with --budget smoke, whose data is built in")
-    share_cores(jobs)
+    share_cores(jobs, nproc)
     prepared = experiment.prepare(budget, usable(device), data_dir)
     ending = name if budget == "full" else f"{name}-{budget}"
     run_and_report(prepared, Place(RECORDS, "%Y-%m-%d", ending), out, resume, jobs)
+
+
+def _over_processes(experiment: Reproduction, nproc: int, jobs: int) -> Reproduction:
+    """Returns the same experiment, each of whose runs several processes train together."""
+    if not isinstance(experiment, StudyReproduction) or not experiment.takes_nproc:
+        able = (
+            each.name
+            for each in REPRODUCTIONS.values()
+            if isinstance(each, StudyReproduction) and each.takes_nproc
+        )
+        raise LabError(
+            f"--nproc must be 1 for {experiment.name}, got {nproc}; several processes train the "
+            f"runs of {' and '.join(able)} alone"
+        )
+    if jobs > 1:
+        raise LabError(
+            f"--jobs must be 1 with --nproc {nproc}, whose processes train one run together, "
+            f"got {jobs}"
+        )
+    return replace(experiment, nproc=nproc)

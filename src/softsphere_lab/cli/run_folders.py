@@ -85,11 +85,12 @@ def _open_record(
 ) -> tuple[Record, Prepared]:
     """Returns a new run folder or the one that is resumed, and the experiment in its spelling."""
     if not resume:
-        return Record.create(out or place.new(), prepared.config), prepared
+        return Record.create(out or place.new(), prepared.config, prepared.nproc), prepared
     folder = out or place.newest(prepared)
     if prepared.spelled_as is not None:
         prepared = prepared.spelled_as(Record(folder).config() or {})
-    return Record.reopen(folder, prepared.config, prepared.grows), prepared
+    config, grows = prepared.config, prepared.grows
+    return Record.reopen(folder, config, grows, prepared.nproc), prepared
 
 
 def _report_record(record: Record, console: Console) -> None:

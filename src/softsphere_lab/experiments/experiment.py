@@ -36,13 +36,15 @@ class Prepared:
 
     config: what its record is made with. grows: the lists in it that may get longer when a record
     is resumed. run: does what the record lacks, in a number of processes. spelled_as: returns the
-    same with the names that a record's configuration has for what is compared.
+    same with the names that a record's configuration has for what is compared. nproc: how many
+    processes train each run together.
     """
 
     config: Line
     grows: tuple[str, ...]
     run: Callable[[Record, Console, int], None]
     spelled_as: Callable[[Line], Prepared] | None = None
+    nproc: int = 1
 
 
 def prepare_study(study: Study, data: Any, **what: str) -> Prepared:
@@ -55,7 +57,7 @@ def prepare_study(study: Study, data: Any, **what: str) -> Prepared:
         return prepare_study(study.spelled_as(config), data, **what)
 
     config = {**what, **study.config(), "data": study.fingerprint(data)}
-    return Prepared(config, study.grows, run, spelled_as)
+    return Prepared(config, study.grows, run, spelled_as, study.nproc)
 
 
 class Experiment(ABC):
@@ -91,7 +93,10 @@ class Reproduction(Experiment):
 
 @dataclass(frozen=True)
 class StudyReproduction(Reproduction):
-    """A reproduction that is a study for each budget, with a function that makes its section."""
+    """A reproduction that is a study for each budget, with a function that makes its section.
+
+    takes_nproc: whether several processes can train each of its runs together. nproc: how many do.
+    """
 
     name: str
     title: str
@@ -100,9 +105,13 @@ class StudyReproduction(Reproduction):
     studies: Mapping[str, Study]
     section_of: Callable[[Results], Section]
     timed: bool = False
+    takes_nproc: bool = False
+    nproc: int = 1
 
     def prepare(self, budget: str, device: str, data_dir: Path | None) -> Prepared:
         study = self.studies[budget].placed(device, data_dir)
+        if self.nproc > 1:
+            study = study.over_processes(self.nproc)
         return prepare_study(study, study.load(), experiment=self.name, budget=budget)
 
     def unfinished(self, record: Record) -> str:

@@ -11,7 +11,7 @@ import torch
 from softsphere_lab.errors import LabError
 from softsphere_lab.records.files import write_bytes
 
-__all__ = ["Checkpoint"]
+__all__ = ["Checkpoint", "CheckpointOfRank"]
 
 
 class Checkpoint:
@@ -58,3 +58,25 @@ class Checkpoint:
         """Removes the state."""
         if self.path is not None:
             self.path.unlink(missing_ok=True)
+
+
+class CheckpointOfRank(Checkpoint):
+    """The state of a run that several processes train, which all read and the first one writes.
+
+    Their random generators are in the same state, on the CPU and each on the GPU of its own.
+    """
+
+    def __init__(self, path: Path | None, rank: int) -> None:
+        super().__init__(path)
+        self.rank = rank
+
+    def load(self) -> dict[str, Any] | None:
+        state = super().load()
+        if state is not None and "random on the GPU" in state:
+            # that of the GPU of the first rank
+            torch.cuda.set_rng_state(state["random on the GPU"][0])
+        return state
+
+    def save(self, state: dict[str, Any]) -> None:
+        if self.rank == 0:
+            super().save(state)

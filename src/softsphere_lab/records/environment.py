@@ -19,8 +19,11 @@ import softsphere
 __all__ = ["environment"]
 
 
-def environment() -> dict[str, Any]:
-    """Returns what is recorded at each start of a command, as JSON."""
+def environment(nproc: int = 1) -> dict[str, Any]:
+    """Returns what is recorded at each start of a command, as JSON.
+
+    nproc: how many processes train each run together.
+    """
     others = ("torch", "numpy", "scikit-learn", "datasets")
     versions = {name: importlib.metadata.version(name) for name in others}
     return {
@@ -31,6 +34,7 @@ def environment() -> dict[str, Any]:
         "packages": {"softsphere": softsphere.__version__, **versions},
         "machine": platform.machine(),
         "system": platform.system(),
+        "nproc": nproc,
         "threads": torch.get_num_threads(),
         # how glibc keeps the memory of large tensors is much of the time of a wide softmax
         "malloc": {k: v for k, v in sorted(os.environ.items()) if k.startswith("MALLOC_")},

@@ -27,8 +27,8 @@ class Record:
         self.folder = folder
 
     @classmethod
-    def create(cls, folder: Path, config: Line) -> Record:
-        """Returns a new record.
+    def create(cls, folder: Path, config: Line, nproc: int = 1) -> Record:
+        """Returns a new record. nproc: how many processes train each run together.
 
         Raises LabError if the folder is not empty, or another process works there.
         """
@@ -44,11 +44,14 @@ class Record:
                 f"--out {folder} is not empty; pass --resume to do only what is missing there"
             )
         with _locked(folder):
-            return cls(folder).begun(config)
+            return cls(folder).begun(config, nproc)
 
     @classmethod
-    def reopen(cls, folder: Path, config: Line, grows: tuple[str, ...]) -> Record:
-        """Returns a record that is resumed. grows: the lists of its configuration that may grow.
+    def reopen(cls, folder: Path, config: Line, grows: tuple[str, ...], nproc: int = 1) -> Record:
+        """Returns a record that is resumed.
+
+        grows: the lists of its configuration that may grow. nproc: how many processes train each
+        run together, which may be another number than before.
 
         Raises LabError if there is no record, if it was made with another configuration, or if
         another process works there.
@@ -72,12 +75,12 @@ class Record:
                     "same, or another --out"
                 )
             union = {key: list(dict.fromkeys([*old[key], *config[key]])) for key in grows}
-            return cls(folder).begun({**config, **union})
+            return cls(folder).begun({**config, **union}, nproc)
 
-    def begun(self, config: Line) -> Record:
+    def begun(self, config: Line, nproc: int = 1) -> Record:
         """Writes down what is asked for and where it starts, and returns the record."""
         write(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
-        self.add("environment.jsonl", [environment()])
+        self.add("environment.jsonl", [environment(nproc)])
         return self
 
     @contextmanager

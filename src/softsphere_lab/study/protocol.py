@@ -62,6 +62,9 @@ class Study(ABC):
     # Whether the search, once it is finished, continues along the learning rates in trials that are
     # as long as final runs.
     second_look: bool
+    # How many processes train each run together, and where: cpu, cuda, …
+    nproc: int = 1
+    device: str = "cpu"
 
     @property
     @abstractmethod
@@ -96,6 +99,13 @@ class Study(ABC):
     @abstractmethod
     def placed(self, device: str, data_dir: Path | None) -> Study:
         """Returns the same study on a device, with data from a folder."""
+
+    def over_processes(self, nproc: int) -> Study:
+        """Returns the same study, each of whose runs several processes train together.
+
+        Raises LabError if they cannot.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def config(self) -> Line:

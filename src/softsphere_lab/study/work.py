@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import shutil
-import signal
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
-from os import _exit
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +18,8 @@ from softsphere_lab.errors import LabError
 from softsphere_lab.progress import Phases
 from softsphere_lab.records.folder import Line, Record
 from softsphere_lab.study.ledger import UNFINISHED, Plan, add_finished, checkpoint_of, planned
+from softsphere_lab.study.on_ranks import run_on_ranks
+from softsphere_lab.study.process_ends import begin_process, interrupts_held_back
 from softsphere_lab.study.protocol import Study, Task
 
 __all__ = ["work"]
@@ -35,7 +33,8 @@ OnTaskEpoch = Callable[[Task, int, int], None]
 def work(study: Study, data: Any, record: Record, console: Console, jobs: int = 1) -> None:
     """Does everything that the record lacks, and shows how far it is.
 
-    data: what `study.load` returns. With several jobs each process loads the data for itself.
+    data: what `study.load` returns. With several jobs, and for a study that trains each run on
+    several processes, each process loads the data for itself.
     """
     data = study.furnished(data, record.folder)
     searches = any(study.space(name).size > 1 for name in study.names)
@@ -49,11 +48,13 @@ def work(study: Study, data: Any, record: Record, console: Console, jobs: int = 
             phases.show_finals(plan.finals, plan.finals_in_all)
 
         show_plan(planned(study, record))
-        each = (
-            _run_here(study, data, record, show_epoch)
-            if jobs == 1
-            else _run_in_processes(study, record, jobs)
-        )
+        each: Iterator[Done]
+        if study.nproc > 1:
+            each = run_on_ranks(study, record, show_epoch)
+        elif jobs > 1:
+            each = _run_in_processes(study, record, jobs)
+        else:
+            each = _run_here(study, data, record, show_epoch)
         for task, history, final in each:
             add_finished(task, record, history, final)
             plan = planned(study, record)
@@ -112,7 +113,7 @@ def _run_in_processes(study: Study, record: Record, jobs: int) -> Iterator[Done]
         while True:
             waiting = [t for t in planned(study, record).tasks if t not in running.values()]
             for task in waiting[: jobs - len(running)]:
-                with _interrupts_held_back():
+                with interrupts_held_back():
                     running[pool.submit(_run_task, task, record)] = task
             if not running:
                 # the processes leave by themselves, and clean up
@@ -131,41 +132,19 @@ def _run_in_processes(study: Study, record: Record, jobs: int) -> Iterator[Done]
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-@contextmanager
-def _interrupts_held_back() -> Iterator[None]:
-    """Holds Ctrl-C back: a process that is started meanwhile never sees it, this one only later."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 # What a process of `_run_in_processes` works on.
 process_state: dict[str, Any] = {}
 
 
 def _begin_process(study: Study, folder: Path, lifeline: Connection, threads: int) -> None:
     """Is called once in each process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, args=(lifeline,), daemon=True).start()
+    begin_process(lifeline)
     torch.set_num_threads(threads)
     try:
         process_state.update(study=study, data=study.furnished(study.load(), folder))
     except Exception as error:
         # The first task raises it: a pool says of a process that fails here only that it is broken.
         process_state["failure"] = error
-
-
-def _end_with_parent(lifeline: Connection) -> None:
-    """Waits until no process holds the other end, and leaves at once."""
-    try:
-        lifeline.recv()
-    except EOFError:
-        _exit(1)
 
 
 def _run_task(task: Task, record: Record) -> tuple[list[Line], Line]:

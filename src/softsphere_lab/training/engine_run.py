@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from softsphere_lab.training.run import Run
-from softsphere_lab.training.text_parts import Examples, mean_loss
+from softsphere_lab.training.text_parts import Examples
+from softsphere_lab.training.whole_model import WholeModel
 
 __all__ = ["EngineEpoch", "EngineFinal", "EngineRun"]
 
@@ -49,6 +50,7 @@ class EngineRun(Run[EngineEpoch]):
         seed: int,
     ) -> None:
         self.model, self.head, self.examples = model, head, examples
+        self.both = WholeModel(model, head)
         _, y = examples["train"]
         super().__init__(
             {"model": model, "head": head},
@@ -62,8 +64,7 @@ class EngineRun(Run[EngineEpoch]):
 
     def loss_of(self, index: Tensor) -> Tensor:
         x, y = self.examples["train"]
-        loss: Tensor = self.head(self.model(x[index]), y[index])
-        return loss
+        return self.both.loss(x[index], y[index])
 
     def look(
         self, epoch: int, train_loss: float, seconds: float
@@ -74,4 +75,4 @@ class EngineRun(Run[EngineEpoch]):
 
     def loss_on(self, part: str) -> float:
         """Returns the mean loss on a part of the text, with the weights as they are."""
-        return mean_loss(self.model, self.head, *self.examples[part])
+        return self.both.mean_loss(*self.examples[part])

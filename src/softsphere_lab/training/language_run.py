@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field, fields
-from typing import cast
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from softsphere.parallel import keep_whole_state
 from softsphere_lab.data.similarity import Pair, spearman
 from softsphere_lab.data.text import Text
-from softsphere_lab.models.output_layers import Output, Ranks, layer
+from softsphere_lab.models.output_layers import Output, layer
+from softsphere_lab.models.sharded_layers import can_be_sharded, sharded_layer
 from softsphere_lab.models.text_clusters import Assignments, assignment_name
 from softsphere_lab.models.text_networks import LSTM, ngram_network
 from softsphere_lab.records.folder import Line
+from softsphere_lab.training.model_over_ranks import ModelOverRanks
 from softsphere_lab.training.rates import cosine
 from softsphere_lab.training.run import Run
-from softsphere_lab.training.text_parts import (
-    Examples,
-    mean_loss,
-    ngram_parts,
-    perplexity,
-    rows_at_once,
-    window_parts,
-)
+from softsphere_lab.training.text_parts import Examples, ngram_parts, perplexity, window_parts
+from softsphere_lab.training.whole_model import WholeModel
 
 __all__ = ["Data", "Epoch", "Final", "LanguageRun", "Setup"]
 
@@ -138,7 +136,11 @@ class Final:
 
 
 class LanguageRun(Run[Epoch]):
-    """A language model and its output layer under training."""
+    """A language model and its output layer under training.
+
+    group: the processes that train it together, all of which make the same calls; None for this
+    process alone.
+    """
 
     epoch_type = Epoch
 
@@ -150,6 +152,7 @@ class LanguageRun(Run[Epoch]):
         seed: int,
         setup: Setup,
         assignments: Assignments | None = None,
+        group: dist.ProcessGroup | None = None,
     ) -> None:
         torch.manual_seed(seed)
         self.output, self.clip = output, setup.clip
@@ -158,11 +161,17 @@ class LanguageRun(Run[Epoch]):
         counts = data.counts if output.classes is None else data.cut(output.classes).counts
         assignment = (assignments or {}).get(assignment_name(output))
         self.head, own = layer(output, setup.width, counts, setup.device, assignment)
+        if group is not None and can_be_sharded(output):
+            self.head, own = sharded_layer(output, self.head, counts, group)
         parameters = [*self.model.parameters(), *([] if own else self.head.parameters())]
         # without decay this is Adam; it is fused, since the embeddings have most of the parameters
         shared = torch.optim.AdamW(
             parameters, lr=lr, betas=(0.9, setup.beta2), weight_decay=0.0, fused=True
         )
+        self.both = WholeModel(self.model, self.head)
+        if group is not None:
+            keep_whole_state(shared, self.head)
+            self.both = ModelOverRanks(self.model, self.head, group)
         _, y = self.examples["train"]
         rows = max(1, setup.batch_size * len(y) // y.numel())
         steps = setup.epochs * math.ceil(len(y) / rows)
@@ -178,13 +187,19 @@ class LanguageRun(Run[Epoch]):
 
     def loss_of(self, index: Tensor) -> Tensor:
         x, y = self.examples["train"]
-        loss: Tensor = self.head(self.model(x[index]), y[index])
-        return loss
+        return self.both.loss(x[index], y[index])
 
     def before_step(self) -> None:
         if self.clip is not None:
-            parameters = [*self.model.parameters(), *self.head.parameters()]
-            nn.utils.clip_grad_norm_(parameters, self.clip)
+            self.both.clip(self.clip)
+
+    def weights(self) -> dict[str, Any]:
+        whole: dict[str, Any] = self.both.whole(super().weights())
+        return whole
+
+    def state(self) -> dict[str, Any]:
+        whole: dict[str, Any] = self.both.whole(super().state())
+        return whole
 
     def look(self, epoch: int, train_loss: float, seconds: float) -> tuple[Epoch, float] | None:
         nll = self.nll("valid")
@@ -199,18 +214,11 @@ class LanguageRun(Run[Epoch]):
         """Returns the mean negative log-likelihood of a word, or None without probabilities."""
         if not self.output.normalised:
             return None
-        return mean_loss(self.model, self.head, *self.examples[part])
+        return self.both.mean_loss(*self.examples[part])
 
     def ranking(self, part: str) -> dict[str, float]:
         """Returns how often the right word is first, how often in the first ten, and the MRR."""
-        self.model.eval()
-        x, y = self.examples[part]
-        size = rows_at_once(y)
-        rank = cast(Ranks, self.head).rank
-        with torch.no_grad():
-            pairs = zip(torch.split(x, size), torch.split(y, size), strict=True)
-            ranks = torch.cat([rank(self.model(some), target).flatten() for some, target in pairs])
-        ranks = ranks.double()
+        ranks = self.both.every_rank(*self.examples[part]).double()
         return {
             "top1": float((ranks == 1).double().mean()),
             "top10": float((ranks <= TOP).double().mean()),

@@ -1,18 +1,17 @@
-"""The parts of a text as examples to train and test on, and the loss on one of them."""
+"""The parts of a text as examples to train and test on."""
 
 from __future__ import annotations
 
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from softsphere_lab.data.text import Text, ngrams, windows
 
 __all__ = [
     "MOST_NLL",
     "Examples",
-    "mean_loss",
     "ngram_parts",
     "perplexity",
     "rows_at_once",
@@ -52,17 +51,6 @@ def window_parts(text: Text, length: int, device: str, context: int = 0) -> Exam
 def rows_at_once(y: Tensor) -> int:
     """Returns how many rows of targets make some WORDS words, at least 1."""
     return max(1, WORDS * len(y) // y.numel())
-
-
-def mean_loss(model: nn.Module, head: nn.Module, x: Tensor, y: Tensor) -> float:
-    """Returns the mean loss over all words of y, in evaluation mode."""
-    model.eval()
-    head.eval()
-    size, total = rows_at_once(y), 0.0
-    with torch.no_grad():
-        for part, target in zip(x.split(size), y.split(size), strict=True):
-            total += float(head(model(part), target)) * target.numel()
-    return total / y.numel()
 
 
 def perplexity(nll: float) -> float:

@@ -6,9 +6,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
+import torch.distributed as dist
+
 from softsphere_lab.data import text
 from softsphere_lab.data.similarity import load_pairs
 from softsphere_lab.errors import LabError
+from softsphere_lab.experiments.on_text.processes_of_a_run import check_processes
 from softsphere_lab.models.output_layers import Output
 from softsphere_lab.models.text_clusters import kept_assignments
 from softsphere_lab.records.checkpoint import Checkpoint
@@ -32,7 +35,8 @@ class LanguageModelling(Study):
     rates, layer_rates: the learning rates of AdamW, and of FactoredSGD as multiples of the number
     of classes D, that the search may try. trial_words: how many words of the training part a trial
     reads; None for all. second_look: whether the rates about the best are then tried in runs as
-    long as final ones. once: those of the outputs that are run with the first seed alone.
+    long as final ones. once: those of the outputs that are run with the first seed alone. nproc:
+    how many processes train each run together, with the numbers of one.
     """
 
     dataset: str
@@ -46,6 +50,7 @@ class LanguageModelling(Study):
     second_look: bool = False
     data_dir: Path | None = None
     once: tuple[Output, ...] = ()
+    nproc: int = 1
 
     Epoch, Final, tested = Epoch, Final, "test_mrr"
     grows = ("outputs", "seeds")
@@ -65,6 +70,11 @@ class LanguageModelling(Study):
             "trial_words": self.trial_words,
             "second_look": self.second_look,
         }
+
+    @property
+    def device(self) -> str:  # type: ignore[override]
+        """Where the runs are trained."""
+        return self.setup.device
 
     @property
     def by_name(self) -> dict[str, Output]:
@@ -98,6 +108,10 @@ class LanguageModelling(Study):
 
     def placed(self, device: str, data_dir: Path | None) -> LanguageModelling:
         return replace(self, setup=replace(self.setup, device=device), data_dir=data_dir)
+
+    def over_processes(self, nproc: int) -> LanguageModelling:
+        check_processes(nproc, self.outputs, self.setup)
+        return replace(self, nproc=nproc)
 
     def fingerprint(self, data: Data) -> Line:
         return {**data.text.fingerprint(), "pairs": {k: len(v) for k, v in data.pairs.items()}}
@@ -133,7 +147,8 @@ class LanguageModelling(Study):
             if self.trial_words is not None:
                 words = words.first(self.trial_words)
         output = Output.parse(task.setting)
-        run = LanguageRun(words, output, task.lr, task.seed, setup, data.assignments)
+        group = dist.group.WORLD if self.nproc > 1 else None
+        run = LanguageRun(words, output, task.lr, task.seed, setup, data.assignments, group)
         run.train(setup.epochs, kept, on_epoch)
         final = run.final(data, read_test=self.reads_test and not task.trial)
         return [asdict(epoch) for epoch in run.history], asdict(final)

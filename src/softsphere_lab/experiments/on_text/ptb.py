@@ -71,4 +71,5 @@ EXPERIMENT = StudyReproduction(
         "full": FULL,
     },
     section_of=text_section,
+    takes_nproc=True,
 )

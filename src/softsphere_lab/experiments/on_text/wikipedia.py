@@ -48,4 +48,5 @@ EXPERIMENT = StudyReproduction(
         "full": FULL,
     },
     section_of=text_section,
+    takes_nproc=True,
 )

@@ -1,0 +1,92 @@
+"""Language models that ranks train together, with the numbers of one process, and resumed ones."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import distributed
+
+from _lab_studies import TEXT, untimed
+from softsphere_lab.models.output_layers import Output
+from softsphere_lab.records.checkpoint import Checkpoint, CheckpointOfRank
+from softsphere_lab.training import run
+from softsphere_lab.training.language_run import LanguageRun
+
+# Dropout, clipping, warm-up, and batches that the ranks cannot halve: 129 rows, and 1 in the end.
+SETUP = replace(
+    TEXT.setup,
+    embedding=4,
+    hidden=8,
+    width=8,
+    batch_size=129,
+    epochs=2,
+    clip=0.05,
+    warm_up=0.2,
+    dropout=0.2,
+    length=4,
+)
+ROWS = 4 * 129 + 1
+OUTPUTS = (
+    "taylor_softmax prior",
+    "squared_error",
+    "taylor_softmax factored rate=0.1 prior",
+    "softmax prior",
+    # most of the batches of a rank have no word of the last cluster
+    "adaptive_softmax cutoffs=20,280 div_value=2.0",
+    "hierarchical_softmax",
+    "z_loss lstm",
+    "softmax lstm",
+)
+# The last of these is sharded, and so is the state of its optimizer.
+RESUMED = ("softmax", "taylor_softmax factored rate=0.1 prior", "taylor_softmax prior")
+
+
+def made(name, group=None):
+    data = TEXT.load()
+    return LanguageRun(
+        data.text.first(ROWS).held(70), Output.parse(name), 3e-3, 5, SETUP, group=group
+    )
+
+
+def seen(one):
+    """The epochs, the end and the weights of a run."""
+    end = one.final(TEXT.load(), read_test=True)
+    end = {key: value for key, value in vars(end).items() if key != "engine"}
+    return untimed([vars(epoch) for epoch in one.history]), untimed(end), one.weights()
+
+
+def train(name, kept=None, group=None):
+    one = made(name, group)
+    one.train(SETUP.epochs, kept or Checkpoint())
+    return seen(one)
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop(epoch, epochs):
+    raise Stopped
+
+
+def begin(name, kept, group=None):
+    """Trains one epoch, and keeps the state."""
+    try:
+        made(name, group).train(SETUP.epochs, kept, stop)
+    except Stopped:
+        return
+    raise AssertionError("was not stopped")
+
+
+def on_ranks(rank, size, folder):
+    """Trains all outputs, and goes on with what one process has begun, and keeps what it began."""
+    torch.set_default_dtype(torch.float64)
+    run.FEWEST_STEPS = 1
+    group, folder = distributed.group.WORLD, Path(folder)
+    found = {name: train(name, group=group) for name in OUTPUTS}
+    for name in RESUMED:
+        begin(name, CheckpointOfRank(folder / f"{name}.ranks", rank), group)
+        found[f"{name} resumed"] = train(name, CheckpointOfRank(folder / name, rank), group)
+    torch.save(found, folder / f"found-{rank}")

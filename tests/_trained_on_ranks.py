@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +12,7 @@ import torch
 from torch import distributed
 
 from _lab_studies import TEXT, untimed
+from softsphere_lab.experiments.on_text.language_modelling import LanguageModelling
 from softsphere_lab.models.output_layers import Output
 from softsphere_lab.records.checkpoint import Checkpoint, CheckpointOfRank
 from softsphere_lab.training import run
@@ -36,23 +40,26 @@ OUTPUTS = (
     # most of the batches of a rank have no word of the last cluster
     "adaptive_softmax cutoffs=20,280 div_value=2.0",
     "hierarchical_softmax",
-    "z_loss lstm",
     "softmax lstm",
+    "z_loss lstm",
 )
-# The last of these is sharded, and so is the state of its optimizer.
-RESUMED = ("softmax", "taylor_softmax factored rate=0.1 prior", "taylor_softmax prior")
+# The optimizer of the first has a state for rows of the rank.
+RESUMED = ("taylor_softmax prior", "taylor_softmax factored rate=0.1 prior")
+
+
+@functools.cache
+def data():
+    whole = TEXT.load()
+    return replace(whole, text=whole.text.first(ROWS).held(70))
 
 
 def made(name, group=None):
-    data = TEXT.load()
-    return LanguageRun(
-        data.text.first(ROWS).held(70), Output.parse(name), 3e-3, 5, SETUP, group=group
-    )
+    return LanguageRun(data().text, Output.parse(name), 3e-3, 5, SETUP, group=group)
 
 
 def seen(one):
     """The epochs, the end and the weights of a run."""
-    end = one.final(TEXT.load(), read_test=True)
+    end = one.final(data(), read_test=True)
     end = {key: value for key, value in vars(end).items() if key != "engine"}
     return untimed([vars(epoch) for epoch in one.history]), untimed(end), one.weights()
 
@@ -63,19 +70,37 @@ def train(name, kept=None, group=None):
     return seen(one)
 
 
-class Stopped(Exception):
-    pass
+class Ending(LanguageModelling):
+    """A study whose last process is killed when it begins with the second seed."""
+
+    def train(self, task, data, kept, on_epoch):
+        if task.seed == self.seeds[1] and self.nproc > 1 and distributed.get_rank():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().train(task, data, kept, on_epoch)
+
+
+class Failing(LanguageModelling):
+    """A study one process of which fails."""
+
+    def train(self, task, data, kept, on_epoch):
+        if distributed.get_rank():
+            raise ArithmeticError("a fault of the lab")
+        return super().train(task, data, kept, on_epoch)
+
+
+class StoppedError(Exception):
+    """After an epoch."""
 
 
 def stop(epoch, epochs):
-    raise Stopped
+    raise StoppedError
 
 
 def begin(name, kept, group=None):
     """Trains one epoch, and keeps the state."""
     try:
         made(name, group).train(SETUP.epochs, kept, stop)
-    except Stopped:
+    except StoppedError:
         return
     raise AssertionError("was not stopped")
 

@@ -87,6 +87,26 @@ WRONG = {
         "--data-dir has no meaning for scaling",
     ),
     "too many jobs": (["mnist", "--jobs", "5000"], "--jobs must be at least 1 and at most"),
+    "no process": (["ptb", "--nproc", "0"], "--nproc must be at least 1"),
+    "more processes than rows": (
+        ["ptb", "--budget", "smoke", "--nproc", "257"],
+        "--nproc must be at most 256, the rows of a batch of softmax, got 257",
+    ),
+    "more processes than windows": (
+        ["ptb", "--budget", "full", "--nproc", "17"],
+        "--nproc must be at most 16, the rows of a batch of softmax lstm, got 17",
+    ),
+    "processes for images": (
+        ["mnist", "--nproc", "2"],
+        "--nproc must be 1 for mnist, got 2; several processes train the runs of ptb and wikipedia "
+        "alone",
+    ),
+    "processes for clusters": (["clusters", "--nproc", "2"], "--nproc must be 1 for clusters"),
+    "processes for what is timed": (["scaling", "--nproc", "2"], "--nproc must be 1 for scaling"),
+    "processes and jobs": (
+        ["ptb", "--nproc", "2", "--jobs", "2"],
+        "--jobs must be 1 with --nproc 2, whose processes train one run together, got 2",
+    ),
     "device": (["mnist", "--budget", "smoke", "--device", "tpu9"], "--device tpu9"),
     "device for timing": (["scaling", "--budget", "smoke", "--device", "meta"], "--device"),
     "folder": (["ptb", "--data-dir", "nowhere"], "nowhere"),

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from softsphere_lab.errors import LabError
-from softsphere_lab.records.checkpoint import Checkpoint
+from softsphere_lab.records.checkpoint import Checkpoint, CheckpointOfRank
 
 
 def test_a_spoiled_state_is_named_and_what_would_do(tmp_path):
@@ -28,3 +28,17 @@ def test_states_of_several_runs_come_and_go_without_minding_each_other(tmp_path)
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(come_and_go, states))
+
+
+def test_of_several_processes_the_first_one_alone_keeps_a_state(tmp_path):
+    (tmp_path / "unfinished").mkdir()
+    file = tmp_path / "unfinished" / "run.pt"
+    first, other = (CheckpointOfRank(file, rank) for rank in range(2))
+    other.save({"step": 3})
+    assert not file.exists()
+    first.save({"step": 3})
+    drawn = torch.rand(())
+    for each in (first, other):
+        state = each.load()
+        assert state is not None and state["step"] == 3
+        assert torch.equal(torch.rand(()), drawn)

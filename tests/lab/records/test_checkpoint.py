@@ -5,6 +5,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 
 from softsphere_lab.errors import LabError
 from softsphere_lab.records.checkpoint import Checkpoint, CheckpointOfRank

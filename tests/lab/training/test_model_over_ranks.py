@@ -30,17 +30,30 @@ def float64(monkeypatch):
     torch.set_default_dtype(torch.float32)
 
 
-def test_two_processes_train_and_resume_as_one_does(tmp_path, float64):
+def on_three(case, folder):
+    """What three processes found, each with the same numbers, by which they decide alike."""
+    for result in _ranks.run({"all": case}, 3, folder):
+        assert result["all"] is None, result["all"]
+    found, *others = (torch.load(folder / f"found-{rank}") for rank in range(3))
+    for other in others:
+        torch.testing.assert_close(found, other, rtol=0, atol=0)
+    return found
+
+
+def test_several_processes_train_and_resume_as_one_does(tmp_path, float64):
     for name in trained.RESUMED:
         trained.begin(name, Checkpoint(tmp_path / name))
-    for result in _ranks.run({"all": trained.on_ranks}, 2, tmp_path):
-        assert result["all"] is None, result["all"]
-    found, other = (torch.load(tmp_path / f"found-{rank}") for rank in range(2))
+    found = on_three(trained.on_ranks, tmp_path)
+    wanted = {name: trained.train(name) for name in trained.OUTPUTS}
     for name in trained.OUTPUTS:
-        close(found[name], trained.train(name))
+        close(found[name], wanted[name])
     for name in trained.RESUMED:
-        wanted = trained.train(name)
-        close(found[f"{name} resumed"], wanted)
-        close(trained.train(name, Checkpoint(tmp_path / f"{name}.ranks")), wanted)
-    # all ranks have the same numbers, by which they decide alike
-    torch.testing.assert_close(found, other, rtol=0, atol=0)
+        close(found[f"{name} resumed"], wanted[name])
+        close(trained.train(name, Checkpoint(tmp_path / f"{name}.ranks")), wanted[name])
+
+
+@pytest.mark.slow
+def test_several_processes_train_every_other_output_as_one_does(tmp_path, float64):
+    found = on_three(trained.others_on_ranks, tmp_path)
+    for name in trained.OTHERS:
+        close(found[name], trained.train(name))

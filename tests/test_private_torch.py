@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -70,3 +72,11 @@ def test_no_file_but_one_asks(path):
 )
 def test_a_question_is_seen(line):
     assert private_uses(line)
+
+
+def test_the_import_leaves_the_compiler_of_pytorch_alone():
+    """It takes longer than all the rest, and many programs compile nothing."""
+    asked = "import sys, torch; before = set(sys.modules); import softsphere; "
+    asked += "print({name for name in set(sys.modules) - before if name == 'torch._dynamo'})"
+    run = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True)
+    assert run.stdout == "set()\n", run.stderr

@@ -254,13 +254,16 @@ def saveable_in_exports(kind: type[Any]) -> None:
 
 
 def eager(reason: str) -> Callable[[Function], Function]:
-    """Leaves a function out of compiled graphs; `reason` is told where a whole graph is wanted."""
+    """Leaves a function out of compiled graphs; `reason` is told where a whole graph is wanted.
+
+    torch.compiler.disable imports the compiler, which takes as long as the rest of softsphere. This
+    one imports it at the first call, as PyTorch's own optimizers do.
+    """
 
     def wrap(function: Function) -> Function:
-        try:
-            return cast(Function, torch.compiler.disable(function, reason=reason))
-        except TypeError:  # before torch 2.7 there was no reason
-            return cast(Function, torch.compiler.disable(function))
+        lazy: Any = torch._compile._disable_dynamo(function)
+        lazy._torchdynamo_disable, lazy._torchdynamo_disable_msg = True, reason
+        return cast(Function, lazy)
 
     return wrap
 

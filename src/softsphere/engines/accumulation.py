@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from softsphere._torch import has_gradient_hooks, transformed, values_on_cpu, version_of
+from softsphere._torch import eager, has_gradient_hooks, transformed, values_on_cpu, version_of
 from softsphere.engines import moments
 from softsphere.engines.accumulation_checks import (
     FIRST_ONLY,
@@ -113,7 +113,7 @@ class Accumulation:
                 "without this context"
             )
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @eager("accumulate() keeps statistics between the batches")
     def statistics_of_batch(self, H: Tensor, target: Tensor) -> Stats:
         """The statistics of H (m, d) for targets (m, K), in O(m d²) once the moments are known."""
         self.check()

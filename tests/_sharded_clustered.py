@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -33,7 +34,7 @@ from _sharded_linear import (
 )
 from softsphere import ClusteredLoss
 from softsphere.losses import SphericalSoftmax
-from softsphere.parallel import clip_grad_norm_, count_traffic, keep_whole_state
+from softsphere.parallel import Owners, clip_grad_norm_, count_traffic, keep_whole_state
 
 D = 23
 # a shortlist of 5 classes, four clusters of 1 to 8 classes, and an empty one
@@ -121,14 +122,15 @@ def predicted(rank, size, folder, replicated=False, assignment=ASSIGNMENT, **opt
     rows = slice(None) if replicated else rows_of(rank, COUNTS[:size])
     H, target = 3 * torch.randn(m, d).double(), torch.randint(D, (m,))
     target[0] = one.grouping.leaves[0] if len(one.grouping.leaves) else 0
-    out, h, k = torch.randint(-1, D, (m, 2)), H[rows], 6
+    out, h = torch.randint(-1, D, (m, 2)), H[rows]
+    out[0] = -1
     want = one.log_prob(H).detach()
     with torch.no_grad():
         torch.testing.assert_close(many.log_prob(h), want[rows], **TIGHT)
         some = torch.tensor([D - 1, 0, 3])
         torch.testing.assert_close(many.log_prob(h, some), want[rows][:, some], **TIGHT)
     assert torch.equal(many.rank(h, target[rows]), one.rank(H, target)[rows])
-    for exclude in (None, out):
+    for k, exclude in ((6, None), (6, out), (D - 2, out)):
         best = one.topk(H, k, exclude)
         got = many.topk(h, k, None if exclude is None else exclude[rows])
         torch.testing.assert_close(got.values, best.values[rows], **TIGHT)
@@ -272,6 +274,15 @@ def started_apart(rank, size, folder):
     same_bits(torch.rand(1), head)
 
 
+def made_alike(rank, size, folder):
+    """Before anything is loaded, a rank has the frequencies of its own classes."""
+    given = {"counts": torch.arange(1.0, D + 1), "dtype": torch.float64}
+    one = ClusteredLoss(d, D, ASSIGNMENT, **given)
+    many = ClusteredLoss(d, D, ASSIGNMENT, **given, process_group=world())
+    assert torch.equal(many.base_measure, one.prior[many.clusters.leaves()])
+    assert torch.equal(many.root.bias, one.root.bias[many.clusters.root.slice])
+
+
 def rows_copied(rank, size, folder):
     one, many = pair()
     rows = torch.randn(D, d)
@@ -374,6 +385,7 @@ RIGHT = {
     "saved, factored": partial(saved, make=torch.optim.SGD, engine="factored"),
     "traffic": traffic_is_flat,
     "start": started_apart,
+    "made": made_alike,
     "rows copied": rows_copied,
     "copied": copied,
     "balanced": balanced,
@@ -410,6 +422,19 @@ def other_number_of_classes(rank, size, folder):
         ClusteredLoss(d, n, ASSIGNMENT[:n], process_group=world())
 
     raises(ValueError, "num_classes must be the same on all ranks", make)
+
+
+def other_owners(rank, size, folder):
+    """Machines that round otherwise may give a cluster to another rank."""
+    real = Owners.balanced
+
+    def balanced(loads, size, own):
+        found = real(loads, size, own)
+        return Owners(found.owner.flip(0), size, own) if rank == 0 else found
+
+    with patch.object(Owners, "balanced", balanced):
+        make = partial(ClusteredLoss, d, D, ASSIGNMENT, process_group=world())
+        raises(ValueError, "owners_of_clusters must be the same on all ranks", make)
 
 
 def unowned_target(rank, size, folder):
@@ -535,6 +560,7 @@ REFUSED = {
     for case in (
         other_assignment,
         other_counts,
+        other_owners,
         other_number_of_classes,
         unowned_target,
         other_projection,

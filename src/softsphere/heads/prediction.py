@@ -100,7 +100,7 @@ class OutputLayer(nn.Module, ABC):
         RuntimeError in a backward that asks for second derivatives where they do not exist.
         """
         reader = self._reader()
-        with reader.checked("log_prob") as found:
+        with reader.checked("log_prob") as checked:
             reader.check(hidden)
             if not self.loss.normalised:
                 self.loss.log_numerator(hidden)  # raises, since there is none
@@ -109,7 +109,7 @@ class OutputLayer(nn.Module, ABC):
                 checks.same_device("classes", classes, "hidden", hidden)
                 if classes.dim() != 1:
                     raise ValueError(f"classes must have shape (n,), got {tuple(classes.shape)}")
-            found(hidden, classes=classes)
+            checked.found(hidden, classes=classes)
         H = reader.rows_of(hidden)
         if classes is None and _in_one_piece(reader, hidden):
             result = torch.log_softmax(reader.every_score(H), -1)
@@ -147,13 +147,13 @@ class OutputLayer(nn.Module, ABC):
         k + n > D, and for infinite outputs as described at the class.
         """
         reader = self._reader()
-        with reader.checked("topk") as found:
+        with reader.checked("topk") as checked:
             reader.check(hidden)
             k = checks.number_of_best("k", k, reader.num_classes)
             if exclude is not None:
                 exclude = checks.excluded(exclude, hidden.shape[:-1], reader.num_classes, k)
                 checks.same_device("exclude", exclude, "hidden", hidden)
-            found(hidden, exclude, k=k)
+            checked.found(hidden, exclude, k=k)
         H = reader.rows_of(hidden)
         if exclude is not None:
             exclude = exclude.reshape(H.shape[0], exclude.shape[-1])
@@ -179,9 +179,9 @@ class OutputLayer(nn.Module, ABC):
         outputs as described at the class.
         """
         reader = self._reader()
-        with reader.checked("predict") as found:
+        with reader.checked("predict") as checked:
             reader.check(hidden)
-            found(hidden)
+            checked.found(hidden)
         _, index = reader.topk(reader.rows_of(hidden), 1)
         return index.view(hidden.shape[:-1])
 
@@ -202,12 +202,12 @@ class OutputLayer(nn.Module, ABC):
         outputs as described at the class.
         """
         reader = self._reader()
-        with reader.checked("rank") as found:
+        with reader.checked("rank") as checked:
             reader.check(hidden)
             checks.rows_target(hidden.shape[:-1], target)
             target = checks.classes(target, reader.num_classes, "target")
             checks.same_device("target", target, "hidden", hidden)
-            found(hidden, target.unsqueeze(-1))
+            checked.found(hidden, target.unsqueeze(-1))
         return reader.rank(reader.rows_of(hidden), target.reshape(-1)).view(target.shape)
 
 

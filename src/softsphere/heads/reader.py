@@ -7,8 +7,7 @@ operations.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,7 +17,15 @@ from softsphere import checks
 from softsphere._torch import values_on_cpu
 from softsphere.losses import Loss
 
-__all__ = ["INFINITE", "SCORES", "Reader", "best_of", "with_room_for_marks", "without_marks"]
+__all__ = [
+    "INFINITE",
+    "SCORES",
+    "Checks",
+    "Reader",
+    "best_of",
+    "with_room_for_marks",
+    "without_marks",
+]
 
 # The scores that are in memory at once, for all rows of H together.
 SCORES = 8 << 20
@@ -28,6 +35,22 @@ INFINITE = (
     "keep them finite, pass mask=… to the loss, and take predictions among the classes that "
     "take part from log_prob(hidden, classes)"
 )
+
+
+class Checks:
+    """The checks of a prediction; a reader of several ranks compares them over the ranks.
+
+    It is a class, since the compiler of torch 2.6 does not trace a contextmanager.
+    """
+
+    def __enter__(self) -> Checks:
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        pass
+
+    def found(self, hidden: Tensor, *integers: Tensor | None, **facts: Any) -> None:
+        """Takes what they found: hidden, integers (…, n) beside its rows, and facts by name."""
 
 
 class Reader(ABC):
@@ -46,18 +69,9 @@ class Reader(ABC):
         self.loss, self.in_features, self.num_classes = loss, in_features, num_classes
         self.device = device
 
-    @contextmanager
-    def checked(self, action: str) -> Iterator[Callable[..., None]]:
-        """Checks of a prediction run in this context, before anything is computed.
-
-        It yields a function for what they found: hidden, then integers (…, n) beside its rows, and
-        facts by name. A reader of several ranks compares them over the ranks.
-        """
-
-        def found(hidden: Tensor, *integers: Tensor | None, **facts: Any) -> None:
-            pass
-
-        yield found
+    def checked(self, action: str) -> Checks:
+        """A context for the checks of a prediction, which run before anything is computed."""
+        return Checks()
 
     def check(self, hidden: Tensor) -> None:
         """Raises ValueError or TypeError unless hidden (…, d) can be multiplied with W."""

@@ -7,8 +7,7 @@ merges them. What is sent does not grow with the number of classes, except by `l
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -28,6 +27,7 @@ from softsphere.heads.factored_reader import FactoredReader
 from softsphere.heads.reader import (
     INFINITE,
     SCORES,
+    Checks,
     Reader,
     best_of,
     with_room_for_marks,
@@ -128,6 +128,32 @@ class ReaderOfFactoredShard(_OfShard, FactoredReader):
         return (self.weight.matrix.edition,)
 
 
+class _Agreed(Checks):
+    """The checks of a prediction on all ranks: an error or a difference on one is one on every."""
+
+    def __init__(self, reader: ShardedReader, action: str) -> None:
+        self.reader, self.action = reader, action
+        self.agreed = Agreement(reader.shards.ranks, action)
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        self.agreed.__exit__(kind, error, trace)
+        if error is None:
+            self.reader.batch = self.reader.shards.batch(self.agreed)
+
+    def found(self, hidden: Tensor, *integers: Tensor | None, **facts: Any) -> None:
+        reader = self.reader
+        if reader.own.is_differentiated(hidden):
+            raise RuntimeError(
+                f"{self.action} of a layer with a process_group has no gradient; call it inside "
+                "torch.no_grad()"
+            )
+        rows = hidden.reshape(-1, reader.in_features)
+        beside = [x.reshape(len(rows), x.shape[-1]) for x in integers if x is not None]
+        reader.shards.begin(self.agreed, reader.own.versions, rows, *beside)
+        given = {k: checksum(v) if isinstance(v, Tensor) else v for k, v in facts.items()}
+        self.agreed.same(loss=reader.loss, **given)
+
+
 class ShardedReader(Reader):
     """A reader of the classes of all ranks.
 
@@ -144,24 +170,8 @@ class ShardedReader(Reader):
         self.own, self.shards, self.classes = own, shards, classes
         self.batch = Batch(shards.ranks, (0,) * shards.ranks.size)
 
-    @contextmanager
-    def checked(self, action: str) -> Iterator[Callable[..., None]]:
-        with Agreement(self.shards.ranks, action) as agreed:
-
-            def found(hidden: Tensor, *integers: Tensor | None, **facts: Any) -> None:
-                if self.own.is_differentiated(hidden):
-                    raise RuntimeError(
-                        f"{action} of a layer with a process_group has no gradient; call it inside "
-                        "torch.no_grad()"
-                    )
-                rows = hidden.reshape(-1, self.in_features)
-                beside = [x.reshape(len(rows), x.shape[-1]) for x in integers if x is not None]
-                self.shards.begin(agreed, self.own.versions, rows, *beside)
-                given = {k: checksum(v) if isinstance(v, Tensor) else v for k, v in facts.items()}
-                agreed.same(loss=self.loss, **given)
-
-            yield found
-        self.batch = self.shards.batch(agreed)
+    def checked(self, action: str) -> Checks:
+        return _Agreed(self, action)
 
     def is_differentiated(self, hidden: Tensor) -> bool:
         return False

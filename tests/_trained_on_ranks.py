@@ -12,6 +12,7 @@ import torch
 from torch import distributed
 
 from _lab_studies import TEXT, untimed
+from softsphere.parallel import count_traffic
 from softsphere_lab.experiments.on_text.language_modelling import LanguageModelling
 from softsphere_lab.models.output_layers import Output
 from softsphere_lab.records.checkpoint import Checkpoint, CheckpointOfRank
@@ -51,7 +52,11 @@ def data():
 
 
 def made(name, group=None):
-    return LanguageRun(data().text, Output.parse(name), 3e-3, 5, SETUP, group=group)
+    one = LanguageRun(data().text, Output.parse(name), 3e-3, 5, SETUP, group=group)
+    whole = name.startswith(("softmax", "adaptive", "hierarchical")) or group is None
+    # the numbers would be the same if each rank had all classes
+    assert whole == (getattr(one.head, "shards", None) is None)
+    return one
 
 
 def seen(one):
@@ -73,7 +78,11 @@ class Ending(LanguageModelling):
     def train(self, task, data, kept, on_epoch):
         if task.seed == self.seeds[1] and self.nproc > 1 and distributed.get_rank():
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().train(task, data, kept, on_epoch)
+        with count_traffic() as traffic:
+            found = super().train(task, data, kept, on_epoch)
+        # the numbers would be the same if each process trained alone
+        assert bool(traffic.messages) == (self.nproc > 1)
+        return found
 
 
 class Failing(LanguageModelling):

@@ -17,8 +17,8 @@ from softsphere_lab.errors import LabError
 from softsphere_lab.models.output_layers import Output
 from softsphere_lab.progress import standard_console
 from softsphere_lab.records.folder import Record
+from softsphere_lab.study import on_ranks, work
 from softsphere_lab.study import protocol as study
-from softsphere_lab.study import work
 from softsphere_lab.study.ledger import checkpoint_of, planned
 
 pytestmark = [
@@ -69,6 +69,9 @@ def test_a_record_is_filled_by_two_processes_and_by_one_after_the_second_is_kill
     one = replace(two, nproc=1)
     work.work(one, one.load(), record, standard_console())
     assert before <= kept_lines(record.folder)
+    # nothing is left to do, and no process is begun for it
+    monkeypatch.delattr(on_ranks, "spawn")
+    work.work(two, two.load(), record, standard_console())
     whole = filled(one, tmp_path / "one")
     eps = torch.finfo(torch.float32).eps
     # a sum over some hundred rows, in each of some hundred steps of Adam

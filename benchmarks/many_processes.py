@@ -19,13 +19,14 @@ from softsphere_lab.timing.benchmark import Case, Row, left_out, run
 from softsphere_lab.timing.clock import Effort, paired_ratio
 from softsphere_lab.timing.over_ranks import measured_on_ranks
 from softsphere_lab.timing.setting import Setting
-from softsphere_lab.timing.sharded_steps import FACTORED, GRAM, SHARDED, SOFTMAX
+from softsphere_lab.timing.sharded_steps import CLUSTERED, FACTORED, GRAM, SHARDED, SOFTMAX
 from softsphere_lab.timing.training_steps import SHARE, memory
 
 RANKS, TURNS = 2, 3
-OURS = (GRAM, FACTORED)
+OURS = (GRAM, CLUSTERED, FACTORED)
 NAMES = {
     GRAM: "linear Taylor, gram (ours)",
+    CLUSTERED: "clustered Taylor (ours)",
     FACTORED: "factored Taylor (ours)",
     SOFTMAX: "vocabulary-parallel softmax",
 }

@@ -69,6 +69,7 @@ def _clustered(setting: Setting) -> Step:
         torch.arange(setting.D) % C,
         leaf=LOSS,
         bias=False,
+        sparse=True,
         process_group=dist.group.WORLD,
     )
     return Step(head, torch.optim.SGD(head.parameters(), lr=RATE))

@@ -95,7 +95,8 @@ class Reproduction(Experiment):
 class StudyReproduction(Reproduction):
     """A reproduction that is a study for each budget, with a function that makes its section.
 
-    takes_nproc: whether several processes can train each of its runs together. nproc: how many do.
+    takes_nproc: whether several processes can train each of its runs together. nproc: how many of
+    them do.
     """
 
     name: str

@@ -1,8 +1,8 @@
 """Runs one task after the other on several processes, which train each of them together.
 
-PyTorch starts the processes, and they are the ranks of a process group of `torch.distributed`. This
-process tells them the task and writes the record; of the ranks the first one says how far they are,
-and keeps the checkpoints.
+PyTorch starts the processes, and they are the ranks of a process group of `torch.distributed`. The
+process that starts them tells them each task and writes the record. The first rank alone reports
+epochs and results, and writes the checkpoints.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import shlex
 import signal
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -29,8 +30,8 @@ from softsphere_lab.study.protocol import Study, Task
 
 __all__ = ["run_on_ranks"]
 
-# What a rank says: the number of an epoch and of all epochs, the epochs and the end of a run, or
-# why it cannot go on.
+# The first word of a message from a rank. The rest is the number of the epoch and the number of
+# epochs, the history and the end of a run, or the text of a LabError.
 EPOCH, DONE, REFUSED = "epoch", "done", "refused"
 
 
@@ -54,36 +55,33 @@ def run_on_ranks(
     """
     if not planned(study, record).tasks:
         return
-    pipes = [torch.multiprocessing.Pipe() for _ in range(study.nproc)]
-    alive, lifeline = torch.multiprocessing.Pipe()
-    ours, theirs = zip(*pipes, strict=True)
-    with tempfile.TemporaryDirectory() as folder:
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
         job = _Job(study, record, str(Path(folder) / "store"), torch.get_num_threads())
         with interrupts_held_back():
-            context = spawn(_work, (job, theirs, lifeline), study.nproc, join=False)
-        ranks = _Ranks(context, ours, record.folder)
-        try:
-            while tasks := planned(study, record).tasks:
-                task = tasks[0]
+            ranks = _Ranks(job)
+            stack.callback(ranks.end)
+        while tasks := planned(study, record).tasks:
+            task = tasks[0]
 
-                def on_epoch(epoch: int, epochs: int, task: Task = task) -> None:
-                    show_epoch(task, epoch, epochs)
+            def on_epoch(epoch: int, epochs: int, task: Task = task) -> None:
+                show_epoch(task, epoch, epochs)
 
-                yield task, *ranks.answer(task, on_epoch)
-            ranks.leave()
-        finally:
-            ranks.end()
-            for each in (*ours, *theirs, alive, lifeline):
-                each.close()
+            yield task, *ranks.answer(task, on_epoch)
+        ranks.leave()
 
 
 class _Ranks:
-    """The processes, as the one that started them sees them. folder: that of the record."""
+    """The processes, as the one that starts them sees them."""
 
-    def __init__(
-        self, context: ProcessContext, pipes: tuple[Connection, ...], folder: Path
-    ) -> None:
-        self.context, self.pipes, self.folder = context, pipes, folder
+    def __init__(self, job: _Job) -> None:
+        self.folder, size = job.record.folder, job.study.nproc
+        self.alive, lifeline = torch.multiprocessing.Pipe()
+        pairs = [torch.multiprocessing.Pipe() for _ in range(size)]
+        self.pipes, theirs = zip(*pairs, strict=True)
+        self.context: ProcessContext = spawn(_work, (job, theirs, lifeline), size, join=False)
+        for each in (*theirs, lifeline):
+            each.close()
 
     def answer(self, task: Task, on_epoch: Callable[[int, int], None]) -> tuple[list[Line], Line]:
         """Returns the epochs and the end of a run on all ranks."""
@@ -104,11 +102,13 @@ class _Ranks:
             pass
 
     def end(self) -> None:
-        """Ends what has not ended."""
+        """Ends the processes that have not ended."""
         for process in self.context.processes:
             process.kill()
         for process in self.context.processes:
             process.join()
+        for each in (*self.pipes, self.alive):
+            each.close()
 
     def _tell(self, task: Task | None) -> None:
         try:
@@ -121,13 +121,19 @@ class _Ranks:
         """Returns what a rank says next. Raises an error if one has ended."""
         sentinels = [process.sentinel for process in self.context.processes]
         ready = wait([*self.pipes, *sentinels])
-        for pipe in self.pipes:
-            if pipe in ready:
-                return pipe.recv()
+        try:
+            for pipe in self.pipes:
+                if pipe in ready:
+                    return pipe.recv()
+        except (EOFError, OSError):  # it ended while it wrote
+            pass
         self._raise_failure()
 
     def _raise_failure(self) -> NoReturn:
-        """Raises what says best why the ranks cannot go on: others fail when one has died."""
+        """Raises an error that names a rank that was killed, or else one with the first traceback.
+
+        When a rank is killed, the others fail as well.
+        """
         size = len(self.pipes)
         for rank, process in enumerate(self.context.processes):
             process.join(0.01)  # with 0 it would not wait for the exit code of one that has ended

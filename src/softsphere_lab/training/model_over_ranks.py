@@ -29,9 +29,9 @@ IGNORED = -100
 class ModelOverRanks(WholeModel):
     """A network and its output layer on several processes, all of which make the same calls.
 
-    Batches are those of all ranks. Every rank has the same weights in the beginning, except for the
-    rows of a sharded output layer, and the same random generator. `loss`, `rank` and the states
-    are the same on all ranks.
+    Every rank gives the whole batch to `loss` and `rank`, which return the same on all ranks, and
+    computes with its share of the rows. All ranks must begin with the same weights and with the
+    same state of the random generator.
     """
 
     def __init__(self, network: nn.Module, head: nn.Module, group: dist.ProcessGroup) -> None:
@@ -51,14 +51,13 @@ class ModelOverRanks(WholeModel):
         own, counts = self.share.of_batch(len(x)), self.share.counts
         counted = counts[self.group.rank]
         target = y[own] if counted or not self.sharded else torch.full_like(y[own], IGNORED)
-        # DistributedDataParallel averages gradients, and an evaluation has none
         model = self.trained if torch.is_grad_enabled() else self.both
         loss: Tensor = model(x[own], target)
         if self.sharded:
             return loss
         part = loss * (counted / len(x))
         if part.requires_grad:
-            size = self.group.size
+            size = self.group.size  # DistributedDataParallel averages, where a sum is needed
             part.register_hook(lambda g: g * size)
         return sum_of_losses(part, Batch(self.group, counts))
 
@@ -98,7 +97,7 @@ class _Share:
     """Which rows of a batch are those of this rank: consecutive ones, in the order of the ranks.
 
     counts: the number of rows of each rank, which differ by at most one. own: the rows of this
-    rank. A rank without rows takes the first row of the batch, which does not count there.
+    rank. A rank without rows computes with the first row of the batch, which does not count there.
     """
 
     def __init__(self, group: Group) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
@@ -24,6 +25,7 @@ EXAMPLES = [
 
 
 @pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")  # checkpoints of torch 2.6
+@pytest.mark.filterwarnings("ignore:DTensor random operators:UserWarning")  # of torch 2.6
 @pytest.mark.parametrize("code", EXAMPLES)
 def test_examples_run(code):
     for name in ("skorch", "transformers"):
@@ -31,7 +33,11 @@ def test_examples_run(code):
             pytest.importorskip(name, reason=f"{name} is not installed")
     if "fully_shard" in code and not hasattr(torch.cpu.Stream(), "record_event"):
         pytest.skip("fully_shard needs streams, which this PyTorch has on GPUs alone")
-    exec(code, {})
+    try:
+        exec(code, {})
+    finally:
+        if dist.is_available() and dist.is_initialized():  # by an example that failed
+            dist.destroy_process_group()
 
 
 def test_the_page_of_costs_is_that_of_the_measured_tables(monkeypatch):

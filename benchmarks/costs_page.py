@@ -240,6 +240,7 @@ def many_processes() -> str:
     table, softmax = Table("many_processes"), "vocabulary-parallel softmax"
     named = {
         "`LinearSphericalLoss`, Gram engine": "linear Taylor, gram (ours)",
+        "`ClusteredLoss`, log-Taylor, without a shortlist": "clustered Taylor (ours)",
         "`FactoredSphericalLoss`": "factored Taylor (ours)",
     }
     timed = [s for s in table.settings if table.number(softmax, s, "seconds") is not None]

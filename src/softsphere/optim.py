@@ -40,9 +40,10 @@ class FactoredSGD(torch.optim.Optimizer):
 
     Args:
         params: parameters, named parameters, or groups of them, as for every optimizer.
-        lr: the learning rate, at most 1e18. "auto" is D / 100 for a group of factored weights of D
-            classes alone, since good rates grow with D, and 0.001 for every other group. D / 100 is
-            for the mean loss of a distribution; the squared error and the Z-loss need others.
+        lr: the learning rate, at most 1e18. "auto" is (1 − momentum) D / 100 for a group of
+            factored weights of D classes, since good rates grow with D, and 0.001 for a group of
+            ordinary parameters; a group of both needs a number. D / 100 is for the mean loss of a
+            distribution; the squared error and the Z-loss need others.
         momentum, dampening, weight_decay, nesterov, maximize, foreach: as in `torch.optim.SGD`.
         differentiable, fused: must be False or None.
         capturable: whether a step reads nothing from the device, so that `softsphere.CapturedStep`
@@ -132,7 +133,7 @@ class FactoredSGD(torch.optim.Optimizer):
             group = {**{k: v for k, v in filled.items() if k != "params"}, **group}
         else:
             if _is_auto(group.get("lr", self.defaults["lr"])):
-                group["lr"] = default_rate(plain)
+                group["lr"] = default_rate(plain, group.get("momentum", self.defaults["momentum"]))
             checks.sgd_options({**self.defaults, **group})
         if group["capturable"]:
             _check_capturable({**self.defaults, **group}, plain)

@@ -28,9 +28,18 @@ def test_it_grows_with_the_classes_and_is_that_of_sgd_for_ordinary_parameters():
     assert rates(*groups, lr=2.0) == [2.0] * 3
 
 
-def test_a_group_with_ordinary_parameters_has_the_rate_of_sgd():
+def test_momentum_takes_its_share_of_it():
     (few,) = weights(50)
-    assert rates({"params": [few, nn.Linear(2, 2).weight]}) == [0.001]
+    assert rates({"params": [few], "momentum": 0.9}) == pytest.approx([0.05])
+    assert rates(few, momentum=0.5, nesterov=True) == pytest.approx([0.25])
+
+
+def test_no_rate_suits_a_factored_weight_and_ordinary_parameters():
+    (few,) = weights(50)
+    mixed = [few, nn.Linear(2, 2).weight]
+    with pytest.raises(ValueError, match="lr must be given for a group with a factored weight"):
+        FactoredSGD(mixed)
+    assert rates(*mixed, lr=0.1) == [0.1]
 
 
 def test_factored_weights_that_need_different_rates_are_refused():

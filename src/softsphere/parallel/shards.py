@@ -206,7 +206,14 @@ def rows_of_one_rank(layer: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in named if not is_dtensor(p)}
 
 
-def checksum(x: Tensor | None) -> int | None:
+class Bits(int):
+    """A number that stands for the bits of a tensor, as errors show it."""
+
+    def __repr__(self) -> str:
+        return f"bits {self & 0xFFFFFFFFFFFFFFFF:016x}"
+
+
+def checksum(x: Tensor | None) -> Bits | None:
     """A number made of all bits of x, in their order; None for None.
 
     Each byte is multiplied by a number of 64 bits that is drawn for its place.
@@ -218,7 +225,7 @@ def checksum(x: Tensor | None) -> int | None:
         bits = part.view(torch.uint8).to(torch.int64)
         places = torch.arange(start, start + len(bits), device=x.device)
         total, start = total + int((bits * _drawn(places)).sum()), start + len(bits)
-    return total
+    return Bits(total)
 
 
 def _drawn(x: Tensor) -> Tensor:

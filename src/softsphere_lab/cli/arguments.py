@@ -48,7 +48,8 @@ DataDir = Annotated[
     typer.Option(
         parser=folder,
         metavar="FOLDER",
-        help="Folder with NAME/train.parquet; default $SOFTSPHERE_DATA, or the hub.",
+        help="Folder with NAME/train.parquet and the other parts; default $SOFTSPHERE_DATA, "
+        "or the hub.",
     ),
 ]
 Resume = Annotated[

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+
+from _ranks import AVAILABLE, start
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
@@ -38,6 +41,26 @@ def test_examples_run(code):
     finally:
         if dist.is_available() and dist.is_initialized():  # by an example that failed
             dist.destroy_process_group()
+
+
+def run_on_a_rank(rank, folder, codes):
+    """Runs examples whose comment says what to do under torchrun, as it says."""
+    os.environ["TMPDIR"] = folder  # where an example keeps its checkpoint
+    for i, code in enumerate(codes):
+        torch.manual_seed(rank)  # no example may need luck to have the same numbers on all ranks
+        store = f'init_method="file://{folder}/{i}", rank={rank}, world_size=2'
+        exec(code.replace("store=dist.HashStore(), rank=0, world_size=1", store), {})
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not AVAILABLE, reason="needs gloo")
+def test_the_examples_of_many_processes_run_on_two(tmp_path):
+    page = (ROOT / "docs" / "many_processes.md").read_text()
+    codes = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert all(code.count("store=dist.HashStore(), rank=0, world_size=1") == 1 for code in codes)
+    if not hasattr(torch.cpu.Stream(), "record_event"):
+        codes = [code for code in codes if "fully_shard" not in code]
+    start(run_on_a_rank, (str(tmp_path), codes), 2)
 
 
 def test_the_page_of_costs_is_that_of_the_measured_tables(monkeypatch):

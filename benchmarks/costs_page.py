@@ -237,7 +237,7 @@ of 2,000 classes and 256 clusters, or 1,024 clusters from half a million classes
 
 
 def many_processes() -> str:
-    table, softmax = Table("many_processes"), "vocabulary-parallel softmax"
+    table, softmax = Table("two_processes"), "vocabulary-parallel softmax"
     named = {
         "`LinearSphericalLoss`, Gram engine": "linear Taylor, gram (ours)",
         "`ClusteredLoss`, log-Taylor, without a shortlist": "clustered Taylor (ours)",

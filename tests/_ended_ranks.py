@@ -64,14 +64,14 @@ def state_of(head, optimizer):
     return {"head": head.state_dict(), "momentum": {str(k): v for k, v in packed.items()}}
 
 
-def begin(rank, size, folder, name):
+def begin(rank, size, folder, name, seconds=20):
     torch.set_num_threads(1)
     distributed.init_process_group(
         "gloo",
         init_method=f"file://{folder}/{name}",
         rank=rank,
         world_size=size,
-        timeout=datetime.timedelta(seconds=20),
+        timeout=datetime.timedelta(seconds=seconds),
     )
 
 
@@ -122,3 +122,29 @@ def resumed(rank, size, folder):
         for name, x in want.items():
             torch.testing.assert_close(got[name], x.detach(), **TIGHT)
     distributed.destroy_process_group()
+
+
+def of_another_group(rank, size, folder):
+    """The ranks take groups of different sizes for that of the layer."""
+    begin(rank, size, folder, "groups", seconds=4)
+    alone = distributed.new_group([size - 1])
+    group = alone if rank == size - 1 else distributed.group.WORLD
+    try:
+        train(*made("linear", group), range(1), 0, 1)
+        told = None
+    except RuntimeError as error:
+        told = str(error)
+    Path(f"{folder}/told-{rank}.json").write_text(json.dumps(told))
+    os._exit(0)
+
+
+def of_another_size(rank, size, folder):
+    """The ranks join a job of different sizes."""
+    try:
+        begin(rank, size + (rank == 0), folder, "sizes", seconds=4)
+        train(*made("linear", distributed.group.WORLD), range(1), rank, size)
+        told = None
+    except RuntimeError as error:
+        told = str(error)
+    Path(f"{folder}/told-{rank}.json").write_text(json.dumps(told))
+    os._exit(0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import re
 from pathlib import Path
 
@@ -45,7 +44,6 @@ def test_examples_run(code):
 
 def run_on_a_rank(rank, folder, codes):
     """Runs examples whose comment says what to do under torchrun, as it says."""
-    os.environ["TMPDIR"] = folder  # where an example keeps its checkpoint
     for i, code in enumerate(codes):
         torch.manual_seed(rank)  # no example may need luck to have the same numbers on all ranks
         store = f'init_method="file://{folder}/{i}", rank={rank}, world_size=2'

@@ -1,6 +1,6 @@
 """How long is a step of sharded output layers on two processes, and how much do they send?
 
-    python benchmarks/many_processes.py
+    python benchmarks/two_processes.py
 
 Each process has one thread and half of the classes and of the rows. Vocabulary-parallel softmax is
 `torch.distributed.tensor.parallel.loss_parallel` on the same processes. The layers of a turn come

@@ -171,5 +171,5 @@ def test_ctrl_c_is_a_sentence_even_while_packages_are_imported(name, monkeypatch
 def test_every_program_has_a_name_of_its_own():
     """Tests import programs by their names, which would find another one of the same name."""
     folders = ("benchmarks", "examples", "website")
-    names = [path.stem for folder in folders for path in (ROOT / folder).glob("*.py")]
+    names = [path.stem for folder in folders for path in (FOLDER.parent / folder).glob("*.py")]
     assert sorted(names) == sorted(set(names))

@@ -26,7 +26,7 @@ from softsphere.engines.cluster_shards import ClusterShards
 from softsphere.engines.row_statistics import accumulator
 from softsphere.functional.conventions import Conventions
 from softsphere.functional.on_leaves import Leaves, leaf_losses, root_scores
-from softsphere.functional.on_shards import checked_items, finish_over_ranks
+from softsphere.functional.rows_over_ranks import checked_items, finish_over_ranks
 from softsphere.parallel import (
     Agreement,
     Batch,

@@ -17,7 +17,7 @@ from softsphere import losses
 from softsphere.engines.factored_statistics import factored_statistics
 from softsphere.functional.conventions import Conventions
 from softsphere.functional.on_logits import spherical_value
-from softsphere.functional.on_shards import checked_items, entries_of_rank, reduce_over_ranks
+from softsphere.functional.rows_over_ranks import checked_items, entries_of_rank, reduce_over_ranks
 from softsphere.matrix import FactoredTensor
 from softsphere.matrix.sharded_arrays import ShardedArrays, small_bits
 from softsphere.parallel import Agreement, Batch, own_part, same_on_all

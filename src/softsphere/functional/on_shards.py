@@ -34,26 +34,19 @@ from softsphere.engines.weight import accumulator
 from softsphere.functional.conventions import Conventions, mixed_precision
 from softsphere.functional.on_linear import Affine, Statistics, autocast
 from softsphere.functional.on_logits import spherical_value
+from softsphere.functional.rows_over_ranks import checked_items, entries_of_rank, finish_over_ranks
 from softsphere.parallel import (
     Agreement,
     Batch,
     Shards,
     all_rows,
     own_sums,
-    sum_of_losses,
     sum_of_parts,
 )
 from softsphere.stats import Stats
 from softsphere.targets import Targets
 
-__all__ = [
-    "LossOnShards",
-    "ShardedStatistics",
-    "checked_items",
-    "entries_of_rank",
-    "finish_over_ranks",
-    "reduce_over_ranks",
-]
+__all__ = ["LossOnShards", "ShardedStatistics"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,30 +204,6 @@ class LossOnShards:
         return replace(x, y=entries.y, pi=None if pi is None else found[0]), entries
 
 
-def finish_over_ranks(
-    rows: Tensor, counted: Tensor, reduction: str, items: float | None, batch: Batch, given: Tensor
-) -> Tensor:
-    """`reduce_over_ranks`, or the losses (…) of the rows of this rank with "none".
-
-    They are in the dtype of the given hidden states (…, d), except under autocast.
-    """
-    if reduction == "none":
-        result = rows.view(given.shape[:-1])
-    else:
-        result = reduce_over_ranks(rows, counted, reduction, items, batch)
-    return result if mixed_precision(given) else result.to(given.dtype)
-
-
-def reduce_over_ranks(
-    rows: Tensor, counted: Tensor, reduction: str, items: float | None, batch: Batch
-) -> Tensor:
-    """The sum or the mean of the losses of the rows of all ranks."""
-    total, count = sum_of_losses(torch.stack([rows.sum(), counted.sum()]), batch).unbind()
-    if reduction == "sum":
-        return total
-    return total / (count.detach() if items is None else items)
-
-
 def _total_row(W: Tensor, b: Tensor | None, pi: Tensor | None) -> Tensor:
     """Σ_k π_k [W b]_k over the classes of this rank, in float64: (d), or (d + 1) with a b."""
     parts = [W] if b is None else [W, b.unsqueeze(1)]
@@ -266,45 +235,3 @@ def _rows(hidden: Tensor, layer: Affine, accumulates: bool) -> tuple[Tensor, Ten
 def _vectors_in(conventions: Conventions, dtype: torch.dtype) -> Conventions:
     w, pi = (None if v is None else v.to(dtype) for v in (conventions.weight, conventions.pi))
     return replace(conventions, weight=w, pi=pi)
-
-
-def entries_of_rank(
-    hidden: Tensor,
-    target: Any,
-    values: Any,
-    conventions: Conventions,
-    num_classes: int,
-    dtype: torch.dtype,
-) -> Targets:
-    """The targets of the rows of this rank, without class weights."""
-    leading = hidden.shape[:-1]
-    for name, x in (("target", target), ("target_values", values)):
-        checks.same_device(name, x, "hidden", hidden)
-    if values is not None:
-        checks.sparse_rows(leading, target, values)
-        target = target.reshape(math.prod(leading), target.shape[-1])
-        values = values.reshape(target.shape)
-    else:
-        if isinstance(target, Tensor) and target.is_floating_point():
-            raise TypeError(
-                "target must hold class indices for a layer with a process_group, got class "
-                f"probabilities of {target.dtype}; give K-sparse ones with target_values"
-            )
-        checks.rows_target(leading, target)
-        target = target.reshape(-1)
-    return replace(conventions, weight=None).entries(target, values, num_classes, dtype)
-
-
-def checked_items(value: Any, reduction: str) -> float | None:
-    """num_items as a number. Raises ValueError or TypeError for one that cannot be."""
-    if value is None:
-        return None
-    if reduction != "mean":
-        raise ValueError(
-            f"num_items has a meaning for reduction='mean' alone, got reduction={reduction!r}; "
-            "leave it out"
-        )
-    if isinstance(value, Tensor):
-        value = value.item()
-    checks.positive("num_items", value)
-    return float(value)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, distributed
@@ -14,13 +13,13 @@ from softsphere.engines.accumulation_checks import (
     FIRST_ONLY,
     Both,
     check_wrapper,
-    wanted_now,
 )
+from softsphere.engines.accumulation_functions import Delivery, KeptStatistics, KeptTotal
 from softsphere.engines.engine import Gradients, Inputs
 from softsphere.engines.moments import Moments
 from softsphere.engines.options import LinearSphericalOptions
 from softsphere.engines.pending import Share, shares_of, waiting, withdraw
-from softsphere.engines.quadratic_rows import hidden_gradient, loses_digits, quadratic_statistics
+from softsphere.engines.quadratic_rows import loses_digits
 from softsphere.engines.weight import accumulator, scatter
 from softsphere.stats import Stats
 
@@ -124,7 +123,7 @@ class Accumulation:
                 size = self.chunk_size(inputs)
                 self.moments = moments.moments(inputs, self.centred, size, self.dtype)
         stand = tuple(self.stand_in(x) for x in (self.W, self.b))
-        s, q, c = _KeptStatistics.apply(H, *stand, target, self)  # type: ignore[no-untyped-call]
+        s, q, c = KeptStatistics.apply(H, *stand, target, self)  # type: ignore[no-untyped-call]
         pi = None if self.pi is None else self.pi[target]
         return Stats(s, q, c, float(len(self.W)), pi=pi)
 
@@ -136,7 +135,7 @@ class Accumulation:
                 self.total = compute()
         W, b = (self.stand_in(x) for x in (self.W, self.b))
         none = self.W.new_empty(0)
-        out: Tensor = _KeptTotal.apply(none, W, b, none, self)  # type: ignore[no-untyped-call]
+        out: Tensor = KeptTotal.apply(none, W, b, none, self)  # type: ignore[no-untyped-call]
         return out
 
     def stand_in(self, x: Tensor | None) -> Tensor | None:
@@ -218,7 +217,7 @@ class Accumulation:
         shares = withdraw(self.W, self), withdraw(self.b, self)
         given = [x if mine else None for x, mine in zip((self.W, self.b), shares, strict=True)]
         with torch.enable_grad():
-            end: Tensor = _Delivery.apply(self, shares, *given)  # type: ignore[no-untyped-call]
+            end: Tensor = Delivery.apply(self, shares, *given)  # type: ignore[no-untyped-call]
         end.backward()
 
     def gradients(
@@ -250,88 +249,3 @@ class Accumulation:
         for x in (self.W, self.b):
             withdraw(x, self)
         self.open, self.moments, self.total = False, None, None
-
-
-class _KeptStatistics(torch.autograd.Function):
-    """s, q (m) and c (m, K) from kept moments.
-
-    W and b, or their stand-ins, are inputs only so that autograd says whether their gradients are
-    wanted. They get no gradient from here.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, H: Tensor, W: Tensor, b: Tensor | None, target: Tensor, a: Accumulation
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        assert a.moments is not None
-        with torch.autocast(H.device.type, enabled=False):
-            s, q, c, P, mu = quadratic_statistics(a.inputs(H, target), a.moments)
-            a.check_digits(H, P)
-        ctx.accumulation, ctx.stood_in = a, W is not a.W or b is not a.b
-        ctx.save_for_backward(H, target, P, mu)
-        return s, q, c
-
-    @staticmethod
-    def backward(
-        ctx: Any, gs: Tensor, gq: Tensor, gc: Tensor
-    ) -> tuple[Tensor | None, None, None, None, None]:
-        a: Accumulation = ctx.accumulation
-        a.check()
-        if torch.is_grad_enabled():  # create_graph=True
-            raise RuntimeError(FIRST_ONLY)
-        wanted = wanted_now(ctx)
-        H, target, P, mu = ctx.saved_tensors
-        g, back = Gradients(gs, gq, gc), None
-        if ctx.needs_input_grad[0]:
-            assert a.moments is not None
-            with torch.autocast(H.device.type, enabled=False):
-                back = hidden_gradient(a.inputs(H, target), P, mu, a.moments, g)
-        if any(wanted):
-            a.add(H, target, mu, g, wanted)
-        return back, None, None, None, None
-
-
-class _KeptTotal(torch.autograd.Function):
-    """The kept total row; see `_KeptStatistics`, whose arguments stand at the same places."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, none: Tensor, W: Tensor, b: Tensor | None, target: Tensor, a: Accumulation
-    ) -> Tensor:
-        assert a.total is not None
-        ctx.accumulation, ctx.stood_in = a, W is not a.W or b is not a.b
-        return a.total.clone()
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[None, None, None, None, None]:
-        a: Accumulation = ctx.accumulation
-        a.check()
-        if torch.is_grad_enabled():  # create_graph=True
-            raise RuntimeError(FIRST_ONLY)
-        wanted = wanted_now(ctx)
-        if any(wanted):
-            a.add_to_each_row(g, wanted)
-        return None, None, None, None, None
-
-
-class _Delivery(torch.autograd.Function):
-    """Has autograd add the accumulated gradients to W and b, so that every hook sees them once.
-
-    They are computed in the backward, and nothing else refers to them. So autograd keeps them as
-    `.grad` without a copy, if there was no `.grad` before.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        a: Accumulation,
-        shares: tuple[list[Share], list[Share]],
-        W: Tensor | None,
-        b: Tensor | None,
-    ) -> Tensor:
-        ctx.accumulation, ctx.shares = a, shares
-        return a.W.new_zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *ctx.accumulation.gradients(ctx.shares)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from softsphere_lab.errors import LabError
 from softsphere_lab.records.checkpoint import Checkpoint
 from softsphere_lab.records.folder import Line
 from softsphere_lab.study.search import Space
@@ -105,7 +106,7 @@ class Study(ABC):
 
         Raises LabError if they cannot.
         """
-        raise NotImplementedError
+        raise LabError(f"--nproc must be 1, got {nproc}: one process trains each run of this study")
 
     @abstractmethod
     def config(self) -> Line:

@@ -100,8 +100,10 @@ def saved(rank, size, folder):
 
 def drawn_again(rank, size, folder):
     many = pair(size)[1]
+    before = many.weight.full_tensor().clone()
     many.reset_parameters()
     W = many.weight.full_tensor()
+    assert not (before == W).any()
     assert 0 < W.abs().max() <= d**-0.5 and len(W.unique()) == W.numel()
 
 

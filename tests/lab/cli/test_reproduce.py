@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from softsphere_lab.cli import app as cli
+from softsphere_lab.errors import LabError
 from softsphere_lab.experiments.registry import REPRODUCTIONS
 from softsphere_lab.records.folder import Record
 from softsphere_lab.timing import processes
@@ -138,3 +139,11 @@ def test_a_text_that_is_too_small_is_refused_before_a_folder_is_made(tmp_path, m
     said = capsys.readouterr().err
     assert "ptb has 200 words to train on, and 200,000 are to be read" in said
     assert not (tmp_path / "records").exists()
+
+
+def test_a_study_says_whether_several_processes_can_train_its_runs():
+    """Also if it is asked for them without the command."""
+    images, text = (REPRODUCTIONS[name].studies["smoke"] for name in ("mnist", "ptb"))
+    assert text.over_processes(2).nproc == 2
+    with pytest.raises(LabError, match="--nproc must be 1, got 2"):
+        images.over_processes(2)

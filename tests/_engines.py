@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import FlopCounterMode
 
 from _cases import CASES
 from softsphere import LinearSphericalOptions, losses
@@ -61,3 +64,29 @@ class Largest(TorchDispatchMode):
         made = [x.numel() for x in tree_iter(result) if isinstance(x, Tensor)]
         self.numel = max([self.numel, *made])
         return result
+
+
+@contextmanager
+def flops_of_calls(engines, *methods):
+    """Yields a list that gets the FLOPs of each call of these methods of operators.
+
+    They are counted inside of the calls, which hide them from a counter outside.
+    """
+    found, real = [], [(each, name, getattr(each, name)) for each in engines for name in methods]
+
+    def counting(compute):
+        def count(*args):
+            with FlopCounterMode(display=False) as counter:
+                out = compute(*args)
+            found.append(counter.get_total_flops())
+            return out
+
+        return count
+
+    for engine, name, compute in real:
+        object.__setattr__(engine, name, counting(compute))
+    try:
+        yield found
+    finally:
+        for engine, name, compute in real:
+            object.__setattr__(engine, name, compute)

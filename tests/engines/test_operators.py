@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from _engines import ENGINES, OPERATORS, Largest, layer
+from _engines import ENGINES, OPERATORS, Largest, flops_of_calls, layer
 from softsphere import checks
 from softsphere.engines.engine import Gradients, Inputs, Settings
 from softsphere.functional import linear_spherical_loss
@@ -99,23 +99,8 @@ def test_a_frozen_weight_costs_gram_nothing_backwards():
 
 @pytest.fixture
 def backward_flops():
-    """The FLOPs of each backward of an operator, counted inside of it."""
-    found, real = [], {name: engine.backward for name, engine in OPERATORS.items()}
-
-    def counting(backward):
-        def count(*args):
-            with FlopCounterMode(display=False) as counter:
-                grads = backward(*args)
-            found.append(counter.get_total_flops())
-            return grads
-
-        return count
-
-    for name, backward in real.items():
-        object.__setattr__(OPERATORS[name], "backward", counting(backward))
-    yield found
-    for name, backward in real.items():
-        object.__setattr__(OPERATORS[name], "backward", backward)
+    with flops_of_calls(OPERATORS.values(), "backward") as found:
+        yield found
 
 
 @pytest.mark.parametrize("leaf", [False, True])

@@ -10,7 +10,7 @@ import torch
 from torch import distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
-from _engines import OPERATORS
+from _engines import OPERATORS, flops_of_calls
 from _ranks import AVAILABLE
 from softsphere import (
     ClusteredLoss,
@@ -181,34 +181,14 @@ def test_the_page_has_the_formulas(setting):
         assert value(formula, names) == layer.flops(setting, 4)
 
 
-@pytest.fixture
-def flops_of_gram():
-    """The FLOPs of each call of the operator, which are hidden from a counter outside."""
-    found, engine = [], OPERATORS["gram"]
-    real = {name: getattr(engine, name) for name in ("forward", "backward")}
-
-    def counting(compute):
-        def count(*args):
-            with FlopCounterMode(display=False) as counter:
-                out = compute(*args)
-            found.append(counter.get_total_flops())
-            return out
-
-        return count
-
-    for name, compute in real.items():
-        object.__setattr__(engine, name, counting(compute))
-    yield found
-    for name, compute in real.items():
-        object.__setattr__(engine, name, compute)
-
-
 @pytest.mark.skipif(not AVAILABLE, reason="needs gloo")
 @pytest.mark.parametrize("m", [16, 400])
-def test_a_linear_step_computes_what_the_formula_says(m, four_ranks, flops_of_gram):
+def test_a_linear_step_computes_what_the_formula_says(m, four_ranks):
     s = Setting(D=1_000, d=64, m=m)
-    made(GRAM, s, four_ranks)[2]()
-    assert sum(flops_of_gram) == pytest.approx(SHARDED[GRAM].flops(s, 4), rel=0.05)
+    step = made(GRAM, s, four_ranks)[2]
+    with flops_of_calls([OPERATORS["gram"]], "forward", "backward") as found:
+        step()
+    assert sum(found) == pytest.approx(SHARDED[GRAM].flops(s, 4), rel=0.05)
 
 
 @pytest.mark.parametrize("m", [16, 64, 200])

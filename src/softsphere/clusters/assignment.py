@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from torch.nn import functional as F
 
 from softsphere import checks
 from softsphere.clusters.placement import on_cpu
+from softsphere.whole_files import write_bytes
 
 __all__ = ["Clusters", "directions", "from_tail"]
 
@@ -181,7 +181,7 @@ class Clusters:
         }
         content = io.BytesIO()
         torch.save(state, content)
-        _write(Path(path), content.getvalue())
+        write_bytes(Path(path), content.getvalue())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Clusters:
@@ -233,18 +233,3 @@ def _not_ours(path: str | os.PathLike[str]) -> ValueError:
     return ValueError(
         f"{os.fspath(path)} is not a file of clusters; pass one that Clusters.save wrote"
     )
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all."""
-    handle, name = tempfile.mkstemp(".unfinished", f".{path.name}.", path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

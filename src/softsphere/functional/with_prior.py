@@ -6,14 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from softsphere import checks
+from softsphere.functional.loading import Loading, LoadsEntries
 
 __all__ = ["WithPrior"]
 
 
-class WithPrior(nn.Module):
+class WithPrior(LoadsEntries):
     """A module whose buffer `prior`, normalised to Σ π = D, is always in float32 or float64.
 
     A prior that is assigned is checked and normalised, as one that is given to the constructor.
@@ -42,24 +43,13 @@ class WithPrior(nn.Module):
                 self.prior = checks.prior(self.prior)
         return self
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
+    def _load_entries(self, state_dict: dict[str, Any], prefix: str, loading: Loading) -> None:
         """Loads as every module does, but normalises a prior that is not normalised."""
         key = f"{prefix}prior"
         if self.prior is not None and key in state_dict:
             try:
                 state_dict[key] = checks.loaded_prior(state_dict[key])
             except (TypeError, ValueError) as error:
-                error_msgs.append(f"{key} cannot be loaded: {error}")
+                loading.error_msgs.append(f"{key} cannot be loaded: {error}")
                 return
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        super()._load_entries(state_dict, prefix, loading)

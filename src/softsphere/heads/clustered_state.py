@@ -16,6 +16,7 @@ from softsphere._torch import version_of
 from softsphere.engines.cluster_shards import ClusterShards
 from softsphere.engines.grouping import Grouping
 from softsphere.engines.row_statistics import accumulator
+from softsphere.functional.loading import Loading
 from softsphere.heads.factored_leaves import FactoredLeaves
 from softsphere.heads.sharded import ShardedLayer, ShardedLinear
 from softsphere.parallel import Agreement, RowsOfRanks
@@ -189,22 +190,11 @@ class WithGrouping(ShardedLayer, FactoredLeaves):
         loaded, own = state_dict.get(f"{prefix}assignment"), self._grouping.cluster
         return loaded is None or torch.equal(loaded.to(own.device), own)
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
+    def _load_entries(self, state_dict: dict[str, Any], prefix: str, loading: Loading) -> None:
         """Loads as every module does, but refuses the weights of another assignment."""
         if self.shards is None and not self._has_assignment_of(state_dict, prefix):
-            error_msgs.append(prefix + _OTHER_ASSIGNMENT)
+            loading.error_msgs.append(prefix + _OTHER_ASSIGNMENT)
             # The layers below load after this one: nothing changes.
             state_dict.update({prefix + key: x for key, x in self.state_dict().items()})
             return
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        super()._load_entries(state_dict, prefix, loading)

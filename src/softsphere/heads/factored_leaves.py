@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from softsphere._torch import transforms_active
 from softsphere.engines.factored_statistics import TWICE
+from softsphere.functional.loading import Loading, LoadsEntries
 from softsphere.heads.factored_parameter import WithFactoredParameter
 from softsphere.matrix import FactoredTensor, Health, StructuredGradient
 from softsphere.matrix.factored_stack import FactoredStack
@@ -35,7 +36,7 @@ def factored_leaves(W: Tensor, b: Tensor | None, starts: Tensor, pi: Tensor) -> 
     return FactoredTensor.stack(columns, starts, pi.to(W.device, W.dtype))
 
 
-class FactoredLeaves(WithFactoredParameter):
+class FactoredLeaves(WithFactoredParameter, LoadsEntries):
     """A layer whose leaves are ordinary parameters `weight` and `bias`, or one factored `weight`.
 
     With engine="factored" the parameter is diag(√π) [W b] (L, d'+1), and `bias` is None. Its
@@ -153,26 +154,16 @@ class FactoredLeaves(WithFactoredParameter):
         if self.has_bias:
             destination[f"{prefix}bias"] = V.lend(1).squeeze(1)
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
+    def _load_entries(self, state_dict: dict[str, Any], prefix: str, loading: Loading) -> None:
         """Loads weight and bias into the factors, and the rest as every module does."""
-        args = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         if self.engine != "factored":
-            super()._load_from_state_dict(state_dict, prefix, *args)
+            super()._load_entries(state_dict, prefix, loading)
             return
         shapes: dict[str, tuple[int, ...]] = {"weight": (len(self.prior), self.leaf_width)}
         if self.has_bias:
             shapes["bias"] = (len(self.prior),)
         given = {name: state_dict[prefix + name] for name in shapes if prefix + name in state_dict}
-        missing_keys += [prefix + name for name in shapes if name not in given]
+        loading.missing_keys.extend(prefix + name for name in shapes if name not in given)
         wrong = [
             f"size mismatch for {prefix}{name}: copying a param with shape "
             f"{tuple(x.shape)}, the shape in current model is {shapes[name]}."
@@ -182,15 +173,15 @@ class FactoredLeaves(WithFactoredParameter):
         mine = {prefix + name for name in shapes}
         rest = {key: x for key, x in state_dict.items() if key not in mine}
         rest[f"{prefix}weight"] = self.weight
-        before = len(error_msgs)
-        super()._load_from_state_dict(rest, prefix, *args)
-        complete = len(given) == len(shapes) and not wrong and len(error_msgs) == before
-        if complete and local_metadata.get("assign_to_params_buffers", False):
+        before = len(loading.error_msgs)
+        super()._load_entries(rest, prefix, loading)
+        complete = len(given) == len(shapes) and not wrong and len(loading.error_msgs) == before
+        if complete and loading.assigns:
             self._adopt(*given.values())
         else:
             # The base measure may have been loaded in any case.
             self.write_leaves(*(given.values() if complete else ()))
-        error_msgs += wrong
+        loading.error_msgs.extend(wrong)
 
     def _adopt(self, W: Tensor, b: Tensor | None = None) -> None:
         """Makes a new parameter that takes the given tensors as they are."""

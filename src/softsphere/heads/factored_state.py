@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from softsphere import checks
 from softsphere._torch import is_wrapper
+from softsphere.functional.loading import Loading
 from softsphere.heads.factored_parameter import WithFactoredParameter
 from softsphere.heads.sharded import ShardedLayer
 from softsphere.matrix import FactoredTensor
@@ -89,27 +90,20 @@ class FactoredState(ShardedLayer, WithFactoredParameter):
         whole = key.endswith("prior") and not is_wrapper(x)
         return checks.loaded_prior(x, self.weight.dtype) if whole else x
 
-    def _load_local_state(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
+    def _load_local_entries(
+        self, state_dict: dict[str, Any], prefix: str, loading: Loading
     ) -> None:
         shapes: dict[str, tuple[int, ...]] = {"weight": (self.own_classes, self.in_features)}
         if self.has_bias:
             shapes["bias"] = (self.own_classes,)
         own = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
-        adopt = bool(local_metadata.get("assign_to_params_buffers", False)) and "weight" in own
+        adopt = loading.assigns and "weight" in own
         dtype = own["weight"].dtype if adopt else self.weight.dtype
         state = _Entries(own, shapes, self.matrix.arrays.pi, dtype, self.shards is None)
         missing, errors = state.missing(), state.errors(prefix)
-        missing_keys += [prefix + name for name in missing]
-        unexpected_keys += [prefix + name for name in state.unexpected()]
-        error_msgs += errors
+        loading.missing_keys.extend(prefix + name for name in missing)
+        loading.unexpected_keys.extend(prefix + name for name in state.unexpected())
+        loading.error_msgs.extend(errors)
         if missing or errors:
             return
         with torch.no_grad():

@@ -16,6 +16,7 @@ from softsphere._torch import eager, is_wrapper
 from softsphere.engines.options import LinearSphericalOptions, options_or_default
 from softsphere.engines.row_statistics import accumulator
 from softsphere.functional.conventions import Conventions
+from softsphere.functional.loading import Loading
 from softsphere.functional.on_linear import Affine, loss_on_linear, without_logits
 from softsphere.functional.on_shards import LossOnShards
 from softsphere.functional.with_prior import WithPrior
@@ -393,23 +394,12 @@ class LinearSphericalLoss(ShardedLayer, AccumulatingLayer, OutputLayer, WithPrio
     def base_measure(self) -> Tensor | None:
         return self.vectors["prior"]
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+    def _load_entries(self, state_dict: dict[str, Any], prefix: str, loading: Loading) -> None:
+        super()._load_entries(state_dict, prefix, loading)
         # The state of an nn.Linear has neither buffer, and leaves them as they are.
         for name in (*_BUFFERS, *_OWN):
-            if prefix + name in missing_keys:
-                missing_keys.remove(prefix + name)
+            if prefix + name in loading.missing_keys:
+                loading.missing_keys.remove(prefix + name)
 
     def extra_repr(self) -> str:
         given = [name for name, value in self.vectors.items() if value is not None]

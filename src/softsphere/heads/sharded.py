@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from softsphere import checks
 from softsphere._torch import is_dtensor
+from softsphere.functional.loading import Loading, LoadsEntries
 from softsphere.parallel import (
     Agreement,
     Ranks,
@@ -62,7 +63,7 @@ def _flags(replicated: Any, averaged: Any) -> bool:
     return given or averaged is not None
 
 
-class ShardedRows(nn.Module):
+class ShardedRows(LoadsEntries):
     """A module that may have a process group. Then each rank has rows of its own of its tensors.
 
     `shards` is None without a group. The state_dict of a layer with one has DTensors with the
@@ -124,16 +125,7 @@ class ShardedRows(nn.Module):
             whole = whole_tensor(x, self.shards.ranks, self.rows_of_ranks(name))
             destination[prefix + str(self._of_all(name))] = whole
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
+    def _load_entries(self, state_dict: dict[str, Any], prefix: str, loading: Loading) -> None:
         """Loads as every module does, after each rank has taken its own rows.
 
         Raises ValueError on every rank if one of them cannot.
@@ -146,28 +138,17 @@ class ShardedRows(nn.Module):
             own = {prefix + name: self._as_kept(name, x) for name, x in whole.items()}
             taken = {prefix + str(self._of_all(name)) for name in self._own_tensors()}
             state_dict = {k: v for k, v in state_dict.items() if k not in taken} | own
-        self._load_local_state(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        self._load_local_entries(state_dict, prefix, loading)
 
     def _local_state(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """Saves the tensors of this rank."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
-    def _load_local_state(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
+    def _load_local_entries(
+        self, state_dict: dict[str, Any], prefix: str, loading: Loading
     ) -> None:
         """Loads the tensors of this rank."""
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        super()._load_entries(state_dict, prefix, loading)
 
     def _own_tensors(self) -> list[str]:
         """The names of the tensors of this layer with an entry for each class of this rank."""

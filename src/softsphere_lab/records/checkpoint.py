@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from softsphere.whole_files import write_bytes
 from softsphere_lab.errors import LabError
-from softsphere_lab.records.files import write_bytes
 
 __all__ = ["Checkpoint", "CheckpointOfRank"]
 

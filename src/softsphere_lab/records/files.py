@@ -3,34 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from pathlib import Path
 
-__all__ = ["UNFINISHED", "is_leftover", "whole_lines", "write", "write_bytes"]
+from softsphere.whole_files import UNFINISHED, write_bytes
 
-# How the name of a file ends while it is being written.
-UNFINISHED = ".unfinished"
+__all__ = ["is_leftover", "whole_lines", "write"]
 
 
 def write(path: Path, text: str) -> None:
-    """Writes a text file in one step; see `write_bytes`."""
+    """Writes a text file in one step; see `softsphere.whole_files`."""
     write_bytes(path, text.encode())
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a file in one step: after an interrupt it is either the old one or the new one."""
-    handle, name = tempfile.mkstemp(UNFINISHED, f".{path.name}.", path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def is_leftover(path: Path) -> bool:

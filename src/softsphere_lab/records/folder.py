@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from softsphere.whole_files import write_bytes
 from softsphere_lab.errors import LabError
 from softsphere_lab.records.differences import deepest_difference, differing_keys
 from softsphere_lab.records.environment import environment
-from softsphere_lab.records.files import is_leftover, whole_lines, write, write_bytes
+from softsphere_lab.records.files import is_leftover, whole_lines, write
 
 __all__ = ["Line", "Record"]
 

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 
-from softsphere_lab.records.files import write_bytes
+from softsphere.whole_files import write_bytes
 
 __all__ = [
     "caption",

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
+from softsphere.whole_files import UNFINISHED
 from softsphere_lab.errors import LabError
 from softsphere_lab.experiments.on_images.classification import Classification
-from softsphere_lab.records.files import UNFINISHED
 from softsphere_lab.records.folder import Record
 from softsphere_lab.study import ledger
 from softsphere_lab.study.protocol import RUNS

@@ -18,18 +18,26 @@ from torch.utils._pytree import tree_leaves
 from softsphere import captured
 from softsphere.matrix.wrapper import Wrapper
 
-READS = ("_local_scalar_dense", "nonzero", "_unique2", "masked_select", "is_nonzero", "equal")
+# Operations that wait for a device, or copy from the host, which a CUDA graph refuses.
+READS = {
+    *("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "bincount"),
+    *("_unique", "_unique2", "unique_dim", "unique_consecutive", "multinomial"),
+    *("repeat_interleave", "_linalg_check_errors", "lift_fresh"),
+}
+# Operations that write into what they are given, and do not say so.
+WRITES = {"native_batch_norm"}
+# What the package asks of a device, and what a GPU answers.
+ANSWERS = {"values_on_cpu": False, "is_asynchronous": True, "captures": True}
 
 
 def pretend_a_gpu(monkeypatch) -> None:
     """Has the package treat a CPU as a device whose values it must not look at."""
     for name, module in list(sys.modules.items()):
         if name.startswith("softsphere"):
-            for question, answer in (("values_on_cpu", False), ("is_asynchronous", True)):
+            for question, answer in ANSWERS.items():
                 if hasattr(module, question):
                     monkeypatch.setattr(module, question, lambda *_, answer=answer: answer)
     monkeypatch.setattr(captured, "_Graph", RecordedGraph)
-    monkeypatch.setattr(captured, "_captures", lambda device: True)
 
 
 class RecordedGraph(TorchDispatchMode):
@@ -45,8 +53,10 @@ class RecordedGraph(TorchDispatchMode):
         return function()
 
     def record(self, function):
+        random = torch.get_rng_state()
         with self:
             outputs = function()
+        torch.set_rng_state(random)
         for *_, results in self.operations:
             for x in results:
                 if x.is_floating_point():
@@ -56,7 +66,8 @@ class RecordedGraph(TorchDispatchMode):
         return outputs
 
     def replay(self) -> None:
-        with torch.no_grad():
+        # as they were recorded: some operations keep less for a backward without a gradient
+        with torch._C._AutoDispatchBelowAutograd():
             for func, args, kwargs, results in self.operations:
                 again = func(*args, **kwargs)
                 for old, new in zip(results, _tensors(again), strict=False):
@@ -75,7 +86,7 @@ class RecordedGraph(TorchDispatchMode):
         if _name(func) in READS:
             raise RuntimeError(f"{_name(func)} reads a value, which no graph can hold")
         written = func._schema.is_mutable
-        if written:
+        if written or _name(func) in WRITES:
             for x in given:
                 self._save(x)
         results = func(*args, **kwargs)

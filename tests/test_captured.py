@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from _recorded_graph import pretend_a_gpu
-from softsphere import CapturedStep, ClusteredLoss, FactoredSphericalLoss
+from softsphere import CapturedStep, ClusteredLoss, FactoredSphericalLoss, LinearSphericalLoss
 from softsphere.matrix import SingularStepError
 from softsphere.optim import FactoredSGD
 
@@ -256,6 +256,64 @@ def test_the_gradient_of_hidden_for_a_trunk_outside(monkeypatch):
         torch.testing.assert_close(step(*batch(i))[1], hidden.grad)
 
 
+def test_a_step_without_a_factored_weight_and_one_of_two_optimizers(monkeypatch):
+    """PyTorch's AdamW steps a layer with a dense weight, then the trunk below a factored one."""
+    pretend_a_gpu(monkeypatch)
+
+    def pair(factored):
+        torch.manual_seed(0)
+        trunk = nn.Linear(WIDTH, WIDTH, dtype=torch.float64)
+        kind = FactoredSphericalLoss if factored else LinearSphericalLoss
+        head = kind(WIDTH, D, dtype=torch.float64)
+        below = [*trunk.parameters(), *([] if factored else head.parameters())]
+        rate = torch.tensor(0.01)
+        adamw = torch.optim.AdamW(below, lr=rate, fused=True, capturable=True)
+        sgd = [FactoredSGD(head.parameters(), lr=1.0, capturable=True)] if factored else []
+
+        def train(hidden, target):
+            for each in (adamw, *sgd):
+                each.zero_grad()
+            loss = head(trunk(hidden), target)
+            loss.backward()
+            for each in (adamw, *sgd):
+                each.step()
+            return loss
+
+        return trunk, head, [adamw, *sgd], train
+
+    for factored in (False, True):
+        mine, plain = pair(factored), pair(factored)
+        step = CapturedStep(mine[3], mine[2] if factored else mine[2][0], *batch(0))
+        for i in range(20):
+            for each in (mine, plain):
+                each[2][0].param_groups[0]["lr"].fill_(0.01 / (1 + i))
+            torch.testing.assert_close(step(*batch(i)), plain[3](*batch(i)).detach())
+        assert step.captures
+        torch.testing.assert_close(mine[0].weight, plain[0].weight)
+        torch.testing.assert_close(mine[1].weight.to_dense(), plain[1].weight.to_dense())
+
+
+def test_a_step_that_was_left_out_is_told_when_it_is_asked_for(monkeypatch):
+    pretend_a_gpu(monkeypatch)
+    mine = model()
+    step = CapturedStep(step_of(*mine), mine[2], *batch(0))
+    many(step, 10)
+    step.check()
+    mine[1].matrix.watch.period = 1000
+    step(batch(10)[0] * torch.inf, batch(10)[1])
+    with pytest.raises(SingularStepError, match="was left out"):
+        step.check()
+    step.check()
+
+
+def test_what_a_graph_returns_holds_no_graph_of_autograd(monkeypatch):
+    pretend_a_gpu(monkeypatch)
+    mine = model()
+    step = CapturedStep(step_of(*mine), mine[2], *batch(0))
+    many(step, 6)
+    assert step.captures and not step.outputs.requires_grad
+
+
 def test_on_a_cpu_the_step_is_run_as_it_is():
     mine, plain = model(), model()
     step, train = CapturedStep(step_of(*mine), mine[2], *batch(0)), step_of(*plain)
@@ -291,8 +349,10 @@ def test_what_cannot_be_captured_is_said():
         CapturedStep(train, torch.optim.SGD(head.parameters()), *batch(0))
     with pytest.raises(TypeError, match="capturable=True"):
         CapturedStep(train, FactoredSGD(head.parameters(), lr=1.0), *batch(0))
-    with pytest.raises(TypeError, match="has none"):
-        CapturedStep(train, FactoredSGD(trunk.parameters(), lr=1.0, capturable=True), *batch(0))
+    with pytest.raises(TypeError, match="got none"):
+        CapturedStep(train, [], *batch(0))
+    with pytest.raises(TypeError, match="capturable=True"):
+        CapturedStep(train, [optimizer, torch.optim.AdamW(trunk.parameters())], *batch(0))
     leaves = ClusteredLoss(WIDTH, D, torch.arange(D) % 3 - 1, engine="factored")
     with pytest.raises(TypeError, match="leaves of a ClusteredLoss"):
         CapturedStep(train, FactoredSGD(leaves.parameters(), lr=1.0, capturable=True), *batch(0))

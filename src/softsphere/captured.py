@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -12,9 +12,8 @@ from torch import Tensor
 from softsphere.matrix import FactoredTensor
 from softsphere.matrix.factored_matrix import FactoredMatrix
 from softsphere.matrix.replay import Replay
-from softsphere.optim import FactoredSGD
 
-__all__ = ["CapturedStep"]
+__all__ = ["CapturedStep", "captures"]
 
 # What a training step returns.
 Outputs = Tensor | tuple[Tensor, ...] | None
@@ -23,22 +22,25 @@ _WARM_UP = 3
 
 
 class CapturedStep:
-    """Captures a training step with a factored layer as a CUDA graph, and replays it.
+    """Captures a training step as a CUDA graph, and replays it.
 
-    On a GPU a step of a factored layer is nearly 200 short operations, and most of its time goes
-    into launching them. A graph launches them all at once. Where the memory or the numbers in it
-    have changed, the next step is taken as it is, and the one after it is captured again: when the
-    factors were mended, when an option of the optimizer was given another number, when a state was
-    loaded. Options that are tensors on the device can change without that, as the learning rate
-    does under a scheduler.
+    A GPU may run the operations of a step faster than Python launches them. A graph launches them
+    all at once. This matters most for a factored layer, whose step is nearly 200 short operations;
+    any other layer with a step of fixed shapes can be captured as well.
+
+    Where the memory or the numbers in a graph have changed, the next step is taken as it is, and
+    the one after it is captured again: when the factors were mended, when an option of an optimizer
+    was given another number, when a state was loaded. Options that are tensors on the device can
+    change without that, as the learning rate does under a scheduler.
 
     On a CPU the step is run as it is, with the same results.
 
     Args:
         train: does a step: it sets the gradients to None, computes the loss, calls backward and
-            steps the optimizer. It is called with tensors of the shapes of the examples, and
+            steps the optimizers. It is called with tensors of the shapes of the examples, and
             returns a tensor, a tuple of tensors, or None. It must not read a value on the device.
-        optimizer: made with capturable=True. It steps whatever `train` steps.
+        optimizer: made with capturable=True, or several such optimizers as a list or tuple. They
+            step whatever `train` steps, a factored weight by FactoredSGD.
         examples: tensors that stand for the inputs; their shapes, dtypes and device are those of
             every input.
 
@@ -46,7 +48,8 @@ class CapturedStep:
     calls run `train` as it is. A batch with fewer rows is padded by the caller: zeros for hidden,
     and the layer's ignore_index for target.
 
-    Raises TypeError for an optimizer that cannot be captured, and for a weight of a ClusteredLoss.
+    Raises TypeError for an optimizer that cannot be captured, and for the factored leaves of a
+    ClusteredLoss.
     A call raises ValueError for inputs that do not fit the examples, and SingularStepError if a
     step since the last measurement of the factors could not be taken; that step and those after it
     have changed nothing in the factored weight.
@@ -67,14 +70,22 @@ class CapturedStep:
     """
 
     def __init__(
-        self, train: Callable[..., Outputs], optimizer: FactoredSGD, *examples: Tensor
+        self,
+        train: Callable[..., Outputs],
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
+        *examples: Tensor,
     ) -> None:
-        if not isinstance(optimizer, FactoredSGD):
-            raise TypeError(
-                "optimizer must be a softsphere.optim.FactoredSGD, which can step a whole model, "
-                f"got {type(optimizer).__name__}"
-            )
-        self.train, self.optimizer = train, optimizer
+        given = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
+        self.train, self.optimizers = train, given
+        if not self.optimizers:
+            raise TypeError("optimizer must be an optimizer or several, got none")
+        for each in self.optimizers:
+            if "capturable" not in each.defaults:
+                raise TypeError(
+                    "optimizer must be a softsphere.optim.FactoredSGD, which can step a whole "
+                    "model, or one of PyTorch's with the option capturable, got "
+                    f"{type(each).__name__}"
+                )
         self.inputs = tuple(x.detach().clone() for x in examples)
         self.outputs: Outputs = None
         self.graph: Any = None
@@ -84,6 +95,18 @@ class CapturedStep:
         self.calls = self.captures = 0
         self._matrices()
 
+    def check(self) -> None:
+        """Raises SingularStepError if a step since the last measurement was left out.
+
+        Calls find this out at the next measurement of the factors. Check before you keep a state,
+        and after the last step. It waits for the device.
+        """
+        for matrix in self._matrices():
+            matrix.arrays.check()  # finishes the last step, which may then be found to be singular
+            refused = matrix.watch.refused
+            if refused is not None and bool(refused):
+                matrix.watch.check(matrix.arrays)
+
     def __call__(self, *inputs: Tensor) -> Outputs:
         """Takes a step with these inputs, and returns copies of what `train` returns."""
         self._check(inputs)
@@ -91,7 +114,7 @@ class CapturedStep:
         with torch.no_grad():
             for static, given in zip(self.inputs, inputs, strict=True):
                 static.copy_(given)
-        if not any(_captures(matrix.device) for matrix in matrices):
+        if not captures(self._device):
             return _copied(self.train(*self.inputs))
         self.calls += 1
         now = self._held(matrices)
@@ -114,17 +137,29 @@ class CapturedStep:
         with ExitStack() as stack:
             for matrix in matrices:
                 stack.enter_context(Replay(matrix).recorded())
-            self.outputs = graph.record(lambda: self.train(*self.inputs))
+            # an autograd graph that lives on would tie later steps to the stream of the capture
+            self.outputs = _each(Tensor.detach, graph.record(lambda: self.train(*self.inputs)))
         self.graph = graph
         self.captures += 1
 
-    def _matrices(self) -> list[FactoredMatrix]:
-        """The factored matrices that the optimizer steps.
+    @property
+    def _groups(self) -> list[dict[str, Any]]:
+        """The parameter groups of all optimizers; loading a state puts others in their place."""
+        return [group for each in self.optimizers for group in each.param_groups]
 
-        Raises TypeError if there is none, or one that cannot be captured.
+    @property
+    def _device(self) -> torch.device:
+        """The device of the parameters."""
+        first: Tensor = self._groups[0]["params"][0]
+        return first.device
+
+    def _matrices(self) -> list[FactoredMatrix]:
+        """The factored matrices that the optimizers step.
+
+        Raises TypeError for one that cannot be captured.
         """
         found: dict[int, FactoredMatrix] = {}
-        for group in self.optimizer.param_groups:
+        for group in self._groups:
             if not group["capturable"]:
                 raise TypeError(
                     "optimizer must be made with capturable=True, and so must all of its groups"
@@ -143,11 +178,6 @@ class CapturedStep:
                         "clusters it meets; step them without CapturedStep"
                     )
                 found[id(p.matrix)] = p.matrix
-        if not found:
-            raise TypeError(
-                "optimizer must step a factored weight, and has none; for ordinary parameters use "
-                "torch.cuda.graph"
-            )
         return list(found.values())
 
     def _check(self, inputs: tuple[Tensor, ...]) -> None:
@@ -165,13 +195,14 @@ class CapturedStep:
     def _held(self, matrices: list[FactoredMatrix]) -> tuple[Any, ...]:
         """All that a graph would hold for ever: the place of each tensor, and numbers of Python."""
         held: list[Any] = [Replay(matrix).before() for matrix in matrices]
-        for group in self.optimizer.param_groups:
-            for name, value in group.items():
-                if name not in ("params", "initial_lr"):
-                    held.append((name, _place(value)))
-            for p in group["params"]:
-                state = self.optimizer.state.get(p, {})
-                held.append((_place(p), *((name, _place(x)) for name, x in state.items())))
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                for name, value in group.items():
+                    if name not in ("params", "initial_lr"):
+                        held.append((name, _place(value)))
+                for p in group["params"]:
+                    state = optimizer.state.get(p, {})
+                    held.append((_place(p), *((name, _place(x)) for name, x in state.items())))
         return tuple(held)
 
 
@@ -200,7 +231,7 @@ class _Graph:
         self.graph.replay()
 
 
-def _captures(device: torch.device) -> bool:
+def captures(device: torch.device) -> bool:
     """Whether steps on a device are captured."""
     return device.type == "cuda"
 
@@ -218,12 +249,17 @@ def _described(x: Tensor) -> str:
 
 def _copied(outputs: Any) -> Outputs:
     """Copies, which the next step does not overwrite."""
+    return _each(lambda x: x.detach().clone(), outputs)
+
+
+def _each(change: Callable[[Tensor], Tensor], outputs: Any) -> Outputs:
+    """Changes each tensor of what `train` returns. Raises TypeError for anything else."""
     if outputs is None:
         return None
     if isinstance(outputs, Tensor):
-        return outputs.detach().clone()
+        return change(outputs)
     if not (isinstance(outputs, tuple) and all(isinstance(x, Tensor) for x in outputs)):
         raise TypeError(
             f"train must return a tensor, a tuple of tensors or None, got {type(outputs).__name__}"
         )
-    return tuple(x.detach().clone() for x in outputs)
+    return tuple(change(x) for x in outputs)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from softsphere_lab.training.capturing import TIMED
 from softsphere_lab.training.run import Run
 from softsphere_lab.training.text_parts import Examples
 from softsphere_lab.training.whole_model import WholeModel
@@ -60,9 +61,10 @@ class EngineRun(Run[EngineEpoch]):
             batch_size=batch_size,
             seed=seed,
             device=y.device,
+            obstacle=TIMED,
         )
 
-    def loss_of(self, index: Tensor) -> Tensor:
+    def loss_of(self, index: Tensor, *drawn: Tensor) -> Tensor:
         x, y = self.examples["train"]
         return self.both.loss(x[index], y[index])
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from softsphere.criteria import SphericalLoss
 from softsphere.losses import Loss
-from softsphere_lab.data.augment import flip_and_crop
+from softsphere_lab.data.augment import draw_moves, moved
 from softsphere_lab.data.images import Images, Split
 from softsphere_lab.models.image_networks import build
 from softsphere_lab.records.checkpoint import Checkpoint
@@ -131,9 +131,12 @@ class _ClassifierRun(Run[Epoch]):
             device=data.train.x.device,
         )
 
-    def loss_of(self, index: Tensor) -> Tensor:
+    def draw(self, rows: int) -> tuple[Tensor, ...]:
+        return (draw_moves(rows, self.order),) if self.schedule.augment else ()
+
+    def loss_of(self, index: Tensor, *drawn: Tensor) -> Tensor:
         batch = self.data.train.take(index)
-        x = flip_and_crop(batch.x, self.order) if self.schedule.augment else batch.x
+        x = moved(batch.x, drawn[0]) if drawn else batch.x
         loss: Tensor = self.criterion(self.model(x), batch.y)
         return loss
 

@@ -18,6 +18,7 @@ from softsphere_lab.models.sharded_layers import can_be_sharded, sharded_layer
 from softsphere_lab.models.text_clusters import Assignments, assignment_name
 from softsphere_lab.models.text_networks import LSTM, ngram_network
 from softsphere_lab.records.folder import Line
+from softsphere_lab.training.capturing import obstacle_of
 from softsphere_lab.training.model_over_ranks import ModelOverRanks
 from softsphere_lab.training.rates import cosine
 from softsphere_lab.training.run import Run
@@ -183,9 +184,10 @@ class LanguageRun(Run[Epoch]):
             batch_size=rows,
             seed=seed,
             device=y.device,
+            obstacle=obstacle_of(self.head, group),
         )
 
-    def loss_of(self, index: Tensor) -> Tensor:
+    def loss_of(self, index: Tensor, *drawn: Tensor) -> Tensor:
         x, y = self.examples["train"]
         return self.both.loss(x[index], y[index])
 
@@ -194,12 +196,10 @@ class LanguageRun(Run[Epoch]):
             self.both.clip(self.clip)
 
     def weights(self) -> dict[str, Any]:
-        whole: dict[str, Any] = self.both.whole(super().weights())
-        return whole
+        return self.both.whole(super().weights())
 
     def state(self) -> dict[str, Any]:
-        whole: dict[str, Any] = self.both.whole(super().state())
-        return whole
+        return self.both.whole(super().state())
 
     def look(self, epoch: int, train_loss: float, seconds: float) -> tuple[Epoch, float] | None:
         nll = self.nll("valid")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -49,33 +49,29 @@ class Pass:
     def train(
         self,
         batch_size: int,
-        loss_of: Callable[[Tensor], Tensor],
-        optimizers: Sequence[torch.optim.Optimizer],
-        before_step: Callable[[], None],
+        take_step: Callable[[Tensor], Tensor],
         after_step: Callable[[int], None],
+        stretch: int,
     ) -> None:
         """Takes steps until no row is left.
 
-        loss_of: returns the mean loss of the rows with those numbers. before_step: called once the
-        gradients are there. after_step: called with the number of the step in the pass; its time is
-        not counted.
+        take_step: trains on the rows with those numbers, and returns their mean loss. after_step:
+        called with the number of the step in the pass. stretch: the clock is read when that many
+        steps are done, before `after_step`, since a GPU has to be waited for then.
         """
         device, step = self.total.device, self.done // batch_size
+        start = _clock(device)
         while self.done < len(self.order):
-            start = _clock(device)
             index = self.order[self.done : self.done + batch_size]
-            loss = loss_of(index.to(device))
-            for optimizer in optimizers:
-                optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            before_step()
-            for optimizer in optimizers:
-                optimizer.step()
-            self.total += loss.detach().double() * len(index)
+            self.total += take_step(index).double() * len(index)
             self.done += len(index)
-            self.seconds += _clock(device) - start
             step += 1
+            read = step % stretch == 0 or self.done == len(self.order)
+            if read:
+                self.seconds += _clock(device) - start
             after_step(step)
+            if read:
+                start = _clock(device)
 
 
 def _clock(device: torch.device) -> float:

@@ -18,6 +18,7 @@ from softsphere.losses import Spherical, SquaredError
 from softsphere_lab.data.interactions import Interactions, ItemLists
 from softsphere_lab.models.item_networks import ItemAverage, lists_padded
 from softsphere_lab.models.output_layers import Output, layer
+from softsphere_lab.training.capturing import ITEMS
 from softsphere_lab.training.rates import cosine
 from softsphere_lab.training.run import Run
 
@@ -130,9 +131,10 @@ class RecommendRun(Run[Epoch]):
             batch_size=setup.batch_size,
             seed=seed,
             device=torch.device(setup.device),
+            obstacle=ITEMS,
         )
 
-    def loss_of(self, index: Tensor) -> Tensor:
+    def loss_of(self, index: Tensor, *drawn: Tensor) -> Tensor:
         """Returns the loss of some users, for each of the items that are predicted.
 
         The spherical losses are computed for each item by itself. Softmax computes the outputs of a

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from softsphere.matrix import SingularStepError
 from softsphere_lab.records.checkpoint import Checkpoint
+from softsphere_lab.training.capturing import Steps
 from softsphere_lab.training.passes import Pass
 
 __all__ = ["Run"]
@@ -45,9 +46,14 @@ class Run(ABC, Generic[E]):
         batch_size: int,
         seed: int,
         device: torch.device,
+        obstacle: str | None = None,
     ) -> None:
-        """rate: returns the factor of the learning rates in a step. rows: how many to train on."""
-        self.modules, self.optimizers = modules, optimizers
+        """Makes the schedules of the optimizers; each step of theirs is one of all of them.
+
+        rate: returns the factor of the learning rates in a step. rows: how many to train on.
+        obstacle: why a step cannot be captured as a CUDA graph, if so.
+        """
+        self.modules, self.optimizers, self.rate = modules, optimizers, rate
         self.rates = [torch.optim.lr_scheduler.LambdaLR(each, rate) for each in optimizers]
         self.rows, self.batch_size, self.device = rows, batch_size, device
         self.order = torch.Generator().manual_seed(seed)
@@ -55,10 +61,19 @@ class Run(ABC, Generic[E]):
         self.history: list[E] = []
         self.best, self.best_epoch, self.kept = math.inf, 0, copy.deepcopy(self.weights())
         self.diverged = False
+        self.steps = Steps(optimizers, device, batch_size, obstacle)
+
+    def draw(self, rows: int) -> tuple[Tensor, ...]:
+        """Returns what is drawn on the CPU for a step, a row for each row of the batch."""
+        return ()
 
     @abstractmethod
-    def loss_of(self, index: Tensor) -> Tensor:
-        """Returns the mean loss of the training rows with those numbers."""
+    def loss_of(self, index: Tensor, *drawn: Tensor) -> Tensor:
+        """Returns the mean loss of the training rows with those numbers.
+
+        drawn: what `draw` returned, on the device. It reads no value on the device, unless the run
+        has an obstacle.
+        """
 
     def before_step(self) -> None:
         """Is called between the gradients and the step that they make; it may change them."""
@@ -85,14 +100,17 @@ class Run(ABC, Generic[E]):
             if step % STEPS == 0:
                 kept.save(self.state())
 
-        while len(self.history) < epochs:
-            self.epoch(after_step)
-            if self.diverged:
-                return
-            if since_kept >= FEWEST_STEPS:
-                kept.save(self.state())
-                since_kept = 0
-            on_epoch(len(self.history), epochs)
+        try:
+            while len(self.history) < epochs:
+                self.epoch(after_step)
+                if self.diverged:
+                    return
+                if since_kept >= FEWEST_STEPS:
+                    kept.save(self.state())
+                    since_kept = 0
+                on_epoch(len(self.history), epochs)
+        finally:
+            self.steps.release()
 
     def epoch(self, after_step: Callable[[int], None]) -> None:
         """Trains on what is left of a pass over the rows, and looks at the validation part.
@@ -104,15 +122,20 @@ class Run(ABC, Generic[E]):
         for module in self.modules.values():
             module.train()
 
+        def take_step(index: Tensor) -> Tensor:
+            inputs = (index, *self.draw(len(index)))
+            return self.steps(
+                self._step, *(each.to(self.device, non_blocking=True) for each in inputs)
+            )
+
         def stepped(step: int) -> None:
             for rate in self.rates:
                 rate.step()
             after_step(step)
 
         try:
-            under_way.train(
-                self.batch_size, self.loss_of, self.optimizers, self.before_step, stepped
-            )
+            under_way.train(self.batch_size, take_step, stepped, STEPS)
+            self.steps.check()
         except SingularStepError:
             self.diverged = True
             return
@@ -129,6 +152,21 @@ class Run(ABC, Generic[E]):
             self.best, self.best_epoch = badness, len(self.history)
             self.kept = copy.deepcopy(self.weights())
 
+    def _step(self, index: Tensor, *drawn: Tensor) -> Tensor:
+        """Trains on a batch and returns its loss.
+
+        A captured step knows memory alone: whatever differs from step to step is in the arguments,
+        in the tensors of the learning rates, or drawn by the generator of the device.
+        """
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        loss = self.loss_of(index, *drawn)
+        loss.backward()
+        self.before_step()
+        for optimizer in self.optimizers:
+            optimizer.step()
+        return loss.detach()
+
     def weights(self) -> dict[str, Any]:
         """Returns the weights as they are now, not copied."""
         return {name: module.state_dict() for name, module in self.modules.items()}
@@ -139,11 +177,19 @@ class Run(ABC, Generic[E]):
             module.load_state_dict(weights[name])
 
     def state(self) -> dict[str, Any]:
-        """Returns what `resume` takes."""
+        """Returns what `resume` takes. Raises SingularStepError if a step was left out before."""
+        self.steps.check()
+        rates = [
+            [float(base) * self.rate(each.last_epoch) for base in each.base_lrs]
+            for each in self.rates
+        ]
         return {
             "now": self.weights(),
-            "optimizers": [each.state_dict() for each in self.optimizers],
-            "rates": [each.state_dict() for each in self.rates],
+            "optimizers": self.steps.states(rates),
+            "rates": [
+                {**each.state_dict(), "_last_lr": its}
+                for each, its in zip(self.rates, rates, strict=True)
+            ],
             "order": self.order.get_state(),
             "under way": self.under_way and self.under_way.state(),
             "history": [asdict(epoch) for epoch in self.history],  # type: ignore[call-overload]
@@ -159,6 +205,7 @@ class Run(ABC, Generic[E]):
             optimizer.load_state_dict(its)
         for rate, its in zip(self.rates, state["rates"], strict=True):
             rate.load_state_dict(its)
+        self.steps.place_rates()
         self.order.set_state(state["order"])
         if state["under way"]:
             self.under_way = Pass.again(state["under way"], self.device)

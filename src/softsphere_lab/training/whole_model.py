@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,8 @@ from softsphere_lab.models.output_layers import Ranks
 from softsphere_lab.training.text_parts import rows_at_once
 
 __all__ = ["WholeModel"]
+
+State = TypeVar("State")
 
 
 class WholeModel:
@@ -33,7 +35,7 @@ class WholeModel:
         parameters = [*self.network.parameters(), *self.head.parameters()]
         nn.utils.clip_grad_norm_(parameters, most)
 
-    def whole(self, state: Any) -> Any:
+    def whole(self, state: State) -> State:
         """Returns a state of modules or optimizers with the tensors of all processes."""
         return state
 

@@ -8,59 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from _lab_studies import IMAGES, ITEMS, TEXT, untimed
+from _lab_runs import HARMFUL, RUNS, Stopping, loaded, of_one_epoch
+from _lab_studies import IMAGES, TEXT, untimed
 from softsphere_lab.models.output_layers import Output
 from softsphere_lab.records.checkpoint import Checkpoint
 from softsphere_lab.study.protocol import Task
 from softsphere_lab.training import run
 from softsphere_lab.training.language_run import LanguageRun
-
-# So high that the first epoch is the best, which a run that goes on has to remember.
-HARMFUL = 0.3
-CLUSTERED = Output("taylor_softmax", clusters=8, shortlist=20)
-# What is stopped, and what of it: every kind of output layer has a state of its own.
-RUNS = {
-    "images": (IMAGES, "taylor_softmax"),
-    "images, the first epoch the best": (IMAGES, "softmax"),
-    "augmented in bfloat16": (
-        replace(
-            IMAGES, schedule=replace(IMAGES.schedule, model="lenet", augment=True, bfloat16=True)
-        ),
-        "softmax",
-    ),
-    "warm-up, clipping and a linear last layer": (
-        replace(TEXT, setup=replace(TEXT.setup, warm_up=0.3, clip=0.1, linear_last=True)),
-        "softmax",
-    ),
-    "an LSTM of two layers with dropout": (
-        replace(TEXT, setup=replace(TEXT.setup, layers=2, recurrent_dropout=0.2, context=8)),
-        "softmax lstm",
-    ),
-    **{
-        name: (TEXT, name)
-        for name in (
-            "softmax",
-            "taylor_softmax prior",
-            "taylor_softmax factored rate=0.1",
-            "taylor_softmax prior factored rate=0.1",
-            "z_loss",
-            "adaptive_softmax",
-            "hierarchical_softmax",
-            "sampled_softmax prior samples=20",
-            "taylor_softmax lstm",
-            "softmax depth=1 activation=batchnorm",
-            "softmax classes=50",
-        )
-    },
-    "clusters": (replace(TEXT, outputs=(CLUSTERED,)), str(CLUSTERED)),
-    "items": (ITEMS, "softmax prior"),
-    "items and a factored layer": (ITEMS, "taylor_softmax prior factored rate=0.1"),
-}
-
-
-def loaded(asked, folder):
-    """The data of a study, with what is made from it."""
-    return asked.furnished(asked.load(), folder)
 
 
 @pytest.mark.parametrize("case", RUNS)
@@ -88,18 +42,6 @@ def test_a_run_that_is_stopped_after_an_epoch_ends_as_one_that_was_not(case, tmp
     assert untimed(part) == untimed(whole)
 
 
-class Stopping(Checkpoint):
-    """Is stopped when it has saved so many times."""
-
-    saves = 0
-
-    def save(self, state):
-        super().save(state)
-        self.saves -= 1
-        if not self.saves:
-            raise KeyboardInterrupt
-
-
 class Counting(Checkpoint):
     """Counts the epochs that are done whenever the state is kept."""
 
@@ -117,12 +59,6 @@ def test_short_epochs_are_not_kept_one_by_one():
     asked.train(task, asked.load(), kept, lambda *_: None)
     # 6 steps each
     assert kept.epochs == [17, 34]
-
-
-def of_one_epoch(asked):
-    if isinstance(asked, type(IMAGES)):
-        return replace(asked, schedule=replace(asked.schedule, epochs=1))
-    return replace(asked, setup=replace(asked.setup, epochs=1))
 
 
 @pytest.mark.parametrize("case", RUNS)

@@ -257,16 +257,19 @@ def test_the_gradient_of_hidden_for_a_trunk_outside(monkeypatch):
 
 
 def test_a_step_without_a_factored_weight_and_one_of_two_optimizers(monkeypatch):
-    """PyTorch's AdamW steps a layer with a dense weight, then the trunk below a factored one."""
+    """PyTorch's AdamW steps a layer with a dense weight, then the trunk below a factored one.
+
+    Its rate is a tensor that changes, or a number, and an earlier state is loaded in between.
+    """
     pretend_a_gpu(monkeypatch)
 
-    def pair(factored):
+    def made(factored):
         torch.manual_seed(0)
         trunk = nn.Linear(WIDTH, WIDTH, dtype=torch.float64)
         kind = FactoredSphericalLoss if factored else LinearSphericalLoss
         head = kind(WIDTH, D, dtype=torch.float64)
         below = [*trunk.parameters(), *([] if factored else head.parameters())]
-        rate = torch.tensor(0.01)
+        rate = torch.tensor(0.01) if factored else 0.01
         adamw = torch.optim.AdamW(below, lr=rate, fused=True, capturable=True)
         sgd = [FactoredSGD(head.parameters(), lr=1.0, capturable=True)] if factored else []
 
@@ -282,11 +285,16 @@ def test_a_step_without_a_factored_weight_and_one_of_two_optimizers(monkeypatch)
         return trunk, head, [adamw, *sgd], train
 
     for factored in (False, True):
-        mine, plain = pair(factored), pair(factored)
+        mine, plain = made(factored), made(factored)
         step = CapturedStep(mine[3], mine[2] if factored else mine[2][0], *batch(0))
         for i in range(20):
             for each in (mine, plain):
-                each[2][0].param_groups[0]["lr"].fill_(0.01 / (1 + i))
+                if factored:
+                    each[2][0].param_groups[0]["lr"].fill_(0.01 / (1 + i))
+                if i == 5:
+                    kept = copy.deepcopy(each[2][0].state_dict())
+                if i == 10:
+                    each[2][0].load_state_dict(kept)
             torch.testing.assert_close(step(*batch(i)), plain[3](*batch(i)).detach())
         assert step.captures
         torch.testing.assert_close(mine[0].weight, plain[0].weight)

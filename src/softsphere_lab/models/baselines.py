@@ -1,4 +1,7 @@
-"""Output layers that those of the library are compared with; classes come commonest first."""
+"""Output layers that those of the library are compared with.
+
+They treat classes by their ranks: the commonest class has rank 0.
+"""
 
 from __future__ import annotations
 
@@ -20,28 +23,44 @@ CUTOFFS = (2_000, 20_000, 200_000, 2_000_000)
 
 
 class Baseline(nn.Module, ABC):
-    """A distribution over D classes that is called like the library's output layers."""
+    """A distribution over D classes that is called like the library's output layers.
 
-    def __init__(self, in_features: int, num_classes: int) -> None:
+    counts: (D) how often each class occurs. Of equally common classes the one with the lower number
+    ranks first. None means that classes come commonest first.
+    """
+
+    ranks: Tensor | None
+
+    def __init__(self, in_features: int, num_classes: int, counts: Tensor | None = None) -> None:
         super().__init__()
         checks.at_least_one("in_features", in_features)
         checks.at_least_one("num_classes", num_classes)
         if num_classes < 2:
             raise ValueError(f"num_classes must be at least 2, got {num_classes}")
         self.in_features, self.num_classes = in_features, num_classes
+        ranks = None
+        if counts is not None and bool((counts.diff() > 0).any()):
+            ranks = counts.argsort(descending=True, stable=True).argsort()
+        self.register_buffer("ranks", ranks, persistent=False)
 
     @abstractmethod
     def mean_loss(self, H: Tensor, target: Tensor) -> Tensor:
-        """Returns the mean of −log p_t over rows H (m, d) with targets (m)."""
+        """Returns the mean of −log p_t over rows H (m, d) whose targets (m) are ranks."""
 
     @abstractmethod
     def every_log_prob(self, H: Tensor) -> Tensor:
-        """Returns log p_k of rows H (m, d) as (m, D)."""
+        """Returns log p_k of rows H (m, d) as (m, D), in the order of the ranks."""
+
+    def rank_of(self, classes: Tensor) -> Tensor:
+        """Returns the ranks by frequency of classes."""
+        return classes if self.ranks is None else self.ranks[classes]
 
     def forward(self, hidden: Tensor, target: Tensor) -> Tensor:
         """Returns the mean negative log-likelihood of targets (…) given hidden rows (…, d)."""
         self.check(hidden, target)
-        return self.mean_loss(hidden.reshape(-1, self.in_features), target.reshape(-1))
+        return self.mean_loss(
+            hidden.reshape(-1, self.in_features), self.rank_of(target).reshape(-1)
+        )
 
     @torch.no_grad()
     def log_prob(self, hidden: Tensor, classes: Tensor | None = None) -> Tensor:
@@ -49,10 +68,12 @@ class Baseline(nn.Module, ABC):
         checks.hidden(hidden, self.in_features)
         if classes is None:
             result = self.every_log_prob(hidden.reshape(-1, self.in_features))
+            result = result if self.ranks is None else result[:, self.ranks]
         else:
             checks.classes(classes, self.num_classes)
+            wanted = self.rank_of(classes)
             portions = hidden.reshape(-1, self.in_features).split(self.rows_at_once(hidden))
-            result = torch.cat([self.every_log_prob(H)[:, classes] for H in portions])
+            result = torch.cat([self.every_log_prob(H)[:, wanted] for H in portions])
         return result.view(*hidden.shape[:-1], result.shape[1])
 
     @torch.no_grad()
@@ -62,7 +83,7 @@ class Baseline(nn.Module, ABC):
         size = self.rows_at_once(hidden)
         portions = hidden.reshape(-1, self.in_features).split(size)
         above = []
-        for H, t in zip(portions, target.reshape(-1).split(size), strict=True):
+        for H, t in zip(portions, self.rank_of(target).reshape(-1).split(size), strict=True):
             log_p = self.every_log_prob(H)
             own = t.unsqueeze(1)
             # a NaN score ranks last
@@ -83,13 +104,14 @@ class Baseline(nn.Module, ABC):
 class HierarchicalSoftmax(Baseline):
     r"""Two-level softmax: p_t = p(cluster of t | h) p(t | its cluster, h), each a softmax.
 
-    There are C = ⌈√D⌉ clusters of at most C classes. Class t is leaf ⌊t / C⌋ of cluster t mod C, so
-    that each cluster has one of the C commonest classes and its share of the rarer ones. All
-    clusters then have about the same probability and are trained about equally often.
+    There are C = ⌈√D⌉ clusters of at most C classes. The class of rank t is leaf ⌊t / C⌋ of cluster
+    t mod C, so that each cluster has one of the C commonest classes and its share of the rarer
+    ones. All clusters then have about the same probability and are trained about equally often.
 
     Args:
         in_features: d.
         num_classes: D, at least 2. Leaves beyond D have probability exactly zero.
+        counts: (D) how often each class occurs; None means that classes come commonest first.
         bias: whether both levels have a bias.
         sparse: whether the gradients of the leaves are sparse, for `SGD` and `SparseAdam` alone. A
             step then touches the clusters of the targets only.
@@ -106,9 +128,15 @@ class HierarchicalSoftmax(Baseline):
     """
 
     def __init__(
-        self, in_features: int, num_classes: int, *, bias: bool = True, sparse: bool = False
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        counts: Tensor | None = None,
+        bias: bool = True,
+        sparse: bool = False,
     ) -> None:
-        super().__init__(in_features, num_classes)
+        super().__init__(in_features, num_classes, counts)
         self.sparse = sparse
         self.clusters = math.isqrt(num_classes - 1) + 1
         self.leaves = -(-num_classes // self.clusters)
@@ -160,7 +188,8 @@ class AdaptiveSoftmax(Baseline):
     Args:
         in_features: d.
         num_classes: D, at least 2.
-        cutoffs: the first class of each cluster; see `default_cutoffs`.
+        counts: (D) how often each class occurs; None means that classes come commonest first.
+        cutoffs: the rank of the first class of each cluster; see `default_cutoffs`.
         div_value: v, how many times narrower each cluster is than the one before; None means 4, or
             d if that is less.
         bias: whether the first softmax has a bias; those of the clusters have none.
@@ -178,11 +207,12 @@ class AdaptiveSoftmax(Baseline):
         in_features: int,
         num_classes: int,
         *,
+        counts: Tensor | None = None,
         cutoffs: Sequence[int] | None = None,
         div_value: float | None = None,
         bias: bool = True,
     ) -> None:
-        super().__init__(in_features, num_classes)
+        super().__init__(in_features, num_classes, counts)
         self.layer = nn.AdaptiveLogSoftmaxWithLoss(
             in_features,
             num_classes,

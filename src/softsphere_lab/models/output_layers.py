@@ -182,9 +182,10 @@ def _read(kind: str, text: str) -> Any:
 
 def _adaptive(output: Output, width: int, counts: Tensor) -> nn.Module:
     cutoffs, div_value = output.cutoffs, output.div_value
-    head = AdaptiveSoftmax(width, len(counts), cutoffs=cutoffs, div_value=div_value)
+    head = AdaptiveSoftmax(width, len(counts), counts=counts, cutoffs=cutoffs, div_value=div_value)
     if output.prior:
-        first, *others = counts.tensor_split(head.layer.cutoffs[:-1])
+        ranked = counts.sort(descending=True).values
+        first, *others = ranked.tensor_split(head.layer.cutoffs[:-1])
         shares = torch.cat([first, torch.stack([other.sum() for other in others])])
         with torch.no_grad():
             head.layer.head.bias.copy_((shares / counts.sum()).log())
@@ -192,7 +193,7 @@ def _adaptive(output: Output, width: int, counts: Tensor) -> nn.Module:
 
 
 def _hierarchical(output: Output, width: int, counts: Tensor) -> nn.Module:
-    return HierarchicalSoftmax(width, len(counts))
+    return HierarchicalSoftmax(width, len(counts), counts=counts)
 
 
 def _sampled(output: Output, width: int, counts: Tensor) -> nn.Module:

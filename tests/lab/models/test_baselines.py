@@ -104,6 +104,28 @@ def test_leading_shapes_empty_ones_included(kind):
             assert head(hidden, target).shape == ()
 
 
+@pytest.mark.parametrize("D", [7, 31, 2500])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_classes_may_come_in_any_order_beside_their_counts(kind, D):
+    """Each class is treated by its rank; of equally common classes the lower number is first."""
+    mixed = torch.randperm(D, generator=torch.Generator().manual_seed(2))
+    counts = torch.arange(2 * D, D, -1).div(2, rounding_mode="floor")  # pairs of equal counts
+    inverse = mixed.argsort()
+    # equal neighbours keep their order
+    for a in range(1, D - 1, 2):
+        if counts[a] == counts[a + 1] and inverse[a] > inverse[a + 1]:
+            mixed[inverse[[a, a + 1]]] = mixed[inverse[[a + 1, a]]]
+            inverse = mixed.argsort()
+    ordered, other = layer(kind, D), layer(kind, D, counts=counts[mixed])
+    hidden, target = rows(D, 3, 4)
+    torch.testing.assert_close(other.log_prob(hidden), ordered.log_prob(hidden)[..., mixed])
+    torch.testing.assert_close(other(hidden, inverse[target]), ordered(hidden, target))
+    assert torch.equal(other.rank(hidden, inverse[target]), ordered.rank(hidden, target))
+    some = torch.tensor([D - 1, 0, 3])
+    torch.testing.assert_close(other.log_prob(hidden, some), other.log_prob(hidden)[..., some])
+    assert other.state_dict().keys() == ordered.state_dict().keys()
+
+
 @pytest.mark.parametrize("D", [7, 17, 31])
 def test_leaves_that_are_no_classes_have_no_part(D):
     """Whatever their weights are, and nothing is asked of them."""

@@ -101,9 +101,10 @@ class Grouping:
         return own.new_zeros(self.num_clusters).index_add_(0, self.cluster_of_leaf, own)
 
     def root_entry(self, classes: Tensor) -> Tensor:
-        """Where the root scores each class, or its cluster: the shortlist comes first."""
-        cluster = self.cluster[classes]
-        return torch.where(cluster < 0, self.place[classes], cluster + len(self.shortlist))
+        """Where the root scores each class (n), or its cluster: the shortlist comes first."""
+        cluster = self.cluster.index_select(0, classes)
+        place = self.place.index_select(0, classes)
+        return torch.where(cluster < 0, place, cluster + len(self.shortlist))
 
     def leaves_of(self, clusters: Tensor) -> Tensor:
         """The leaves of the given clusters, one cluster after another."""
@@ -114,9 +115,10 @@ class Grouping:
 
         place: (m) the target of each row among the leaves.
         """
-        rows = (cluster >= 0).nonzero().squeeze(1)
-        rows = rows[cluster[rows].argsort(stable=True)]
-        return rows, Group(cluster[rows], place[rows], self)
+        ordered, rows = cluster.sort(stable=True)
+        first = int((ordered < 0).sum())
+        rows = rows[first:]
+        return rows, Group(ordered[first:], place.index_select(0, rows), self)
 
     def to(self, device: torch.device) -> Grouping:
         """The same on a device."""
@@ -146,39 +148,12 @@ class Group:
     @cached_property
     def lengths(self) -> Tensor:
         """(n) how many leaves each row needs."""
-        return self.grouping.sizes[self.cluster]
-
-    @cached_property
-    def offsets(self) -> Tensor:
-        """(n) the first pair of each row."""
-        return self.lengths.cumsum(0) - self.lengths
+        return self.grouping.sizes.index_select(0, self.cluster)
 
     @cached_property
     def pairs(self) -> int:
         """P, the number of pairs."""
         return int(self.lengths.sum())
-
-    @cached_property
-    def row(self) -> Tensor:
-        """(P) the row of each pair."""
-        return consecutive(self.lengths, self.pairs)
-
-    @cached_property
-    def leaf(self) -> Tensor:
-        """(P) the leaf of each pair."""
-        return ranges(self.grouping.starts[self.cluster], self.lengths, self.pairs)
-
-    @cached_property
-    def own(self) -> Tensor:
-        """(n) the pair of each row with its target."""
-        return self.offsets + self.target - self.grouping.starts[self.cluster]
-
-    @cached_property
-    def slot(self) -> Tensor:
-        """(P) where the leaf of each pair stands among those of the clusters that have rows."""
-        touched = self.touched
-        of_row = consecutive(touched.rows, len(self.cluster))
-        return ranges(touched.first_leaf[of_row], self.lengths, self.pairs)
 
     @cached_property
     def touched(self) -> Touched:
@@ -191,23 +166,38 @@ class Touched:
     """The U clusters that have rows in a group.
 
     cluster: (U) which they are.
+    of_row: (n) which of the U each row has.
     rows: (U) how many rows each has; first_row: (U) the first of them.
-    sizes: (U) how many leaves each has; first_leaf: (U) the first of them among those of all U.
+    sizes: (U) how many leaves each has; starts: (U) the first of them.
     """
 
     cluster: Tensor
+    of_row: Tensor
     rows: Tensor
     first_row: Tensor
     sizes: Tensor
-    first_leaf: Tensor
+    starts: Tensor
 
     @classmethod
     def by(cls, group: Group) -> Touched:
-        cluster, rows = torch.unique_consecutive(group.cluster, return_counts=True)
-        sizes = group.grouping.sizes[cluster]
-        return cls(cluster, rows, rows.cumsum(0) - rows, sizes, sizes.cumsum(0) - sizes)
+        cluster, of_row, rows = torch.unique_consecutive(
+            group.cluster, return_inverse=True, return_counts=True
+        )
+        sizes = group.grouping.sizes.index_select(0, cluster)
+        starts = group.grouping.starts.index_select(0, cluster)
+        return cls(cluster, of_row, rows, rows.cumsum(0) - rows, sizes, starts)
 
     @cached_property
     def leaves(self) -> int:
         """T, how many leaves they have together."""
         return int(self.sizes.sum())
+
+    @cached_property
+    def largest(self) -> int:
+        """How many leaves the largest has."""
+        return int(self.sizes.max()) if len(self.sizes) else 0
+
+    @cached_property
+    def most_rows(self) -> int:
+        """The largest number of rows that one has."""
+        return int(self.rows.max()) if len(self.rows) else 0

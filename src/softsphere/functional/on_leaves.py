@@ -14,9 +14,10 @@ from torch.utils.checkpoint import checkpoint
 from softsphere import losses
 from softsphere._torch import values_on_cpu
 from softsphere.engines.grouped_gram import cluster_statistics, target_outputs_of
-from softsphere.engines.grouped_products import group_outputs
+from softsphere.engines.grouped_products import group_outputs, group_statistics
 from softsphere.engines.grouping import Group, Grouping
 from softsphere.engines.leaf_choice import leaf_costs
+from softsphere.engines.lines import Lines
 from softsphere.engines.row_statistics import accumulator
 from softsphere.engines.stack_statistics import stack_statistics
 from softsphere.matrix import FactoredTensor
@@ -142,28 +143,27 @@ def _parts(group: Group) -> Iterator[slice]:
 def _by_outputs(loss: losses.Loss, Z: Tensor, leaves: Leaves, group: Group, sparse: bool) -> Tensor:
     """The losses from the outputs themselves."""
     W, b, pi = leaves
-    o = group_outputs(Z, W, b, group, sparse=sparse)
+    lines = Lines.of(group)
     if isinstance(loss, losses.Normalised):
-        weighted = pi[group.leaf] * o
-        s = _row_sums(weighted, group)
-        return _of_statistics(loss, s, _row_sums(weighted * o, group), o[group.own], pi, group)
+        s, q, c = group_statistics(Z, W, b, pi, lines, sparse=sparse)
+        return _of_statistics(loss, s, q, c, pi, group)
+    o = group_outputs(Z, W, b, lines, sparse=sparse)
     if isinstance(loss, losses.SoftMarginSoftmax):
-        o = o.index_add(0, group.own, o.new_full((len(group.own),), -loss.margin))
-    scores = loss.log_numerator(o) + pi[group.leaf].log()
-    return log_sums(scores, group.row, len(Z)) - scores[group.own]
+        less = o.new_full((len(Z),), -loss.margin)
+        o = o.view(-1).index_add(0, lines.own, less).view(o.shape)
+    scores = loss.log_numerator(o) + lines.cleared(lines.spread(pi)).log()
+    normaliser = scores.logsumexp(1)
+    if len(normaliser) > len(Z):
+        normaliser = log_sums(normaliser, lines.row, len(Z))
+    return normaliser - scores.flatten().index_select(0, lines.own)
 
 
 def _of_statistics(
     loss: losses.Normalised, s: Tensor, q: Tensor, c: Tensor, pi: Tensor, group: Group
 ) -> Tensor:
     mass = group.lengths.to(s.dtype)
-    own = pi[group.target].unsqueeze(1)
+    own = pi.index_select(0, group.target).unsqueeze(1)
     return loss.value(Stats(s, q, c.unsqueeze(1), mass, pi=own))
-
-
-def _row_sums(x: Tensor, group: Group) -> Tensor:
-    """The sums of the pairs of each row: (n)."""
-    return x.new_zeros(len(group.cluster)).index_add(0, group.row, x)
 
 
 def log_sums(scores: Tensor, segment: Tensor, count: int) -> Tensor:

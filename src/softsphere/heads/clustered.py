@@ -292,12 +292,12 @@ class ClusteredLoss(WithGrouping, OutputLayer):
         """−log p of the target of each row H (m, d): (m), in float32 or wider."""
         grouping = self.grouping
         dtype = accumulator(self.weight.dtype)
-        cluster, place = grouping.cluster[target], grouping.place[target]
+        cluster = grouping.cluster.index_select(0, target).masked_fill_(ignored, -1)
+        rows, group = grouping.group(cluster, grouping.place.index_select(0, target))
         log_p = root_log_prob(self.root(H), grouping).to(dtype)
         nll = -log_p.gather(1, grouping.root_entry(target).unsqueeze(1)).squeeze(1)
-        kept = torch.where(ignored, -1, cluster)
-        rows, group = grouping.group(kept, place)
-        Z = H[rows] if self.project is None else self.project(H[rows])
+        Z = H.index_select(0, rows)
+        Z = Z if self.project is None else self.project(Z)
         with torch.autocast(H.device.type, enabled=False):
             of_leaves = leaf_losses(
                 self.loss if self.training else self.loss.plain,

@@ -24,6 +24,8 @@ __all__ = ["Run"]
 # since writing the state would take longer than they do. Both count steps: by the clock, the state
 # would be kept at other steps each time, and keeping it changes the last digits of a factored one.
 STEPS, FEWEST_STEPS = 500, 100
+# A captured step takes so little time that as many steps count as one.
+CAPTURED = 20
 
 E = TypeVar("E")
 
@@ -63,6 +65,11 @@ class Run(ABC, Generic[E]):
         self.diverged = False
         self.steps = Steps(optimizers, device, batch_size, obstacle)
 
+    @property
+    def stretch(self) -> int:
+        """How many steps of a long epoch are taken before the state is kept."""
+        return STEPS * (CAPTURED if self.steps.captures else 1)
+
     def draw(self, rows: int) -> tuple[Tensor, ...]:
         """Returns what is drawn on the CPU for a step, a row for each row of the batch."""
         return ()
@@ -88,7 +95,8 @@ class Run(ABC, Generic[E]):
         """Trains to the last epoch, or until it diverges, from the state that is kept if any.
 
         The state is kept after each epoch, in a long one after every STEPS steps, and of short ones
-        after the first that ends FEWEST_STEPS steps after the last that was kept.
+        after the first that ends FEWEST_STEPS steps after the last that was kept. If steps are
+        captured, both are CAPTURED times as many.
         """
         if state := kept.load():
             self.resume(state)
@@ -97,7 +105,7 @@ class Run(ABC, Generic[E]):
         def after_step(step: int) -> None:
             nonlocal since_kept
             since_kept += 1
-            if step % STEPS == 0:
+            if step % self.stretch == 0:
                 kept.save(self.state())
 
         try:
@@ -105,7 +113,7 @@ class Run(ABC, Generic[E]):
                 self.epoch(after_step)
                 if self.diverged:
                     return
-                if since_kept >= FEWEST_STEPS:
+                if since_kept >= FEWEST_STEPS * self.stretch // STEPS:
                     kept.save(self.state())
                     since_kept = 0
                 on_epoch(len(self.history), epochs)
@@ -134,7 +142,7 @@ class Run(ABC, Generic[E]):
             after_step(step)
 
         try:
-            under_way.train(self.batch_size, take_step, stepped, STEPS)
+            under_way.train(self.batch_size, take_step, stepped, self.stretch)
             self.steps.check()
         except SingularStepError:
             self.diverged = True

@@ -44,6 +44,7 @@ def replays(monkeypatch):
     pretend_a_gpu(monkeypatch)
     # a run is kept in the middle of its epochs, after the steps that warm up
     monkeypatch.setattr(run, "STEPS", 5)
+    monkeypatch.setattr(run, "CAPTURED", 1)
     counted, replay = [], RecordedGraph.replay
     monkeypatch.setattr(RecordedGraph, "replay", lambda graph: counted.append(replay(graph)))
     return counted
@@ -145,6 +146,18 @@ def test_a_variable_of_the_environment_has_all_steps_taken_one_by_one(
     monkeypatch.setenv(capturing.VARIABLE, "1")
     check_same(trained("softmax", tmp_path, Checkpoint()), captured, 1e-4)
     assert not replays
+
+
+def test_a_captured_run_is_kept_after_more_steps(monkeypatch, replays):
+    """Otherwise writing its state would take longer than its steps."""
+    monkeypatch.setattr(run, "CAPTURED", 3)
+    monkeypatch.setattr(run, "STEPS", 2)
+    monkeypatch.setattr(run, "FEWEST_STEPS", 4)
+    kept, one = [], text_run("softmax")
+    monkeypatch.setattr(one, "state", lambda: kept.append(one.rates[0].last_epoch))
+    one.train(4, Checkpoint())
+    # epochs of 8 steps: within each after 6, and after the second and the fourth as a whole
+    assert kept == [6, 14, 16, 22, 30, 32]
 
 
 def test_a_state_does_not_say_whether_steps_are_captured(monkeypatch, replays):

@@ -43,13 +43,13 @@ def pretend_a_gpu(monkeypatch) -> None:
 class RecordedGraph(TorchDispatchMode):
     """The operations of a function, each with the tensors that it reads and writes."""
 
-    def __init__(self) -> None:
+    def __init__(self, device) -> None:
         super().__init__()
         self.operations: list[tuple] = []
         self.before: dict[int, tuple[Tensor, Tensor]] = {}
 
     @staticmethod
-    def warmed_up(function):
+    def warmed_up(function, device):
         return function()
 
     def record(self, function):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -120,7 +121,7 @@ class CapturedStep:
         now = self._held(matrices)
         if self.graph is None or now != self.captured:
             if self.calls <= _WARM_UP or now != self.left:
-                outputs = _copied(_Graph.warmed_up(lambda: self.train(*self.inputs)))
+                outputs = _copied(_Graph.warmed_up(lambda: self.train(*self.inputs), self._device))
                 self.left = self._held(matrices)
                 return outputs
             self._capture(matrices)
@@ -133,7 +134,7 @@ class CapturedStep:
 
     def _capture(self, matrices: list[FactoredMatrix]) -> None:
         self.outputs, self.graph = None, None
-        graph = _Graph()
+        graph = _Graph(self._device)
         with ExitStack() as stack:
             for matrix in matrices:
                 stack.enter_context(Replay(matrix).recorded())
@@ -207,28 +208,38 @@ class CapturedStep:
 
 
 class _Graph:
-    """A CUDA graph of what a function launches."""
+    """A CUDA graph of what a function launches on a device."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.graph = torch.cuda.CUDAGraph()
 
     @staticmethod
-    def warmed_up(function: Callable[[], Outputs]) -> Outputs:
-        """Runs a function on a stream of its own, as it must have been before it is recorded."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
+    def warmed_up(function: Callable[[], Outputs], device: torch.device) -> Outputs:
+        """Runs a function on a side stream, as it must have been before it is recorded."""
+        stream, current = _side_stream(device), torch.cuda.current_stream(device)
+        stream.wait_stream(current)
         with torch.cuda.stream(stream):
             outputs = function()
-        torch.cuda.current_stream().wait_stream(stream)
+        current.wait_stream(stream)
         return outputs
 
     def record(self, function: Callable[[], Outputs]) -> Outputs:
         """Records what a function launches, and returns the tensors that a replay will fill."""
-        with torch.cuda.graph(self.graph):
+        with (
+            torch.cuda.device(self.device),
+            torch.cuda.graph(self.graph, stream=_side_stream(self.device)),
+        ):
             return function()
 
     def replay(self) -> None:
         self.graph.replay()
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of a device on which steps warm up and are recorded, so that they share memory."""
+    return torch.cuda.Stream(device)
 
 
 def captures(device: torch.device) -> bool:

@@ -22,6 +22,7 @@ from softsphere_lab.training.language_run import LanguageRun
 
 # What is trained as it is on a GPU too; `capturing` says why.
 UNCAPTURED = ("adaptive_softmax", "clusters", "items", "items and a factored layer")
+GPU = "cuda"
 CAPTURED = [case for case in RUNS if case not in UNCAPTURED]
 
 
@@ -205,8 +206,17 @@ def test_a_step_that_was_left_out_is_found_at_the_end_of_an_epoch_and_never_kept
 @pytest.mark.parametrize("case", CAPTURED)
 def test_on_a_gpu_captured_steps_train_as_they_do_one_by_one(case, tmp_path, monkeypatch):
     """cuDNN's dropout between the layers of an LSTM is another each time."""
-    (captured, _), _ = trained(case, tmp_path, Checkpoint(), "cuda")
+    made, kind = [], capturing.CapturedStep
+
+    def note(*given):
+        made.append(kind(*given))
+        return made[-1]
+
+    monkeypatch.setattr(capturing, "CapturedStep", note)
+    (captured, _), _ = trained(case, tmp_path, Checkpoint(), GPU)
+    assert made[0].captures
     monkeypatch.setenv(capturing.VARIABLE, "1")
-    (plain, _), _ = trained(case, tmp_path, Checkpoint(), "cuda")
+    (plain, _), _ = trained(case, tmp_path, Checkpoint(), GPU)
+    assert len(made) == 1
     tolerance = 0.1 if "dropout" in case else 1e-2
     assert captured["train_loss"] == pytest.approx(plain["train_loss"], rel=tolerance)

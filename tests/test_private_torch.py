@@ -5,11 +5,14 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
+import torch
 
 import softsphere
+from softsphere import _torch
 
 ROOT = Path(softsphere.__file__).parent
 FILES = [path for path in sorted(ROOT.rglob("*.py")) if path.name != "_torch.py"]
@@ -80,3 +83,88 @@ def test_the_import_leaves_the_compiler_of_pytorch_alone():
     asked += "print({name for name in set(sys.modules) - before if name == 'torch._dynamo'})"
     run = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True)
     assert run.stdout == "set()\n", run.stderr
+
+
+@pytest.fixture
+def restored():
+    """The settings of float32 products are afterwards what they were."""
+    places = torch.backends, torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", 0)
+    before = [getattr(place, "fp32_precision", None) for place in places]
+    yield
+    torch.set_float32_matmul_precision("highest")
+    for place, value in zip(places, before, strict=True):
+        if value is not None:
+            place.fp32_precision = value
+
+
+each_device = pytest.mark.skipif(
+    not hasattr(torch.backends.mkldnn, "matmul"), reason="torch < 2.9 has one setting for all"
+)
+
+
+def words(precision):
+    return lambda: torch.set_float32_matmul_precision(precision)
+
+
+def allowed(backend, value, name="fp32_precision"):
+    return lambda: setattr(backend.matmul, name, value)
+
+
+cuda, mkldnn = torch.backends.cuda, torch.backends.mkldnn
+PRECISIONS = {
+    "as it is": ([], "highest", "highest"),
+    "highest": ([words("highest")], "highest", "highest"),
+    "high": ([words("high")], "high", "high"),
+    "medium": ([words("medium")], "medium", "medium"),
+    "high and back": ([words("high"), words("highest")], "highest", "highest"),
+}
+OF_A_DEVICE = {
+    "allow_tf32": ([allowed(cuda, True, "allow_tf32")], "high", "highest"),
+    "tf32": ([allowed(cuda, "tf32")], "high", "highest"),
+    "not tf32": ([words("high"), allowed(cuda, "ieee")], "highest", "high"),
+    "not TF32, in old words": (
+        [words("medium"), allowed(cuda, False, "allow_tf32")],
+        "highest",
+        "medium",
+    ),
+    "bf16": ([allowed(mkldnn, "bf16")], "highest", "medium"),
+    "both": ([allowed(cuda, "tf32"), allowed(mkldnn, "bf16")], "high", "medium"),
+    "mended": ([allowed(cuda, "tf32"), words("medium")], "medium", "medium"),
+}
+
+
+@pytest.mark.parametrize(
+    "case", [*PRECISIONS, *(pytest.param(name, marks=each_device) for name in OF_A_DEVICE)]
+)
+def test_the_precision_of_float32_products(monkeypatch, restored, case):
+    """It never raises, in whichever words it was set. PyTorch's own question does."""
+    monkeypatch.setattr(_torch, "_lowers_float32", lambda device, precision: True)
+    steps, on_gpu, on_cpu = {**PRECISIONS, **OF_A_DEVICE}[case]
+    for step in steps:
+        step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert _torch.float32_precision(torch.device("cuda", 1)) == on_gpu
+        assert _torch.float32_precision(torch.device("cpu")) == on_cpu
+
+
+def test_a_device_without_faster_float32_products(monkeypatch, restored):
+    torch.set_float32_matmul_precision("high")
+    gpu = torch.device("cuda", 0)
+    for capability, able in (((9, 0), True), ((8, 0), True), ((7, 5), False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, x=capability: x)
+        assert _torch.float32_precision(gpu) == ("high" if able else "highest")
+    assert _torch.float32_precision(torch.device("meta")) == "highest"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 4))
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert _torch.float32_precision(gpu) == "highest"
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_float32_products_of_this_cpu_are_exact_if_it_says_so(restored, precision):
+    torch.manual_seed(0)
+    x, y = torch.randn(200, 200), torch.randn(200, 200)
+    exact = x.double() @ y.double()
+    torch.set_float32_matmul_precision(precision)
+    if _torch.float32_precision(x.device) == "highest":
+        assert (x @ y - exact).norm() < 1e-6 * exact.norm()

@@ -25,6 +25,7 @@ __all__ = [
     "data_parallel_in_forward",
     "eager",
     "exporting",
+    "float32_precision",
     "forward_mode_active",
     "gather_tensors",
     "gradients_wanted",
@@ -196,6 +197,37 @@ def gather_tensors(out: Tensor, x: Tensor, group: Any) -> None:
 def products_have_out_dtype() -> bool:
     """Whether torch.mm of half-precision factors can return float32. It can since torch 2.8."""
     return "dtype" in torch.ops.aten.mm.overloads()
+
+
+def float32_precision(device: torch.device) -> str:
+    """The precision of products of float32 tensors: "highest", "high" or "medium".
+
+    The words are those of `torch.set_float32_matmul_precision`, and the answer holds for one
+    device: "highest" where it has no faster products, or where only another device was allowed to
+    use them.
+    """
+    backend = {"cuda": torch.backends.cuda, "cpu": torch.backends.mkldnn}.get(device.type)
+    # Since torch 2.9 each kind of device has a setting of its own.
+    own = getattr(getattr(backend, "matmul", None), "fp32_precision", None)
+    try:
+        named = torch.get_float32_matmul_precision()
+    except RuntimeError:  # settings of the two ways that no one word describes
+        named = "high"
+    if own is not None:
+        lowered = {"tf32": "medium" if named == "medium" else "high", "bf16": "medium"}
+        named = lowered.get(own, "highest")
+    return named if _lowers_float32(device, named) else "highest"
+
+
+def _lowers_float32(device: torch.device, precision: str) -> bool:
+    """Whether a device has products of float32 tensors that are faster at this precision."""
+    if device.type == "cuda":
+        return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if precision == "medium":
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return bool(torch.cpu._is_amx_fp16_supported())
 
 
 def pair_products(Z: Tensor, W: Tensor, row: Tensor, leaf: Tensor, offsets: Tensor) -> Tensor:

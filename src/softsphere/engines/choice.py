@@ -50,13 +50,15 @@ def choose(
     and of an H100 for every GPU.
 
     The choice depends on sizes alone. With S = Σ π (w − w̄)(w − w̄)ᵀ, the gram engine computes
-    q = hᵀSh with an error of about 30 eps Σ_j h_j² S_jj. Where large terms cancel, as when some
-    columns of the weight and the bias take each other off, little of q may be left. On a CPU,
-    outside of compiled code, "auto" looks at this bound. If it is above q / 1000 for some row, the
-    statistics of the batch are computed again with the Gram matrix in float64, and by the chunked
-    engine if even that has lost q. This takes three to five times as long. On a GPU and in compiled
-    code nothing is looked at, since that would mean waiting for the device. If such cancellation is
-    possible there, use accumulate_dtype=torch.float64 or name the chunked engine.
+    q = hᵀSh with an error of about 30 eps Σ_j h_j² S_jj, or of about 2⁻¹⁶ Σ_j h_j² S_jj where
+    `torch.set_float32_matmul_precision` allows float32 products that are not exact. Where large
+    terms cancel, as when some columns of the weight and the bias take each other off, little of q
+    may be left. On a CPU, outside of compiled code, "auto" looks at this bound. If it is above
+    q / 1000 for some row, the statistics of the batch are computed again with the Gram matrix in
+    float64, and by the chunked engine if even that has lost q. This takes three to five times as
+    long. On a GPU and in compiled code nothing is looked at, since that would mean waiting for the
+    device. If such cancellation is possible there, use accumulate_dtype=torch.float64 or name the
+    chunked engine.
 
     All engines but dense need 6 m K n more for the rows of the weight at the targets. A loss that
     is not spherical, class probabilities and label smoothing need the dense engine whatever this

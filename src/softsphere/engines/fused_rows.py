@@ -18,7 +18,7 @@ from softsphere.engines.engine import Inputs
 if TYPE_CHECKING:  # moments.py calls these passes
     from softsphere.engines.moments import Moments
 
-__all__ = ["add_target_rows", "hidden_gradient", "scaled", "sums", "usable"]
+__all__ = ["add_target_rows", "hidden_gradient", "in_parts", "scaled", "sums", "usable"]
 
 _INSTALLED = find_spec("triton") is not None
 # Columns of a row that a program reads at once, and the rows and columns where it reads several.
@@ -127,6 +127,30 @@ def scaled(H: Tensor, factor: Tensor) -> Tensor:
                 H, factor.contiguous(), out, d, *H.stride(), **_options(factor.dtype, d)
             )
     return out
+
+
+def in_parts(x: Tensor, shift: Tensor | None, factor: Tensor | None, out: Tensor) -> None:
+    """Writes the parts of factor_i (x_i − shift) into `out`: (n, d) or (n, 2 d) for x (n, d).
+
+    The first d columns are rounded to bfloat16, and so is what they leave, in the last d columns.
+    """
+    n, d = x.shape
+    options = {k: v for k, v in _options(torch.float32, d).items() if k != "ACC"}
+    rows = max(1, _COLUMNS // options["BD"])
+    if n:
+        with torch.cuda.device_of(x):
+            _kernels().parts_kernel[(-(-n // rows),)](
+                x,
+                shift,
+                None if factor is None else factor.contiguous(),
+                out,
+                n,
+                d,
+                *x.stride(),
+                PARTS=out.shape[1] // max(d, 1),
+                BR=rows,
+                **options,
+            )
 
 
 def add_target_rows(out: Tensor, H: Tensor, target: Tensor, gc: Tensor) -> None:

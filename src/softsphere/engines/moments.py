@@ -23,6 +23,8 @@ Backward, with a = g_s + 2 g_q μ, or a = −Σ_j g_c / M if centred, A = Σ_i g
 The rows are read in chunks, as W − shift with a shift that is w̄ rounded to their dtype; what the
 shift leaves, rest = w̄ − shift, is taken off by algebra. Half-precision rows that are multiplied as
 they are have the shift 0. The blocks of W and of b are kept apart: [W b] and [H 1] are never made.
+Where float32 products need not be exact, S is made of bfloat16 parts of the rows; `bfloat16_parts`
+says which products are, and why.
 """
 
 from __future__ import annotations
@@ -33,8 +35,10 @@ import torch
 from torch import Tensor
 
 from softsphere.engines import fused_rows
+from softsphere.engines.bfloat16_parts import number_of_parts, parts_room
+from softsphere.engines.chunk_sums import chunk_sums, chunk_sums_by_parts, upper_product
 from softsphere.engines.engine import Gradients, Inputs
-from softsphere.engines.products import column_sums, multiplies, product, rounded, weighted_sum
+from softsphere.engines.products import multiplies, product, rounded, weighted_sum
 from softsphere.engines.weight import chunk_room, chunks, mean_row, read
 
 __all__ = [
@@ -43,12 +47,8 @@ __all__ = [
     "dense_gradient",
     "moments",
     "small_gradient",
-    "upper_product",
 ]
 
-# Columns of a block of a symmetric product. Only the blocks on and above the diagonal are computed.
-# A GPU needs wider ones for its full speed.
-_BLOCK, _BLOCK_ON_GPU = 256, 512
 # Rows whose mean is the shift.
 _SAMPLE = 1024
 # Entries of W in a chunk: enough for products at full speed, and few enough that the copy of a
@@ -96,18 +96,25 @@ def moments(x: Inputs, centred: bool, size: int, dtype: torch.dtype) -> Moments:
     d, n, mass, as_is = W.shape[1], W.shape[1] + (b is not None), x.mass, _read_as_is(x, dtype)
     shift = W.new_zeros(n, dtype=dtype) if as_is else _shift(x, size, dtype)
     S, r = W.new_zeros(n, n, dtype=torch.float64), W.new_zeros(n, dtype=torch.float64)
-    room = None if as_is else chunk_room(W, size, dtype)
+    count, room = number_of_parts(W, dtype), None
+    if not as_is:
+        room = parts_room(W, size, count) if count else chunk_room(W, size, dtype)
     for part in chunks(len(W), size):
         w, w1 = W[part], None if b is None else b[part]
-        if room is not None:
-            w, w1 = read(w, w1, shift, dtype, room)
         weight = None if pi is None else pi[part].to(dtype)
-        y = w if weight is None else w * weight.unsqueeze(1)
-        S[:d, :d] += upper_product(w, y, dtype)
-        r[:d] += column_sums(y, dtype)
-        if w1 is not None:
+        if room is None:
+            upper, row, column = chunk_sums(w, w1, weight, dtype)
+        elif count:
+            w1 = None if w1 is None else w1.to(dtype) - shift[d]
+            upper, row, column = chunk_sums_by_parts(w, w1, weight, shift[:d], room)
+        else:
+            w, w1 = read(w, w1, shift, dtype, room)
+            upper, row, column = chunk_sums(w, w1, weight, dtype)
+        S[:d, :d] += upper
+        r[:d] += row
+        if w1 is not None and column is not None:
             y1 = w1 if weight is None else w1 * weight
-            S[:d, d] += product(w.mT, y1.unsqueeze(1), dtype).squeeze(1)
+            S[:d, d] += column
             S[d, d] += (y1.to(dtype) * w1).sum()
             r[d] += y1.sum(dtype=dtype)
     rest = r / mass
@@ -138,18 +145,6 @@ def _shift(x: Inputs, size: int, dtype: torch.dtype) -> Tensor:
     places = (at * 0.6180339887498949).frac_().mul_(D).long()
     sample = Inputs(x.H, x.W[places], None if x.b is None else x.b[places], x.target, None)
     return mean_row(sample, size, dtype)
-
-
-def upper_product(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
-    """The upper triangle of xᵀy, at least, where that is symmetric."""
-    d, block = x.shape[1], _BLOCK_ON_GPU if x.is_cuda else _BLOCK
-    if d < 2 * block:
-        return product(x.mT, y, dtype)
-    out = x.new_zeros(d, d, dtype=dtype)
-    for part in chunks(d, block):
-        upper = out[part, part.start :]
-        product(x[:, part].mT, y[:, part.start :], dtype, out=upper)
-    return out
 
 
 def _symmetric(upper: Tensor) -> Tensor:

@@ -28,7 +28,8 @@ class LinearSphericalOptions:
             engine is chosen that has a use for them.
         accumulate_dtype: the least precise dtype in which sums over classes are taken, float32 or
             float64. The summands have this dtype as well, except that the outputs of the dense
-            engine are computed in the dtype of the input.
+            engine are computed in the dtype of the input. Products in float32 are as exact as
+            `torch.set_float32_matmul_precision` says, which those in float64 do not depend on.
         deterministic: whether to avoid atomic additions on a GPU, whose results differ from run to
             run in the last digit.
 

@@ -1,4 +1,4 @@
-"""Matrix products of half-precision factors whose results are not rounded."""
+"""Matrix products whose factors have few digits, and whose results are not rounded."""
 
 from __future__ import annotations
 
@@ -6,11 +6,23 @@ import torch
 from torch import Tensor
 
 from softsphere._torch import products_have_out_dtype
+from softsphere.engines.bfloat16_parts import number_of_parts, parts, parts_dtype, parts_room
 
-__all__ = ["column_sums", "in_parts", "multiplies", "product", "rounded", "times", "weighted_sum"]
+__all__ = [
+    "column_sums",
+    "in_parts",
+    "multiplies",
+    "product",
+    "rounded",
+    "sums_by_parts",
+    "times",
+    "weighted_sum",
+]
 
 # Rows of a product that stands for a sum of rows: matrix units have no fewer.
 _ROWS = 8
+# Numbers of H whose parts are in memory at once.
+_AT_ONCE = 1 << 24
 
 
 def multiplies(x: Tensor, dtype: torch.dtype) -> bool:
@@ -48,13 +60,31 @@ def in_parts(A: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 def times(H: Tensor, S: Tensor) -> Tensor:
     """H S in the dtype of S.
 
-    Where H is multiplied as it is, S enters as the sum of two parts in the dtype of H.
+    Where H is multiplied as it is, S enters as the sum of two parts in the dtype of H. Where
+    float32 products need not be exact, both enter as two parts in bfloat16.
     """
-    if not multiplies(H, S.dtype):
-        return H.to(S.dtype) @ S
-    high, low, scale = in_parts(S, H.dtype)
-    P = product(H, low, S.dtype).mul_(torch.finfo(H.dtype).eps)
-    return P.add_(product(H, high, S.dtype)).mul_(scale)
+    if multiplies(H, S.dtype):
+        high, low, scale = in_parts(S, H.dtype)
+        P = product(H, low, S.dtype).mul_(torch.finfo(H.dtype).eps)
+        return P.add_(product(H, high, S.dtype)).mul_(scale)
+    if number_of_parts(H, S.dtype):
+        return _times_by_parts(H, S)
+    return H.to(S.dtype) @ S
+
+
+def _times_by_parts(H: Tensor, S: Tensor) -> Tensor:
+    """S' (a + b) + S'' a of rows a + b of H, and S = S' + S''."""
+    d, kind = H.shape[1], torch.bfloat16
+    high, low, scale = in_parts(S, kind)
+    high, low = high.to(parts_dtype(H)), low.to(parts_dtype(H))
+    twice, P = torch.cat([high, high]), S.new_empty(len(H), S.shape[1])
+    size = max(256, _AT_ONCE // max(d, 1))
+    room = parts_room(H, size, 2)
+    for rows, out in zip(H.split(size), P.split(size), strict=True):
+        both = parts(rows, room)
+        product(both, twice, S.dtype, out=out)
+        out.add_(product(both[:, :d], low, S.dtype), alpha=torch.finfo(kind).eps).mul_(scale)
+    return P
 
 
 def weighted_sum(a: Tensor, H: Tensor) -> Tensor:
@@ -62,9 +92,9 @@ def weighted_sum(a: Tensor, H: Tensor) -> Tensor:
     if not multiplies(H, a.dtype):
         return a @ H.to(a.dtype)
     high, low, scale = in_parts(a, H.dtype)
-    parts = H.new_zeros(_ROWS, len(a))
-    parts[0], parts[1] = high, low
-    sums = product(parts, H, a.dtype)
+    rows = H.new_zeros(_ROWS, len(a))
+    rows[0], rows[1] = high, low
+    sums = product(rows, H, a.dtype)
     return (sums[0] + sums[1] * torch.finfo(H.dtype).eps) * scale
 
 
@@ -73,3 +103,12 @@ def column_sums(x: Tensor, dtype: torch.dtype) -> Tensor:
     if not multiplies(x, dtype):
         return x.sum(0, dtype=dtype)
     return product(x.new_ones(_ROWS, len(x)), x, dtype)[0]
+
+
+def sums_by_parts(V: Tensor, x: Tensor, d: int) -> Tensor:
+    """Σ_i V_ki x_i (k, d) of float32 rows x_i, for V (k, n) and the parts x (n, count · d)."""
+    k, n = V.shape
+    both = parts(V, parts_room(V, k, 2)).view(2 * k, n)
+    rows = both.new_zeros(max(_ROWS, 2 * k), n)
+    rows[: 2 * k] = both
+    return product(rows, x, V.dtype)[: 2 * k].reshape(k, -1, d).sum(1)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from softsphere.engines import fused_rows
+from softsphere.engines.bfloat16_parts import number_of_parts
 from softsphere.engines.engine import Gradients, Inputs
 from softsphere.engines.moments import Moments
 from softsphere.engines.products import times
@@ -22,6 +23,8 @@ __all__ = ["QuadraticRows", "hidden_gradient", "loses_digits", "quadratic_statis
 
 # The relative error of an entry of S, in eps. In every case measured it was at most 31.
 _ERROR = 32
+# That of an S of bfloat16 parts, which leaves out the squares of what has been rounded.
+_ERROR_OF_PARTS = 2.0**-16
 # The relative error of a q that is still good enough for training and for probabilities.
 _TOLERANCE = 1e-3
 
@@ -66,8 +69,11 @@ def _sums(x: Inputs, P: Tensor, at: Moments) -> tuple[Tensor, Tensor, Tensor, Te
 
 def _squares(H: Tensor, P: Tensor, S: Tensor) -> Tensor:
     """hᵀSh (m) of rows h of [H 1], or of H, from P, the first entries of S h."""
-    d, q = H.shape[1], (P * H).sum(1)
-    return q if len(S) == d else q + H @ S[:d, d] + S[d, d]
+    d = H.shape[1]
+    if len(S) == d:
+        return (P * H).sum(1)
+    # not H @ S[:d, d], which would round both where float32 products need not be exact
+    return ((P + S[:d, d]) * H).sum(1) + S[d, d]
 
 
 def _with_bias(H: Tensor, w: Tensor) -> Tensor:
@@ -81,12 +87,14 @@ def loses_digits(H: Tensor, P: Tensor, S: Tensor) -> Tensor:
     Each entry of S is a sum with a rounding error in proportion to √(S_ii S_jj), so the error of
     hᵀSh is about c eps Σ_j h_j² S_jj with c ≤ `_ERROR`.
     """
+    error = _ERROR * torch.finfo(S.dtype).eps
+    if number_of_parts(H, S.dtype):
+        error += _ERROR_OF_PARTS
     H, d = H.detach().to(S.dtype), H.shape[1]
     with torch.autocast(H.device.type, enabled=False):
         size = S.diagonal()
         terms = H.square() @ size[:d] + size[d:].sum()
-        lost = _ERROR * torch.finfo(S.dtype).eps * terms
-        return (lost > _TOLERANCE * _squares(H, P, S)).any()
+        return (error * terms > _TOLERANCE * _squares(H, P, S)).any()
 
 
 def hidden_gradient(x: Inputs, P: Tensor, mu: Tensor, at: Moments, g: Gradients) -> Tensor:

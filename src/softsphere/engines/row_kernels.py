@@ -10,7 +10,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["hidden_gradient_kernel", "scaled_rows_kernel", "sums_kernel", "target_rows_kernel"]
+__all__ = [
+    "hidden_gradient_kernel",
+    "parts_kernel",
+    "scaled_rows_kernel",
+    "sums_kernel",
+    "target_rows_kernel",
+]
 
 
 @triton.jit
@@ -117,6 +123,41 @@ def scaled_rows_kernel(
         there = j < d
         h = tl.load(H + i * stride_hm + j * stride_hd, there, 0.0).to(ACC)
         tl.store(out + i * d + j, (by * h).to(out.dtype.element_ty), there)
+
+
+@triton.jit
+def parts_kernel(
+    X,
+    shift,
+    factor,
+    out,
+    n,
+    d,
+    stride_xm,
+    stride_xd,
+    PARTS: tl.constexpr,
+    BD: tl.constexpr,
+    BR: tl.constexpr,
+):
+    """out_i = [a b] or [a]: bfloat16 numbers with a + b = x, to rounding.
+
+    x = factor_i (X_i − shift). A program has BR rows.
+    """
+    i = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)[:, None]
+    row = out + i * (PARTS * d)
+    for start in range(0, d, BD):
+        j = start + tl.arange(0, BD)[None, :]
+        there = (i < n) & (j < d)
+        x = tl.load(X + i * stride_xm + j * stride_xd, there, 0.0).to(tl.float32)
+        if shift is not None:
+            x -= tl.load(shift + j, j < d, 0.0)
+        if factor is not None:
+            x *= tl.load(factor + i, i < n, 0.0)
+        high = x.to(tl.bfloat16)
+        tl.store(row + j, high.to(out.dtype.element_ty), there)
+        if PARTS == 2:
+            low = (x - high.to(tl.float32)).to(tl.bfloat16)
+            tl.store(row + d + j, low.to(out.dtype.element_ty), there)
 
 
 @triton.jit

@@ -14,7 +14,7 @@ from softsphere.matrix import FactoredTensor
 from softsphere.matrix.factored_matrix import FactoredMatrix
 from softsphere.matrix.replay import Replay
 
-__all__ = ["CapturedStep", "captures"]
+__all__ = ["CapturedStep", "captures", "check_taken"]
 
 # What a training step returns.
 Outputs = Tensor | tuple[Tensor, ...] | None
@@ -102,11 +102,7 @@ class CapturedStep:
         Calls find this out at the next measurement of the factors. Check before you keep a state,
         and after the last step. It waits for the device.
         """
-        for matrix in self._matrices():
-            matrix.arrays.check()  # finishes the last step, which may then be found to be singular
-            refused = matrix.watch.refused
-            if refused is not None and bool(refused):
-                matrix.watch.check(matrix.arrays)
+        check_taken(self.optimizers)
 
     def __call__(self, *inputs: Tensor) -> Outputs:
         """Takes a step with these inputs, and returns copies of what `train` returns."""
@@ -240,6 +236,22 @@ class _Graph:
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
     """The stream of a device on which steps warm up and are recorded, so that they share memory."""
     return torch.cuda.Stream(device)
+
+
+def check_taken(optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Raises SingularStepError if a step of a factored weight was left out on a GPU.
+
+    The weight looks for itself when its factors are measured, which is not in each step.
+    """
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                matrix = p.matrix if isinstance(p, FactoredTensor) else None
+                if not isinstance(matrix, FactoredMatrix) or matrix.watch.refused is None:
+                    continue
+                matrix.arrays.check()  # finishes the last step, which may prove to be singular
+                if bool(matrix.watch.refused):
+                    matrix.watch.check(matrix.arrays)
 
 
 def captures(device: torch.device) -> bool:

@@ -16,7 +16,16 @@ import torch
 
 import softsphere
 
-__all__ = ["environment"]
+__all__ = ["EAGER", "environment", "is_eager"]
+
+# If this environment variable is 1, a GPU takes the operations of a training step one by one, so
+# that a debugger sees them.
+EAGER = "SOFTSPHERE_EAGER"
+
+
+def is_eager() -> bool:
+    """Returns whether training steps are not to be captured as CUDA graphs."""
+    return os.environ.get(EAGER, "0") == "1"
 
 
 def environment(nproc: int = 1) -> dict[str, Any]:
@@ -38,6 +47,7 @@ def environment(nproc: int = 1) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         # how glibc keeps the memory of large tensors is much of the time of a wide softmax
         "malloc": {k: v for k, v in sorted(os.environ.items()) if k.startswith("MALLOC_")},
+        "eager": is_eager(),
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
 

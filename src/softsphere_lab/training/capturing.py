@@ -7,7 +7,6 @@ the device. The last batch of an epoch, which may be smaller, is always trained 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,15 +14,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from softsphere.captured import CapturedStep, captures
+from softsphere.captured import CapturedStep, captures, check_taken
 from softsphere.heads import ClusteredLoss
 from softsphere.optim import FactoredSGD
 from softsphere_lab.models.baselines import AdaptiveSoftmax
+from softsphere_lab.records.environment import is_eager
 
-__all__ = ["ITEMS", "TIMED", "VARIABLE", "Steps", "obstacle_of"]
+__all__ = ["ITEMS", "TIMED", "Steps", "obstacle_of"]
 
-# If this environment variable is 1, no step is captured, so that a debugger sees each operation.
-VARIABLE = "SOFTSPHERE_EAGER"
 # Why a step is not captured.
 ITEMS = "each batch of users has another number of items"
 _PROCESSES = "the processes that train a run together compare their arguments in every step"
@@ -59,7 +57,7 @@ class Steps:
         obstacle: str | None,
     ) -> None:
         self.optimizers, self.device, self.rows = optimizers, device, rows
-        wanted = captures(device) and os.environ.get(VARIABLE, "0") != "1"
+        wanted = captures(device) and not is_eager()
         self.captures = wanted and obstacle is None
         self.captured: CapturedStep | None = None
         self.place_rates()
@@ -79,9 +77,8 @@ class Steps:
         return loss
 
     def check(self) -> None:
-        """Raises SingularStepError if a captured step was left out; waits for the device."""
-        if self.captured is not None:
-            self.captured.check()
+        """Raises SingularStepError if a step was left out on a GPU, which it waits for."""
+        check_taken(self.optimizers)
 
     def release(self) -> None:
         """Gives back the memory of the graph. The next full batch is captured again."""

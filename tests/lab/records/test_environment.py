@@ -12,6 +12,13 @@ def test_the_environment_tells_how_memory_is_kept(monkeypatch):
     assert environment.environment()["malloc"]["MALLOC_MMAP_MAX_"] == "0"
 
 
+def test_the_environment_tells_whether_steps_are_captured(monkeypatch):
+    monkeypatch.delenv(environment.EAGER, raising=False)
+    assert not environment.environment()["eager"]
+    monkeypatch.setenv(environment.EAGER, "1")
+    assert environment.environment()["eager"]
+
+
 def test_the_environment_tells_the_commit_of_a_checkout(monkeypatch, tmp_path):
     root = Path(__file__).parents[3]
     if (root / ".git").exists():

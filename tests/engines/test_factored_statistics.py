@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from _matrix_units import float32_may_be, float32_rounded_to
 from _twin import DenseTwin
 from softsphere import FactoredSphericalLoss, losses
 from softsphere.optim import FactoredSGD
@@ -103,3 +104,24 @@ def test_a_common_row_does_not_hide_small_differences():
     z = (o - o.mean(1, keepdim=True)) / o.std(1, correction=0, keepdim=True)
     want = torch.nn.functional.softplus(4 - z.gather(1, target[:, None])).mean()
     torch.testing.assert_close(head(hidden, target).double(), want, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize(("precision", "bits"), [("high", 10), ("medium", 7)])
+def test_columns_that_cancel_where_float32_products_are_rounded(monkeypatch, precision, bits):
+    """q is as good as from outputs whose factors are rounded; G in one product would lose it."""
+    torch.manual_seed(0)
+    weight, hidden, target = 0.1 * torch.randn(D, d), 0.1 * torch.randn(m, d), torch.arange(m)
+    weight[:, 0], hidden[:, 0] = torch.randn(D), 1.3
+    head = FactoredSphericalLoss(d, D, loss="squared_error")
+    head.load_state_dict({"weight": weight, "bias": -1.3 * weight[:, 0]}, strict=False)
+    W, b = head.dense().split([d, 1], 1)
+
+    def loss(o):
+        return (o.square().sum(1) - 2 * o.gather(1, target.unsqueeze(1)).squeeze(1) + 1).mean()
+
+    want = loss(hidden.double() @ W.double().mT + b.double().mT)
+    float32_may_be(monkeypatch, precision)
+    with float32_rounded_to(bits):
+        ours, theirs = head(hidden, target), loss(hidden @ W.mT + b.mT)
+    terms = 2 * (1.3 * weight[:, 0]).square().sum()
+    assert (ours - want).abs() <= 2 * (theirs - want).abs() + 2.0**-16 * terms

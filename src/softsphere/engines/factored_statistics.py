@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from softsphere.engines.products import times
 from softsphere.matrix import FactoredTensor, StructuredGradient
 from softsphere.matrix.factored_matrix import single_matrix
 from softsphere.matrix.gradient import GradientFactors
@@ -59,7 +60,7 @@ class _FactoredStatistics(torch.autograd.Function):
         matrix = single_matrix(weight.block)
         ctx.block, ctx.edition, ctx.centred = weight.block, matrix.edition, centred
         W, d = matrix.arrays, matrix.arrays.width
-        P = H @ W.small("centred_gram")[:d, :d]
+        P = times(H, W.small("centred_gram")[:d, :d])
         # μ may be a small difference of large numbers; in float64 it costs next to nothing.
         mu = (H.double() @ W.mean[:d]).to(H.dtype)
         q = (P * H).sum(-1).clamp_min(0)

@@ -108,7 +108,9 @@ def column_sums(x: Tensor, dtype: torch.dtype) -> Tensor:
 def sums_by_parts(V: Tensor, x: Tensor, d: int) -> Tensor:
     """Σ_i V_ki x_i (k, d) of float32 rows x_i, for V (k, n) and the parts x (n, count · d)."""
     k, n = V.shape
-    both = parts(V, parts_room(V, k, 2)).view(2 * k, n)
-    rows = both.new_zeros(max(_ROWS, 2 * k), n)
-    rows[: 2 * k] = both
-    return product(rows, x, V.dtype)[: 2 * k].reshape(k, -1, d).sum(1)
+    rows = V.new_zeros(max(_ROWS, 2 * k), n, dtype=parts_dtype(V))
+    # not by the kernel, which goes through a row in order
+    rows[:k] = V.bfloat16()
+    rows[k : 2 * k] = (V - rows[:k]).bfloat16()
+    found = product(rows, x, V.dtype)
+    return (found[:k] + found[k : 2 * k]).view(k, -1, d).sum(1)

@@ -73,7 +73,7 @@ def text_run(name):
 
 def check_same(one, two, tolerance):
     for x, y in zip(tree_leaves(one), tree_leaves(two), strict=True):
-        assert x == (pytest.approx(y, rel=tolerance) if isinstance(y, float) else y)
+        assert x == (pytest.approx(y, rel=tolerance, abs=0.0) if isinstance(y, float) else y)
 
 
 @pytest.mark.parametrize("case", CAPTURED)

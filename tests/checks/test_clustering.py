@@ -107,6 +107,12 @@ WRONG = {
     "cluster must be from 0 to 1, or −1 for the shortlist, got 2": lambda: plain().classes(2),
     "rows are made from vectors, and these clusters have none": lambda: plain().rows(3),
     "seed must be from 0 to 2**32 − 1, got -1": lambda: by_vectors(VECTORS, COUNTS, seed=-1),
+    "min_count must be zero or positive, and finite, got -1": lambda: by_neighbours(
+        TOKENS, COUNTS, min_count=-1
+    ),
+    "min_count must be zero or positive, and finite, got nan": lambda: by_vectors(
+        VECTORS, COUNTS, min_count=float("nan")
+    ),
     "− 1, got 4294967296": lambda: by_neighbours(TOKENS, COUNTS, seed=2**32),
     "2**32 − 1, got -2": lambda: with_vectors().rows(3, seed=-2),
     "width must be at least 1, got 0": lambda: with_vectors().rows(0),

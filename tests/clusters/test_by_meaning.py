@@ -96,6 +96,63 @@ def test_words_with_the_same_neighbours_are_found():
     assert partition(found.assignment) == {frozenset(range(4 + c, 44, 4)) for c in range(4)}
 
 
+def with_rare_words() -> tuple[torch.Tensor, torch.Tensor]:
+    """`text` with the words 44 – 143 once each, and the counts of 1,000 words."""
+    tokens, _ = text()
+    tokens[torch.arange(0, 3 * 4000, 120) + 1] = 44 + torch.arange(100)
+    return tokens, tokens.bincount(minlength=1000)
+
+
+def are_apart(assignment: torch.Tensor) -> bool:
+    """Whether no word from 44 on shares a cluster with another word."""
+    return not set(assignment[44:].tolist()) & set(assignment[:44].tolist())
+
+
+@pytest.mark.parametrize("factor", [None, 1.02])
+def test_rare_words_share_clusters_of_their_own(factor):
+    tokens, counts = with_rare_words()
+    share = counts.clamp_min(1)[4:] / counts.clamp_min(1)[4:].sum()
+    bound = 4 / 16 if factor is None else factor * (1 / 16 + float(share.max()))
+    given = None if factor is None else bound
+    found = by_neighbours(tokens, counts, num_clusters=16, shortlist=4, largest_share=given)
+    assert are_apart(found.assignment)
+    assert float(found.shares.max()) <= bound
+    # as few clusters as hold them
+    of_rare = found.assignment[44:].unique()
+    assert len(of_rare) == {None: 1, 1.02: 3}[factor]
+    # each with its part of the words that occur, and of those that never do
+    for words in (found.assignment[44:144], found.assignment[144:]):
+        sizes = words.bincount(minlength=16)[of_rare]
+        assert sizes.max() - sizes.min() <= 1
+
+
+def test_rare_words_that_do_not_fill_a_cluster_join_the_others():
+    tokens, _ = text()
+    tokens[1] = 44
+    counts = tokens.bincount(minlength=46)
+    found = by_neighbours(tokens, counts, num_clusters=4, shortlist=4)
+    none = by_neighbours(tokens, counts, num_clusters=4, shortlist=4, min_count=0)
+    assert torch.equal(found.assignment, none.assignment)
+    assert found.assignment[44] in found.assignment[4:44]
+
+
+def test_what_is_rare_is_told_by_the_counts_beside_vectors():
+    tokens, counts = with_rare_words()
+    sizes = {"num_clusters": 16, "shortlist": 4}
+    found = by_neighbours(tokens, counts, **sizes)
+    again = by_vectors(found.vectors, counts, **sizes, min_count=3)
+    assert torch.equal(again.assignment, found.assignment)
+    total = float(counts.sum())
+    shares = by_vectors(found.vectors, counts / total, **sizes, min_count=3 / total)
+    assert are_apart(shares.assignment) and len(shares.assignment[44:].unique()) == 1
+    # without rare words they are wherever there is room
+    for without in (
+        by_vectors(found.vectors, counts, **sizes),
+        by_neighbours(tokens, counts, **sizes, min_count=1),
+    ):
+        assert len(without.assignment[44:].unique()) > 3
+
+
 def test_items_of_the_same_users_are_found():
     g = torch.Generator().manual_seed(0)
     item = torch.randint(40, (4000,), generator=g)

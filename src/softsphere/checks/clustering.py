@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from softsphere.checks.kinds import dense, floating, is_integer
-from softsphere.checks.settings import at_least_one, finite, integer
+from softsphere.checks.settings import at_least_one, finite, integer, non_negative, number
 
 
 def class_counts(value: Any) -> Tensor:
@@ -120,6 +120,12 @@ def largest_share(value: Any, least: float, why: str) -> float:
             "largest_share, fewer clusters or a larger shortlist"
         )
     return share
+
+
+def least_count(value: Any) -> float:
+    """Returns the count below which a class is rare, zero or positive."""
+    non_negative("min_count", value)
+    return number("min_count", value)
 
 
 def seed(value: Any) -> int:

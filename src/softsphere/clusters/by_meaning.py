@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from softsphere import checks
 from softsphere.clusters.assignment import Clusters, directions, from_tail
 from softsphere.clusters.co_occurrence import neighbour_vectors
 from softsphere.clusters.cost_model import default_sizes
-from softsphere.clusters.k_means import spherical_centres, within_bound
+from softsphere.clusters.k_means import (
+    clusters_of_rare,
+    dealt_out,
+    spherical_centres,
+    within_bound,
+)
 from softsphere.clusters.placement import on_cpu
 
 __all__ = ["by_neighbours", "by_vectors"]
@@ -25,6 +31,7 @@ def by_vectors(
     num_clusters: int | None = None,
     shortlist: int | None = None,
     largest_share: float | None = None,
+    min_count: float = 0,
     seed: int = 0,
 ) -> Clusters:
     """Returns clusters of classes with similar vectors, by spherical k-means.
@@ -49,6 +56,10 @@ def by_vectors(
         largest_share: the bound of each cluster's share in the counts of all clusters. It must be
             at least 1/C plus the share of the commonest class outside the shortlist. The default
             is 4/C, or that if it is larger.
+        min_count: a class with smaller counts is rare, and its vector says little of it. Rare
+            classes are dealt out evenly to clusters of their own, as few as the bound allows. They
+            join the others as usual where they would not fill a cluster of the mean share 1/C, and
+            where they and the others do not fit into C clusters. 0 stands for no rare classes.
         seed: of k-means. The same arguments give the same clusters.
 
     Returns a `Clusters` on the CPU with the given vectors.
@@ -67,24 +78,8 @@ def by_vectors(
     """
     counts = checks.class_counts(counts)
     vectors = checks.class_vectors(vectors, len(counts))
-    seed = checks.seed(seed)
-    sizes = default_sizes(counts, shortlist=shortlist, num_clusters=num_clusters)
-    tail, C = counts.argsort(descending=True, stable=True)[sizes.shortlist :], sizes.num_clusters
-    share = counts[tail] / counts[tail].sum()
-    least = min(1.0, 1 / C + float(share[0]))
-    why = "1/num_clusters plus the share of the commonest class outside the shortlist"
-    bound = max(SPREAD / C, least)
-    if largest_share is not None:
-        bound = checks.largest_share(largest_share, least, why)
-    unit = directions(vectors[tail])
-    known = unit.any(1)
-    if not bool(known.any()):
-        raise ValueError(
-            "vectors must not be zero for every class outside the shortlist; without vectors use "
-            "by_frequency, and by_neighbours needs tokens in which these classes have neighbours"
-        )
-    centres = spherical_centres(unit[known], counts[tail][known].sqrt(), C, seed)
-    return from_tail(counts, tail, within_bound(unit, centres, share, bound, C), vectors)
+    rare = counts < checks.least_count(min_count)
+    return _clusters(vectors, counts, rare, num_clusters, shortlist, largest_share, seed)
 
 
 @on_cpu
@@ -97,6 +92,7 @@ def by_neighbours(
     largest_share: float | None = None,
     contexts: int = 512,
     dimensions: int = 64,
+    min_count: float = 3,
     seed: int = 0,
 ) -> Clusters:
     """Returns clusters of classes that occur beside the same things.
@@ -117,6 +113,10 @@ def by_neighbours(
         contexts: the number of the commonest contexts; in a stream of tokens so many before and so
             many after.
         dimensions: of the vectors.
+        min_count: a class that occurs less often in the tokens is rare, as in `by_vectors`; one
+            that never occurs counts like the rarest one that does. Beside each other, the rare
+            classes that occur teach the layer how probable all of them are, while one that never
+            occurs has almost no probability in a cluster by meaning. 0 stands for no rare classes.
         seed: of the decomposition and of k-means. The same arguments give the same clusters.
 
     Returns a `Clusters` on the CPU with the vectors (D, dimensions), in float32; zeros for a class
@@ -139,13 +139,55 @@ def by_neighbours(
     tokens = checks.tokens(tokens, len(counts))
     contexts = checks.at_least_one("contexts", contexts)
     dimensions = checks.at_least_one("dimensions", dimensions)
+    min_count = checks.least_count(min_count)
     seed = checks.seed(seed)
     default_sizes(counts, shortlist=shortlist, num_clusters=num_clusters)
-    return by_vectors(
-        neighbour_vectors(tokens, counts, contexts, dimensions, seed),
-        counts,
-        num_clusters=num_clusters,
-        shortlist=shortlist,
-        largest_share=largest_share,
-        seed=seed,
-    )
+    vectors = neighbour_vectors(tokens, counts, contexts, dimensions, seed)
+    own = tokens if tokens.dim() == 1 else tokens[:, 0]
+    often = checks.class_counts(torch.bincount(own, minlength=len(counts)))
+    rare = often < min_count
+    return _clusters(vectors, counts, rare, num_clusters, shortlist, largest_share, seed)
+
+
+def _clusters(
+    vectors: Tensor,
+    counts: Tensor,
+    rare: Tensor,
+    num_clusters: int | None,
+    shortlist: int | None,
+    largest_share: float | None,
+    seed: int,
+) -> Clusters:
+    """`by_vectors` after checks of vectors and counts; `rare` classes have clusters of their own.
+
+    rare: (D) bool.
+    """
+    seed = checks.seed(seed)
+    sizes = default_sizes(counts, shortlist=shortlist, num_clusters=num_clusters)
+    tail, C = counts.argsort(descending=True, stable=True)[sizes.shortlist :], sizes.num_clusters
+    share = counts[tail] / counts[tail].sum()
+    bound = _bound(share, C, largest_share)
+    unit, rare = directions(vectors[tail]), rare[tail]
+    R = clusters_of_rare(share, rare, bound, C) if bool(unit[~rare].any()) else 0
+    met = ~rare if R else torch.ones_like(rare)
+    known = unit.any(1) & met
+    if not bool(known.any()):
+        raise ValueError(
+            "vectors must not be zero for every class outside the shortlist; without vectors use "
+            "by_frequency, and by_neighbours needs tokens in which these classes have neighbours"
+        )
+    centres = spherical_centres(unit[known], counts[tail][known].sqrt(), C - R, seed)
+    cluster = torch.empty(len(tail), dtype=torch.long)
+    cluster[met] = within_bound(unit[met], centres, share[met], bound, C - R)
+    if R:
+        cluster[~met] = C - R + dealt_out(share[~met], R)
+    return from_tail(counts, tail, cluster, vectors)
+
+
+def _bound(share: Tensor, C: int, largest_share: float | None) -> float:
+    """The largest share of a cluster: the one asked for, or the default."""
+    least = min(1.0, 1 / C + float(share[0]))
+    if largest_share is None:
+        return max(SPREAD / C, least)
+    why = "1/num_clusters plus the share of the commonest class outside the shortlist"
+    return checks.largest_share(largest_share, least, why)

@@ -12,6 +12,7 @@ number of clusters is the one asked for, which a split of large clusters would c
 from __future__ import annotations
 
 import heapq
+import math
 import warnings
 
 import torch
@@ -20,7 +21,7 @@ from torch.nn import functional as F
 
 from softsphere.clusters.extra import needed, one_thread
 
-__all__ = ["spherical_centres", "within_bound"]
+__all__ = ["clusters_of_rare", "dealt_out", "spherical_centres", "within_bound"]
 
 # So many classes, the commonest ones, place the centres.
 FITTED = 65_536
@@ -46,12 +47,44 @@ def spherical_centres(unit: Tensor, weight: Tensor, num_clusters: int, seed: int
     return F.normalize(torch.from_numpy(fit.cluster_centers_).to(unit.dtype), dim=1)
 
 
+def clusters_of_rare(share: Tensor, rare: Tensor, bound: float, C: int) -> int:
+    """Returns how many of C clusters rare classes have: the fewest that can hold them.
+
+    0 stands for none of their own, where rare classes have less than the mean share of a cluster,
+    or where they and the others do not fit into C clusters together.
+
+    share: (N) float64, whose sum is 1. rare: (N) bool.
+    """
+
+    def fewest(which: Tensor) -> int:
+        own = share[which]
+        # dealt out to the cluster that holds least, no cluster has more than the mean and one class
+        return math.ceil(float(own.sum()) / max(bound - float(own.max()), 1e-12))
+
+    common = ~rare
+    if not bool(common.any()) or float(share[rare].sum()) < 1 / C:
+        return 0
+    R = fewest(rare)
+    fits = R + fewest(common) <= C and int(rare.sum()) >= R and int(common.sum()) >= C - R
+    return R if fits else 0
+
+
+def dealt_out(share: Tensor, C: int) -> Tensor:
+    """Returns the cluster (N) of each class, the commonest first to the cluster with least.
+
+    share: (N) float64.
+    """
+    cluster = torch.full((len(share),), -1)
+    _join_the_least(cluster, share, torch.zeros(C, dtype=torch.float64))
+    return cluster
+
+
 def within_bound(unit: Tensor, centres: Tensor, share: Tensor, bound: float, C: int) -> Tensor:
     """Returns the cluster (N) of each class; none holds more than `bound` of the shares.
 
     unit: (N, n) unit rows; a row of zeros says nothing of its class. centres: (C', n) with C' ≤ C.
-    share: (N) float64, whose sum is 1. The bound is at least 1/C plus the largest share: a class
-    can then always join the cluster that holds least, which has at most 1/C.
+    share: (N) float64. The bound is at least their sum / C plus the largest of them: a class can
+    then always join the cluster that holds least.
     """
     cluster = torch.full((len(unit),), -1)
     load = torch.zeros(C, dtype=torch.float64)

@@ -15,6 +15,8 @@ __all__ = ["Assignments", "assignment_name", "kept_assignments"]
 
 # The folder of a record with its clusters.
 FOLDER = "clusters"
+# Words that occur less often are rare, as by default in `by_neighbours`.
+RARE = 3
 # The cluster of each word, by the name of its file.
 Assignments = dict[str, Tensor]
 
@@ -55,6 +57,7 @@ def _made(output: Output, text: Text, vectors: Tensor | None) -> tuple[Clusters,
     if output.by == "frequency":
         return by_frequency(text.counts, num_clusters=C, shortlist=S), vectors
     if vectors is None:
-        made = by_neighbours(text.train, text.counts, num_clusters=C, shortlist=S)
+        made = by_neighbours(text.train, text.counts, num_clusters=C, shortlist=S, min_count=RARE)
         return made, made.vectors
-    return by_vectors(vectors, text.counts, num_clusters=C, shortlist=S), vectors
+    made = by_vectors(vectors, text.counts, num_clusters=C, shortlist=S, min_count=RARE)
+    return made, vectors

@@ -15,7 +15,7 @@ from _engines import ENGINES, OPERATORS, SPHERICAL, layer, with_gradients
 from _matrix_units import as_on_a_gpu, float32_may_be, float32_rounded_to, nearest, needs_triton
 from softsphere.engines import bfloat16_parts, gram, products
 from softsphere.engines.dispatch import linear_statistics
-from softsphere.engines.engine import Inputs, Settings
+from softsphere.engines.engine import Gradients, Inputs, Settings
 from softsphere.engines.moments import moments
 from softsphere.functional import linear_spherical_loss
 
@@ -154,9 +154,9 @@ def test_sums_of_squares_where_outputs_cancel(monkeypatch, precision, case, dtyp
     assert ((ours - want).abs() <= bound).all()
 
 
-@pytest.mark.once("it sets what a CPU does")
-def test_a_cpu_that_rounds_the_factors_of_float32_products():
-    """Where it has bfloat16 of its own; elsewhere it multiplies exactly, whatever is set.
+@pytest.mark.parametrize("precision", BITS)
+def test_a_device_that_rounds_the_factors_of_float32_products(precision):
+    """A GPU does at both precisions, a CPU with bfloat16 of its own at "medium", others never.
 
     Products of small matrices are exact as well.
     """
@@ -164,7 +164,7 @@ def test_a_cpu_that_rounds_the_factors_of_float32_products():
     H = H.repeat(4, 1)
     target, how = torch.zeros(len(H), 1).long(), {"centred": False}
     want = (H.double() @ W.double().mT + b.double()).square().sum(1)
-    torch.set_float32_matmul_precision("medium")
+    torch.set_float32_matmul_precision(precision)
     try:
         ours, theirs = (
             linear_statistics(H, W, b, target, None, **how, options=ENGINES[x]).q
@@ -172,7 +172,7 @@ def test_a_cpu_that_rounds_the_factors_of_float32_products():
         )
     finally:
         torch.set_float32_matmul_precision("highest")
-    assert error(ours, want) <= 3 * error(theirs, want) + 5e-3
+    assert error(ours, want) <= 3 * error(theirs, want) + 2e-2
 
 
 @pytest.mark.once("lost digits are noticed on a CPU alone")
@@ -255,16 +255,19 @@ def test_memory_is_that_of_a_chunk(monkeypatch, precision):
     """The parts of a chunk take no more than its copy in float32, and D adds nothing."""
     as_on_a_gpu(monkeypatch, float32=precision)
     m, d, chunk = 20, 64, 100
-    most = []
+    how, most = Settings(True, None, chunk, torch.float32, False), []
     for classes in (400, 1000):
-        x = Inputs(*(x.detach() for x in layer(m, classes, d, torch.float32)), None, None)
-        x = x._replace(target=torch.zeros(m, 1).long())
-        with Bytes(*x[:4]) as meter:
-            gram._forward(x, Settings(True, None, chunk, torch.float32, False))
-        most.append(meter.most)
+        H, W, b = (x.detach() for x in layer(m, classes, d, torch.float32))
+        x = Inputs(H, W, b, torch.zeros(m, 1).long(), None)
+        with Bytes(*x[:4]) as forward:
+            kept = gram._forward(x, how)[3:]
+        g = Gradients(torch.ones(m), torch.ones(m), torch.ones(m, 1))
+        with Bytes(*x[:4], *kept, *g) as backward:
+            dW = gram._backward(g, x, kept, how, (True, True, True))[1]
+        most.append((forward.most, backward.most - 4 * (dW.numel() + classes)))
     assert most[0] == most[1]
     # the parts, and without a kernel the rows less their shift and what they leave; S and its sums
-    assert most[0] < 3 * 4 * chunk * d + 8 * 4 * d * d
+    assert max(most[0]) < 3 * 4 * chunk * d + 8 * 4 * d * d
     room = bfloat16_parts.parts_room(x.W, chunk, {"high": 2, "medium": 1}[precision])
     assert room.untyped_storage().nbytes() <= 4 * chunk * d
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import signal
 
 import pytest
 import torch
 from torch import nn
 
-from _recorded_graph import pretend_a_gpu
+from _recorded_graph import RecordedGraph, pretend_a_gpu
 from softsphere import CapturedStep, ClusteredLoss, FactoredSphericalLoss, LinearSphericalLoss
 from softsphere.matrix import SingularStepError
 from softsphere.optim import FactoredSGD
@@ -312,6 +313,29 @@ def test_a_step_that_was_left_out_is_told_when_it_is_asked_for(monkeypatch):
     with pytest.raises(SingularStepError, match="was left out"):
         step.check()
     step.check()
+
+
+@pytest.mark.parametrize("while_", ["record", "replay"])
+def test_a_ctrl_c_waits_until_the_step_is_taken_as_a_whole(monkeypatch, while_):
+    pretend_a_gpu(monkeypatch)
+    mine, plain = model(), model()
+    step, train = CapturedStep(step_of(*mine), mine[2], *batch(0)), step_of(*plain)
+    many(step, 3), many(train, 3)
+    run = getattr(RecordedGraph, while_)
+
+    def interrupted(graph, *given):
+        outputs = run(graph, *given)
+        signal.raise_signal(signal.SIGINT)
+        return outputs
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RecordedGraph, while_, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            step(*batch(3))
+    train(*batch(3))
+    for i in range(4, 8):
+        torch.testing.assert_close(step(*batch(i)), train(*batch(i)).detach())
+    same(mine, plain)
 
 
 def test_what_a_graph_returns_holds_no_graph_of_autograd(monkeypatch):

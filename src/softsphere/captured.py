@@ -12,6 +12,7 @@ from torch import Tensor
 
 from softsphere.matrix import FactoredTensor
 from softsphere.matrix.factored_matrix import FactoredMatrix
+from softsphere.matrix.interrupts import uninterrupted
 from softsphere.matrix.replay import Replay
 
 __all__ = ["CapturedStep", "captures", "check_taken"]
@@ -115,17 +116,19 @@ class CapturedStep:
             return _copied(self.train(*self.inputs))
         self.calls += 1
         now = self._held(matrices)
-        if self.graph is None or now != self.captured:
-            if self.calls <= _WARM_UP or now != self.left:
-                outputs = _copied(_Graph.warmed_up(lambda: self.train(*self.inputs), self._device))
-                self.left = self._held(matrices)
-                return outputs
-            self._capture(matrices)
-            self.captured = self._held(matrices)
-        self.graph.replay()
-        outputs = _copied(self.outputs)
-        for matrix in matrices:
-            Replay(matrix).after()
+        stale = self.graph is None or now != self.captured
+        if stale and (self.calls <= _WARM_UP or now != self.left):
+            outputs = _copied(_Graph.warmed_up(lambda: self.train(*self.inputs), self._device))
+            self.left = self._held(matrices)
+            return outputs
+        with uninterrupted():
+            if stale:
+                self._capture(matrices)
+                self.captured = self._held(matrices)
+            self.graph.replay()
+            outputs = _copied(self.outputs)
+            for matrix in matrices:
+                Replay(matrix).after()
         return outputs
 
     def _capture(self, matrices: list[FactoredMatrix]) -> None:

@@ -230,7 +230,7 @@ LSTM = StudyReproduction(
             WITH_LSTM,
             seeds=(0,),
             setup=replace(
-                WITH_LSTM.setup, embedding=200, width=200, recurrent_dropout=0.3, epochs=8
+                WITH_LSTM.setup, embedding=200, width=200, recurrent_dropout=0.3, epochs=4
             ),
             trial_words=300_000,
             trial_epochs=1,

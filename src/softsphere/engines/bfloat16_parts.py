@@ -6,7 +6,8 @@ sum of two bfloat16 numbers,
     x ≈ a + b,   a = x rounded to bfloat16,   b = x − a rounded,
 
 to 2⁻¹⁷ of x, and "medium" allows products of a alone. Matrix units multiply such numbers exactly
-and sum in float32. bfloat16 has the range of float32, so that nothing has to be scaled.
+and sum in float32. bfloat16 has the range of float32, so that rows need no scale: only below 10⁻³⁵
+do parts lose digits, and what is not finite stays so.
 
 Two products are taken by parts, since q = hᵀSh is made of them:
 
@@ -16,7 +17,8 @@ C and Cᵀ are each other's mirror, so that S takes two products. Σ a aᵀ is s
 the two cost 3 D d² FLOPs, at twice the rate of TF32. One float32 product costs D d². Σ b bᵀ is left
 out; it is 2⁻¹⁹ of the diagonal of S on average, and 2⁻¹⁶ at most.
 
-- S in TF32 would take two thirds of the time, and its error of 2⁻¹¹ would be that of all outputs.
+- S in TF32 would take two thirds of that time, and have the error 2⁻¹¹ of outputs in TF32. The
+  gradient with respect to W takes longer than either.
 - With S = Σ a aᵀ alone, at "medium", q is still a sum of squares, of the outputs of rounded rows.
   An error of P has no such form. It is multiplied by Σ_j h_j² S_jj / q, which may be large. So P,
   which has m rows, is taken in two parts also there.

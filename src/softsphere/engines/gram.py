@@ -1,6 +1,7 @@
 """The engine "gram": (s, q, c) of H Wᵀ + b from the Gram matrix of [W b].
 
-A step costs O(D d²) FLOPs and makes no tensor of m × D entries.
+A step costs O(D d²) FLOPs and makes no tensor of m × D entries. Float32 products are exact unless
+`torch.set_float32_matmul_precision` allows less; see `bfloat16_parts`.
 
 Source: Vincent, de Brébisson & Bouthillier 2015, arXiv:1412.7091; the Gram identity for squared
 losses also in Krichene et al. 2018, arXiv:1807.07187.

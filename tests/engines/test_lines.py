@@ -60,7 +60,7 @@ def by_a_loop(lines, given, pi):
 def test_the_layout_is_that_of_the_case(name):
     lines, *_ = made(name)
     whole, one_tile = CASES[name][2:]
-    assert lines.is_whole == whole
+    assert (lines.cut is None) == whole
     assert (len(lines.tiles.further) == 0) == one_tile
 
 
@@ -98,7 +98,8 @@ def test_outputs_beyond_the_end_of_a_cluster_are_zero_and_have_no_gradient(name,
 def test_few_places_stay_empty(name):
     """The outputs, and the rows of a sparse gradient, are not many more than they need be."""
     lines, *_ = made(name)
-    leaves, rows = lines.touched.leaves, len(lines.group.cluster)
-    assert lines.leaves.numel() < leaves + len(lines.touched.cluster) * lines.size
+    touched, rows = lines.group.touched, len(lines.group.cluster)
+    clusters, leaves = len(touched.cluster), touched.leaves
+    assert lines.leaves.numel() < leaves + clusters * lines.size
     assert lines.leaf.numel() < lines.group.pairs + rows * lines.size
-    assert lines.size <= max(8, leaves / len(lines.touched.cluster) / 2)
+    assert lines.size <= max(8, leaves / clusters / 2)

@@ -88,7 +88,7 @@ class _Statistics(torch.autograd.Function):
         ctx.lines, ctx.sparse = lines, sparse
         weighted = weights * o
         s, q = lines.sums_of_rows(weighted.sum(1)), lines.sums_of_rows((weighted * o).sum(1))
-        return s, q, o.flatten().index_select(0, lines.own)
+        return s, q, o.view(-1).index_select(0, lines.own)
 
     @staticmethod
     @once_differentiable
@@ -116,9 +116,9 @@ def _gradients(
 
 def _outputs(Z: Tensor, W: Tensor, b: Tensor | None, lines: Lines) -> Tensor:
     if _pair_by_pair(lines, W):
-        leaf = lines.leaf
         row = lines.row.repeat_interleave(lines.size)
-        o = pair_products(Z.to(W.dtype), W, row, leaf.flatten(), lines.offsets).view(leaf.shape)
+        pairs = pair_products(Z.to(W.dtype), W, row, lines.leaf, lines.offsets)
+        o = pairs.view(-1, lines.size)
     else:
         tiles, wide = lines.tiles, _wide(W.dtype)
         every = torch.bmm(_rows_of_tiles(Z, lines).to(wide), _leaves_of_tiles(W, lines, wide).mT)
@@ -131,9 +131,8 @@ def _outputs(Z: Tensor, W: Tensor, b: Tensor | None, lines: Lines) -> Tensor:
 def _rows_gradient(g: Tensor, W: Tensor, lines: Lines) -> Tensor:
     """∂z_i = Σ_k g_ik w_k: (n, d)."""
     if _pair_by_pair(lines, W):
-        leaf = lines.leaf.flatten()
-        weights = g.flatten().to(W.dtype)
-        return F.embedding_bag(leaf, W, lines.offsets, mode="sum", per_sample_weights=weights)
+        weights = g.view(-1).to(W.dtype)
+        return F.embedding_bag(lines.leaf, W, lines.offsets, mode="sum", per_sample_weights=weights)
     products = torch.bmm(_tiles_of_lines(g, lines), _leaves_of_tiles(W, lines, g.dtype))
     return lines.sums_of_rows(products.flatten(0, 1).index_select(0, lines.tiles.line))
 
@@ -153,10 +152,10 @@ def _weight_gradient(tiles: Tensor, Z: Tensor, W: Tensor, lines: Lines, sparse: 
             leaves.unsqueeze(0),
             values,
             W.shape,
-            is_coalesced=not lines.has_padding,
+            is_coalesced=lines.padding is None,
             check_invariants=False,
         )
-    if lines.has_padding:
+    if lines.padding is not None:
         # the row behind the last one takes what is beyond the end of a cluster
         leaves = torch.where(lines.padding.flatten(), len(W), leaves)
         return W.new_zeros(len(W) + 1, W.shape[1]).index_copy_(0, leaves, values)[:-1]

@@ -100,10 +100,11 @@ class Grouping:
         """The sum of the leaves (L) of each cluster: (C)."""
         return own.new_zeros(self.num_clusters).index_add_(0, self.cluster_of_leaf, own)
 
-    def root_entry(self, classes: Tensor) -> Tensor:
-        """Where the root scores each class (n), or its cluster: the shortlist comes first."""
-        cluster = self.cluster.index_select(0, classes)
-        place = self.place.index_select(0, classes)
+    def root_entry(self, cluster: Tensor, place: Tensor) -> Tensor:
+        """Where the root scores classes (n), or their clusters: the shortlist comes first.
+
+        cluster, place: of each class.
+        """
         return torch.where(cluster < 0, place, cluster + len(self.shortlist))
 
     def leaves_of(self, clusters: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,137 +30,102 @@ _ROOM, _SMALLEST_BLOCK = 1.1, 8
 _FEW_ROWS, _ROOM_OF_TILES = 16, 1.5
 
 
+class Cut(NamedTuple):
+    """The blocks of the U clusters with rows.
+
+    number: (U) how many each has; first: (U) the first of them.
+    cluster: (V) which of the U each block is of.
+    """
+
+    number: Tensor
+    first: Tensor
+    cluster: Tensor
+
+    @classmethod
+    def of(cls, touched: Touched, size: int) -> Cut:
+        number = _portions(touched.sizes, size)
+        return cls(number, number.cumsum(0) - number, consecutive(number))
+
+
 @dataclass(frozen=True, eq=False)
 class Lines:
     """The lines of a group.
 
     size: B, the leaves of a block.
+    cut: the blocks; None if each is a whole cluster, so that every row has one line.
+    leaves: (V, B) the leaves of the blocks.
+    padding: (V, B) whether a place is beyond the end of its cluster; None if none is.
+    row, block: (N) the row and the block of each line.
+    offsets: (n) the first place of each row in the outputs (N B).
     """
 
     group: Group
     size: int
+    cut: Cut | None
+    leaves: Tensor
+    padding: Tensor | None
+    row: Tensor
+    block: Tensor
+    offsets: Tensor
 
     @classmethod
     def of(cls, group: Group) -> Lines:
-        return cls(group, _block_size(group.touched))
-
-    @property
-    def touched(self) -> Touched:
-        return self.group.touched
-
-    @cached_property
-    def is_whole(self) -> bool:
-        """Whether every block is a whole cluster, so that every row has one line."""
-        return self.size >= self.touched.largest
-
-    @cached_property
-    def blocks(self) -> Tensor:
-        """(U) how many blocks each cluster with rows has."""
-        return _portions(self.touched.sizes, self.size)
-
-    @cached_property
-    def first_block(self) -> Tensor:
-        """(U) the first block of each cluster."""
-        return self.blocks.cumsum(0) - self.blocks
-
-    @cached_property
-    def cluster_of_block(self) -> Tensor:
-        """(V) which of the U clusters each block is of."""
-        return consecutive(self.blocks)
-
-    @cached_property
-    def _places(self) -> Tensor:
-        """(V, B) the leaves of the blocks, where a cluster had no end."""
-        first, device = self.touched.starts, self.touched.starts.device
-        if not self.is_whole:
-            u = self.cluster_of_block
-            number = torch.arange(len(u), device=device) - self.first_block.index_select(0, u)
-            first = first.index_select(0, u) + number * self.size
-        return first.unsqueeze(1) + torch.arange(self.size, device=device)
-
-    @cached_property
-    def _last(self) -> Tensor:
-        """(V, 1) the last leaf of the cluster of each block."""
-        last = self.touched.starts + self.touched.sizes - 1
-        return (last if self.is_whole else last.index_select(0, self.cluster_of_block)).unsqueeze(1)
-
-    @cached_property
-    def has_padding(self) -> bool:
-        """Whether there are places beyond the end of a cluster."""
-        return self._places.numel() > self.touched.leaves
-
-    @cached_property
-    def leaves(self) -> Tensor:
-        """(V, B) the leaves of the blocks; places beyond the end of a cluster repeat its last."""
-        return self._places.minimum(self._last) if self.has_padding else self._places
-
-    @cached_property
-    def padding(self) -> Tensor:
-        """(V, B) whether a place is beyond the end of its cluster."""
-        return self._places > self._last
-
-    @cached_property
-    def lines_of_row(self) -> Tensor:
-        """(n) how many lines each row has."""
-        return self.blocks.index_select(0, self.touched.of_row)
-
-    @cached_property
-    def row(self) -> Tensor:
-        """(N) the row of each line."""
-        of_row = self.touched.of_row
-        if self.is_whole:
-            return torch.arange(len(of_row), device=of_row.device)
-        return consecutive(self.lines_of_row)
-
-    @cached_property
-    def block(self) -> Tensor:
-        """(N) the block of each line."""
-        of_row = self.touched.of_row
-        if self.is_whole:
-            return of_row
-        return ranges(self.first_block.index_select(0, of_row), self.lines_of_row)
+        touched = group.touched
+        B, first, of_row = _block_size(touched), touched.starts, touched.of_row
+        last, device = touched.starts + (touched.sizes - 1), touched.starts.device
+        if touched.largest <= B:
+            cut, row, block = None, torch.arange(len(of_row), device=device), of_row
+            offsets = row * B
+        else:
+            cut = Cut.of(touched, B)
+            u, lines = cut.cluster, cut.number.index_select(0, of_row)
+            number = torch.arange(len(u), device=device) - cut.first.index_select(0, u)
+            first, last = first.index_select(0, u) + number * B, last.index_select(0, u)
+            row, block = consecutive(lines), ranges(cut.first.index_select(0, of_row), lines)
+            offsets = (lines.cumsum(0) - lines) * B
+        leaves, last, padding = (
+            first.unsqueeze(1) + torch.arange(B, device=device),
+            last.unsqueeze(1),
+            None,
+        )
+        if leaves.numel() > touched.leaves:
+            padding, leaves = leaves > last, leaves.minimum(last)
+        return cls(group, B, cut, leaves, padding, row, block, offsets)
 
     @cached_property
     def leaf(self) -> Tensor:
-        """(N, B) the leaves of the lines."""
-        return self.leaves.index_select(0, self.block)
-
-    @cached_property
-    def offsets(self) -> Tensor:
-        """(n) the first place of each row in the outputs (N B)."""
-        if self.is_whole:
-            return self.row * self.size
-        return (self.lines_of_row.cumsum(0) - self.lines_of_row) * self.size
+        """(N B) the leaves of the lines."""
+        return self.leaves.index_select(0, self.block).view(-1)
 
     @cached_property
     def own(self) -> Tensor:
         """(n) the place of the target of each row in the outputs (N B)."""
-        start = self.touched.starts.index_select(0, self.touched.of_row)
-        return self.offsets + (self.group.target - start)
+        touched = self.group.touched
+        return self.group.target - touched.starts.index_select(0, touched.of_row) + self.offsets
+
+    @cached_property
+    def _padding_of_lines(self) -> Tensor | None:
+        return None if self.padding is None else self.padding.index_select(0, self.block)
 
     def spread(self, x: Tensor) -> Tensor:
         """A value x (L) of each leaf in the layout of the outputs (N, B)."""
-        of_block = x.index_select(0, self.leaves.flatten()).view(self.leaves.shape)
-        return of_block.index_select(0, self.block)
+        return x.index_select(0, self.leaf).view(-1, self.size)
 
     def cleared(self, o: Tensor) -> Tensor:
         """Sets what is beyond the end of a cluster in (N, B) to 0, in place."""
-        return o.masked_fill_(self._padding_of_lines, 0.0) if self.has_padding else o
-
-    @cached_property
-    def _padding_of_lines(self) -> Tensor:
-        return self.padding.index_select(0, self.block)
+        padding = self._padding_of_lines
+        return o if padding is None else o.masked_fill_(padding, 0.0)
 
     def sums_of_rows(self, x: Tensor) -> Tensor:
         """The sums of the lines (N, …) of each row: (n, …)."""
-        if self.is_whole:
+        if self.cut is None:
             return x
         n = len(self.group.cluster)
         return x.new_zeros(n, *x.shape[1:]).index_add_(0, self.row, x)
 
     def of_rows(self, x: Tensor) -> Tensor:
         """The value x (n) of its row for each line: (N, 1)."""
-        return (x if self.is_whole else x.index_select(0, self.row)).unsqueeze(1)
+        return (x if self.cut is None else x.index_select(0, self.row)).unsqueeze(1)
 
     @cached_property
     def tiles(self) -> Tiles:
@@ -167,8 +133,7 @@ class Lines:
         return Tiles.of(self)
 
 
-@dataclass(frozen=True, eq=False)
-class Tiles:
+class Tiles(NamedTuple):
     """Products of tiles of rows with blocks of leaves.
 
     The first V products are those of the first tile of each cluster with all of its blocks, in the
@@ -185,13 +150,14 @@ class Tiles:
 
     @classmethod
     def of(cls, lines: Lines) -> Tiles:
-        touched = lines.touched
+        touched, cut = lines.group.touched, lines.cut
         R, u = _tile_size(touched), touched.of_row
-        within = torch.arange(len(u), device=u.device) - touched.first_row.index_select(0, u)
+        first, last = touched.first_row, touched.first_row + (touched.rows - 1)
+        within = torch.arange(len(u), device=u.device) - first.index_select(0, u)
         if touched.most_rows <= R:
-            first, last, further = touched.first_row, touched.first_row + touched.rows - 1, u[:0]
-            if not lines.is_whole:
-                first, last = (x.index_select(0, lines.cluster_of_block) for x in (first, last))
+            further = u[:0]
+            if cut is not None:
+                first, last = first.index_select(0, cut.cluster), last.index_select(0, cut.cluster)
                 within = within.index_select(0, lines.row)
             line = lines.block * R + within
         else:
@@ -205,20 +171,23 @@ def _several_tiles(lines: Lines, R: int, within: Tensor) -> tuple[Tensor, Tensor
 
     within: (n) the number of each row among those of its cluster.
     """
-    touched, blocks, V = lines.touched, lines.blocks, len(lines.cluster_of_block)
-    further = blocks * (_portions(touched.rows, R) - 1)
+    touched = lines.group.touched
+    cut = lines.cut or Cut.of(touched, lines.size)
+    V = len(cut.cluster)
+    further = cut.number * (_portions(touched.rows, R) - 1)
     first_further = further.cumsum(0) - further
     u = consecutive(further)
     k = torch.arange(len(u), device=u.device) - first_further.index_select(0, u)
-    wide = blocks.index_select(0, u)
-    number = F.pad(1 + k.div(wide, rounding_mode="floor"), (V, 0))
-    block = lines.first_block.index_select(0, u) + k.remainder(wide)
-    u = torch.cat([lines.cluster_of_block, u])
-    first = touched.first_row.index_select(0, u) + number * R
-    last = (touched.first_row + touched.rows - 1).index_select(0, u)
+    blocks = cut.number.index_select(0, u)
+    tile = F.pad(1 + k.div(blocks, rounding_mode="floor"), (V, 0))
+    block = cut.first.index_select(0, u) + k.remainder(blocks)
+    u = torch.cat([cut.cluster, u])
+    first = touched.first_row.index_select(0, u) + tile * R
+    last = (touched.first_row + (touched.rows - 1)).index_select(0, u)
     tile, place = within.div(R, rounding_mode="floor"), within.remainder(R)
-    later = (V + first_further - lines.first_block).index_select(0, touched.of_row)
-    later += (tile - 1) * lines.lines_of_row
+    of_row = touched.of_row
+    later = (V + first_further - cut.first).index_select(0, of_row)
+    later += (tile - 1) * cut.number.index_select(0, of_row)
     shift = torch.where(tile > 0, later, 0) * R + place
     return first, last, lines.block * R + shift.index_select(0, lines.row), block
 

@@ -130,7 +130,9 @@ class LossOnClusterShards:
         clusters, (W, b, *_) = self.layer.clusters, self.layer
         rows = clusters.root.slice
         scores = root_scores(F.linear(H, W, b), clusters.grouping, rows).to(self.dtype)
-        place, own = clusters.root.local(clusters.grouping.root_entry(target.clamp_min(0)))
+        grouping, classes = clusters.grouping, target.clamp_min(0)
+        entry = grouping.root_entry(grouping.cluster[classes], grouping.place[classes])
+        place, own = clusters.root.local(entry)
         if not len(W):
             return scores.logsumexp(1), scores.sum(1)
         of_target = scores.gather(1, place.unsqueeze(1)).squeeze(1)

@@ -130,7 +130,7 @@ def _cheapest(loss: losses.Loss, Z: Tensor, leaves: Leaves, group: Group, sparse
 def _parts(group: Group) -> Iterator[slice]:
     """Slices of rows whose pairs fit into memory together, at least one row in each."""
     n = len(group.cluster)
-    if group.pairs <= _PAIRS or n < 2:
+    if n < 2 or n * group.grouping.largest <= _PAIRS or group.pairs <= _PAIRS:
         yield slice(0, n)
         return
     last = group.lengths.cumsum(0)
@@ -153,7 +153,7 @@ def _by_outputs(loss: losses.Loss, Z: Tensor, leaves: Leaves, group: Group, spar
         o = o.view(-1).index_add(0, lines.own, less).view(o.shape)
     scores = loss.log_numerator(o) + lines.cleared(lines.spread(pi)).log()
     normaliser = scores.logsumexp(1)
-    if len(normaliser) > len(Z):
+    if lines.cut is not None:
         normaliser = log_sums(normaliser, lines.row, len(Z))
     return normaliser - scores.flatten().index_select(0, lines.own)
 

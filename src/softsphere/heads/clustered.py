@@ -292,10 +292,12 @@ class ClusteredLoss(WithGrouping, OutputLayer):
         """−log p of the target of each row H (m, d): (m), in float32 or wider."""
         grouping = self.grouping
         dtype = accumulator(self.weight.dtype)
-        cluster = grouping.cluster.index_select(0, target).masked_fill_(ignored, -1)
-        rows, group = grouping.group(cluster, grouping.place.index_select(0, target))
+        cluster = grouping.cluster.index_select(0, target)
+        place = grouping.place.index_select(0, target)
         log_p = root_log_prob(self.root(H), grouping).to(dtype)
-        nll = -log_p.gather(1, grouping.root_entry(target).unsqueeze(1)).squeeze(1)
+        entry = grouping.root_entry(cluster, place).unsqueeze(1)
+        nll = -log_p.gather(1, entry).squeeze(1)
+        rows, group = grouping.group(cluster.masked_fill_(ignored, -1), place)
         Z = H.index_select(0, rows)
         Z = Z if self.project is None else self.project(Z)
         with torch.autocast(H.device.type, enabled=False):

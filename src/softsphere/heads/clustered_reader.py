@@ -166,7 +166,7 @@ class ClusteredReader(Reader):
         """The scores of one class for each row, from its own cluster alone: (m)."""
         cluster, place = self.grouping.cluster[target], self.grouping.place[target]
         short, clusters, z = self._split(H)
-        entry = self.grouping.root_entry(target).unsqueeze(1)
+        entry = self.grouping.root_entry(cluster, place).unsqueeze(1)
         own = torch.cat([short, clusters], 1).gather(1, entry).squeeze(1)
         rows, group = self.grouping.group(cluster, place)
         engine = "factored" if isinstance(self.leaves.W, FactoredTensor) else "logits"

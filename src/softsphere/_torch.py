@@ -31,6 +31,7 @@ __all__ = [
     "gradients_wanted",
     "graph_is_captured",
     "has_gradient_hooks",
+    "has_hooks_of_all_modules",
     "has_own_call",
     "has_tangent",
     "hooks_of",
@@ -258,6 +259,12 @@ def has_own_call(module: nn.Module) -> bool:
         or getattr(type(module), name, None) is not getattr(nn.Module, name, None)
         for name in names
     )
+
+
+def has_hooks_of_all_modules() -> bool:
+    """Whether there are hooks that the call of every module runs. True where PyTorch cannot say."""
+    kinds = ("forward_pre", "forward", "backward_pre", "backward")
+    return any(getattr(nn.modules.module, f"_global_{kind}_hooks", True) for kind in kinds)
 
 
 def hooks_of(module: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -24,7 +24,7 @@ from softsphere.matrix import FactoredTensor
 from softsphere.matrix.stack_arrays import StackArrays
 from softsphere.stats import Stats
 
-__all__ = ["Leaves", "leaf_losses", "log_sums", "root_scores"]
+__all__ = ["Leaves", "empty_entries", "leaf_losses", "log_sums", "root_scores"]
 
 # The outputs that are in memory at once.
 _PAIRS = 1 << 24
@@ -73,10 +73,17 @@ def root_scores(logits: Tensor, grouping: Grouping, rows: slice | None = None) -
         rows: which rows of the root they are of; None for all.
     """
     logits = logits.to(accumulator(logits.dtype))
-    if not grouping.has_empty:
+    empty = empty_entries(grouping)
+    if empty is None:
         return logits
-    empty = F.pad(grouping.sizes == 0, (len(grouping.shortlist), 0))
     return logits.masked_fill(empty if rows is None else empty[rows], -torch.inf)
+
+
+def empty_entries(grouping: Grouping) -> Tensor | None:
+    """Whether each output of the root (S + C) is that of an empty cluster; None if none is."""
+    if not grouping.has_empty:
+        return None
+    return F.pad(grouping.sizes == 0, (len(grouping.shortlist), 0))
 
 
 def leaf_losses(

@@ -18,7 +18,8 @@ from softsphere.engines.leaf_choice import LEAF_ENGINES
 from softsphere.engines.row_statistics import accumulator
 from softsphere.functional.conventions import Conventions, mixed_precision
 from softsphere.functional.on_cluster_shards import ClustersOfRank, LossOnClusterShards
-from softsphere.functional.on_leaves import Leaves, leaf_losses
+from softsphere.functional.on_leaves import Leaves, empty_entries, leaf_losses
+from softsphere.functional.root_losses import has_root_losses, root_losses
 from softsphere.heads.affine import made_dtype
 from softsphere.heads.clustered_checks import check_engine, distribution, refuse_other_targets
 from softsphere.heads.clustered_reader import ClusteredReader, Root, root_log_prob
@@ -294,9 +295,7 @@ class ClusteredLoss(WithGrouping, OutputLayer):
         dtype = accumulator(self.weight.dtype)
         cluster = grouping.cluster.index_select(0, target)
         place = grouping.place.index_select(0, target)
-        log_p = root_log_prob(self.root(H), grouping).to(dtype)
-        entry = grouping.root_entry(cluster, place).unsqueeze(1)
-        nll = -log_p.gather(1, entry).squeeze(1)
+        nll = self._root_losses(H, grouping.root_entry(cluster, place)).to(dtype)
         rows, group = grouping.group(cluster.masked_fill_(ignored, -1), place)
         Z = H.index_select(0, rows)
         Z = Z if self.project is None else self.project(Z)
@@ -310,6 +309,14 @@ class ClusteredLoss(WithGrouping, OutputLayer):
                 sparse=self.sparse,
             )
         return nll.index_add(0, rows, of_leaves.to(nll.dtype))
+
+    def _root_losses(self, H: Tensor, entry: Tensor) -> Tensor:
+        """−log p of one entry of the root for each row: (m)."""
+        root, grouping = self.root, self.grouping
+        if has_root_losses(root, H):
+            return root_losses(H, root.weight, root.bias, entry, empty_entries(grouping))
+        log_p = root_log_prob(root(H), grouping)
+        return -log_p.gather(1, entry.unsqueeze(1)).squeeze(1)
 
     def _loss_on_shards(
         self,

@@ -140,10 +140,10 @@ def test_what_is_rare_is_told_by_the_counts_beside_vectors():
     tokens, counts = with_rare_words()
     sizes = {"num_clusters": 16, "shortlist": 4}
     found = by_neighbours(tokens, counts, **sizes)
-    again = by_vectors(found.vectors, counts, **sizes, min_count=3)
+    again = by_vectors(found.vectors, counts, **sizes, min_count=5)
     assert torch.equal(again.assignment, found.assignment)
     total = float(counts.sum())
-    shares = by_vectors(found.vectors, counts / total, **sizes, min_count=3 / total)
+    shares = by_vectors(found.vectors, counts / total, **sizes, min_count=5 / total)
     assert are_apart(shares.assignment) and len(shares.assignment[44:].unique()) == 1
     # without rare words they are wherever there is room
     for without in (

@@ -92,7 +92,7 @@ def by_neighbours(
     largest_share: float | None = None,
     contexts: int = 512,
     dimensions: int = 64,
-    min_count: float = 3,
+    min_count: float = 5,
     seed: int = 0,
 ) -> Clusters:
     """Returns clusters of classes that occur beside the same things.

@@ -16,7 +16,7 @@ __all__ = ["Assignments", "assignment_name", "kept_assignments"]
 # The folder of a record with its clusters.
 FOLDER = "clusters"
 # Words that occur less often are rare, as by default in `by_neighbours`.
-RARE = 3
+RARE = 5
 # The cluster of each word, by the name of its file.
 Assignments = dict[str, Tensor]
 

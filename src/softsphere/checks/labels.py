@@ -40,7 +40,10 @@ def indices(target: Tensor, allowed: Tensor, num_classes: int, spared: str) -> N
 
     Only on a CPU: a GPU's own gather asserts it, without a synchronisation.
     """
-    if not values_on_cpu(target):
+    if not values_on_cpu(target) or not target.numel():
+        return
+    least, most = target.aminmax()
+    if least >= 0 and most < num_classes:
         return
     bad = ((target < 0) | (target >= num_classes)) & ~allowed
     if bool(bad.any()):

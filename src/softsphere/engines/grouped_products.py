@@ -22,7 +22,7 @@ from softsphere.engines.lines import Lines
 __all__ = ["group_outputs", "group_statistics"]
 
 # With at least this many rows in a cluster on average, copying its leaves into blocks pays.
-_MANY_ROWS = 3
+_MANY_ROWS = 16
 
 
 def group_outputs(

@@ -1,11 +1,11 @@
 """−log of a softmax of linear outputs at one entry of each row, without a gradient of the outputs.
 
-With p = softmax(W h + b) and the entry e of a row whose loss has the upstream gradient g,
+With Q = softmax(W h + b) less 1 at the entry, and the upstream gradient g of the loss of a row,
 
-    ∂h = g (Wᵀp − w_e),   ∂W = Σ p (g h)ᵀ less g h in the rows e,   ∂b = Σ g p less g at e,
+    ∂h = g Wᵀ Q,   ∂W = Σ Q (g h)ᵀ,   ∂b = Σ g Q,
 
-so that the backward reads p once for each product, where those of `F.linear` and
-`F.cross_entropy` also make two more tensors of its size.
+so that the backward makes no tensor of the size of the outputs, where those of `F.linear` and
+`F.cross_entropy` make two.
 """
 
 from __future__ import annotations
@@ -16,7 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from softsphere._torch import has_hooks_of_all_modules, has_own_call, hooks_of, transformed
+from softsphere._torch import (
+    has_hooks_of_all_modules,
+    has_own_call,
+    hooks_of,
+    transformed,
+    values_on_cpu,
+)
 from softsphere.functional.conventions import mixed_precision
 
 __all__ = ["has_root_losses", "root_losses"]
@@ -48,7 +54,7 @@ def root_losses(
 
 
 class _RootLosses(torch.autograd.Function):
-    """The losses (m), and p (m, R), through which second derivatives go."""
+    """The losses (m), and Q (m, R), through which second derivatives go."""
 
     @staticmethod
     def forward(
@@ -57,40 +63,43 @@ class _RootLosses(torch.autograd.Function):
         o = F.linear(H, W, b)
         if empty is not None:
             o.masked_fill_(empty, -torch.inf)
-        P = o.softmax(1)
-        # the largest output has the largest probability, 1 / Σ exp(o − max o)
-        most = o.amax(1) - P.amax(1).log()
-        ctx.save_for_backward(H, W, entry, P)
+        index, P = entry.unsqueeze(1), o.softmax(1)
+        losses = _less_log(P, o, index)
+        Q = P.scatter_add_(1, index, -torch.ones_like(losses))
+        ctx.save_for_backward(H, W, index, Q)
         ctx.set_materialize_grads(False)
-        return most - o.gather(1, entry.unsqueeze(1)).squeeze(1), P
+        return losses.squeeze(1), Q
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor | None, of_P: Tensor | None) -> tuple[Tensor | None, ...]:
-        H, W, entry, P = ctx.saved_tensors
-        dH, dW, db = (None, None, None) if g is None else _first(ctx, g, H, W, entry, P)
-        if of_P is not None:
-            G = P * (of_P - (of_P * P).sum(1, keepdim=True))
-            dH = _sum(dH, G @ W) if ctx.needs_input_grad[0] else None
-            dW = _sum(dW, G.mT @ H) if ctx.needs_input_grad[1] else None
-            db = _sum(db, G.sum(0)) if ctx.needs_input_grad[2] else None
-        return dH, dW, db, None, None
+    def backward(ctx: Any, g: Tensor | None, of_Q: Tensor | None) -> tuple[Tensor | None, ...]:
+        H, W, index, Q = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        if of_Q is None:
+            assert g is not None
+            return *_gradients(needs, Q, g, H, W), None, None
+        P = Q.scatter_add(1, index, torch.ones_like(index, dtype=Q.dtype))
+        of_o = P * (of_Q - (of_Q * P).sum(1, keepdim=True))
+        if g is not None:
+            of_o = of_o + g.unsqueeze(1) * Q
+        return *_gradients(needs, of_o, of_o.new_ones(len(of_o)), H, W), None, None
 
 
-def _first(
-    ctx: Any, g: Tensor, H: Tensor, W: Tensor, entry: Tensor, P: Tensor
+def _gradients(
+    needs: tuple[bool, ...], Q: Tensor, g: Tensor, H: Tensor, W: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """The gradients with respect to H, W and b from that with respect to the losses."""
-    dH = dW = db = None
+    """Those with respect to H, W and b, from that with respect to the outputs, g Q."""
     of_row = g.unsqueeze(1)
-    if ctx.needs_input_grad[0]:
-        dH = torch.addmm(W.index_select(0, entry), P, W, beta=-1) * of_row
-    if ctx.needs_input_grad[1]:
-        rows = H * of_row
-        dW = (P.mT @ rows).index_add_(0, entry, rows, alpha=-1)
-    if ctx.needs_input_grad[2]:
-        db = (g @ P).index_add_(0, entry, g, alpha=-1)
-    return dH, dW, db
+    return (
+        (Q @ W) * of_row if needs[0] else None,
+        Q.mT @ (H * of_row) if needs[1] else None,
+        g @ Q if needs[2] else None,
+    )
 
 
-def _sum(x: Tensor | None, y: Tensor) -> Tensor:
-    return y if x is None else x + y
+def _less_log(P: Tensor, o: Tensor, index: Tensor) -> Tensor:
+    """−log of the softmax P of outputs o at an index of each row: (m, 1)."""
+    own = P.gather(1, index)
+    if values_on_cpu(own) and bool((own >= torch.finfo(own.dtype).tiny).all()):
+        return -own.log()
+    # the largest output has the largest probability, 1 / Σ exp(o − max o)
+    return o.amax(1, keepdim=True) - P.amax(1, keepdim=True).log() - o.gather(1, index)

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from softsphere.engines.bfloat16_parts import number_of_parts
 from softsphere.engines.grouping import Group, consecutive, ranges
 from softsphere.rounding import spread_of_equals
 
@@ -72,8 +73,12 @@ def _quadratic(z: Tensor, Q: Tensor, group: Group) -> Tensor:
     """zᵀ Q_c z of each row: (n)."""
     touched = group.touched
     place, valid, u = _portions(touched.rows, touched.first_row, _TILE)
-    tiles = z[place]
-    forms = ((tiles @ Q[touched.cluster[u]]) * tiles).sum(2)
+    tiles, Q = z[place], Q[touched.cluster[u]]
+    if number_of_parts(z, z.dtype):
+        # a product that rounds Q would have an error in proportion to Σ_j z_j² Q_jj, not to q
+        forms = ((tiles.double() @ Q.double()) * tiles).sum(2).to(z.dtype)
+    else:
+        forms = ((tiles @ Q) * tiles).sum(2)
     # the places of tiles are the rows in their order, with a gap at the end of each cluster
     return forms[valid]
 

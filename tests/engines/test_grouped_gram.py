@@ -1,0 +1,33 @@
+"""The Gram matrices of clusters where float32 products are rounded."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from _matrix_units import float32_may_be, float32_rounded_to
+from softsphere.engines.grouped_gram import cluster_statistics
+from softsphere.engines.grouping import Group, Grouping
+
+
+@pytest.mark.parametrize(("precision", "bits"), [("high", 10), ("medium", 7)])
+def test_sums_of_squares_where_outputs_cancel(monkeypatch, precision, bits):
+    """The error is that of all outputs: a column of the weight that the bias takes off again."""
+    torch.manual_seed(0)
+    W, Z = 0.1 * torch.randn(600, 8), 0.1 * torch.randn(40, 8)
+    W[:, 0], Z[:, 0] = torch.randn(600), 1.3
+    b, of_leaf = -1.3 * W[:, 0], torch.arange(600) // 300
+    cluster = torch.arange(40) // 20
+    group = Group(cluster, cluster * 300, Grouping.of(of_leaf))
+    own = of_leaf == cluster.unsqueeze(1)
+
+    def by_outputs(Z, W, b):
+        return ((Z @ W.mT + b) * own).square().sum(1)
+
+    want = by_outputs(Z.double(), W.double(), b.double())
+    float32_may_be(monkeypatch, precision)
+    with float32_rounded_to(bits):
+        ours, theirs = cluster_statistics(Z, W, b, torch.ones(600), group)[1], by_outputs(Z, W, b)
+    terms = 2 * 300 * 1.3**2
+    bound = 2 * (theirs - want).abs().max() + 2.0**-16 * terms
+    assert ((ours - want).abs() <= bound).all()

@@ -75,8 +75,8 @@ class _RootLosses(torch.autograd.Function):
         H, W, index, Q = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         if of_Q is None:
-            assert g is not None
-            return *_gradients(needs, Q, g, H, W), None, None
+            first = (None, None, None) if g is None else _gradients(needs, Q, g, H, W)
+            return *first, None, None
         P = Q.scatter_add(1, index, torch.ones_like(index, dtype=Q.dtype))
         of_o = P * (of_Q - (of_Q * P).sum(1, keepdim=True))
         if g is not None:

@@ -52,6 +52,20 @@ def test_second_derivatives(empty):
     )
 
 
+def test_a_loss_with_a_penalty_on_its_gradient():
+    """First and second derivatives come to the same backward."""
+
+    def total(losses, known):
+        gradients = torch.autograd.grad(losses.sum(), known, create_graph=True)
+        return losses.sum() + sum((x * x).sum() for x in gradients)
+
+    known = given()
+    found = torch.autograd.grad(total(root_losses(*known, ENTRY, None), known), known)
+    want = torch.autograd.grad(total(by_pytorch(*known, None), known), known)
+    for x, y in zip(found, want, strict=True):
+        torch.testing.assert_close(x, y, **CLOSE)
+
+
 def test_only_the_gradients_that_are_needed_are_made():
     H, W, b = given()
     for known in (H, W, b):

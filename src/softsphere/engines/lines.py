@@ -153,7 +153,8 @@ class Tiles(NamedTuple):
         touched, cut = lines.group.touched, lines.cut
         R, u = _tile_size(touched), touched.of_row
         first, last = touched.first_row, touched.first_row + (touched.rows - 1)
-        within = torch.arange(len(u), device=u.device) - first.index_select(0, u)
+        number = lines.row if cut is None else torch.arange(len(u), device=u.device)
+        within = number - first.index_select(0, u)
         if touched.most_rows <= R:
             further = u[:0]
             if cut is not None:

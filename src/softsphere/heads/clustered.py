@@ -267,7 +267,8 @@ class ClusteredLoss(WithGrouping, OutputLayer):
         checks.only_with_a_group("num_items", num_items)
         entries, conventions = self._checked(hidden, target, target_values, mask)
         H = hidden.reshape(-1, self.in_features)
-        rows = entries.weigh(self._losses(H, entries.t.squeeze(1), entries.ignored))
+        rows = self._losses(H, entries.t.squeeze(1), entries.ignored)
+        rows = rows.masked_fill(entries.ignored, 0.0)  # there are no class weights
         return conventions.finish(rows.view(hidden.shape[:-1]), entries.counted, hidden)
 
     def _checked(

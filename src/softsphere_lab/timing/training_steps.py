@@ -132,15 +132,24 @@ def _sampled(setting: Setting) -> Step:
 
 
 def clustered(
-    setting: Setting, leaf: str = LOSS, *, sparse: bool = True, engine: str = "auto"
+    setting: Setting,
+    leaf: str = LOSS,
+    *,
+    sparse: bool = True,
+    engine: str = "auto",
+    bias: bool = True,
 ) -> Step:
-    """A shortlist of 2,000 classes, and clusters of equal sizes and nearly equal frequencies."""
+    """A shortlist of 2,000 classes, and clusters of equal sizes and nearly equal frequencies.
+
+    bias: the other layers that are timed have none.
+    """
     shortlist = min(2_000, setting.D // 2)
     number = 256 if setting.D < 500_000 else 1_024
     assignment = (torch.arange(setting.D) - shortlist) % min(number, setting.D - shortlist)
     assignment[:shortlist] = -1
     counts = 1 / torch.arange(1, setting.D + 1, dtype=torch.float64)
     options: dict[str, Any] = {"leaf": leaf, "counts": counts, "sparse": sparse, "engine": engine}
+    options["bias"] = bias
     return _sgd(ClusteredLoss(setting.d, setting.D, assignment, **options))
 
 
@@ -174,6 +183,7 @@ CLUSTERS: Mapping[str, Callable[[Setting], Step]] = {
     "clustered softmax (ours)": partial(clustered, leaf="softmax"),
     FACTORED_LEAVES: partial(clustered, sparse=False, engine="factored"),
     "clustered Taylor, dense gradient (ours)": partial(clustered, sparse=False),
+    "clustered Taylor, without bias (ours)": partial(clustered, bias=False),
     "adaptive softmax, cutoffs 2000, 10000, 40000": _adaptive_of_wikipedia,
 }
 

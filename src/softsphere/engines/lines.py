@@ -83,11 +83,8 @@ class Lines:
             first, last = first.index_select(0, u) + number * B, last.index_select(0, u)
             row, block = consecutive(lines), ranges(cut.first.index_select(0, of_row), lines)
             offsets = (lines.cumsum(0) - lines) * B
-        leaves, last, padding = (
-            first.unsqueeze(1) + torch.arange(B, device=device),
-            last.unsqueeze(1),
-            None,
-        )
+        padding, last = None, last.unsqueeze(1)
+        leaves = first.unsqueeze(1) + torch.arange(B, device=device)
         if leaves.numel() > touched.leaves:
             padding, leaves = leaves > last, leaves.minimum(last)
         return cls(group, B, cut, leaves, padding, row, block, offsets)

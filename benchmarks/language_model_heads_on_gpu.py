@@ -2,9 +2,9 @@
 
     python benchmarks/language_model_heads_on_gpu.py --head "Gemma-2 2B"
 
-Forward and backward in bfloat16, and the same with a step of AdamW: medians of 30 after 8. Each
-layer has a process of its own, and is left out if it fails or takes more than a minute. Without
---head all heads are measured.
+Forward and backward, and the same with a step of AdamW: medians of 30 after 8. Each layer has a
+process of its own, and is left out if it fails or takes more than a minute. Without --head all
+heads are measured. They are in bfloat16, or with --precision in float32 at that precision.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from softsphere_lab.errors import LabError
 from softsphere_lab.timing.benchmark import Case, Row, left_out, run
 from softsphere_lab.timing.clock import Effort
-from softsphere_lab.timing.half_precision_heads import OURS
+from softsphere_lab.timing.head_measures import BFLOAT16, OURS, PRECISIONS
 from softsphere_lab.timing.linear_losses import GPU_SOFTMAX
 from softsphere_lab.timing.processes import measure_head
 from softsphere_lab.timing.setting import Setting
@@ -38,10 +38,12 @@ TINY = {"tiny": Setting(m=256, D=1000, d=64)}
 PATIENCE = 60.0
 
 
-def compared(head: str, name: str, setting: Setting, effort: Effort, device: str) -> Iterator[Row]:
-    label = f"{head}: {name}"
+def compared(
+    label: str, name: str, setting: Setting, effort: Effort, device: str, precision: str
+) -> Iterator[Row]:
+    how = {"device": device, "precision": precision}
     try:
-        found = measure_head(name, setting, effort, device=device, patience=PATIENCE)
+        found = measure_head(name, setting, effort, **how, patience=PATIENCE)
     except LabError as error:  # out of memory, not installed, or too slow
         yield left_out(label, setting, str(error).strip().splitlines()[-1][:120])
         return
@@ -51,6 +53,12 @@ def compared(head: str, name: str, setting: Setting, effort: Effort, device: str
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--head", choices=HEADS, help="measure this head alone")
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default=BFLOAT16,
+        help="bfloat16, or float32 at this precision of its products (default: bfloat16)",
+    )
 
 
 def cases(options: argparse.Namespace) -> list[Case]:
@@ -60,8 +68,13 @@ def cases(options: argparse.Namespace) -> list[Case]:
     heads, effort = (
         (TINY, Effort(0.0, 1, 1, 2)) if options.smoke else (HEADS, Effort(0.0, 8, 30, 30))
     )
+    precision = options.precision
+    at = "" if precision == BFLOAT16 else f", float32 {precision}"
     return [
-        Case(f"{head}, {setting}: {name}", partial(compared, head, name, setting, effort, device))
+        Case(
+            f"{head}{at}, {setting}: {name}",
+            partial(compared, f"{head}{at}: {name}", name, setting, effort, device, precision),
+        )
         for head, setting in heads.items()
         if options.head in (None, head)
         for name in (*OURS, *GPU_SOFTMAX)

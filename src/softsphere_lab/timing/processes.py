@@ -21,7 +21,7 @@ import torch
 
 from softsphere_lab.errors import LabError
 from softsphere_lab.timing.clock import Effort, step_times
-from softsphere_lab.timing.half_precision_heads import head_measures
+from softsphere_lab.timing.head_measures import BFLOAT16, head_measures
 from softsphere_lab.timing.linear_losses import LINEAR_LOSSES, ForwardBackward
 from softsphere_lab.timing.setting import Setting
 from softsphere_lab.timing.training_steps import CHUNKED, CLUSTERS, LAYERS, ON_GPU
@@ -83,13 +83,14 @@ def measure_head(
     effort: Effort | None = None,
     *,
     device: str = "cpu",
+    precision: str = BFLOAT16,
     patience: float | None = None,
 ) -> dict[str, float]:
-    """Measures the head of that name in bfloat16 in a process of its own; see `head_measures`.
+    """Measures the head of that name in a process of its own; see `head_measures`.
 
     Raises what `measure` raises.
     """
-    return _apart(name, HEAD, setting, effort, device, patience)
+    return _apart(name, HEAD, setting, effort, device, patience, precision=precision)
 
 
 def _apart(
@@ -99,9 +100,11 @@ def _apart(
     effort: Effort | None,
     device: str,
     patience: float | None,
+    **more: str,
 ) -> dict[str, Any]:
     """Returns what a process of its own prints."""
     job = {
+        **more,
         "name": name,
         "kind": kind,
         "setting": asdict(setting),
@@ -143,7 +146,8 @@ def _main(text: str) -> None:
     torch.manual_seed(0)
     setting, effort = Setting(**job["setting"]), Effort(**job["effort"])
     if job["kind"] == HEAD:
-        print(json.dumps(head_measures(job["name"], setting, effort, job["device"])))
+        how = job["device"], job["precision"]
+        print(json.dumps(head_measures(job["name"], setting, effort, *how)))
     else:
         print(json.dumps(asdict(_step_measured(job, setting, effort))))
 

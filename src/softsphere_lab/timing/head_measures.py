@@ -1,4 +1,4 @@
-"""Heads of language models and recommenders in bfloat16, each measured in every respect."""
+"""Heads of language models and recommenders, each measured in every respect."""
 
 from __future__ import annotations
 
@@ -15,22 +15,33 @@ from softsphere_lab.timing.linear_losses import LOSSES, softmax, through_logits
 from softsphere_lab.timing.memory import extra_bytes
 from softsphere_lab.timing.setting import Setting
 
-__all__ = ["OURS", "head_measures"]
+__all__ = ["BFLOAT16", "OURS", "PRECISIONS", "head_measures"]
 
 # The engines of this library that are measured.
 OURS = ("gram", "chunked")
+# How a head computes: in bfloat16, or in float32 at one of PyTorch's precisions of its products.
+BFLOAT16 = "bfloat16"
+PRECISIONS = (BFLOAT16, "highest", "high", "medium")
 # How many rows the error of the gradient is taken from.
 EXACT_ROWS = 64
 
 
-def head_measures(name: str, setting: Setting, effort: Effort, device: str) -> dict[str, float]:
+def head_measures(
+    name: str, setting: Setting, effort: Effort, device: str, precision: str = BFLOAT16
+) -> dict[str, float]:
     """Measures forward and backward of one layer, and the same with a step of AdamW.
 
-    name: one of LOSSES. Of effort the numbers of steps count, not the seconds.
+    name: one of LOSSES. Of effort the numbers of steps count, not the seconds. precision: one of
+    PRECISIONS; that of float32 stays set in this process.
     Returns the numbers by what they measure.
     """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    dtype = torch.bfloat16 if precision == BFLOAT16 else torch.float32
+    if precision != BFLOAT16:
+        torch.set_float32_matmul_precision(precision)
     layer = LOSSES[name]()
-    hidden, weight, target = _after_training(setting, device)
+    hidden, weight, target = _after_training(setting, device, dtype)
     optimizer = torch.optim.AdamW([weight], lr=1e-4, fused=True)
 
     def both_ways() -> None:
@@ -68,7 +79,9 @@ def _median(run: Callable[[], Any], effort: Effort, device: str) -> float:
     return statistics.median(times[effort.warm_up :])
 
 
-def _after_training(setting: Setting, device: str) -> tuple[Tensor, Tensor, Tensor]:
+def _after_training(
+    setting: Setting, device: str, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
     """Hidden rows, a weight and targets as they are after training.
 
     Peers that skip small blocks should see those: each row leans to its target, so that softmax
@@ -78,7 +91,7 @@ def _after_training(setting: Setting, device: str) -> tuple[Tensor, Tensor, Tens
     target = torch.randint(D, (m,), device=device)
     weight = torch.randn(D, d, device=device).div_(math.sqrt(d))
     hidden = torch.randn(m, d, device=device) + 8 * weight[target]
-    hidden, weight = (x.bfloat16().requires_grad_() for x in (hidden, weight))
+    hidden, weight = (x.to(dtype).requires_grad_() for x in (hidden, weight))
     return hidden, weight, target
 
 

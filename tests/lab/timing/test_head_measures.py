@@ -1,4 +1,4 @@
-"""Heads in bfloat16: what is measured of them, in this process and in one of its own."""
+"""What is measured of heads, in this process and in one of its own."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 
 from softsphere_lab.errors import LabError
 from softsphere_lab.timing.clock import Effort
-from softsphere_lab.timing.half_precision_heads import OURS, head_measures
+from softsphere_lab.timing.head_measures import OURS, head_measures
 from softsphere_lab.timing.processes import measure_head
 from softsphere_lab.timing.setting import Setting
 
@@ -21,6 +21,13 @@ def test_a_head_has_times_memory_and_the_error_of_its_own_loss(name):
     assert 1e-5 < found["error of the gradient by hidden"] < 2e-2
     assert found["milliseconds"] > 0 and found["milliseconds with AdamW"] > 0
     assert ("share of the product rate" in found) == (name == "gram")
+
+
+def test_a_head_in_float32_has_the_error_of_float32():
+    found = measure_head("gram", SETTING, SHORT, precision="highest")
+    assert found["error of the gradient by hidden"] < 1e-5
+    with pytest.raises(LabError, match="middling"):
+        measure_head("gram", SETTING, SHORT, precision="middling")
 
 
 def test_a_head_is_measured_in_a_process_that_says_why_it_failed():

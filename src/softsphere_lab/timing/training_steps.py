@@ -43,6 +43,7 @@ __all__ = [
     "factored",
     "memory",
     "obstacle",
+    "products",
 ]
 
 RATE = 0.01
@@ -212,12 +213,34 @@ def _rounded_softmax(setting: Setting, dtype: torch.dtype) -> Step:
     return Step(head, torch.optim.SGD(head.parameters(), lr=RATE, fused=True))
 
 
+def products(
+    setting: Setting, dtype: torch.dtype = torch.float32
+) -> Callable[[Tensor, Tensor], None]:
+    """The matrix products that a step of the factored layer cannot do without.
+
+    Those are seven of m d² (H Q, V_t U, U Lᵀ, (U Lᵀ) R, R U⁻¹, Lᵀ N, Rᵀ Z) and five of m² d.
+    """
+    Q = torch.randn(setting.d, setting.d, dtype=dtype)
+    K = torch.randn(setting.m, setting.m, dtype=dtype)
+
+    def multiply(hidden: Tensor, _: Tensor) -> None:
+        H = hidden.to(dtype)
+        H @ Q, H @ Q, Q @ H.T, H @ Q
+        H.T @ H, H.T @ H, H.T @ H
+        H @ H.T, H @ H.T, H @ H.T, K @ H, K @ H
+
+    return multiply
+
+
 BFLOAT16_SOFTMAX = "softmax, bfloat16"
 CAPTURED = "factored Taylor, captured (ours)"
 ON_GPU: Mapping[str, Callable[[Setting], Any]] = {
     CAPTURED: _captured,
     BFLOAT16_SOFTMAX: partial(_rounded_softmax, dtype=torch.bfloat16),
     "softmax, TF32": partial(_rounded_softmax, dtype=torch.float32),
+    # a step computes in float64 on a GPU; this is the part of it that the device's rate decides
+    "products of the factored step, float64": partial(products, dtype=torch.float64),
+    "products of the factored step, float32": products,
 }
 
 

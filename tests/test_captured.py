@@ -74,22 +74,49 @@ OPTIONS = {
 }
 
 
+def taken(step, *inputs):
+    """The loss of a step, or None where it tells that an earlier one was left out."""
+    try:
+        return step(*inputs).detach()
+    except SingularStepError:
+        return None
+
+
+def trunk_as_in(x, y):
+    """Gives a model the trunk of another one, and what AdamW keeps of it."""
+    for to, of in zip(x[0].parameters(), y[0].parameters(), strict=True):
+        to.data.copy_(of)
+        for key, value in y[2].state[of].items():
+            x[2].state[to][key].copy_(value)
+
+
 @pytest.mark.parametrize(
     ("name", "count"),
     [*((name, 100) for name in OPTIONS), pytest.param("plain", 1000, marks=pytest.mark.slow)],
 )
 def test_captured_steps_are_those_that_python_takes(name, count, monkeypatch):
-    """With a schedule, mending in between, and a save and a load at 60 %."""
+    """With a schedule, mending in between, and a save and a load at 60 %.
+
+    In the long run the step at 30 % cannot be taken, and both ways tell so at the same later step.
+    """
     options = {**OPTIONS[name]}
     if name in ("maximize", "squared error"):
         options["lr"] = torch.tensor(0.02, dtype=torch.float64)
     pretend_a_gpu(monkeypatch)
     mine, plain = model(**options), model(**options)
     schedules, train = [schedule(x[2]) for x in (mine, plain)], step_of(*plain)
-    step = CapturedStep(step_of(*mine), mine[2], *batch(0))
+    step, told = CapturedStep(step_of(*mine), mine[2], *batch(0)), []
     for i in range(count):
-        got, want = step(*batch(i)), train(*batch(i)).detach()
-        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+        if count == 1000 and i == 300:
+            for x in (mine, plain):
+                x[2].param_groups[0]["lr"].fill_(torch.nan)
+        got, want = taken(step, *batch(i)), taken(train, *batch(i))
+        if got is None or want is None:
+            told.append((i, got, want))
+            # where Python takes the steps, the one that tells it leaves the trunk as it was
+            trunk_as_in(plain, mine)
+        else:
+            torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
         for each in schedules:
             each.step()
         if i == count * 6 // 10:
@@ -100,6 +127,9 @@ def test_captured_steps_are_those_that_python_takes(name, count, monkeypatch):
     assert mine[1].health().renewed == plain[1].health().renewed
     assert 0 < step.captures < 40
     assert step.calls == count
+    assert len(told) == (count == 1000) and all(x[1:] == (None, None) for x in told)
+    if told:
+        assert told[0][0] < 600 and mine[1].health().renewed > 0
 
 
 def test_float32_steps_differ_by_rounding_alone(monkeypatch):

@@ -202,6 +202,9 @@ def clustered_layer() -> str:
         "`nn.AdaptiveLogSoftmaxWithLoss`, cutoffs 2,000, 20,000 and 200,000": "adaptive softmax",
         "two-level hierarchical softmax and sparse SGD": "hierarchical softmax",
         "sampled softmax with 1,024 negatives and sparse SGD": "sampled softmax, 1024",
+        "`ClusteredLoss` with `bias=False`, as the other layers have none": (
+            "clustered Taylor, without bias (ours)"
+        ),
         '`ClusteredLoss` with `leaf="softmax"`': "clustered softmax (ours)",
         "`ClusteredLoss` with `sparse=False`": "clustered Taylor, dense gradient (ours)",
         '`ClusteredLoss` with `engine="factored"`': "clustered Taylor, factored (ours)",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,14 @@ def pytest_pyfunc_call(pyfuncitem):
         if pyfuncitem.funcargs.get("device") == "stand_in" and found:
             pytest.skip(f"PyTorch has no {found[0]} for the stand-in")
         raise
+
+
+@pytest.fixture
+def ctrl_c():
+    """Has SIGINT raise KeyboardInterrupt, which a process in the background would ignore."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(autouse=True)

@@ -345,6 +345,7 @@ def test_a_step_that_was_left_out_is_told_when_it_is_asked_for(monkeypatch):
     step.check()
 
 
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("while_", ["record", "replay"])
 def test_a_ctrl_c_waits_until_the_step_is_taken_as_a_whole(monkeypatch, while_):
     pretend_a_gpu(monkeypatch)

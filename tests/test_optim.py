@@ -183,6 +183,7 @@ def test_a_step_that_cannot_be_taken_changes_nothing():
 
 
 @posix
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_an_interrupt_leaves_a_usable_layer():
     """There is one Ctrl-C in each step, every time a little later."""
@@ -191,8 +192,6 @@ def test_an_interrupt_leaves_a_usable_layer():
     go_on(head, optimizer, 1)
     caught = 0
     old = signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
-    # A process that was started in the background ignores Ctrl-C.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         for trial in range(300):
             torch.set_grad_enabled(True)  # PyTorch's own no_grad may have been interrupted
@@ -205,7 +204,6 @@ def test_an_interrupt_leaves_a_usable_layer():
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, old)
-        signal.signal(signal.SIGINT, before)
         torch.set_grad_enabled(True)
     assert caught > 20
     # Half a step would be wrong in the first digits.

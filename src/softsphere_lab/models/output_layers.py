@@ -46,22 +46,24 @@ class Output:
 
     loss: a loss with its numbers, or a key of BASELINES. prior: whether word frequencies are the
     base measure. factored: whether FactoredSGD steps the layer, with the learning rate rate · D;
-    otherwise AdamW steps it. lstm: whether the network is the LSTM and not the n-gram model. depth,
-    activation: those of the n-gram model. classes: how many of the commonest words are told apart;
-    None means all. samples, sampler: those of sampled softmax. cutoffs, div_value: those of
-    adaptive softmax. Both begin with the logarithms of the word frequencies, where they have a
-    bias, if prior is True. clusters: how many clusters the words outside the shortlist make, each
-    a distribution of its own with their frequencies as the base measure. shortlist: how many of the
-    commonest words are in no cluster. by: "frequency" for clusters of words that are about as
-    common; None for clusters by meaning. leaf_features: the width of the projection of the hidden
-    state that the clusters get; None for the hidden state itself. For all of these None means the
-    default.
+    otherwise AdamW steps it. tied: whether the rows of the output weight are the input embeddings,
+    as they can be in a network whose embeddings are as wide as its hidden states. lstm: whether the
+    network is the LSTM and not the n-gram model. depth, activation: those of the n-gram model.
+    classes: how many of the commonest words are told apart; None means all. samples, sampler: those
+    of sampled softmax. cutoffs, div_value: those of adaptive softmax. Both begin with the
+    logarithms of the word frequencies, where they have a bias, if prior is True. clusters: how many
+    clusters the words outside the shortlist make, each a distribution of its own with their
+    frequencies as the base measure. shortlist: how many of the commonest words are in no cluster.
+    by: "frequency" for clusters of words that are about as common; None for clusters by meaning.
+    leaf_features: the width of the projection of the hidden state that the clusters get; None for
+    the hidden state itself. For all of these None means the default.
     """
 
     loss: str
     prior: bool = False
     factored: bool = False
     rate: float | None = None
+    tied: bool = False
     lstm: bool = False
     depth: int | None = None
     activation: str | None = None
@@ -80,6 +82,8 @@ class Output:
         for name, loss in _MEANT_FOR.items():
             if getattr(self, name) is not None and self.loss != loss:
                 raise LabError(f"{name} is for {loss}, got it for {self.loss}; leave it out")
+        if self.tied and (self.factored or self.clusters is not None or self.loss in _OWN_ROWS):
+            raise LabError(f"tied is for a layer with one plain weight, got it in {str(self)!r}")
         taken = {"prior": self.loss != "hierarchical_softmax", "factored": False}
         for name, possible in taken.items():
             if getattr(self, name) and self.loss in BASELINES and not possible:
@@ -215,6 +219,8 @@ BASELINES: dict[str, Callable[[Output, int, Tensor], nn.Module]] = {
     "hierarchical_softmax": _hierarchical,
     "sampled_softmax": _sampled,
 }
+# Those whose weights are not one matrix with a row for each class.
+_OWN_ROWS = ("adaptive_softmax", "hierarchical_softmax")
 # What has a meaning for one of them alone.
 _MEANT_FOR = {
     "samples": "sampled_softmax",
@@ -225,16 +231,34 @@ _MEANT_FOR = {
 
 
 def layer(
-    output: Output, width: int, counts: Tensor, device: str, assignment: Tensor | None = None
+    output: Output,
+    width: int,
+    counts: Tensor,
+    device: str,
+    assignment: Tensor | None = None,
+    embedding: Tensor | None = None,
 ) -> tuple[nn.Module, torch.optim.Optimizer | None]:
     """Returns the layer and its own optimizer, which is None if AdamW steps it with the network.
 
-    Every layer but the baselines and those with clusters begins with the weights of the same
-    nn.Linear; squared error begins with smaller ones.
+    Every layer but the baselines, those with clusters and tied ones begins with the weights of the
+    same nn.Linear; squared error begins with smaller ones.
 
     output: a layer with nothing left to search for. counts: (D) how often each class occurs.
     assignment: (D) the cluster of each class, −1 for the shortlist, where the layer has clusters.
+    embedding: (D, width) the parameter of the input embeddings, where a layer can be tied to it.
     """
+    head, own = _untied(output, width, counts, assignment, device)
+    if output.tied:
+        if embedding is None:
+            raise LabError(f"{output} cannot be tied in this network; leave out tied")
+        head.weight = embedding
+    return head, own
+
+
+def _untied(
+    output: Output, width: int, counts: Tensor, assignment: Tensor | None, device: str
+) -> tuple[nn.Module, torch.optim.Optimizer | None]:
+    """Returns the layer with a weight of its own, and its own optimizer if it has one."""
     D = len(counts)
     if output.spec is None:
         return BASELINES[output.loss](output, width, counts).to(device), None

@@ -30,7 +30,7 @@ LABELS = {
     "hierarchical_softmax": "hierarchical softmax",
     "sampled_softmax": "sampled softmax",
 }
-WORDS = {"prior": "base measure", "factored": "factored, SGD", "lstm": "LSTM"}
+WORDS = {"prior": "base measure", "factored": "factored, SGD", "tied": "tied", "lstm": "LSTM"}
 
 
 def label(name: str) -> str:

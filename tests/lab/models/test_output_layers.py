@@ -51,6 +51,7 @@ def test_layers_begin_with_the_same_weights_and_squared_error_with_smaller_ones(
         "adaptive_softmax cutoffs=2000,10000,40000 div_value=2.0",
         "hierarchical_softmax lstm",
         "taylor_softmax prior factored rate=0.1",
+        "z_loss:a=1.0:b=8.0 tied",
     ],
 )
 def test_names_are_read_as_they_are_written(name):
@@ -108,6 +109,9 @@ def test_adaptive_softmax_may_begin_with_the_frequencies_of_its_clusters(cutoffs
         "hierarchical_softmax prior": "prior has no meaning for hierarchical_softmax",
         "hierarchical_softmax factored": "factored has no meaning for hierarchical_softmax",
         "sampled_softmax factored": "factored has no meaning for sampled_softmax",
+        "hierarchical_softmax tied": "tied is for a layer with one plain weight",
+        "taylor_softmax factored tied": "tied is for a layer with one plain weight",
+        "taylor_softmax tied clusters=5": "tied is for a layer with one plain weight",
     }.items(),
 )
 def test_words_that_a_layer_has_no_use_for_are_refused(name, words):
@@ -144,3 +148,14 @@ def test_clusters_begin_with_the_frequencies_and_have_the_leaves_of_their_name()
 def test_what_has_no_meaning_beside_clusters_is_refused(name, words):
     with pytest.raises(LabError, match=words):
         Output.parse(name)
+
+
+def test_a_layer_is_tied_to_the_embeddings_and_refused_where_there_are_none():
+    embedding = nn.Parameter(torch.randn(len(COUNTS), 8))
+    output = Output("z_loss", tied=True)
+    head, own = layer(output, 8, COUNTS, "cpu", embedding=embedding)
+    assert head.weight is embedding and own is None
+    head, _ = layer(Output("z_loss"), 8, COUNTS, "cpu", embedding=embedding)
+    assert head.weight is not embedding
+    with pytest.raises(LabError, match="z_loss tied cannot be tied in this network"):
+        layer(output, 8, COUNTS, "cpu")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
 
@@ -21,6 +22,7 @@ OUTPUTS = [
     Output("softmax", prior=True),
     Output("sampled_softmax", prior=True, samples=20),
     Output("taylor_softmax", prior=True),
+    Output("z_loss:a=1:b=2", tied=True),
     Output("taylor_softmax", prior=True, factored=True, rate=0.1),
     Output("taylor_softmax", clusters=8, shortlist=10),
     Output("squared_error:unobserved=0.1"),
@@ -63,11 +65,13 @@ def test_every_layer_learns_whose_items_are_whose(output):
     assert 0 < ndcg < 1
     final = run.final(read_test=False)
     assert (final.test_recall, final.test_ndcg) == (None, None)
-    assert final.valid_recall == max(epoch.valid_recall for epoch in run.history)
+    assert (final.valid_recall, final.valid_ndcg) == run.quality(DATA.valid)
+    assert final.best_epoch == SETUP.epochs
 
 
 def test_known_items_are_never_recommended_and_the_metric_is_that_of_the_best_others():
     run = trained(OUTPUTS[2])
+    run.model.eval()
     known, wanted = (
         [part.of_users(torch.tensor([u]))[1].tolist() for u in range(interactions.USERS)]
         for part in (DATA.train, DATA.valid)
@@ -89,7 +93,20 @@ def test_a_run_on_both_parts_ends_with_its_last_epoch_and_knows_the_items_of_bot
     final = run.final(read_test=True)
     assert final.best_epoch == SETUP.epochs
     assert final.valid_recall is None and final.test_recall > 0.25
-    assert all(epoch.valid_recall is None for epoch in run.history)
+
+
+def test_a_tied_layer_and_the_network_share_a_weight_that_is_stepped_once():
+    output = Output("softmax", tied=True)
+    run, again = (RecommendRun(DATA, output, 3e-2, 0, replace(SETUP, epochs=2)) for _ in range(2))
+    (stepped,) = (group["params"] for group in run.optimizers[0].param_groups)
+    assert len(stepped) == len({id(x) for x in stepped}) == 2  # with the bias
+    run.train(1, Checkpoint())
+    again.resume(copy.deepcopy(run.state()))
+    for each in (run, again):
+        torch.manual_seed(1)
+        each.train(2, Checkpoint())
+        assert each.head.weight is each.model.embedding.weight
+    assert torch.equal(again.head.weight, run.head.weight)
 
 
 @pytest.mark.parametrize("output", OUTPUTS, ids=str)

@@ -95,7 +95,7 @@ class Recommendation(Study):
         return str(self.by_name[name].at(own)), values["lr"]
 
     def badness(self, final: Line) -> tuple[float, ...]:
-        """The validation recall of the best epoch, as a number that is less where it is better."""
+        """The validation recall, as a number that is less where it is better."""
         return final["diverged"], -final["valid_recall"]
 
     def outcome(self, final: Line) -> str:

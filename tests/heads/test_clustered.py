@@ -300,6 +300,49 @@ def test_rows_are_copied_in_the_order_of_the_classes(width, engine):
         head.copy_rows(rows_of_classes[1:])
 
 
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("name", ASSIGNMENTS)
+def test_rows_are_those_of_the_weight_and_take_gradients(name, sparse):
+    """They can serve as input embeddings that are tied to the layer."""
+    assignment = ASSIGNMENTS[name]
+    head = layer(assignment, sparse=sparse)
+    table = torch.randn(D, d, dtype=torch.float64)
+    head.copy_rows(table)
+    wanted = torch.randint(D, (3, 4))
+    wanted[0, 0] = wanted[1, 1]
+    found = head.rows(wanted.int())
+    assert torch.equal(found, table[wanted])
+    assert head.rows(wanted[:, :0]).shape == (3, 0, d)
+    upstream = torch.randn_like(found)
+    found.backward(upstream)
+    want = torch.zeros_like(table).index_put((wanted,), upstream, accumulate=True)
+    grouping = head.grouping
+    of_root = head.root.weight.grad[: len(grouping.shortlist)]
+    torch.testing.assert_close(of_root, want[grouping.shortlist])
+    grad = head.weight.grad
+    assert grad.is_sparse == sparse
+    torch.testing.assert_close(grad.to_dense(), want[grouping.leaves])
+    if sparse:
+        touched = wanted[assignment[wanted] >= 0].unique()
+        assert len(grad.coalesce().indices()[0]) == len(touched)
+
+
+@pytest.mark.parametrize(
+    ("options", "classes", "words"),
+    [
+        ({"leaf_features": 3}, torch.tensor([0]), "without leaf_features to tie its rows"),
+        ({"engine": "factored"}, torch.tensor([0]), "the rows of a factored weight cannot be tied"),
+        ({}, torch.tensor([0.0]), "classes must be a tensor of class indices"),
+        ({}, torch.tensor([0, D]), rf"classes must be in \[0, {D}\), got {D}"),
+        ({}, torch.tensor([-1]), rf"classes must be in \[0, {D}\), got -1"),
+        ({}, torch.tensor([0], device="meta"), "classes must be on the device of weight"),
+    ],
+)
+def test_rows_that_cannot_be_tied_are_refused(options, classes, words):
+    with pytest.raises((TypeError, ValueError), match=words):
+        layer(MIXED, **options).rows(classes)
+
+
 @pytest.mark.parametrize("engine", ["auto", "factored"])
 def test_state_dict_and_copies(engine):
     head = layer(MIXED, leaf_features=3, engine=engine)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from softsphere import checks
@@ -148,6 +149,45 @@ class WithGrouping(ShardedLayer, FactoredLeaves):
         if self.root.weight.shape[1] == rows.shape[1]:
             listed = rows[grouping.shortlist[clusters.listed]]
             self.root.weight[: len(listed)] = listed.to(self.root.weight.dtype)
+
+    def rows(self, classes: Tensor) -> Tensor:
+        """Returns the rows of the weight of given classes, as `nn.Embedding` does: (…, d).
+
+        Autograd goes through them, so that they can serve as input embeddings that are tied to the
+        output layer. With `sparse=True` the gradient of `weight` is sparse here too.
+
+        Args:
+            classes: (…), class indices of any integer dtype.
+
+        Raises ValueError or TypeError for wrong indices, and ValueError for a layer whose classes
+        do not all have a row of width d here: one with leaf_features, factored, or sharded.
+        """
+        if self.leaf_width != self.root.weight.shape[1]:
+            raise ValueError(
+                "rows of the weight have two widths in a layer with leaf_features "
+                f"({self.root.weight.shape[1]} in the shortlist, {self.leaf_width} in clusters); "
+                "make the layer without leaf_features to tie its rows"
+            )
+        if self.engine == "factored" or self.shards is not None:
+            kind = "a factored weight" if self.shards is None else "a layer with a process_group"
+            raise ValueError(
+                f"the rows of {kind} cannot be tied to input embeddings; make the layer with "
+                "another engine and without a process_group"
+            )
+        checks.same_device("classes", classes, "weight", self.weight)
+        wanted = checks.classes(classes, self.num_classes)
+        each, grouping = wanted.reshape(-1), self.grouping
+        place, listed = grouping.place[each], grouping.cluster[each] < 0
+        # Each table is asked for its own rows alone: a sparse gradient has no others.
+        of_root, of_leaves = listed.nonzero().squeeze(1), (~listed).nonzero().squeeze(1)
+        found = torch.cat(
+            [
+                F.embedding(place[of_root], self.root.weight),
+                F.embedding(place[of_leaves], self.weight, sparse=self.sparse),
+            ]
+        )
+        order = torch.cat([of_root, of_leaves]).argsort()
+        return found.index_select(0, order).view(*wanted.shape, self.leaf_width)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WithGrouping:
         before = {"prior": self.prior, "root_shares": self.root_shares}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,26 +14,35 @@ __all__ = ["ItemAverage"]
 STD = 0.1
 
 
+def item_embedding(num_items: int, width: int) -> nn.Embedding:
+    """Returns embeddings with their initial values."""
+    made = nn.Embedding(num_items, width)
+    nn.init.normal_(made.weight, std=STD)
+    return made
+
+
 class ItemAverage(nn.Module):
     """The direction of the sum of a user's item embeddings, as a vector of a given length.
 
-    num_items: D. width: d, of the embeddings and of the hidden state. length: of the hidden state,
-    before dropout. Without any item the hidden state is zero.
+    embedding: takes items (N) to their embeddings (N, d). length: of the hidden state, before
+    dropout. Without any item the hidden state is zero.
     """
 
-    def __init__(self, num_items: int, width: int, length: float, dropout: float) -> None:
+    def __init__(
+        self, embedding: Callable[[Tensor], Tensor], length: float, dropout: float
+    ) -> None:
         super().__init__()
+        self.embedding = embedding
         self.length, self.dropout = length, nn.Dropout(dropout)
-        self.embedding = nn.Embedding(num_items, width)
-        nn.init.normal_(self.embedding.weight, std=STD)
 
     def forward(self, items: Tensor, lengths: Tensor) -> Tensor:
         """Returns the hidden states (m, d) of users with these items.
 
         items: (N), user by user. lengths: (m) how many of them each user has.
         """
-        starts = lengths.cumsum(0) - lengths
-        total = F.embedding_bag(items, self.embedding.weight, starts, mode="sum")
+        each = self.embedding(items)
+        place = torch.repeat_interleave(lengths)
+        total = each.new_zeros(len(lengths), each.shape[1]).index_add(0, place, each)
         hidden: Tensor = self.dropout(self.length * F.normalize(total, dim=1))
         return hidden
 

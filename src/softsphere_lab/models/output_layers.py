@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from softsphere.engines.options import LinearSphericalOptions
@@ -23,7 +24,7 @@ from softsphere_lab.models.baselines import AdaptiveSoftmax, HierarchicalSoftmax
 from softsphere_lab.study.search import Axis
 from softsphere_lab.study.spec import LossSpec
 
-__all__ = ["BASELINES", "Output", "Ranks", "layer"]
+__all__ = ["BASELINES", "Output", "Ranks", "layer", "tied_rows"]
 
 
 class Ranks(Protocol):
@@ -82,8 +83,8 @@ class Output:
         for name, loss in _MEANT_FOR.items():
             if getattr(self, name) is not None and self.loss != loss:
                 raise LabError(f"{name} is for {loss}, got it for {self.loss}; leave it out")
-        if self.tied and (self.factored or self.clusters is not None or self.loss in _OWN_ROWS):
-            raise LabError(f"tied is for a layer with one plain weight, got it in {str(self)!r}")
+        if self.tied and (self.factored or self.leaf_features or self.loss in _OTHER_ROWS):
+            raise LabError(f"{str(self)!r} cannot be tied: its rows are no input embeddings")
         taken = {"prior": self.loss != "hierarchical_softmax", "factored": False}
         for name, possible in taken.items():
             if getattr(self, name) and self.loss in BASELINES and not possible:
@@ -219,8 +220,8 @@ BASELINES: dict[str, Callable[[Output, int, Tensor], nn.Module]] = {
     "hierarchical_softmax": _hierarchical,
     "sampled_softmax": _sampled,
 }
-# Those whose weights are not one matrix with a row for each class.
-_OWN_ROWS = ("adaptive_softmax", "hierarchical_softmax")
+# Those without a row of the width of hidden states for each class.
+_OTHER_ROWS = ("adaptive_softmax", "hierarchical_softmax")
 # What has a meaning for one of them alone.
 _MEANT_FOR = {
     "samples": "sampled_softmax",
@@ -236,29 +237,15 @@ def layer(
     counts: Tensor,
     device: str,
     assignment: Tensor | None = None,
-    embedding: Tensor | None = None,
 ) -> tuple[nn.Module, torch.optim.Optimizer | None]:
     """Returns the layer and its own optimizer, which is None if AdamW steps it with the network.
 
-    Every layer but the baselines, those with clusters and tied ones begins with the weights of the
-    same nn.Linear; squared error begins with smaller ones.
+    Every layer but the baselines and those with clusters begins with the weights of the same
+    nn.Linear; squared error begins with smaller ones.
 
     output: a layer with nothing left to search for. counts: (D) how often each class occurs.
     assignment: (D) the cluster of each class, −1 for the shortlist, where the layer has clusters.
-    embedding: (D, width) the parameter of the input embeddings, where a layer can be tied to it.
     """
-    head, own = _untied(output, width, counts, assignment, device)
-    if output.tied:
-        if embedding is None:
-            raise LabError(f"{output} cannot be tied in this network; leave out tied")
-        head.weight = embedding
-    return head, own
-
-
-def _untied(
-    output: Output, width: int, counts: Tensor, assignment: Tensor | None, device: str
-) -> tuple[nn.Module, torch.optim.Optimizer | None]:
-    """Returns the layer with a weight of its own, and its own optimizer if it has one."""
     D = len(counts)
     if output.spec is None:
         return BASELINES[output.loss](output, width, counts).to(device), None
@@ -286,3 +273,17 @@ def _untied(
         linear, loss, prior=prior, options=LinearSphericalOptions(engine=engine)
     )
     return head.to(device), None
+
+
+def tied_rows(head: nn.Module, rows: Tensor) -> Callable[[Tensor], Tensor]:
+    """Copies rows (D, width) into the weight of a layer, and returns what reads them from there.
+
+    That is a function of class indices, whose gradients go to the layer.
+    """
+    if isinstance(head, ClusteredLoss):
+        head.copy_rows(rows)
+        return head.rows
+    weight = cast(nn.Parameter, head.weight)
+    with torch.no_grad():
+        weight.copy_(rows)
+    return lambda classes: F.embedding(classes, weight)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from softsphere.parallel import keep_whole_state
 from softsphere_lab.data.similarity import Pair, spearman
 from softsphere_lab.data.text import Text
+from softsphere_lab.errors import LabError
 from softsphere_lab.models.output_layers import Output, layer
 from softsphere_lab.models.sharded_layers import can_be_sharded, sharded_layer
 from softsphere_lab.models.text_clusters import Assignments, assignment_name
@@ -270,6 +271,8 @@ def _examples(data: Text, output: Output, setup: Setup) -> Examples:
 
 def _network(vocabulary: int, output: Output, setup: Setup) -> nn.Module:
     """The layers below the output layer."""
+    if output.tied:
+        raise LabError(f"{output} cannot be tied in a language model of the lab; leave out tied")
     model: nn.Module
     if output.lstm:
         model = LSTM(

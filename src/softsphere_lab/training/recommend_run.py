@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from softsphere.criteria import TopK
 from softsphere.losses import Spherical, SquaredError
 from softsphere_lab.data.interactions import Interactions, ItemLists
-from softsphere_lab.models.item_networks import ItemAverage, lists_padded
-from softsphere_lab.models.output_layers import Output, layer
+from softsphere_lab.models.item_networks import ItemAverage, item_embedding, lists_padded
+from softsphere_lab.models.output_layers import Output, layer, tied_rows
 from softsphere_lab.training.capturing import ITEMS
 from softsphere_lab.training.rates import cosine
 from softsphere_lab.training.run import Run
@@ -106,15 +106,14 @@ class RecommendRun(Run[Epoch]):
         self.output, self.setup, self.joined = output, setup, joined
         self.data = data.joined() if joined else data
         self.known = self.data.train.to(setup.device)
-        self.model = ItemAverage(data.num_items, setup.width, setup.length, setup.dropout).to(
-            setup.device
-        )
+        embedding = item_embedding(data.num_items, setup.width).to(setup.device)
         counts = self.data.counts
-        embedding = self.model.embedding.weight
-        self.head, own = layer(output, setup.width, counts, setup.device, assignment, embedding)
-        # a list of modules names a weight that is tied once
-        stepped = nn.ModuleList([self.model] if own else [self.model, self.head])
-        shared = torch.optim.AdamW(stepped.parameters(), lr=lr, weight_decay=0.0, fused=True)
+        self.head, own = layer(output, setup.width, counts, setup.device, assignment)
+        read = tied_rows(self.head, embedding.weight) if output.tied else embedding
+        self.model = ItemAverage(read, setup.length, setup.dropout)
+        stepped = [self.model] if own else [self.model, self.head]
+        parameters = nn.ModuleList(stepped).parameters()
+        shared = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0, fused=True)
         if not own:
             shared.register_step_post_hook(lambda *_: self.shorten_rows())
         users = len(self.known.lengths)

@@ -10,7 +10,7 @@ from torch import nn
 
 from softsphere import ClusteredLoss, SampledSoftmaxLoss
 from softsphere_lab.errors import LabError
-from softsphere_lab.models.output_layers import SAMPLES, SMALLER, Output, layer
+from softsphere_lab.models.output_layers import SAMPLES, SMALLER, Output, layer, tied_rows
 
 COUNTS = torch.arange(1, 31)
 
@@ -109,9 +109,8 @@ def test_adaptive_softmax_may_begin_with_the_frequencies_of_its_clusters(cutoffs
         "hierarchical_softmax prior": "prior has no meaning for hierarchical_softmax",
         "hierarchical_softmax factored": "factored has no meaning for hierarchical_softmax",
         "sampled_softmax factored": "factored has no meaning for sampled_softmax",
-        "hierarchical_softmax tied": "tied is for a layer with one plain weight",
-        "taylor_softmax factored tied": "tied is for a layer with one plain weight",
-        "taylor_softmax tied clusters=5": "tied is for a layer with one plain weight",
+        "hierarchical_softmax tied": "'hierarchical_softmax tied' cannot be tied",
+        "taylor_softmax factored tied": "cannot be tied: its rows are no input embeddings",
     }.items(),
 )
 def test_words_that_a_layer_has_no_use_for_are_refused(name, words):
@@ -143,6 +142,7 @@ def test_clusters_begin_with_the_frequencies_and_have_the_leaves_of_their_name()
         ("taylor_softmax prior clusters=5", "prior has no meaning"),
         ("taylor_softmax factored clusters=5", "factored has no meaning"),
         ("taylor_softmax classes=9 clusters=5", "classes has no meaning"),
+        ("taylor_softmax tied clusters=5 leaf_features=2", "cannot be tied"),
     ],
 )
 def test_what_has_no_meaning_beside_clusters_is_refused(name, words):
@@ -150,12 +150,14 @@ def test_what_has_no_meaning_beside_clusters_is_refused(name, words):
         Output.parse(name)
 
 
-def test_a_layer_is_tied_to_the_embeddings_and_refused_where_there_are_none():
-    embedding = nn.Parameter(torch.randn(len(COUNTS), 8))
-    output = Output("z_loss", tied=True)
-    head, own = layer(output, 8, COUNTS, "cpu", embedding=embedding)
-    assert head.weight is embedding and own is None
-    head, _ = layer(Output("z_loss"), 8, COUNTS, "cpu", embedding=embedding)
-    assert head.weight is not embedding
-    with pytest.raises(LabError, match="z_loss tied cannot be tied in this network"):
-        layer(output, 8, COUNTS, "cpu")
+@pytest.mark.parametrize("name", ["z_loss tied", "sampled_softmax tied", "softmax tied clusters=3"])
+def test_tied_rows_are_those_of_the_layer(name):
+    output = Output.parse(name)
+    assignment = None if output.clusters is None else torch.arange(len(COUNTS)) % 4 - 1
+    head, own = layer(output, 8, COUNTS, "cpu", assignment)
+    rows, wanted = torch.randn(len(COUNTS), 8), torch.tensor([7, 3, 7, 29])
+    read = tied_rows(head, rows)
+    assert own is None and torch.equal(read(wanted), rows[wanted])
+    read(wanted).sum().backward()
+    weights = [x.grad for x in head.parameters() if x.dim() == 2 and x.grad is not None]
+    assert sorted(torch.cat(weights).sum(1).tolist())[-3:] == [8.0, 8.0, 16.0]

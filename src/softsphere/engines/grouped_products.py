@@ -9,12 +9,12 @@ of W is always such a product.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from softsphere._torch import pair_products
 from softsphere.engines.lines import Lines
@@ -38,7 +38,8 @@ def group_outputs(
         sparse: whether the gradient with respect to W is a sparse tensor of the leaves that are
             in clusters with rows. That with respect to b is always dense.
 
-    Returns (N, B) in float32 or wider, differentiable once with respect to Z, W and b.
+    Returns (N, B) in float32 or wider, differentiable with respect to Z, W and b any number of
+    times, but once with a sparse gradient.
     """
     o: Tensor = _Outputs.apply(Z, W, b, lines, sparse)  # type: ignore[no-untyped-call]
     return o
@@ -52,7 +53,7 @@ def group_statistics(
     Args:
         pi: (L), the base measure, which has no gradient. For the others see `group_outputs`.
 
-    Returns (n) each in float32 or wider, differentiable once with respect to Z, W and b.
+    Returns (n) each in float32 or wider, differentiable like the outputs.
     """
     s, q, c = _Statistics.apply(Z, W, b, pi, lines, sparse)  # type: ignore[no-untyped-call]
     return s, q, c
@@ -70,8 +71,9 @@ class _Outputs(torch.autograd.Function):
         return _outputs(Z, W, b, lines)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            return *_gradients_in_graph(ctx, _multiplied, ctx.saved_tensors, (g,)), None, None
         return *_gradients(ctx, g.contiguous(), *ctx.saved_tensors), None, None
 
 
@@ -86,18 +88,54 @@ class _Statistics(torch.autograd.Function):
         weights = lines.cleared(lines.spread(pi))
         ctx.save_for_backward(Z, W, b, o, weights)
         ctx.lines, ctx.sparse = lines, sparse
-        weighted = weights * o
-        s, q = lines.sums_of_rows(weighted.sum(1)), lines.sums_of_rows((weighted * o).sum(1))
-        return s, q, o.view(-1).index_select(0, lines.own)
+        return _statistics_of(o, weights, lines)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gs: Tensor, gq: Tensor, gc: Tensor) -> tuple[Tensor | None, ...]:
         *given, o, weights = ctx.saved_tensors
         lines = ctx.lines
+        if torch.is_grad_enabled():
+
+            def again(*inputs: Any) -> tuple[Tensor, ...]:
+                return _statistics_of(_multiplied(*inputs), weights, lines)
+
+            return *_gradients_in_graph(ctx, again, given, (gs, gq, gc)), None, None, None
         g = (o * lines.of_rows(2 * gq)).add_(lines.of_rows(gs)).mul_(weights)
         g.view(-1).index_add_(0, lines.own, gc.to(g.dtype))
         return *_gradients(ctx, g, *given), None, None, None
+
+
+def _statistics_of(o: Tensor, weights: Tensor, lines: Lines) -> tuple[Tensor, Tensor, Tensor]:
+    """s, q and c (n) of outputs (N, B), from weights that are 0 beyond the end of a cluster."""
+    weighted = weights * o
+    s, q = lines.sums_of_rows(weighted.sum(1)), lines.sums_of_rows((weighted * o).sum(1))
+    return s, q, o.view(-1).index_select(0, lines.own)
+
+
+def _gradients_in_graph(
+    ctx: Any,
+    function: Callable[..., Any],
+    inputs: Sequence[Tensor | None],
+    upstream: tuple[Tensor, ...],
+) -> tuple[Tensor | None, ...]:
+    """The gradients with respect to Z, W and b by plain operations, for second derivatives.
+
+    Autograd cannot see into `_gradients`. It would take them for constants without a word, since
+    it cuts what raises out of the graph where `torch.autograd.grad` names its inputs.
+
+    function: takes Z, W, b and the lines to what was computed from them.
+    """
+    if ctx.sparse:
+        raise RuntimeError(
+            "second derivatives (create_graph=True) cannot be taken where the gradient of weight "
+            "is sparse; make the layer with sparse=False"
+        )
+    needs = ctx.needs_input_grad[:3]
+    asked = [x for x, needed in zip(inputs, needs, strict=True) if needed]
+    found = iter(
+        torch.autograd.grad(function(*inputs, ctx.lines), asked, upstream, create_graph=True)
+    )
+    return tuple(next(found) if needed else None for needed in needs)
 
 
 def _gradients(
@@ -119,10 +157,17 @@ def _outputs(Z: Tensor, W: Tensor, b: Tensor | None, lines: Lines) -> Tensor:
         row = lines.row.repeat_interleave(lines.size)
         pairs = pair_products(Z.to(W.dtype), W, row, lines.leaf, lines.offsets)
         o = pairs.view(-1, lines.size)
-    else:
-        tiles, wide = lines.tiles, _wide(W.dtype)
-        every = torch.bmm(_rows_of_tiles(Z, lines).to(wide), _leaves_of_tiles(W, lines, wide).mT)
-        o = every.flatten(0, 1).index_select(0, tiles.line)
+        if b is not None:
+            o += lines.spread(b)
+        return lines.cleared(o)
+    return _multiplied(Z, W, b, lines)
+
+
+def _multiplied(Z: Tensor, W: Tensor, b: Tensor | None, lines: Lines) -> Tensor:
+    """The outputs (N, B) by products of tiles, through which autograd can go."""
+    wide = _wide(W.dtype)
+    every = torch.bmm(_rows_of_tiles(Z, lines).to(wide), _leaves_of_tiles(W, lines, wide).mT)
+    o = every.flatten(0, 1).index_select(0, lines.tiles.line)
     if b is not None:
         o += lines.spread(b)
     return lines.cleared(o)

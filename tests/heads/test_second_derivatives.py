@@ -1,0 +1,86 @@
+"""Second derivatives of output layers are those of log_prob, or they are refused.
+
+`torch.autograd.grad` cuts what is not asked for out of the graph, an error with it, so that a part
+without second derivatives would be taken for a constant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from softsphere import (
+    ClusteredLoss,
+    FactoredSphericalLoss,
+    LinearSphericalLoss,
+    SampledSoftmaxLoss,
+)
+from softsphere.engines.options import LinearSphericalOptions
+
+D, d, M = 30, 4, 9
+ASSIGNMENT = torch.arange(D) % 5 - 1
+TARGET = torch.randint(D, (M,), generator=torch.Generator().manual_seed(3))
+
+
+def linear(engine: str, loss: str = "taylor_softmax") -> nn.Module:
+    options = LinearSphericalOptions(engine=engine)
+    return LinearSphericalLoss(d, D, loss=loss, options=options)
+
+
+def clustered(**options: object) -> nn.Module:
+    return ClusteredLoss(
+        d, D, ASSIGNMENT, counts=torch.arange(1, D + 1), dtype=torch.float64, **options
+    )
+
+
+RIGHT: dict[str, Callable[[], nn.Module]] = {
+    "linear, dense": lambda: linear("dense"),
+    "linear, softmax": lambda: linear("auto", "softmax"),
+    "sampled": lambda: SampledSoftmaxLoss(d, D, num_samples=D),
+    "clusters": clustered,
+    "clusters, logits": lambda: clustered(engine="logits"),
+    "clusters, logits, softmax": lambda: clustered(engine="logits", leaf="softmax"),
+    "clusters, gram": lambda: clustered(engine="gram"),
+    "clusters, projected": lambda: clustered(leaf_features=3),
+    "clusters without bias": lambda: clustered(bias=False),
+}
+REFUSED: dict[str, Callable[[], nn.Module]] = {
+    "linear, gram": lambda: linear("gram"),
+    "factored": lambda: FactoredSphericalLoss(d, D),
+    "clusters, factored": lambda: clustered(engine="factored"),
+    "clusters, sparse": lambda: clustered(sparse=True, engine="logits"),
+}
+
+
+def slopes_of_a_penalty(head: nn.Module, loss: Callable[[Tensor], Tensor], by: str) -> list[Tensor]:
+    """The gradient of |∂loss/∂x|² with respect to hidden and all weights, x being one kind."""
+    hidden = torch.randn(M, d, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    hidden.requires_grad_()
+    weights = [*head.parameters()]
+    first = torch.autograd.grad(
+        loss(hidden), [hidden] if by == "hidden" else weights, create_graph=True
+    )
+    penalty = sum(slope.square().sum() for slope in first)
+    return [*torch.autograd.grad(penalty, [hidden, *weights])]
+
+
+@pytest.mark.parametrize("by", ["hidden", "weights"])
+@pytest.mark.parametrize("name", RIGHT)
+def test_a_gradient_penalty_has_the_slopes_of_log_prob(name, by):
+    head = RIGHT[name]().double().eval()
+    got = slopes_of_a_penalty(head, lambda hidden: head(hidden, TARGET), by)
+    want = slopes_of_a_penalty(
+        head, lambda hidden: -head.log_prob(hidden)[torch.arange(M), TARGET].mean(), by
+    )
+    for ours, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_layer_without_second_derivatives_says_so(name):
+    head = REFUSED[name]().double()
+    with pytest.raises(RuntimeError, match=r"second (derivatives|ones)|differentiated again"):
+        slopes_of_a_penalty(head, lambda hidden: head(hidden, TARGET), "hidden")

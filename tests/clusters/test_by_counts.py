@@ -80,3 +80,11 @@ def test_counts_may_have_any_real_dtype(dtype):
     counts = torch.tensor([100, 9, 4, 4, 1], dtype=dtype)
     clusters = by_frequency(counts, num_clusters=2, shortlist=1)
     assert clusters.assignment.tolist() == [-1, 0, 1, 1, 1]
+
+
+@pytest.mark.parametrize("C", [1, 4])
+def test_counts_beyond_rounding_make_no_further_cluster(C):
+    """The rarest classes are too rare to change a sum of all."""
+    made = by_frequency(0.5 ** torch.arange(200, dtype=torch.float64), num_clusters=C, shortlist=0)
+    assert made.num_clusters == C
+    assert bool((made.sizes > 0).all())

@@ -59,3 +59,14 @@ def test_frequencies_and_counts_have_the_same_sizes():
 def test_more_classes_have_more_clusters():
     sizes = [default_sizes(zipf(D)).num_clusters for D in (1000, 10_000, 100_000, 1_000_000)]
     assert sizes == sorted(set(sizes))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_sizes_do_not_depend_on_the_default_dtype(dtype):
+    want = default_sizes(torch.arange(1, 100_001))
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        assert default_sizes(torch.arange(1, 100_001)) == want
+    finally:
+        torch.set_default_dtype(before)

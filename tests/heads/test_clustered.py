@@ -12,6 +12,7 @@ import torch
 from _clustered import ASSIGNMENTS, COUNTS, LEAVES, MIXED, D, d, layer, probabilities, rows
 from _devices import autocasts
 from softsphere import ClusteredLoss
+from softsphere.clusters import Clusters
 from softsphere.engines import grouped_products
 from softsphere.functional import on_leaves
 
@@ -454,6 +455,16 @@ ERRORS = {
         r"root\.weight must have \d+ rows",
     ),
     "assignment: a list": (lambda: ClusteredLoss(d, 3, [0, 1, 1]), TypeError, "assignment must be"),
+    "assignment: a Clusters": (
+        lambda: ClusteredLoss(d, 3, Clusters(torch.zeros(3).long(), torch.ones(3))),
+        TypeError,
+        "assignment must be a tensor of cluster indices.*pass its attribute assignment",
+    ),
+    "leaf: an unknown name": (
+        lambda: ClusteredLoss(d, D, MIXED, leaf="foo"),
+        ValueError,
+        r"^leaf must be one of [^Z]*, got 'foo'$",
+    ),
     "assignment: floats": (
         lambda: ClusteredLoss(d, 3, torch.zeros(3)),
         TypeError,

@@ -508,3 +508,16 @@ WRONG = {
 def test_what_cannot_work_is_refused(message):
     with pytest.raises((TypeError, ValueError), match=f"^{message}"):
         WRONG[message]()
+
+
+@pytest.mark.parametrize("target", [[3, -100], [3, 3, -100, -100], [0, -100], [3]])
+@pytest.mark.parametrize("counts", [None, COUNTS])
+def test_a_batch_that_leaves_no_negative_has_no_loss_and_no_gradient(target, counts):
+    """All rows that count have one target, which is no negative of theirs."""
+    head = SampledSoftmaxLoss(d, D, sampler="in_batch", counts=counts)
+    hidden = torch.randn(len(target), d, requires_grad=True)
+    loss = head(hidden, torch.tensor(target))
+    loss.backward()
+    assert loss == 0
+    for x in (hidden, head.weight, head.bias):
+        assert not x.grad.any()

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from softsphere import (
     ClusteredLoss,
@@ -84,3 +85,22 @@ def test_a_layer_without_second_derivatives_says_so(name):
     head = REFUSED[name]().double()
     with pytest.raises(RuntimeError, match=r"second (derivatives|ones)|differentiated again"):
         slopes_of_a_penalty(head, lambda hidden: head(hidden, TARGET), "hidden")
+
+
+@pytest.mark.parametrize("name", [name for name in RIGHT if name.startswith("clusters")])
+def test_torch_func_sees_the_loss_of_a_clustered_layer(name):
+    head = RIGHT[name]().double()
+    weights = {key: x.detach() for key, x in head.named_parameters()}
+    hidden = torch.randn(M, d, dtype=torch.float64)
+
+    def loss(weights: dict[str, Tensor]) -> Tensor:
+        return functional_call(head, weights, (hidden, TARGET))
+
+    got = torch.func.grad(loss)(weights)
+    head(hidden, TARGET).backward()
+    for key, x in head.named_parameters():
+        torch.testing.assert_close(got[key], x.grad, rtol=1e-12, atol=1e-12)
+    tangents = {key: torch.randn_like(x) for key, x in weights.items()}
+    _, slope = torch.func.jvp(loss, (weights,), (tangents,))
+    want = sum((tangents[key] * got[key]).sum() for key in got)
+    torch.testing.assert_close(slope, want, rtol=1e-12, atol=1e-12)

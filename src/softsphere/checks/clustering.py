@@ -143,7 +143,10 @@ def assignment(value: Any, num_classes: int | None = None) -> Tensor:
     """
     if not is_integer(value):
         came = value.dtype if isinstance(value, Tensor) else repr(value)
-        raise TypeError(f"assignment must be a tensor of cluster indices (torch.int64), got {came}")
+        mend = "; pass its attribute assignment" if hasattr(value, "assignment") else ""
+        raise TypeError(
+            f"assignment must be a tensor of cluster indices (torch.int64), got {came}{mend}"
+        )
     dense("assignment", value)
     size = "num_classes" if num_classes is None else str(num_classes)
     if value.dim() != 1 or len(value) == 0 or len(value) != (num_classes or len(value)):

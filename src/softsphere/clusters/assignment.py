@@ -115,10 +115,8 @@ class Clusters:
         """
         number = checks.integer("cluster", cluster)
         if not -1 <= number < self.num_clusters:
-            raise ValueError(
-                f"cluster must be from 0 to {self.num_clusters - 1}, or −1 for the shortlist, "
-                f"got {number}"
-            )
+            among = f"from 0 to {self.num_clusters - 1}, or " if self.num_clusters else ""
+            raise ValueError(f"cluster must be {among}−1 for the shortlist, got {number}")
         found = (self.assignment == number).nonzero().flatten()
         return found[self.counts[found].argsort(descending=True, stable=True)]
 
@@ -197,7 +195,8 @@ class Clusters:
             state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         except Exception as error:  # torch.load has many, and the file itself was read
             raise _not_ours(path) from error
-        if not isinstance(state, dict) or state.get("format") != _FORMAT:
+        known = {"format", "assignment", "counts", "vectors"}
+        if not isinstance(state, dict) or state.get("format") != _FORMAT or known - state.keys():
             raise _not_ours(path)
         return cls(state["assignment"], state["counts"], state["vectors"])
 

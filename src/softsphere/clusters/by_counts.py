@@ -49,6 +49,8 @@ def by_frequency(
     weight = counts[tail].sqrt()
     middle = (weight.cumsum(0) - weight / 2) / weight.sum()
     # One class may outweigh several runs. The next class is in the next cluster all the same, and
-    # since the counts descend no later one is skipped.
-    cluster = torch.minimum((middle * C).long(), torch.arange(len(tail)))
+    # since the counts descend no later one is skipped. Rounding may take the middle of the rarest
+    # classes for the end.
+    run = (middle * C).long().clamp_max(C - 1)
+    cluster = torch.minimum(run, torch.arange(len(tail)))
     return from_tail(counts, tail, cluster)

@@ -88,7 +88,9 @@ def default_sizes(
     some_S = torch.tensor(_shortlists(D) if shortlist is None else [shortlist])[:, None]
     some_C = torch.tensor(_powers_of_two(D) if num_clusters is None else [num_clusters])
     left = D - some_S
-    cost = some_S + some_C + tail[some_S] * (TAIL + LEAF * left / some_C)
+    # a quotient of integers has the default dtype, which may be float16
+    size = left.double() / some_C
+    cost = some_S + some_C + tail[some_S] * (TAIL + LEAF * size)
     best = int(torch.where(some_C > left, torch.inf, cost).argmin())
     S, C = some_S[best // len(some_C)], some_C[best % len(some_C)]
     return Sizes(int(S), int(C))

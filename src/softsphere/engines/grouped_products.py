@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from softsphere._torch import pair_products
+from softsphere._torch import pair_products, transformed
 from softsphere.engines.lines import Lines
 
 __all__ = ["group_outputs", "group_statistics"]
@@ -41,6 +41,8 @@ def group_outputs(
     Returns (N, B) in float32 or wider, differentiable with respect to Z, W and b any number of
     times, but once with a sparse gradient.
     """
+    if transformed():
+        return _multiplied(Z, W, b, lines)
     o: Tensor = _Outputs.apply(Z, W, b, lines, sparse)  # type: ignore[no-untyped-call]
     return o
 
@@ -55,6 +57,8 @@ def group_statistics(
 
     Returns (n) each in float32 or wider, differentiable like the outputs.
     """
+    if transformed():
+        return _statistics_of(_multiplied(Z, W, b, lines), _weights(pi, lines), lines)
     s, q, c = _Statistics.apply(Z, W, b, pi, lines, sparse)  # type: ignore[no-untyped-call]
     return s, q, c
 
@@ -85,7 +89,7 @@ class _Statistics(torch.autograd.Function):
         ctx: Any, Z: Tensor, W: Tensor, b: Tensor | None, pi: Tensor, lines: Lines, sparse: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         o = _outputs(Z, W, b, lines)
-        weights = lines.cleared(lines.spread(pi))
+        weights = _weights(pi, lines)
         ctx.save_for_backward(Z, W, b, o, weights)
         ctx.lines, ctx.sparse = lines, sparse
         return _statistics_of(o, weights, lines)
@@ -103,6 +107,11 @@ class _Statistics(torch.autograd.Function):
         g = (o * lines.of_rows(2 * gq)).add_(lines.of_rows(gs)).mul_(weights)
         g.view(-1).index_add_(0, lines.own, gc.to(g.dtype))
         return *_gradients(ctx, g, *given), None, None, None
+
+
+def _weights(pi: Tensor, lines: Lines) -> Tensor:
+    """π in the layout of the outputs, 0 beyond the end of a cluster."""
+    return lines.cleared(lines.spread(pi))
 
 
 def _statistics_of(o: Tensor, weights: Tensor, lines: Lines) -> tuple[Tensor, Tensor, Tensor]:
@@ -131,7 +140,7 @@ def _gradients_in_graph(
             "is sparse; make the layer with sparse=False"
         )
     needs = ctx.needs_input_grad[:3]
-    asked = [x for x, needed in zip(inputs, needs, strict=True) if needed]
+    asked = [x for x, needed in zip(inputs, needs, strict=True) if needed and x is not None]
     found = iter(
         torch.autograd.grad(function(*inputs, ctx.lines), asked, upstream, create_graph=True)
     )

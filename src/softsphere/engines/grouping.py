@@ -88,8 +88,16 @@ class Grouping:
 
     def base_measure(self, counts: Tensor) -> Tensor:
         """π of the leaves (L) by counts (D): its sum over a cluster is its number of classes."""
-        own = counts[self.leaves]
+        return self.normalised(counts[self.leaves])
+
+    def normalised(self, own: Tensor) -> Tensor:
+        """Positive numbers of the leaves (L), scaled to a sum of one a class in every cluster."""
         return own * (self.sizes / self._sums(own))[self.cluster_of_leaf]
+
+    def error_of_measure(self, pi: Tensor) -> float:
+        """How far sums of π (L) over clusters are from one a class, at most; NaN if one is."""
+        sums = self._sums(pi.double())
+        return float((sums / self.sizes.clamp_min(1) - 1)[self.sizes > 0].abs().max())
 
     def root_shares(self, counts: Tensor) -> Tensor:
         """The share of counts (D) of every class of the shortlist and every cluster: (S + C)."""

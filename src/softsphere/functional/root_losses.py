@@ -25,13 +25,18 @@ from softsphere._torch import (
 )
 from softsphere.functional.conventions import mixed_precision
 
-__all__ = ["has_root_losses", "root_losses"]
+__all__ = ["has_root_losses", "is_plain_linear", "root_losses"]
+
+
+def is_plain_linear(layer: nn.Module) -> bool:
+    """Whether a call of a layer is F.linear with its weight and bias, and nothing else."""
+    changed = type(layer) is not nn.Linear or "forward" in vars(layer) or has_own_call(layer)
+    return not (changed or any(hooks_of(layer)) or has_hooks_of_all_modules())
 
 
 def has_root_losses(layer: nn.Module, H: Tensor) -> bool:
     """Whether `root_losses` computes what a call of the layer with H would lead to."""
-    changed = type(layer) is not nn.Linear or "forward" in vars(layer) or has_own_call(layer)
-    if changed or any(hooks_of(layer)) or has_hooks_of_all_modules():
+    if not is_plain_linear(layer):
         return False
     plain = type(layer.weight) is nn.Parameter and layer.weight.dtype == H.dtype
     known = H.dtype in (torch.float32, torch.float64)

@@ -72,8 +72,8 @@ class ClusteredLoss(WithGrouping, OutputLayer):
         counts: (D), positive class frequencies or counts. Within each cluster they are the base
             measure π, kept as the buffer `prior` (L) with a sum of one a class. The initial bias of
             the root is the logarithm of their shares, so that the model begins with the frequencies
-            where hidden states are near 0. A class without any counts like the rarest one. None
-            stands for equal counts.
+            where hidden states are near 0. A class with a count of 0 is given the count of the
+            rarest one. None stands for equal counts.
         bias: whether root and leaves have a bias.
         engine: "logits" computes the outputs of each row's cluster, "gram" one Gram matrix for each
             cluster, and "auto" takes the cheaper one; see `softsphere.engines.choose_leaves`.
@@ -84,9 +84,10 @@ class ClusteredLoss(WithGrouping, OutputLayer):
         reduction, ignore_index: as in `nn.CrossEntropyLoss`.
         label_smoothing: must be 0.
         sparse: whether the gradient of `weight` is a sparse tensor of the classes whose clusters
-            have rows in the batch, as in `nn.Embedding`. `torch.optim.SGD` without momentum and
-            `torch.optim.SparseAdam` take it. A step then touches no other rows. The gradient of
-            `bias` is dense.
+            have rows in the batch, as in `nn.Embedding`. `torch.optim.SGD` without momentum,
+            `torch.optim.Adagrad` and `torch.optim.SparseAdam` take it. A step then touches no other
+            rows. The gradients of `bias` and of root and projection are dense, and SparseAdam takes
+            no dense one.
         device, dtype: of the parameters.
         process_group, replicated, averaged: as in `LinearSphericalLoss`. Each cluster belongs to
             one rank as a whole. The ranks have about equal shares of the counts of the classes in

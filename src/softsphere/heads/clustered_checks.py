@@ -7,19 +7,74 @@ from typing import Any
 from torch import Tensor
 
 from softsphere import losses
+from softsphere._torch import values_on_cpu
+from softsphere.engines.grouping import Grouping
 
-__all__ = ["check_engine", "distribution", "refuse_other_targets"]
+__all__ = [
+    "check_engine",
+    "check_layer_above",
+    "check_prior",
+    "distribution",
+    "refuse_other_targets",
+]
 
 
 def distribution(leaf: str | losses.Loss) -> losses.Loss:
     """Returns the loss if it is a distribution."""
+    known = ", ".join(name for name, kind in losses.REGISTRY.items() if kind.normalised)
+    if isinstance(leaf, str) and leaf not in losses.REGISTRY:
+        raise ValueError(f"leaf must be one of {known}, got {leaf!r}")
     loss = losses.get(leaf)
     if not loss.normalised:
-        known = [name for name, kind in losses.REGISTRY.items() if kind.normalised]
         raise TypeError(
-            f"leaf must be a loss that is a distribution, got {loss}; use one of {', '.join(known)}"
+            f"leaf must be a loss that is a distribution, got {loss}; use one of {known}"
         )
     return loss
+
+
+def check_prior(pi: Any, grouping: Grouping) -> None:
+    """Raises ValueError for a base measure of the leaves that is not one, on a CPU.
+
+    A buffer can be changed in place, assigned, or replaced by torch.func.functional_call.
+    """
+    mend = "pass the counts to the constructor, which normalises them"
+    if not isinstance(pi, Tensor):
+        raise ValueError(f"the buffer prior must be a tensor, got {pi!r}; {mend}")
+    if len(pi) != len(grouping.leaves):
+        raise ValueError(
+            f"prior must have {len(grouping.leaves)} rows, one for each class in a cluster, got "
+            f"{tuple(pi.shape)}; make a new layer for other classes"
+        )
+    if not values_on_cpu(pi) or not len(pi):
+        return
+    if not bool((pi > 0).all()):
+        raise ValueError(f"the buffer prior must be positive, got {float(pi.min()):g}; {mend}")
+    error = grouping.error_of_measure(pi)
+    if not error <= 1e-5:
+        raise ValueError(
+            "the buffer prior must sum to the number of classes in every cluster, and is off by a "
+            f"factor of up to {1 + error:g}; {mend}"
+        )
+
+
+def check_layer_above(name: str, layer: Any, width: int, outputs: int | None) -> None:
+    """Raises ValueError unless root or project takes rows of a width to a number of outputs."""
+    W = getattr(layer, "weight", None)
+    if not isinstance(W, Tensor) or W.dim() != 2:
+        raise ValueError(
+            f"{name} must be a linear layer with a weight (outputs, features), got "
+            f"{type(layer).__name__}; wrap it with hooks or a parametrization instead"
+        )
+    if outputs is not None and len(W) != outputs:
+        raise ValueError(
+            f"{name}.weight must have {outputs} rows, one for each class of the shortlist and each "
+            f"cluster, got {tuple(W.shape)}; make a new layer for another assignment"
+        )
+    if W.shape[1] != width:
+        raise ValueError(
+            f"{name}.weight must have {width} columns, as hidden states have, got "
+            f"{tuple(W.shape)}; make a new layer for another width"
+        )
 
 
 def check_engine(loss: losses.Loss, engine: str, sparse: bool) -> None:

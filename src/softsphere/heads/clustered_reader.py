@@ -14,6 +14,7 @@ from softsphere._torch import is_recorded, values_on_cpu
 from softsphere.engines.grouping import Grouping
 from softsphere.engines.row_statistics import accumulator
 from softsphere.functional.on_leaves import Leaves, leaf_losses, log_sums, root_scores
+from softsphere.functional.root_losses import is_plain_linear
 from softsphere.heads.reader import INFINITE, SCORES, Reader
 from softsphere.heads.row_keys import keys_of_rows
 from softsphere.matrix import FactoredTensor
@@ -53,15 +54,25 @@ class ClusteredReader(Reader):
         self.S = len(grouping.shortlist)
 
     def rows_of(self, hidden: Tensor) -> Tensor:
-        H = hidden.reshape(-1, self.in_features).to(self.dtype)
-        log_p = root_log_prob(self.affine(self.root.scores, H), self.grouping)
-        z = H if self.root.project is None else self.affine(self.root.project, H)
+        H = hidden.reshape(-1, self.in_features)
+        log_p = root_log_prob(self._called(self.root.scores, H), self.grouping)
+        project = self.root.project
+        z = H.to(self.dtype) if project is None else self._called(project, H)
         return torch.cat([log_p, z], 1)
 
+    def _called(self, layer: nn.Linear, H: Tensor) -> Tensor:
+        """What a layer above the leaves makes of H, in the dtype of the computation.
+
+        A layer that is more than a product, by its hooks or another class, is called as the loss
+        calls it.
+        """
+        return self.affine(layer, H) if is_plain_linear(layer) else layer(H).to(self.dtype)
+
     def affine(self, layer: nn.Linear, H: Tensor) -> Tensor:
-        """The outputs of a layer above the leaves, in the dtype of the computation."""
-        b = dict(layer.named_parameters()).get("bias")
-        return F.linear(H, layer.weight.to(self.dtype), None if b is None else b.to(self.dtype))
+        """The product with the weight of a layer above the leaves."""
+        b: Tensor | None = layer.bias
+        b = None if b is None else b.to(self.dtype)
+        return F.linear(H.to(self.dtype), layer.weight.to(self.dtype), b)
 
     def _split(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """log p of the shortlist (m, S) and of the clusters (m, C), and z (m, d')."""

@@ -18,6 +18,7 @@ from softsphere.engines.cluster_shards import ClusterShards
 from softsphere.engines.grouping import Grouping
 from softsphere.engines.row_statistics import accumulator
 from softsphere.functional.loading import Loading
+from softsphere.heads.clustered_checks import check_layer_above, check_prior
 from softsphere.heads.factored_leaves import FactoredLeaves
 from softsphere.heads.sharded import ShardedLayer, ShardedLinear
 from softsphere.parallel import Agreement, RowsOfRanks
@@ -43,27 +44,38 @@ class WithGrouping(ShardedLayer, FactoredLeaves):
     num_classes: int
     sparse: bool
     _clusters: ClusterShards
+    _unmoved: tuple[Tensor, Tensor] | None
+    _checked_prior: tuple[Tensor | None, int]
 
     def keep_grouping(self, assignment: Tensor, counts: Tensor | None, like: Tensor) -> None:
         """Registers the buffers, on the device of a tensor, for parameters of its dtype.
 
         Raises TypeError or ValueError for a wrong assignment, and for wrong counts (None: ones).
         """
-        grouping = Grouping.of(checks.assignment(assignment, self.num_classes))
-        if counts is None:
-            counts = torch.ones(self.num_classes)
-        counts = checks.class_counts(counts)
-        checks.class_vector("counts", counts, self.num_classes)
-        shares, pi = grouping.root_shares(counts), grouping.base_measure(counts)
         size, rank = (
             (1, 0) if self.shards is None else (self.shards.ranks.size, self.shards.ranks.rank)
         )
-        self._clusters = ClusterShards.of(grouping, shares, size, rank)
-        pi = pi if self.shards is None else pi[self._clusters.leaves()]
+        with torch.device("cpu"):  # whatever the default device is
+            grouping = Grouping.of(checks.assignment(assignment, self.num_classes))
+            counts = torch.ones(self.num_classes) if counts is None else counts
+            counts = checks.class_counts(counts)
+            checks.class_vector("counts", counts, self.num_classes)
+            shares, pi = grouping.root_shares(counts), grouping.base_measure(counts)
+            self._clusters = ClusterShards.of(grouping, shares, size, rank)
         device, dtype = like.device, accumulator(like.dtype)
+        narrow = pi.to(dtype)
+        if not bool((narrow > 0).all()):
+            raise ValueError(
+                f"counts span more than {dtype} holds within a cluster: the smallest share of one "
+                f"is {float(pi.min()):g} of the mean; give rare classes larger counts"
+            )
+        narrow = narrow if self.shards is None else narrow[self._clusters.leaves()]
         self.register_buffer("assignment", grouping.cluster.to(device))
-        self.register_buffer("prior", pi.to(device, dtype))
+        self.register_buffer("prior", narrow.to(device))
         self.register_buffer("root_shares", shares.to(device, dtype))
+        # On the meta device buffers have no values, and get them when they are moved from there.
+        self._unmoved = (narrow, shares.to(dtype)) if device.type == "meta" else None
+        self._checked_prior = (None, 0)
 
     @property
     def num_clusters(self) -> int:
@@ -112,19 +124,29 @@ class WithGrouping(ShardedLayer, FactoredLeaves):
     def check_parameters(self) -> None:
         """Raises ValueError or TypeError for parameters that were replaced by unfit ones."""
         self.check_factored()
-        L, R = self._clusters.number_of_leaves, len(self._clusters.root)
-        for name, x in (("weight", self.weight), ("bias", self.bias), ("prior", self.prior)):
+        L = self._clusters.number_of_leaves
+        for name, x in (("weight", self.weight), ("bias", self.bias)):
             if x is not None and len(x) != L:
                 raise ValueError(
                     f"{name} must have {L} rows, one for each class in a cluster, got "
                     f"{tuple(x.shape)}; make a new layer for other classes"
                 )
-        if len(self.root.weight) != R:
+        if self.engine != "factored" and self.weight.shape[1:] != (self.leaf_width,):
             raise ValueError(
-                f"root.weight must have {R} rows, one for each class of the shortlist and each "
-                f"cluster, got {tuple(self.root.weight.shape)}; make a new layer for another "
-                "assignment"
+                f"weight must have shape ({L}, {self.leaf_width}), got "
+                f"{tuple(self.weight.shape)}; make a new layer for another width"
             )
+        check_layer_above("root", self.root, self.in_features, len(self._clusters.root))
+        if self.project is not None:
+            check_layer_above("project", self.project, self.in_features, None)
+        self._check_prior()
+
+    def _check_prior(self) -> None:
+        """Checks the base measure where it is not the one that was checked last: that is O(D)."""
+        pi, (known, version) = self.prior, self._checked_prior
+        if known is None or known is not pi or version != version_of(pi):
+            check_prior(pi, self.clusters.own)
+            self._checked_prior = (pi, version_of(pi))
 
     @torch.no_grad()
     def copy_rows(self, rows: Tensor) -> None:
@@ -192,6 +214,11 @@ class WithGrouping(ShardedLayer, FactoredLeaves):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WithGrouping:
         before = {"prior": self.prior, "root_shares": self.root_shares}
         super()._apply(fn, recurse)
+        self._checked_prior = (None, 0)
+        if self._unmoved is not None and not self.prior.is_meta:
+            for buffer, values in zip((self.prior, self.root_shares), self._unmoved, strict=True):
+                buffer.copy_(values)
+            self._unmoved = None
         for name, wide in before.items():
             moved = getattr(self, name)
             if moved.dtype in (torch.float16, torch.bfloat16):
@@ -237,4 +264,25 @@ class WithGrouping(ShardedLayer, FactoredLeaves):
             # The layers below load after this one: nothing changes.
             state_dict.update({prefix + key: x for key, x in self.state_dict().items()})
             return
+        if self.shards is None:
+            self._widen_entries(state_dict, prefix)
         super()._load_entries(state_dict, prefix, loading)
+        self._unmoved = None if f"{prefix}prior" in state_dict else self._unmoved
+
+    def _widen_entries(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Makes entries what the buffers are: wide, and a base measure that was rounded one again.
+
+        A state may have been cast to half precision, and with assign=True become the buffers.
+        """
+        dtype = accumulator(self.weight.dtype)
+        for name, L in (("prior", len(self.prior)), ("root_shares", len(self.root_shares))):
+            x = state_dict.get(prefix + name)
+            if not isinstance(x, Tensor) or x.is_meta or x.shape != (L,):
+                continue
+            wide = x.to(dtype) if x.dtype.itemsize < dtype.itemsize else x
+            if name == "prior" and wide is not x and bool((wide > 0).all()):
+                wide = self._grouping.to(wide.device).normalised(wide)
+            state_dict[prefix + name] = wide
+        x = state_dict.get(f"{prefix}assignment")
+        if isinstance(x, Tensor):
+            state_dict[f"{prefix}assignment"] = x.long()

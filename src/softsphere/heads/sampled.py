@@ -62,7 +62,7 @@ class SampledSoftmaxLoss(OutputLayer):
         num_samples: n, the number of negatives of a step. It must be left out for "in_batch".
         sampler: "log_uniform", "frequency" or "in_batch".
         counts: (D), how often each class is a target in training, which "frequency" needs. A class
-            without any counts like the rarest one.
+            with a count of 0 is given that of the rarest one.
         power: the exponent of counts for "frequency": 1 for the counts, 0 for equal shares.
         bias: whether there is a b.
         sparse: whether the gradients of weight and bias are sparse tensors, as those of
@@ -234,7 +234,9 @@ class SampledSoftmaxLoss(OutputLayer):
         own = (H.to(wide) * own_rows.to(wide)).sum(1)
         own = own if own_bias is None else own + own_bias.to(wide)
         o = o.to(wide) - log_expected
-        others = o.masked_fill(classes == target.unsqueeze(1), -torch.inf).logsumexp(1)
+        # A batch may leave a row no negative, whose infinite outputs would have no gradient.
+        none = (classes == target.unsqueeze(1)) | log_expected.isinf()
+        others = o.masked_fill(none, -torch.inf).logsumexp(1)
         return -F.logsigmoid(own - others)
 
     def _reader(self) -> DenseReader:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
-import tempfile
+import secrets
+import shutil
 from pathlib import Path
 
 __all__ = ["UNFINISHED", "write_bytes"]
@@ -13,15 +15,23 @@ UNFINISHED = ".unfinished"
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a file in one step: after an interrupt it is either the old one or the new one."""
-    handle, name = tempfile.mkstemp(UNFINISHED, f".{path.name}.", path.parent)
+    """Writes a file in one step: after an interrupt it is either the old one or the new one.
+
+    As with `open`, a link stays a link to the file, an old file keeps its permissions, and a new
+    one has those that the umask leaves.
+    """
+    path = Path(os.path.realpath(path))
+    if not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "There is no such folder to write into", str(path))
+    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}{UNFINISHED}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(unfinished, "xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
+        if path.exists():
+            shutil.copymode(path, unfinished)
+        os.replace(unfinished, path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
         raise

@@ -42,7 +42,19 @@ def label(name: str) -> str:
     'softmax, 16 clusters, shortlist 100, by frequency, leaves of width 8'
     """
     loss, *words = name.split()
-    return ", ".join([LABELS.get(loss, loss), *map(_phrase, words)])
+    return ", ".join([_loss_in_words(loss), *map(_phrase, words)])
+
+
+def _loss_in_words(loss: str) -> str:
+    """Returns a loss and the numbers that were given for it.
+
+    >>> _loss_in_words("z_loss:a=1:b=8"), _loss_in_words("my_loss:eps=1")
+    ('Z-loss (a 1, b 8)', 'my_loss:eps=1')
+    """
+    kind, *numbers = loss.split(":")
+    if loss in LABELS or kind not in LABELS:
+        return LABELS.get(loss, loss)
+    return f"{LABELS[kind]} ({', '.join(numbers).replace('=', ' ')})"
 
 
 def _phrase(word: str) -> str:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from softsphere_lab.models.item_networks import ItemAverage, lists_padded
+from softsphere_lab.models.item_networks import ItemAverage, item_embedding, lists_padded
 
 
 def test_a_hidden_state_is_the_direction_of_the_sum_of_the_embeddings():
     torch.manual_seed(0)
-    model = ItemAverage(9, 4, length=3.0, dropout=0.5).eval()
+    model = ItemAverage(item_embedding(9, 4), length=3.0, dropout=0.5).eval()
     hidden = model(torch.tensor([2, 8, 2, 5]), torch.tensor([3, 0, 1]))
     E = model.embedding.weight
     for row, items in ((0, [2, 8, 2]), (2, [5])):
@@ -20,7 +20,7 @@ def test_a_hidden_state_is_the_direction_of_the_sum_of_the_embeddings():
 
 def test_dropout_is_for_training_alone():
     torch.manual_seed(0)
-    model = ItemAverage(9, 40, length=3.0, dropout=0.5)
+    model = ItemAverage(item_embedding(9, 40), length=3.0, dropout=0.5)
     items, lengths = torch.tensor([2, 8]), torch.tensor([2])
     assert (model(items, lengths) == 0).any()
     assert not (model.eval()(items, lengths) == 0).any()

@@ -48,7 +48,9 @@ EXPERIMENT = StudyReproduction(
         "al. 2020 (LightGCN, arXiv:2002.02126), which has no validation part: its training part is "
         "the training and validation parts here. The network, its numbers and the number of epochs "
         "were chosen on the validation part with sampled softmax; its width, tying and the numbers "
-        "of the Z-loss with that loss."
+        "of the Z-loss with that loss. Trials are shorter than final runs, so that the rate that "
+        "is best in trials need not be best in a final run. The embeddings of the items are the "
+        "rows of a tied layer's weight."
     ),
     studies={
         "smoke": replace(

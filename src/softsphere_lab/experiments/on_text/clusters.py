@@ -220,9 +220,11 @@ LSTM = StudyReproduction(
         "softmax as they are there; no paper claims it."
     ),
     differences=(
-        DIFFERENCES + "Input and output embeddings are not tied, since the layers with clusters "
-        "have rows of other kinds. A window begins from a zero state, which the words before it "
-        "fill. At the budget small the network is narrower and has one seed."
+        DIFFERENCES
+        + "Here a step of the rate moves the final perplexity more than the layer does: "
+        "layers are comparable only where their rates are the same. Input and output embeddings "
+        "are not tied. A window begins from a zero state, which the words before it fill. At the "
+        "budget small the network is narrower and has one seed."
     ),
     studies={
         "smoke": SMOKE_LSTM,

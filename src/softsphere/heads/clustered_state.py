@@ -69,7 +69,7 @@ class WithGrouping(ShardedLayer, FactoredLeaves):
                 f"counts span more than {dtype} holds within a cluster: the smallest share of one "
                 f"is {float(pi.min()):g} of the mean; give rare classes larger counts"
             )
-        narrow = narrow if self.shards is None else narrow[self._clusters.leaves()]
+        narrow = narrow if self.shards is None else narrow[self._clusters.leaves()].clone()
         self.register_buffer("assignment", grouping.cluster.to(device))
         self.register_buffer("prior", narrow.to(device))
         self.register_buffer("root_shares", shares.to(device, dtype))

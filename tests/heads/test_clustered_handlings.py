@@ -106,12 +106,16 @@ REFUSED: dict[str, tuple[Callable[[ClusteredLoss], object], str]] = {
     "no prior": (lambda head: setattr(head, "prior", None), "prior must be a tensor, got None"),
     "prior too short": (lambda head: setattr(head, "prior", head.prior[1:]), "prior must have"),
     "weight too wide": (
-        lambda head: setattr(head, "weight", nn.Parameter(torch.randn(len(head.weight), d + 1))),
-        rf"weight must have shape \(\d+, {d}\)",
+        lambda head: setattr(head, "weight", nn.Parameter(torch.randn(len(head.weight), 4))),
+        r"weight must have shape \(\d+, 3\)",
     ),
     "root too wide": (
         lambda head: setattr(head, "root", nn.Linear(d + 1, head.root.out_features)),
         rf"root\.weight must have {d} columns",
+    ),
+    "projection to another width": (
+        lambda head: setattr(head, "project", nn.Linear(d, 4, bias=False)),
+        r"project\.weight must have 3 rows, one for each feature of the leaves",
     ),
     "root without a weight": (
         lambda head: setattr(head, "root", nn.Sequential(head.root)),
@@ -124,7 +128,7 @@ REFUSED: dict[str, tuple[Callable[[ClusteredLoss], object], str]] = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_makes_no_distribution_is_refused(name):
     change, words = REFUSED[name]
-    head = layer(MIXED)
+    head = layer(MIXED, leaf_features=3)
     change(head)
     for call in (lambda: head(rows(M), TARGET), lambda: head.log_prob(rows(M))):
         with pytest.raises(ValueError, match=words):
@@ -172,12 +176,19 @@ def test_a_layer_from_the_meta_device_begins_with_its_frequencies(engine):
     want = layer(MIXED, engine=engine)
     torch.testing.assert_close(head.prior, want.prior)
     torch.testing.assert_close(head.root_shares, want.root_shares)
-    with torch.no_grad():
-        for x in (head.root.weight,):
-            x.zero_()
     listed = MIXED < 0
     log_p = head.log_prob(torch.zeros(1, d, dtype=torch.float64))[0]
     torch.testing.assert_close(log_p.exp()[listed], (COUNTS / COUNTS.sum()).double()[listed])
+
+
+@pytest.mark.once("it names its devices")
+@pytest.mark.filterwarnings("ignore:for .* copying from a non-meta parameter")
+def test_a_state_that_is_copied_to_the_meta_device_takes_no_frequencies_away():
+    head = ClusteredLoss(d, D, MIXED, counts=COUNTS, dtype=torch.float64, device="meta")
+    want = layer(MIXED)
+    head.load_state_dict(want.state_dict())
+    head.to_empty(device="cpu").reset_parameters()
+    torch.testing.assert_close(head.prior, want.prior)
 
 
 def test_counts_that_the_dtype_cannot_hold_are_refused():

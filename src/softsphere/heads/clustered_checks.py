@@ -57,18 +57,21 @@ def check_prior(pi: Any, grouping: Grouping) -> None:
         )
 
 
-def check_layer_above(name: str, layer: Any, width: int, outputs: int | None) -> None:
-    """Raises ValueError unless root or project takes rows of a width to a number of outputs."""
+def check_layer_above(name: str, layer: Any, width: int, outputs: int, what: str) -> None:
+    """Raises ValueError unless root or project takes rows of a width to a number of outputs.
+
+    what: one output is for each of these.
+    """
     W = getattr(layer, "weight", None)
     if not isinstance(W, Tensor) or W.dim() != 2:
         raise ValueError(
             f"{name} must be a linear layer with a weight (outputs, features), got "
-            f"{type(layer).__name__}; wrap it with hooks or a parametrization instead"
+            f"{type(layer).__name__}; use hooks or a parametrization of that layer instead"
         )
-    if outputs is not None and len(W) != outputs:
+    if len(W) != outputs:
         raise ValueError(
-            f"{name}.weight must have {outputs} rows, one for each class of the shortlist and each "
-            f"cluster, got {tuple(W.shape)}; make a new layer for another assignment"
+            f"{name}.weight must have {outputs} rows, one for each {what}, got {tuple(W.shape)}; "
+            "make a new layer for others"
         )
     if W.shape[1] != width:
         raise ValueError(

@@ -136,9 +136,11 @@ class WithGrouping(ShardedLayer, FactoredLeaves):
                 f"weight must have shape ({L}, {self.leaf_width}), got "
                 f"{tuple(self.weight.shape)}; make a new layer for another width"
             )
-        check_layer_above("root", self.root, self.in_features, len(self._clusters.root))
+        entry, R = "class of the shortlist and each cluster", len(self._clusters.root)
+        check_layer_above("root", self.root, self.in_features, R, entry)
         if self.project is not None:
-            check_layer_above("project", self.project, self.in_features, None)
+            given = self.in_features, self.leaf_width, "feature of the leaves"
+            check_layer_above("project", self.project, *given)
         self._check_prior()
 
     def _check_prior(self) -> None:
@@ -267,7 +269,8 @@ class WithGrouping(ShardedLayer, FactoredLeaves):
         if self.shards is None:
             self._widen_entries(state_dict, prefix)
         super()._load_entries(state_dict, prefix, loading)
-        self._unmoved = None if f"{prefix}prior" in state_dict else self._unmoved
+        if not self.prior.is_meta:  # as it stays where a state is copied and not assigned
+            self._unmoved = None
 
     def _widen_entries(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Makes entries what the buffers are: wide, and a base measure that was rounded one again.

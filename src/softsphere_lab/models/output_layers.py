@@ -232,11 +232,7 @@ _MEANT_FOR = {
 
 
 def layer(
-    output: Output,
-    width: int,
-    counts: Tensor,
-    device: str,
-    assignment: Tensor | None = None,
+    output: Output, width: int, counts: Tensor, device: str, assignment: Tensor | None = None
 ) -> tuple[nn.Module, torch.optim.Optimizer | None]:
     """Returns the layer and its own optimizer, which is None if AdamW steps it with the network.
 

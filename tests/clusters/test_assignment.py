@@ -37,6 +37,8 @@ def test_an_empty_cluster_and_a_shortlist_of_all_classes_are_described_as_well()
     assert (whole.num_clusters, whole.shortlist, whole.outputs) == (0, 2, 2)
     assert whole.sizes.tolist() == whole.shares.tolist() == []
     assert repr(whole) == "Clusters(num_classes=2, shortlist=2, num_clusters=0)"
+    with pytest.raises(ValueError, match=r"^cluster must be −1 for the shortlist, got 0$"):
+        whole.classes(0)
 
 
 def test_the_tensors_have_the_dtypes_of_the_docstring_whatever_was_given():
@@ -103,7 +105,8 @@ def test_files_of_another_kind_are_refused_and_no_code_in_them_is_run(tmp_path, 
     torch.save({"format": "softsphere.clusters 1", "assignment": Harmful()}, "harmful.pt")
     torch.save({"assignment": ASSIGNMENT}, "other.pt")
     torch.save(ASSIGNMENT, "tensor.pt")
-    for name in ("cut", "empty", "text", "pickle", "harmful", "other", "tensor"):
+    torch.save({"format": "softsphere.clusters 1"}, "hollow.pt")
+    for name in ("cut", "empty", "text", "pickle", "harmful", "other", "tensor", "hollow"):
         with pytest.raises(ValueError, match=rf"^{name}.pt is not a file of clusters"):
             Clusters.load(f"{name}.pt")
     assert not (tmp_path / "harmed").exists()

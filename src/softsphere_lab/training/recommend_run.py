@@ -47,7 +47,7 @@ class Setup:
     others are predicted. batch_size: the users of a step.
     """
 
-    width: int = 128
+    width: int = 256
     length: float = 10.0
     longest: float = 1.0
     dropout: float = 0.3

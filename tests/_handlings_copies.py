@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
 from _registry import Run, handling, register
-from _subject import D, Model, Subject, d, dense
+from _subject import ONE_CLUSTER, D, Model, Subject, d, dense
 
 
 @handling("deepcopy between backward and step")
@@ -91,7 +91,8 @@ def _(s: Subject) -> dict[str, Tensor]:
     for _ in range(4):
         s.train(1, optimizer)
         for key, value in s.model.state_dict().items():
-            average[key].mul_(0.8).add_(value, alpha=0.2)
+            if value.is_floating_point():
+                average[key].mul_(0.8).add_(value, alpha=0.2)
     s.model.load_state_dict(average)
     return {**s.numbers(), "log": s.head.log_prob(torch.ones(1, d, dtype=torch.float64))}
 
@@ -177,7 +178,7 @@ for name, way in {
     register(name, through(way))
 
 
-@handling("safetensors into a dense layer and back", needs="safetensors")
+@handling("safetensors into a dense layer and back", needs="safetensors", like_linear=True)
 def _(s: Subject) -> dict[str, Tensor]:
     from safetensors.torch import load, save
 
@@ -197,15 +198,15 @@ def _(s: Subject) -> dict[str, Tensor]:
     other.to_empty(device=s.W.device).load_state_dict(state)
     s.model = other
     s.train(2)
-    kind = type(s.head)
-    fresh = nn.utils.skip_init(kind, d, D, dtype=torch.float64, device=s.W.device)
+    kind, clusters = type(s.head), [ONE_CLUSTER] if s.kind == "clustered" else []
+    fresh = nn.utils.skip_init(kind, d, D, *clusters, dtype=torch.float64, device=s.W.device)
     fresh.load_state_dict(s.head.state_dict())
     s.model.head = fresh
     s.train(2)
     return s.numbers()
 
 
-@handling("counts of parameters")
+@handling("counts of parameters", like_linear=True)
 def _(s: Subject) -> dict[str, Tensor]:
     every = list(s.model.parameters())
     return {

@@ -28,6 +28,7 @@ class Handling:
     bias: whether the output layer has a bias.
     unmoved: whether a refusal leaves the model as it was before `run` was called.
     needs: a module without which the handling is skipped.
+    like_linear: whether it needs the state of nn.Linear. A clustered layer has more than that.
     """
 
     run: Run
@@ -35,6 +36,7 @@ class Handling:
     bias: bool = True
     unmoved: bool = True
     needs: str | None = None
+    like_linear: bool = False
 
 
 HANDLINGS: dict[str, Handling] = {}

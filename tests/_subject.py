@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from softsphere import (
+    ClusteredLoss,
     FactoredSphericalLoss,
     LinearSphericalLoss,
     SampledSoftmaxLoss,
@@ -17,6 +18,8 @@ from softsphere import (
 from softsphere.optim import FactoredSGD
 
 d, D, m, LR = 5, 23, 6, 0.5
+# The numbers of a layer with one cluster are those of its leaf.
+ONE_CLUSTER = torch.zeros(D, dtype=torch.long)
 
 
 class Plain(nn.Linear):
@@ -39,12 +42,18 @@ KINDS: dict[str, Callable[..., nn.Module]] = {
     "plain": lambda **k: Plain(d, D, **k),
     "linear": lambda **k: LinearSphericalLoss(d, D, **k),
     "factored": lambda **k: FactoredSphericalLoss(d, D, **k),
+    "clustered": lambda **k: ClusteredLoss(d, D, ONE_CLUSTER, **k),
     "plain softmax": lambda **k: PlainSoftmax(d, D, **k),
     # with every class as a negative, so that its numbers are those of softmax
     "sampled": lambda **k: SampledSoftmaxLoss(d, D, num_samples=D, **k),
 }
 # What each kind of output layer is compared with.
-LIKE = {"linear": "plain", "factored": "plain", "sampled": "plain softmax"}
+LIKE = {
+    "linear": "plain",
+    "factored": "plain",
+    "clustered": "plain",
+    "sampled": "plain softmax",
+}
 
 
 class Model(nn.Module):
@@ -66,12 +75,13 @@ class Subject:
     """A float64 model with the same weights and the same batches for every kind of layer."""
 
     def __init__(self, kind: str, bias: bool = True) -> None:
-        torch.manual_seed(0)
         self.kind, self.bias = kind, bias
         self.model = Model(kind, bias).double()
+        torch.manual_seed(0)  # the layers draw as many numbers as they like
         first = nn.Linear(d, D, bias=bias).double()
         trunk = nn.Linear(d, d).double()
-        self.model.head.load_state_dict(first.state_dict())
+        missing = self.model.head.load_state_dict(first.state_dict(), strict=False)
+        assert not missing.unexpected_keys
         self.model.trunk.load_state_dict(trunk.state_dict())
         self.generator = torch.Generator().manual_seed(1)
 

@@ -28,8 +28,15 @@ def run(name: str, kind: str, device: str) -> dict[str, torch.Tensor]:
     return handling.run(Subject(kind, handling.bias))
 
 
-@pytest.mark.parametrize("kind", LIKE)
-@pytest.mark.parametrize("name", [n for n, h in HANDLINGS.items() if h.refusal is None])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        (name, kind)
+        for name, handling in HANDLINGS.items()
+        for kind in LIKE
+        if handling.refusal is None and not (handling.like_linear and kind == "clustered")
+    ],
+)
 def test_numbers_are_those_of_a_linear_layer_and_a_criterion(name, kind, device):
     got, want = run(name, kind, device), run(name, LIKE[kind], device)
     assert got.keys() == want.keys()

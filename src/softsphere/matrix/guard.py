@@ -6,6 +6,7 @@ parameters has moved the first group, so optimizers are asked by a hook that run
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,24 +19,45 @@ __all__ = ["refuse_step"]
 
 
 def refuse_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
-    """Checks an optimizer before its step, and again after a closure has made the gradients."""
-    _refuse(optimizer)
-    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-    if closure is None:
-        return None
+    """Checks an optimizer before its step, and again after a closure has made the gradients.
 
-    def checked_closure() -> Any:
+    Returns None, which leaves the arguments of the step as they are, or the same arguments with a
+    closure that checks. The hook runs for every optimizer of the process, so that all others step
+    as if it did not exist.
+    """
+    if not _has_factored(optimizer):
+        return None
+    _refuse(optimizer)
+    if callable(closure := kwargs.get("closure")):
+        return args, {**kwargs, "closure": _checked(closure, optimizer)}
+    if len(args) > 1 and callable(args[1]):
+        return (args[0], _checked(args[1], optimizer), *args[2:]), kwargs
+    return None
+
+
+def _checked(closure: Callable[[], Any], optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
+    def run() -> Any:
         loss = closure()
         _refuse(optimizer)
         return loss
 
-    return (args[0], checked_closure), {}
+    return run
+
+
+def _has_factored(optimizer: torch.optim.Optimizer) -> bool:
+    groups = optimizer.param_groups
+    return any(isinstance(p, FactoredTensor) for group in groups for p in group["params"])
+
+
+def _kind(optimizer: torch.optim.Optimizer) -> type[torch.optim.Optimizer]:
+    """Returns the optimizer of torch.optim that it is or derives from."""
+    kinds = type(optimizer).__mro__
+    return next(kind for kind in kinds if kind.__module__.startswith("torch.optim"))
 
 
 def _refuse(optimizer: torch.optim.Optimizer) -> None:
     """Raises TypeError if an optimizer of torch.optim cannot step a factored weight it has."""
-    known = [kind for kind in type(optimizer).__mro__ if kind.__module__.startswith("torch.optim")]
-    kind = known[0]
+    kind = _kind(optimizer)
     if kind is torch.optim.Optimizer:
         return  # an unknown one may well do only what the table allows
     plain = kind is torch.optim.SGD

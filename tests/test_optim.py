@@ -170,6 +170,26 @@ def test_layer_and_optimizer_are_copied_together(copy):
     torch.testing.assert_close(other.dense(), head.dense(), rtol=1e-12, atol=1e-12)
 
 
+def test_heads_that_go_on_from_one_state_leave_it_as_it_was():
+    head = layer()
+    optimizer = FactoredSGD(head.parameters(), lr=0.5, momentum=0.9)
+    go_on(head, optimizer, 3)
+    state, weights = optimizer.state_dict(), copy.deepcopy(head.state_dict())
+    before = copy.deepcopy(state)
+    ends = []
+    for _ in range(2):
+        other = layer()
+        other.load_state_dict(weights)
+        resumed = FactoredSGD(other.parameters(), lr=0.5, momentum=0.9)
+        resumed.load_state_dict(state)
+        go_on(other, resumed, 3, seed=5)
+        ends.append(other.dense())
+    torch.testing.assert_close(state["state"], before["state"], rtol=0, atol=0)
+    torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=0)
+    go_on(head, optimizer, 3, seed=5)
+    torch.testing.assert_close(head.dense(), ends[0])
+
+
 def test_a_step_that_cannot_be_taken_changes_nothing():
     head = layer()
     optimizer = FactoredSGD(head.parameters(), lr=0.1)

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 __all__ = [
     "DISABLED_TORCH_FUNCTION",
     "backward_is_running",
+    "changed_in_place",
     "data_parallel_in_forward",
     "eager",
     "exporting",
@@ -322,6 +323,14 @@ def wrapper_tensor(
 def without_torch_function() -> AbstractContextManager[Any]:
     """Inside it, operations on tensor subclasses do not call their `__torch_function__`."""
     return cast(AbstractContextManager[Any], torch._C.DisableTorchFunctionSubclass())
+
+
+def changed_in_place(x: Tensor) -> None:
+    """Tells autograd that x was changed by other means than PyTorch's operations.
+
+    A graph that saved x raises then, as it does after every change in place.
+    """
+    torch.autograd.graph.increment_version(x)
 
 
 def version_of(x: Tensor) -> int:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from softsphere import checks
+from softsphere._torch import changed_in_place
 from softsphere.matrix import FactoredTensor, StructuredGradient
 from softsphere.matrix.abstract import Block
 from softsphere.matrix.default_rate import default_rate
@@ -186,9 +187,10 @@ class FactoredSGD(torch.optim.Optimizer):
             if isinstance(p, FactoredTensor) and p.grad is not None
         ]
         check_distinct([p for p, _ in ours])
-        steps = [self._planned(p, group) for p, group in ours]
-        for take in steps:
+        steps = [(p, self._planned(p, group)) for p, group in ours]
+        for p, take in steps:
             take()
+            changed_in_place(p)
         for group in self.param_groups:
             rest = [p for p in group["params"] if not isinstance(p, FactoredTensor)]
             if rest:

@@ -204,3 +204,15 @@ def test_a_layer_of_one_matrix_does_not_take_the_weight_of_a_stack():
         torch.func.functional_call(one, {"weight": stack.weight}, batch)
     with pytest.raises(TypeError, match="the weight must be the factored one of a ClusteredLoss"):
         torch.func.functional_call(stack, {"weight": one.weight}, batch)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("given", ["weight", "bias"])
+def test_a_part_of_a_state_is_loaded_and_the_rest_stays(given, assign):
+    head = layer(5)
+    step(head, targets(4, 5, 3))
+    want = {name: x.clone() for name, x in head.state_dict().items()}
+    want[given] = torch.randn_like(want[given])
+    keys = head.load_state_dict({given: want[given].clone()}, strict=False, assign=assign)
+    assert given not in keys.missing_keys
+    torch.testing.assert_close(dict(head.state_dict()), want)

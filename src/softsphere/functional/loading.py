@@ -13,7 +13,7 @@ class Loading(NamedTuple):
     """What PyTorch passes to each module that loads a state_dict, and reads again afterwards.
 
     metadata: saved with the entries of the module, and with "assign_to_params_buffers".
-    strict: whether the caller asked for all entries and no others.
+    strict: True from PyTorch, whatever the caller asked for.
     missing_keys, unexpected_keys, error_msgs: lists that the module extends.
     """
 

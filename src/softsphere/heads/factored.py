@@ -171,7 +171,7 @@ class FactoredSphericalLoss(FactoredState, OutputLayer):
         with torch.no_grad(), uninterrupted(), own:
             for block in self._writable():
                 block.uniform_(-bound, bound)
-            self.matrix.reset_()
+            self._written()
 
     @eager(
         "a factored layer keeps its weight in factors; compile the model around it, or use "

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softsphere._torch import transforms_active
+from softsphere._torch import changed_in_place, transforms_active
 from softsphere.engines.factored_statistics import TWICE
 from softsphere.functional.loading import Loading, LoadsEntries
 from softsphere.heads.factored_parameter import WithFactoredParameter
@@ -108,15 +108,17 @@ class FactoredLeaves(WithFactoredParameter, LoadsEntries):
             W = self.stack.arrays
             W.pi = self.prior.to(W.device, W.dtype)
             self.stack.reset_()
+            changed_in_place(self.weight)
 
     @torch.no_grad()
-    def write_leaves(self, *values: Tensor) -> None:
-        """Writes the weight (L, d'), and the bias (L) if it is given too."""
+    def write_leaves(self, *values: Tensor | None) -> None:
+        """Writes the weight (L, d') and the bias (L), or leaves what is None or not given."""
         if self.engine == "factored":
             self.stack.canonical_()
         with uninterrupted():
             for block, new in zip(self.leaf_blocks(), values, strict=False):
-                block.copy_(new.view(block.shape))
+                if new is not None:
+                    block.copy_(new.view(block.shape))
             self.leaves_written()
 
     def leaf_health(self, probes: int = 4) -> Health:
@@ -175,16 +177,20 @@ class FactoredLeaves(WithFactoredParameter, LoadsEntries):
         rest[f"{prefix}weight"] = self.weight
         before = len(loading.error_msgs)
         super()._load_entries(rest, prefix, loading)
-        complete = len(given) == len(shapes) and not wrong and len(loading.error_msgs) == before
-        if complete and loading.assigns:
-            self._adopt(*given.values())
+        fits = not wrong and len(loading.error_msgs) == before
+        columns = [given.get(name) for name in shapes] if fits else []
+        if fits and loading.assigns and "weight" in given:
+            self._adopt(*columns)
         else:
             # The base measure may have been loaded in any case.
-            self.write_leaves(*(given.values() if complete else ()))
+            self.write_leaves(*columns)
         loading.error_msgs.extend(wrong)
 
     def _adopt(self, W: Tensor, b: Tensor | None = None) -> None:
-        """Makes a new parameter that takes the given tensors as they are."""
+        """Makes a new parameter that takes the given tensors as they are, and copies the others."""
+        if b is None and self.has_bias:
+            self.stack.canonical_()
+            b = self.stack.arrays.V.blocks[1].squeeze(1).clone()
         b = None if b is None else b.to(W.device, W.dtype)
         made = factored_leaves(W, b, self.stack.arrays.starts, self.prior)
         for j in range(1 + self.has_bias):

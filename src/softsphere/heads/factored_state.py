@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from softsphere import checks
-from softsphere._torch import is_wrapper
+from softsphere._torch import changed_in_place, is_wrapper
 from softsphere.functional.loading import Loading
 from softsphere.heads.factored_parameter import WithFactoredParameter
 from softsphere.heads.sharded import ShardedLayer
@@ -104,14 +104,20 @@ class FactoredState(ShardedLayer, WithFactoredParameter):
         loading.missing_keys.extend(prefix + name for name in missing)
         loading.unexpected_keys.extend(prefix + name for name in state.unexpected())
         loading.error_msgs.extend(errors)
-        if missing or errors:
+        if errors:
             return
+        # PyTorch does not tell a module whether the caller asked for all entries. What is given is
+        # loaded, as in an nn.Linear, and the caller hears of the rest.
         with torch.no_grad():
             (self._adopt if adopt else self._assign)(state.columns(), state.prior())
 
-    def _adopt(self, columns: list[Tensor], pi: Tensor | None) -> None:
-        """Makes a new parameter that takes the given tensors as they are."""
-        weight, *bias = columns
+    def _adopt(self, columns: list[Tensor | None], pi: Tensor | None) -> None:
+        """Makes a new parameter that takes the given tensors as they are, and copies the others."""
+        own = self._saved() if any(x is None for x in columns) else {}
+        weight, *bias = (
+            own[name].detach().clone() if x is None else x
+            for name, x in zip(("weight", "bias"), columns, strict=False)
+        )
         bias = [x.to(weight.device, weight.dtype) for x in bias]
         pi = None if pi is None else pi.to(weight.device, weight.dtype)
         made = FactoredTensor(weight, bias[0] if bias else None, pi, self.shards)
@@ -119,22 +125,34 @@ class FactoredState(ShardedLayer, WithFactoredParameter):
             made.matrix.arrays.V.lend(j)
         self.weight = nn.Parameter(made, self.weight.requires_grad)
 
-    def _assign(self, columns: list[Tensor], pi: Tensor | None) -> None:
-        """Writes weight (D, d) and bias (D) into the parameter. Momentum beside it stays."""
+    def _assign(self, columns: list[Tensor | None], pi: Tensor | None) -> None:
+        """Writes weight (D, d) and bias (D) into the parameter, or leaves what is None.
+
+        Momentum beside it stays.
+        """
         W = self.matrix.arrays
         with uninterrupted():
-            for block, values in zip(self._writable(), columns, strict=True):
-                block.copy_(values.view(block.shape))
+            blocks = self._writable(whole=all(x is not None for x in columns))
+            for block, values in zip(blocks, columns, strict=True):
+                if values is not None:
+                    block.copy_(values.view(block.shape))
             W.pi = None if pi is None else pi.to(W.device, W.dtype)
-            self.matrix.reset_()
+            self._written()
 
-    def _writable(self) -> list[Tensor]:
-        """The memory of weight and bias, to be overwritten, followed by `FactoredMatrix.reset_`."""
+    def _writable(self, *, whole: bool = True) -> list[Tensor]:
+        """The memory of weight and bias, to be overwritten, followed by `_written`.
+
+        whole: whether all of it will be, so that it need not have the present values.
+        """
         W = self.matrix.arrays
-        if W.blocks > 1:
+        if W.blocks > 1 or not whole:
             self.matrix.canonical_()
         W.V.own()
         return W.V.blocks[: 1 + self.has_bias]
+
+    def _written(self) -> None:
+        self.matrix.reset_()
+        changed_in_place(self.weight)
 
 
 @dataclass(frozen=True)
@@ -194,6 +212,7 @@ class _Entries:
         checks.class_vector("prior", pi, self.shapes["weight"][0])
         return pi
 
-    def columns(self) -> list[Tensor]:
-        """Weight and bias."""
-        return [self.given[name].detach() for name in self.shapes]
+    def columns(self) -> list[Tensor | None]:
+        """Weight and bias, None for what is missing."""
+        given = (self.given.get(name) for name in self.shapes)
+        return [None if x is None else x.detach() for x in given]

@@ -176,12 +176,14 @@ class FactoredMatrix(Matrix):
             values = torch.zeros(W.num_rows, size, dtype=W.dtype, device=W.device)
             known = W.sums()
         else:
+            # Steps write into it: the caller's own, as in a state that was loaded, stays as it is.
+            values = values.to(W.device, W.dtype, copy=True).contiguous()
             basis = torch.eye(2, dtype=torch.float64, device=W.device)
             self.canonical_()
         pad = torch.nn.functional.pad
         with uninterrupted():
             W.begin_change()
-            W.V.blocks.append(values.to(W.device, W.dtype).contiguous())
+            W.V.blocks.append(values)
             W.V.note()
             W.generations.widen(2 * size)
             W.U = torch.kron(basis, W.U.contiguous())

@@ -19,6 +19,7 @@ from softsphere.engines.grouping import Grouping
 from softsphere.engines.row_statistics import accumulator
 from softsphere.functional.loading import Loading
 from softsphere.heads.clustered_checks import check_layer_above, check_prior
+from softsphere.heads.computed_weights import compute_weights
 from softsphere.heads.factored_leaves import FactoredLeaves
 from softsphere.heads.sharded import ShardedLayer, ShardedLinear
 from softsphere.parallel import Agreement, RowsOfRanks
@@ -186,6 +187,8 @@ class WithGrouping(ShardedLayer, FactoredLeaves):
         Raises ValueError or TypeError for wrong indices, and ValueError for a layer whose classes
         do not all have a row of width d here: one with leaf_features, factored, or sharded.
         """
+        compute_weights(self)
+        compute_weights(self.root)
         if self.leaf_width != self.root.weight.shape[1]:
             raise ValueError(
                 "rows of the weight have two widths in a layer with leaf_features "

@@ -178,12 +178,12 @@ class FactoredLeaves(WithFactoredParameter, LoadsEntries):
         before = len(loading.error_msgs)
         super()._load_entries(rest, prefix, loading)
         fits = not wrong and len(loading.error_msgs) == before
-        columns = [given.get(name) for name in shapes] if fits else []
-        if fits and loading.assigns and "weight" in given:
-            self._adopt(*columns)
+        weight, bias = (given.get(name) if fits else None for name in ("weight", "bias"))
+        if weight is not None and loading.assigns:
+            self._adopt(weight, bias)
         else:
             # The base measure may have been loaded in any case.
-            self.write_leaves(*columns)
+            self.write_leaves(weight, bias)
         loading.error_msgs.extend(wrong)
 
     def _adopt(self, W: Tensor, b: Tensor | None = None) -> None:

@@ -14,6 +14,7 @@ from softsphere import checks, losses
 from softsphere._torch import exporting, transformed
 from softsphere.criteria import TopK
 from softsphere.functional.conventions import mixed_precision
+from softsphere.heads.computed_weights import compute_weights
 from softsphere.heads.reader import Reader
 
 __all__ = ["OutputLayer"]
@@ -76,6 +77,11 @@ class OutputLayer(nn.Module, ABC):
     def _reader(self) -> Reader:
         """The weight as it is now, read once."""
 
+    def _present_reader(self) -> Reader:
+        """The reader of a prediction, which runs no hooks."""
+        compute_weights(self)
+        return self._reader()
+
     @property
     @abstractmethod
     def base_measure(self) -> Tensor | None:
@@ -99,7 +105,7 @@ class OutputLayer(nn.Module, ABC):
         arguments of a wrong shape or kind, ValueError for infinite outputs (on a CPU), and
         RuntimeError in a backward that asks for second derivatives where they do not exist.
         """
-        reader = self._reader()
+        reader = self._present_reader()
         with reader.checked("log_prob") as checked:
             reader.check(hidden)
             if not self.loss.normalised:
@@ -146,7 +152,7 @@ class OutputLayer(nn.Module, ABC):
         Raises ValueError or TypeError for arguments of a wrong shape or kind, ValueError if
         k + n > D, and for infinite outputs as described at the class.
         """
-        reader = self._reader()
+        reader = self._present_reader()
         with reader.checked("topk") as checked:
             reader.check(hidden)
             k = checks.number_of_best("k", k, reader.num_classes)
@@ -178,7 +184,7 @@ class OutputLayer(nn.Module, ABC):
         Raises ValueError or TypeError for hidden states of a wrong shape or kind, and for infinite
         outputs as described at the class.
         """
-        reader = self._reader()
+        reader = self._present_reader()
         with reader.checked("predict") as checked:
             reader.check(hidden)
             checked.found(hidden)
@@ -201,7 +207,7 @@ class OutputLayer(nn.Module, ABC):
         Raises ValueError or TypeError for arguments of a wrong shape or kind, and for infinite
         outputs as described at the class.
         """
-        reader = self._reader()
+        reader = self._present_reader()
         with reader.checked("rank") as checked:
             reader.check(hidden)
             checks.rows_target(hidden.shape[:-1], target)

@@ -282,3 +282,36 @@ def test_one_more_batch_costs_nothing_in_the_classes():
 
     assert flops(500, 5) - flops(500, 1) == flops(100, 5) - flops(100, 1)
     assert flops(500, 1) > flops(100, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("loss", "taylor_softmax"), ("options", LinearSphericalOptions(engine="gram"))],
+)
+def test_a_loss_or_options_that_are_replaced_inside_are_refused(name, value):
+    head = LinearSphericalLoss(d, D, "z_loss")
+    hidden, target = torch.randn(4, d), torch.arange(4)
+    with head.accumulate():
+        head(hidden, target).backward()
+        setattr(head, name, value)
+        with pytest.raises(RuntimeError, match="loss or the options of the layer were replaced"):
+            head(hidden, target)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: LinearSphericalLoss(d, D, "softmax"),
+        lambda: LinearSphericalLoss(d, D, label_smoothing=0.1),
+    ],
+)
+def test_what_needs_the_logits_is_told_to_leave_the_context(make):
+    with pytest.raises((TypeError, ValueError), match="outside of this context"):
+        with make().accumulate():
+            pass
+
+
+def test_class_probabilities_are_told_to_leave_the_context():
+    head = LinearSphericalLoss(d, D)
+    with head.accumulate(), pytest.raises(ValueError, match="outside of this context"):
+        head(torch.randn(4, d), torch.rand(4, D).softmax(1))

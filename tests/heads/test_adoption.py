@@ -470,3 +470,20 @@ def test_the_weight_of_any_embedding_can_be_shared_as_it_is():
     head = LinearSphericalLoss.from_linear(linear)
     assert head.weight is words.weight
     head(torch.randn(2, d), TOKENS[1]).backward()
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("how", ["pruned", "a replica"])
+def test_a_computed_weight_and_a_replica_are_tied_still(how):
+    linear = nn.Linear(4, 7)
+    head = LinearSphericalLoss.from_linear(linear)
+    if how == "pruned":
+        prune.l1_unstructured(head, "weight", 0.3)
+        assert head.weight_orig is linear.weight
+    else:  # as nn.DataParallel makes one
+        whole = head
+        head = whole._replicate_for_data_parallel()
+        for name, x in whole.named_parameters():
+            setattr(head, name, x.clone())
+    head(torch.randn(3, 4), torch.arange(3))
+    head.predict(torch.randn(3, 4))

@@ -214,3 +214,51 @@ def test_value_errors(message):
 def test_type_errors(message):
     with pytest.raises(TypeError, match=message):
         call(**WRONG_TYPE[message])
+
+
+@pytest.mark.once("it names its devices")
+@pytest.mark.parametrize("way", ["to_empty", "skip_init"])
+def test_a_layer_from_the_meta_device_has_its_prior_and_class_weights(way):
+    given = {"weight": torch.arange(1.0, D + 1), "prior": torch.rand(D) + 0.1}
+    if way == "to_empty":
+        head = LinearSphericalLoss(d, D, device="meta", **given).to_empty(device="cpu")
+    else:
+        head = nn.utils.skip_init(LinearSphericalLoss, d, D, **given)
+    head.reset_parameters()
+    want = LinearSphericalLoss(d, D, **given)
+    torch.testing.assert_close(head.class_weight, want.class_weight, rtol=0, atol=0)
+    torch.testing.assert_close(head.prior, want.prior, rtol=0, atol=0)
+    head.prior = torch.ones(D)
+    torch.testing.assert_close(head.to("cpu").prior, torch.ones(D), rtol=0, atol=0)
+
+
+@pytest.mark.once("values are checked on a CPU alone")
+def test_a_prior_that_lost_its_sum_is_refused_by_predictions_too():
+    head = layer(prior=torch.arange(1.0, D + 1))
+    hidden, target = batch(3)
+    head.prior.mul_(3)
+    for call in (
+        lambda: head(hidden, target),
+        lambda: head.log_prob(hidden),
+        lambda: head.log_prob(hidden, target),
+        lambda: head.topk(hidden, 2),
+        lambda: head.predict(hidden),
+        lambda: head.rank(hidden, target),
+    ):
+        with torch.no_grad(), pytest.raises(ValueError, match="the buffer prior must sum to"):
+            call()
+
+
+def test_an_assigned_loss_is_checked_and_may_be_a_name():
+    head = layer()
+    head.loss = "z_loss"
+    hidden, target = batch(3)
+    want = layer("z_loss")
+    torch.testing.assert_close(head(hidden, target), want(hidden, target))
+    torch.testing.assert_close(head.eval().predict(hidden), want.eval().predict(hidden))
+    with pytest.raises(ValueError, match="loss must be"):
+        head.loss = "nonsense"
+    with pytest.raises(TypeError, match="options must be"):
+        head.options = "gram"
+    head.options = None
+    assert head.options == LinearSphericalOptions()

@@ -64,11 +64,19 @@ class Accumulation:
     def currently_trained(self) -> Both:
         return self.W.requires_grad, self.b is not None and self.b.requires_grad
 
-    def check_use(self, W: Tensor, b: Tensor | None, pi: Tensor | None) -> None:
-        """Checks the tensors of a forward.
+    def check_use(
+        self,
+        W: Tensor,
+        b: Tensor | None,
+        pi: Tensor | None,
+        *,
+        centred: bool,
+        options: LinearSphericalOptions,
+    ) -> None:
+        """Checks what a forward computes with.
 
-        Raises RuntimeError if they are not those that the accumulation began with, or inside a
-        torch.func transform or forward mode.
+        Raises RuntimeError if it is not what the accumulation began with, or inside a torch.func
+        transform or forward mode.
         """
         if transformed():
             raise RuntimeError(FIRST_ONLY)
@@ -76,6 +84,11 @@ class Accumulation:
             raise RuntimeError(
                 "the weight, bias or prior of the layer was replaced after accumulate() began; "
                 "leave the context before replacing them"
+            )
+        if (centred, options) != (self.centred, self.options):
+            raise RuntimeError(
+                "the loss or the options of the layer were replaced after accumulate() began, "
+                "whose Gram matrix is not theirs; leave the context before replacing them"
             )
 
     def check(self) -> None:

@@ -19,7 +19,14 @@ from softsphere.functional.conventions import Conventions, mixed_precision
 from softsphere.functional.on_logits import loss_on_logits, spherical_value
 from softsphere.stats import Stats
 
-__all__ = ["Affine", "autocast", "linear_spherical_loss", "loss_on_linear", "without_logits"]
+__all__ = [
+    "Affine",
+    "autocast",
+    "linear_spherical_loss",
+    "loss_on_linear",
+    "outside_of_accumulate",
+    "without_logits",
+]
 
 # The statistics of rows H (m, d) for targets (m, K).
 Statistics = Callable[[Tensor, Tensor], Stats]
@@ -127,7 +134,9 @@ def loss_on_linear(
     if mask is not None:
         W, b = _masked(W, b, mask, statistics)
     refusal = without_logits(loss, conventions.label_smoothing, soft)
-    if refusal and (statistics or options.engine not in ("auto", "dense")):
+    if refusal and statistics:
+        raise outside_of_accumulate(refusal)
+    if refusal and options.engine not in ("auto", "dense"):
         raise refusal
     m = math.prod(leading)
     H = input.reshape(m, W.shape[1])
@@ -245,6 +254,11 @@ def without_logits(loss: losses.Loss, label_smoothing: float, soft: bool) -> Exc
             "with target_values, or use engine='dense' (or 'auto')"
         )
     return None
+
+
+def outside_of_accumulate(refusal: Exception) -> Exception:
+    """The error of `without_logits` in the context of accumulate(), which has no other engine."""
+    return type(refusal)(f"accumulate() never makes the logits: {refusal}, outside of this context")
 
 
 def autocast(x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from softsphere._torch import is_wrapper
 from softsphere.engines import LinearSphericalOptions
 from softsphere.engines.accumulation import Accumulation
 from softsphere.engines.pending import refuse_step
-from softsphere.functional.on_linear import Affine, without_logits
+from softsphere.functional.on_linear import Affine, outside_of_accumulate, without_logits
 from softsphere.losses import Loss
 
 __all__ = ["AccumulatingLayer"]
@@ -97,7 +97,7 @@ class AccumulatingLayer(nn.Module, ABC):
             )
         refusal = without_logits(self.loss, self.label_smoothing, soft=False)
         if refusal:
-            raise refusal
+            raise outside_of_accumulate(refusal)
         W, b, _ = self._layer()
         centred = self.loss.shift_invariant
         kept = Accumulation(W, b, self.vectors["prior"], centred=centred, options=self.options)

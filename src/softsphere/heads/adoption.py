@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 
 from softsphere._torch import has_own_call, hooks_of, is_dtensor, transforms_active
 from softsphere.checks.kinds import FLOATING, dense
+from softsphere.heads.computed_weights import computes_weights
 
 __all__ = ["Tie", "plain_parameters"]
 
@@ -154,10 +155,13 @@ class Tie:
 
         It is a warning, since whoever replaces a parameter may mean to train the two apart.
         Tensors that torch.func.functional_call has put in place of parameters are not looked at.
-        Neither is a head with a parametrization.
+        Neither is a head whose weight or bias is computed, by a parametrization or a hook before
+        forward, nor a replica of nn.DataParallel, whose parameters are copies.
         """
         layer = None if self._layer is None else self._layer()
         if layer is None or transforms_active() or parametrize.is_parametrized(head):
+            return
+        if computes_weights(head) or getattr(head, "_is_replica", False):
             return
         owns, has = (dict(module.named_parameters(recurse=False)) for module in (head, layer))
         for name in ("weight", "bias"):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from softsphere import checks, losses
 from softsphere._torch import eager, is_wrapper
+from softsphere.engines.accumulation import Accumulation
 from softsphere.engines.options import LinearSphericalOptions, options_or_default
 from softsphere.engines.row_statistics import accumulator
 from softsphere.functional.conventions import Conventions
@@ -175,10 +176,19 @@ class LinearSphericalLoss(ShardedLayer, AccumulatingLayer, OutputLayer, WithPrio
             self.register_buffer(buffer, value if self.shards is None else None)
             if value is not None and self.shards is not None:
                 self.register_buffer(f"own_{buffer}", value[own].clone())
+        # `to_empty`, which takes a layer from the meta device, leaves no values in its buffers.
+        kept = {name: getattr(self, name, None) for name in (*_BUFFERS, *_OWN)}
+        self._unmoved = {
+            name: x
+            for name, x in kept.items()
+            if self.weight.is_meta and x is not None and not x.is_meta
+        }
         b = nn.Parameter(torch.empty(len(self.weight), **made)) if bias else None
         self.register_parameter("bias", b)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "options":
+            value = options_or_default(value)
         if name in _BUFFERS and self.__dict__.get("shards") is not None:
             raise AttributeError(
                 f"{name} of a layer with a process_group cannot be assigned, since each rank keeps "
@@ -312,7 +322,7 @@ class LinearSphericalLoss(ShardedLayer, AccumulatingLayer, OutputLayer, WithPrio
         layer = self._layer()
         kept = self.accumulation
         if kept is not None:
-            kept.check_use(layer.weight, layer.bias, self.prior)
+            self._check_kept(kept, layer)
         return loss_on_linear(
             hidden,
             layer,
@@ -335,7 +345,7 @@ class LinearSphericalLoss(ShardedLayer, AccumulatingLayer, OutputLayer, WithPrio
             shards.check_below(self, hidden, target)
             layer = self._layer()
             if kept is not None:
-                kept.check_use(layer.weight, layer.bias, self.vectors["prior"])
+                self._check_kept(kept, layer)
             job = LossOnShards(
                 hidden,
                 layer,
@@ -350,6 +360,10 @@ class LinearSphericalLoss(ShardedLayer, AccumulatingLayer, OutputLayer, WithPrio
             )
             job.agree(agreed)
         return job.value(shards.batch(agreed))
+
+    def _check_kept(self, kept: Accumulation, layer: Affine) -> None:
+        centred, pi = self.loss.shift_invariant, self.vectors["prior"]
+        kept.check_use(layer.weight, layer.bias, pi, centred=centred, options=self.options)
 
     def _layer(self) -> Affine:
         """Weight and bias, read once, since a parametrization may compute others the next time.
@@ -371,6 +385,11 @@ class LinearSphericalLoss(ShardedLayer, AccumulatingLayer, OutputLayer, WithPrio
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LinearSphericalLoss:
         before: Tensor | None = getattr(self, "own_prior", None)
         super()._apply(fn, recurse)
+        if self._unmoved and not self.weight.is_meta:
+            for name, value in self._unmoved.items():
+                own = getattr(self, name)
+                self._buffers[name] = value.to(own.device, own.dtype)
+            self._unmoved = {}
         if self.shards is None or before is None:
             return self
         if self.own_prior.dtype in (torch.float16, torch.bfloat16):
@@ -386,6 +405,8 @@ class LinearSphericalLoss(ShardedLayer, AccumulatingLayer, OutputLayer, WithPrio
         W, b, _ = layer
         checks.same_dtype(W, W, b, ("weight", "weight", "bias"))
         given = layer, self.vectors["prior"], self.loss, self.options
+        if self.prior is not None:
+            checks.normalised_prior(self.prior)
         if self.shards is not None:
             return ShardedWeightReader(ReaderOfShard(*given), self.shards)
         return DenseReader(*given)

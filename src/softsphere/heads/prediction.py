@@ -73,6 +73,11 @@ class OutputLayer(nn.Module, ABC):
             mask: Tensor | None = None,
         ) -> Tensor: ...
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "loss":
+            value = losses.get(value)
+        super().__setattr__(name, value)
+
     @abstractmethod
     def _reader(self) -> Reader:
         """The weight as it is now, read once."""

@@ -8,6 +8,7 @@ from torch import nn
 
 from _one_batch import D, layer, rows, target
 from softsphere import SphericalLoss
+from softsphere.matrix import rows as matrix_rows
 
 
 @pytest.fixture
@@ -22,6 +23,11 @@ def pair():
     return head, dense, lambda: criterion(H @ (dense / root).T, target)
 
 
+def own(part):
+    """A part of the weight itself. PyTorch wants a copy where it is one of an ordinary tensor."""
+    return part.clone() if type(part) is torch.Tensor else part
+
+
 CHANGES = {
     "scaled": lambda w: w.mul_(0.5),
     "shifted": lambda w: w.add_(0.25),
@@ -32,13 +38,23 @@ CHANGES = {
     "rows": lambda w: w.index_put_((torch.tensor([2, 5]),), torch.tensor(0.5).double()),
     "a column": lambda w: w[:, -1].fill_(0.1),
     "a clone": lambda w: w.copy_(w.clone() * 2),
+    "its own row added": lambda w: w.add_(own(w.detach()[0])),
+    "its own row taken": lambda w: w.sub_(own(w.detach()[0:1]), alpha=0.5),
+    "an entry of its own added": lambda w: w.add_(own(w.detach()[0, 0])),
+    "filled with an entry of its own": lambda w: w.fill_(own(w.detach()[0, 0])),
+    "its own row everywhere": lambda w: w.copy_(own(w.detach()[5])),
+    "lerp to its own row": lambda w: w.lerp_(own(w.detach()[5]).expand(w.shape), 0.25),
+    "a row to another": lambda w: w[5].copy_(own(w.detach()[2])),
     "tiny": lambda w: w.mul_(1e-200).add_(1.0),
 }
 
 
+@pytest.mark.parametrize("chunk", ["one chunk", "chunks of two rows"])
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_is_written_is_written_into_the_scaled_weight(pair, change):
+def test_what_is_written_is_written_into_the_scaled_weight(pair, change, chunk, monkeypatch):
     head, dense, loss = pair
+    if chunk != "one chunk":
+        monkeypatch.setattr(matrix_rows, "_CHUNK_BYTES", 2 * head.weight[0].numel() * 8)
     with torch.no_grad():
         CHANGES[change](head.weight)
         CHANGES[change](dense)

@@ -27,6 +27,18 @@ def test_shapes_that_do_not_fit_are_refused(call):
     assert torch.equal(head.dense(), before)
 
 
+@pytest.mark.once("a GPU asserts on its own")
+@pytest.mark.parametrize("place", [-1, -100])
+def test_a_negative_index_of_an_embedding_is_no_row(place):
+    W = layer().weight
+    for weight in (W, W.to_dense()):
+        with pytest.raises(IndexError, match="out of range"):
+            torch.nn.functional.embedding(torch.tensor([0, place]), weight)
+        with pytest.raises(IndexError, match="out of range"):
+            weight.index_select(0, torch.tensor([0, place]))
+    assert torch.equal(W[torch.tensor([-1])], W.to_dense()[-1:])
+
+
 def test_masks_and_comparisons():
     W = layer().weight.detach()
     dense = W.to_dense()

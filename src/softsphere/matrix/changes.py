@@ -13,7 +13,7 @@ from softsphere.matrix.copies import copied
 from softsphere.matrix.gradient_tensors import StructuredGradient
 from softsphere.matrix.interrupts import uninterrupted
 from softsphere.matrix.parts import Part
-from softsphere.matrix.reading import root
+from softsphere.matrix.reading import root, settled
 from softsphere.matrix.refusals import refusal, stale
 from softsphere.matrix.tensors import FactoredTensor
 from softsphere.matrix.wrapper import Operand, Wrapper
@@ -98,7 +98,8 @@ def add_weight_(func: Any, x: Tensor, other: Operand, alpha: float = 1) -> Tenso
         plan_step(x, other, -alpha if func.overloadpacket is _aten.sub_ else alpha)()
         return x
     _check_shape(x, other)
-    return _rewrite(x, lambda part, rows: func(rows.clone(), _rows_of(other, part), alpha=alpha))
+    held = settled(func, other)
+    return _rewrite(x, lambda part, rows: func(rows.clone(), _rows_of(held, part), alpha=alpha))
 
 
 def add_weight(func: Any, x: Tensor, other: Operand, alpha: float = 1) -> Tensor:
@@ -110,8 +111,8 @@ def add_weight(func: Any, x: Tensor, other: Operand, alpha: float = 1) -> Tensor
     if not isinstance(x, FactoredTensor):
         return cast(Tensor, func(x, cast(FactoredTensor, other).to_dense(), alpha=alpha))
     _check_shape(x, other)
-    result = copied(x, x.device, x.dtype)
-    return _rewrite(result, lambda part, rows: func(rows, _rows_of(other, part), alpha=alpha))
+    held, result = settled(func, other), copied(x, x.device, x.dtype)
+    return _rewrite(result, lambda part, rows: func(rows, _rows_of(held, part), alpha=alpha))
 
 
 def _lerped(rows: Tensor, end: Operand, weight: Operand) -> Tensor:
@@ -123,16 +124,15 @@ def lerp_weight_(func: Any, x: Tensor, end: Operand, weight: Operand) -> Factore
     if not isinstance(x, FactoredTensor) or isinstance(weight, Wrapper):
         raise refusal(func, "a factored weight")
     _check_shape(x, end)
-    return _rewrite(x, lambda part, rows: _lerped(rows, _rows_of(end, part), weight))
+    held = settled(func, end)
+    return _rewrite(x, lambda part, rows: _lerped(rows, _rows_of(held, part), weight))
 
 
 def lerp_weight(func: Any, x: Tensor, end: Operand, weight: Operand) -> Tensor:
     if not isinstance(x, FactoredTensor) or isinstance(weight, Wrapper):
         raise refusal(func, "a factored weight")
-    return _rewrite(
-        copied(x, x.device, x.dtype),
-        lambda part, rows: _lerped(rows, _rows_of(end, part), weight),
-    )
+    held, result = settled(func, end), copied(x, x.device, x.dtype)
+    return _rewrite(result, lambda part, rows: _lerped(rows, _rows_of(held, part), weight))
 
 
 def _scaled(func: Any, x: FactoredTensor, factor: Operand) -> FactoredTensor:
@@ -182,7 +182,8 @@ def zero_weight_(func: Any, x: FactoredTensor) -> FactoredTensor:
 
 
 def fill_weight_(func: Any, x: FactoredTensor, value: Operand) -> FactoredTensor:
-    return _overwrite(x, lambda part: value)
+    held = settled(func, value)
+    return _overwrite(x, lambda part: held)
 
 
 def copy_weight_(func: Any, x: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
@@ -193,6 +194,7 @@ def copy_weight_(func: Any, x: Tensor, source: Tensor, non_blocking: bool = Fals
     if isinstance(source, FactoredTensor) and source.block is x.block:
         return x
     _check_shape(x, source)
+    source = cast(Tensor, settled(func, source))
     source = source if isinstance(source, FactoredTensor) else source.expand(x.shape)
     return _overwrite(x, lambda part: cast(Tensor, _rows_of(source, part)))
 
@@ -222,7 +224,7 @@ def masked_fill_(func: Any, x: FactoredTensor, mask: Tensor, value: Operand) -> 
     """Fills the weight under a mask of one element, as the derivative of a norm does."""
     if mask.numel() != 1:
         raise refusal(func, "a factored weight")
-    return _overwrite(x, lambda part: value) if bool(mask) else x
+    return fill_weight_(func, x, value) if bool(mask) else x
 
 
 def index_put_(

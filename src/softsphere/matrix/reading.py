@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from softsphere._torch import written_arguments
+from softsphere._torch import values_on_cpu, written_arguments
 from softsphere.matrix.gradient_tensors import StructuredGradient
 from softsphere.matrix.parts import Part
 from softsphere.matrix.refusals import refusal, stale
@@ -42,12 +42,20 @@ def _face_chunks(x: FactoredTensor | Part) -> Any:
         yield part, rows if scale is None else rows * scale
 
 
+def _check_from_zero(index: Tensor) -> None:
+    """Raises IndexError for negative indices on a CPU, which only `x[index]` counts from the end."""
+    if values_on_cpu(index) and index.numel() and int(index.min()) < 0:
+        raise IndexError(f"index out of range: got {int(index.min())}, where rows begin at 0")
+
+
 def embedding(func: Any, x: FactoredTensor, index: Tensor, *_: Any) -> Tensor:
+    _check_from_zero(index)
     return _face_rows(x, index.flatten()).view(*index.shape, x.shape[1])
 
 
 def index_select(func: Any, x: FactoredTensor, dim: int, index: Tensor) -> Tensor:
     if dim % 2 == 0:
+        _check_from_zero(index)
         return _face_rows(x, index)
     return torch.cat([rows.index_select(1, index) for _, rows in _face_chunks(x)])
 
@@ -106,6 +114,14 @@ def _read(part: Part, func: Any) -> Tensor:
     for view, its, named in rest:
         found = view(found, *its, **named)
     return found
+
+
+def settled(func: Any, x: Operand) -> Operand:
+    """Returns an operand of a change in place, with the numbers that a part has before it.
+
+    The rows of a weight are written in chunks, so that a part of it would not stay as it was.
+    """
+    return _read(x, func) if isinstance(x, Part) else x
 
 
 def writes(func: Any, args: tuple[Any, ...]) -> bool:

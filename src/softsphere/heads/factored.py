@@ -43,9 +43,9 @@ class FactoredSphericalLoss(FactoredState, OutputLayer):
 
     `torch.optim.SGD` without momentum steps it, `softsphere.optim.FactoredSGD` also with momentum.
     Schedulers, `clip_grad_norm_`, gradient scaling, accumulation, hooks and weight averaging work
-    on it as on any parameter. Optimizers that update entries of W individually, such as Adam,
-    raise TypeError before anything has changed. Weight and bias share a learning rate and weight
-    decay.
+    on it as on any parameter. Optimizers of `torch.optim` that update entries of W individually,
+    such as Adam, raise TypeError before anything has changed; those of other packages raise it when
+    they reach the weight. Weight and bias share a learning rate and weight decay.
 
     With a prior the parameter is diag(√π) [W b], and that is what SGD steps. `dense()`,
     `to_linear()` and `state_dict()` give W and b themselves.
@@ -283,7 +283,7 @@ class FactoredSphericalLoss(FactoredState, OutputLayer):
     def bias(self) -> Tensor | None:
         """b (D), or None: a view of the last column of `weight`; it shows the current values.
 
-        It cannot be written by itself. With a prior it is √π b.
+        What is written into it is written into the weight, in O(D w²). With a prior it is √π b.
         """
         return self.weight[:, -1] if self.has_bias else None
 

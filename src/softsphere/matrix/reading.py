@@ -43,7 +43,7 @@ def _face_chunks(x: FactoredTensor | Part) -> Any:
 
 
 def _check_from_zero(index: Tensor) -> None:
-    """Raises IndexError for negative indices on a CPU, which only `x[index]` counts from the end."""
+    """Raises IndexError for negative indices, on a CPU. `x[index]` counts them from the end."""
     if values_on_cpu(index) and index.numel() and int(index.min()) < 0:
         raise IndexError(f"index out of range: got {int(index.min())}, where rows begin at 0")
 

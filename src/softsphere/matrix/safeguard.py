@@ -21,7 +21,7 @@ __all__ = ["guarded", "reason", "smallest_share", "unusable"]
 def unusable(blocks: Blocks) -> str | None:
     """Says why no step can be taken with this map of the blocks; None if one can."""
     if not blocks.finite():
-        return "lr, momentum, dampening and weight_decay must be finite. Nothing was changed"
+        return "lr, momentum, dampening and weight_decay must be finite. The weight was not changed"
     if not blocks.invertible():
         return "the weight decay of this step removes all of W; lower lr or weight_decay"
     return None
@@ -84,16 +84,16 @@ def reason(gradient: GradientFactors, singular: bool, dtype: torch.dtype) -> str
     if not all(bool(part.isfinite().all()) for part in parts):
         return (
             "the gradient of the output layer holds a value that is not finite; look for an "
-            "overflow in the layers below, lower lr, or clip. Nothing was changed"
+            "overflow in the layers below, lower lr, or clip. The weight was not changed"
         )
     if not singular:
         return (
             f"the step would make the weight so large that its squares overflow in {dtype}, as in "
-            "training that diverges; lower lr, or clip. Nothing was changed"
+            "training that diverges; lower lr, or clip. The weight was not changed"
         )
     return (
         "the step would make the output layer's map I − lr·A singular (lr · 2q'‖h‖² is near 1); "
-        "lower lr. Nothing was changed"
+        "lower lr. The weight was not changed"
     )
 
 

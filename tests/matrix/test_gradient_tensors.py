@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 
-from _one_batch import backward, layer, with_momentum
+from _one_batch import backward, layer, rows, target, with_momentum
 from softsphere.matrix import StructuredGradient
 
 
@@ -45,3 +45,13 @@ def test_a_gradient_is_not_pickled():
 def test_anomaly_detection():
     with torch.autograd.detect_anomaly(check_nan=True):
         backward(layer())
+
+
+def test_a_penalty_that_comes_first_is_refused_in_words():
+    head = layer()
+    before = head.dense()
+    (head.weight.norm() ** 2).backward()
+    loss = head(rows, target)
+    with pytest.raises(RuntimeError, match="gradient of a penalty such as"):
+        loss.backward()
+    assert torch.equal(head.dense(), before)

@@ -14,7 +14,7 @@ from softsphere.matrix.gradient_tensors import StructuredGradient
 from softsphere.matrix.interrupts import uninterrupted
 from softsphere.matrix.parts import Part
 from softsphere.matrix.reading import root, settled
-from softsphere.matrix.refusals import refusal, stale
+from softsphere.matrix.refusals import foreign, refusal, stale
 from softsphere.matrix.tensors import FactoredTensor
 from softsphere.matrix.wrapper import Operand, Wrapper
 
@@ -32,7 +32,7 @@ def plan_step(x: FactoredTensor, g: StructuredGradient, alpha: float) -> Callabl
     if content.edition is None:
         return lambda: None
     if content.edition != matrix.edition:
-        raise stale()
+        raise stale() if matrix is content.block.matrix else foreign()
     k = matrix.arrays.blocks
     base = tuple(tuple(float(a == b) for b in range(k)) for a in range(k))
     spread = (float(alpha), *(0.0,) * (k - 1))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["ADAPTIVE", "COMPILED", "DISTRIBUTED", "HALF", "MOMENTUM", "refusal", "stale"]
+__all__ = ["ADAPTIVE", "COMPILED", "DISTRIBUTED", "HALF", "MOMENTUM", "foreign", "refusal", "stale"]
 
 # What to use instead, for the PyTorch tools to which some operations belong.
 ADAPTIVE = (
@@ -69,6 +69,15 @@ def refusal(func: Any, what: str, instead: str | None = None) -> TypeError:
     return TypeError(
         f"{func.namespace}.{name} is not possible on {what}: it would need all its D × d numbers, "
         f"which are never formed. {instead[0].upper()}{instead[1:]}"
+    )
+
+
+def foreign() -> RuntimeError:
+    """Makes the error for a gradient that meets a whole weight that is not its own."""
+    return RuntimeError(
+        "the gradient of a loss cannot be added to another weight than its own, nor to the "
+        "gradient of a penalty such as weight.norm() ** 2 that came first; call backward of the "
+        "loss before that of the penalty, or use weight_decay"
     )
 
 

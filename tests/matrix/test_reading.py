@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import pickle
+
 import pytest
 import torch
 
@@ -72,3 +76,21 @@ def test_a_view_cannot_be_replaced():
     with pytest.raises(TypeError, match="a view of a factored weight cannot be replaced"):
         part.data = other
     assert torch.equal(weight.to_dense(), before)
+
+
+def test_a_part_is_copied_and_saved_as_its_numbers():
+    head = layer()
+    want = head.dense()
+    row, bias = head.weight.detach()[3], head.bias.detach()
+    file = io.BytesIO()
+    torch.save({"bias": bias}, file)
+    backward(head)
+    for copied, index in ((copy.deepcopy(row), 3), (pickle.loads(pickle.dumps(row)), 3)):
+        assert type(copied) is torch.Tensor
+        assert torch.equal(copied, want[index])
+    file.seek(0)
+    assert torch.equal(torch.load(file)["bias"], want[:, -1])
+    with pytest.raises(RuntimeError, match=r"copy part\.detach\(\)"):
+        copy.deepcopy(head.bias)
+    with pytest.raises(TypeError, match=r"part\.detach\(\)\.clone\(\)"):
+        row.numpy()

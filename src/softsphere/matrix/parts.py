@@ -40,5 +40,23 @@ class Part(Wrapper):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        """Returns its present numbers. Only a part that autograd does not follow has a copy."""
+        if not self.is_leaf:
+            raise RuntimeError(
+                "a part of a factored weight that is in an autograd graph cannot be copied; copy "
+                "part.detach()"
+            )
+        memo[id(self)] = copied = self.detach().clone()
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A part is saved as its present numbers."""
+        return self.detach().clone().__reduce_ex__(protocol)
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """Raises TypeError; a clone is an ordinary tensor."""
+        raise TypeError("a Part has no memory for NumPy to read; use part.detach().clone()")
+
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Part({str(self.detach().clone())[7:-1]})"

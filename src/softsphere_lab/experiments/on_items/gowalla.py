@@ -40,8 +40,8 @@ EXPERIMENT = StudyReproduction(
     name="gowalla",
     title="A recommender on Gowalla",
     claim=(
-        "With the same network and search, spherical and clustered output layers recommend as well "
-        "as softmax and sampled softmax at less cost; no paper claims it."
+        "No paper compares spherical and clustered output layers with softmax and sampled softmax "
+        "in a recommender. Here they have the same network and the same search."
     ),
     differences=(
         "The published methods of the table have networks of their own. The split is that of He et "

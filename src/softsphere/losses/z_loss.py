@@ -33,7 +33,8 @@ class ZLoss(Spherical):
     Use it to rank, where no probabilities are needed and a and b can be tuned: it does not see
     the scale of the outputs, so that no output has to grow to win.
     Convention: where all outputs are equal (σ = 0, up to rounding), z and its gradient are 0.
-    Where σ² overflows, z is NaN.
+    Where σ² overflows, z is NaN. The gradient passes through 1/σ³ and 1/σ², which float32 can hold
+    for σ from 1e-12 to 1e13; use float64 beyond.
     Raises ValueError unless a > 0 and both are finite.
     Source: de Brébisson & Vincent 2016, arXiv:1604.08859, eq. (4).
 

@@ -116,3 +116,27 @@ def test_memory_of_half_precision(name, form, monkeypatch):
         target = torch.rand(128, 4096).bfloat16()
     options = {"label_smoothing": 0.1} if form == "smoothed" else {}
     assert most_bytes(loss, x, target, **options) < 2
+
+
+@pytest.mark.parametrize(
+    ("loss", "dtype", "smoothing"),
+    [
+        (losses.TaylorSoftmax(), torch.bfloat16, 0.0),
+        (losses.TaylorSoftmax(), torch.bfloat16, 0.1),
+        (losses.ZLoss(), torch.float32, 0.0),
+        (losses.ZLoss(), torch.bfloat16, 0.0),
+    ],
+)
+def test_several_gradients_at_once(loss, dtype, smoothing, monkeypatch):
+    monkeypatch.setattr(row_statistics, "ON_CPU", 10)
+    monkeypatch.setattr(row_statistics, "ON_DEVICE", 10)
+    o = torch.randn(6, 9).to(dtype).requires_grad_()
+    upstream = torch.randn(3, 6).to(dtype)
+
+    def gradient(v, **options):
+        given = {"reduction": "none", "label_smoothing": smoothing}
+        value = spherical_loss(o, torch.arange(6), loss, **given).to(dtype)
+        return torch.autograd.grad(value, o, v, **options)[0]
+
+    want = torch.stack([gradient(v) for v in upstream])
+    torch.testing.assert_close(gradient(upstream, is_grads_batched=True), want)

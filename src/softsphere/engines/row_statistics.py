@@ -91,7 +91,8 @@ class _RowStatistics(torch.autograd.Function):
         if len(parts) == 1 or torch.is_grad_enabled() or transforms_active():
             grad = _backward(o, target, pi, ctx.centred, (gs, gq, gc))
             return grad, None, None, None
-        grad = torch.empty_like(o)
+        # of several at once under autograd.grad(is_grads_batched=True), as upstream is
+        grad = gs.new_empty(o.shape, dtype=o.dtype)
         for part in parts:
             g = gs[part], gq[part], gc[part]
             grad[part] = _backward(o[part], target[part], pi, ctx.centred, g)

@@ -54,7 +54,7 @@ class _InParts(torch.autograd.Function):
             rows = ctx.rows_of(o, ...)
             (grad,) = torch.autograd.grad(rows, o, upstream, create_graph=True)
             return None, None, grad, *none
-        grad = torch.empty_like(o)
+        grad = upstream.new_empty(o.shape, dtype=o.dtype)
         for part in ctx.parts:
             leaf = o[part].detach().requires_grad_()
             with torch.enable_grad():

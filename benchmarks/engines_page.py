@@ -39,7 +39,7 @@ which counts FLOPs and memory and says why. To name an engine yourself, pass
 | --- | --- | --- | --- |
 | dense | 6 m D d | 2 m D | D is small, or m is well below ⅔ d and the outputs fit in memory |
 | chunked | 8 m D d | a tile | m is below ⅔ d and the outputs do not fit in memory |
-| gram | 4 D d² + 4 m d² | some MiB and d² | m is above ⅔ d and D is large |
+| gram | 4 D d² + 4 m d² | m d, d² and some MiB | m is above ⅔ d and D is large |
 
 The step of the factored layer (`FactoredSphericalLoss`), which is for SGD, has no D in it at all.
 

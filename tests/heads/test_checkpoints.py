@@ -71,7 +71,7 @@ def test_distributed_checkpoints_of_model_and_optimizer(kind, tmp_path):
 
 
 def test_the_names_in_a_state_dict_are_those_of_a_linear_layer():
-    for kind in KINDS:
+    for kind in sorted({*KINDS} - {"clustered"}):  # which has a root beside them
         assert list(Subject(kind).head.state_dict()) == ["weight", "bias"], kind
 
 

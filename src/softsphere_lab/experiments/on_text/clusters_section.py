@@ -155,7 +155,8 @@ def _beside_others(results: Results, outputs: Mapping[str, Output]) -> Iterable[
     ]
     if parts:
         yield (
-            f"Of the layers with clusters by meaning, {label(best)} is best on validation data. "
+            "Of the layers with log-Taylor softmax within clusters by meaning, "
+            f"{label(best)} is best on validation data. "
             f"Its test perplexity is {'; '.join(parts)}."
         )
 

@@ -50,7 +50,10 @@ def test_the_best_clusters_by_meaning_are_compared_with_the_best_of_each_kind():
         )
     ).finding
     told = found[found.index("Of the layers") :]
-    assert told.startswith("Of the layers with clusters by meaning, log-Taylor softmax, 8 clusters")
+    assert told.startswith(
+        "Of the layers with log-Taylor softmax within clusters by meaning, "
+        "log-Taylor softmax, 8 clusters"
+    )
     for words in ("0.914 times that of adaptive softmax, cutoffs 20 (p ",
                   "0.748 times that of log-Taylor softmax, one cluster, shortlist 5 (p ",
                   "0.961 times that of log-Taylor softmax, 8 clusters, shortlist 5, by frequency",

@@ -228,8 +228,26 @@ def test_a_layer_from_the_meta_device_has_its_prior_and_class_weights(way):
     want = LinearSphericalLoss(d, D, **given)
     torch.testing.assert_close(head.class_weight, want.class_weight, rtol=0, atol=0)
     torch.testing.assert_close(head.prior, want.prior, rtol=0, atol=0)
+
+
+@pytest.mark.once("it names its devices")
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.filterwarnings("ignore:for .* copying from a non-meta parameter")
+def test_what_is_loaded_on_the_meta_device_stays(assign):
+    given = {"weight": torch.arange(1.0, D + 1), "prior": torch.rand(D) + 0.1}
+    want = LinearSphericalLoss(d, D, weight=torch.ones(D), prior=torch.ones(D))
+    head = LinearSphericalLoss(d, D, device="meta", **given)
+    head.load_state_dict(want.state_dict(), assign=assign)
+    head = head.float() if assign else head.to_empty(device="cpu")
+    assert torch.equal(head.class_weight, want.class_weight)
+    assert torch.equal(head.prior, want.prior)
+
+
+@pytest.mark.once("it names its devices")
+def test_a_prior_that_is_assigned_on_the_meta_device_stays():
+    head = LinearSphericalLoss(d, D, device="meta", prior=torch.rand(D) + 0.1)
     head.prior = torch.ones(D)
-    torch.testing.assert_close(head.to("cpu").prior, torch.ones(D), rtol=0, atol=0)
+    assert torch.equal(head.to_empty(device="cpu").double().prior, torch.ones(D).double())
 
 
 @pytest.mark.once("values are checked on a CPU alone")

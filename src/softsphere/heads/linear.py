@@ -176,13 +176,6 @@ class LinearSphericalLoss(ShardedLayer, AccumulatingLayer, OutputLayer, WithPrio
             self.register_buffer(buffer, value if self.shards is None else None)
             if value is not None and self.shards is not None:
                 self.register_buffer(f"own_{buffer}", value[own].clone())
-        # `to_empty`, which takes a layer from the meta device, leaves no values in its buffers.
-        kept = {name: getattr(self, name, None) for name in (*_BUFFERS, *_OWN)}
-        self._unmoved = {
-            name: x
-            for name, x in kept.items()
-            if self.weight.is_meta and x is not None and not x.is_meta
-        }
         b = nn.Parameter(torch.empty(len(self.weight), **made)) if bias else None
         self.register_parameter("bias", b)
 
@@ -384,12 +377,13 @@ class LinearSphericalLoss(ShardedLayer, AccumulatingLayer, OutputLayer, WithPrio
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LinearSphericalLoss:
         before: Tensor | None = getattr(self, "own_prior", None)
+        was_meta, buffers = self.weight.is_meta, dict(self._buffers)
         super()._apply(fn, recurse)
-        if self._unmoved and not self.weight.is_meta:
-            for name, value in self._unmoved.items():
-                own = getattr(self, name)
-                self._buffers[name] = value.to(own.device, own.dtype)
-            self._unmoved = {}
+        if was_meta and not self.weight.is_meta:
+            # `to_empty` leaves no values in the buffers either, which had some.
+            for name, x in buffers.items():
+                if x is not None and not x.is_meta:
+                    self._buffers[name] = x.to(self.weight.device)
         if self.shards is None or before is None:
             return self
         if self.own_prior.dtype in (torch.float16, torch.bfloat16):

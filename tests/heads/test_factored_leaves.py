@@ -216,3 +216,11 @@ def test_a_part_of_a_state_is_loaded_and_the_rest_stays(given, assign):
     keys = head.load_state_dict({given: want[given].clone()}, strict=False, assign=assign)
     assert given not in keys.missing_keys
     torch.testing.assert_close(dict(head.state_dict()), want)
+
+
+def test_a_state_of_other_layers_leaves_the_leaves_and_their_gradient_alone():
+    head = layer(5)
+    step(head, targets(4, 5, 3))
+    edition = head.stack.edition
+    head.load_state_dict({"root.bias": torch.zeros_like(head.root.bias)}, strict=False)
+    assert head.stack.edition == edition

@@ -102,6 +102,18 @@ def test_a_part_of_a_state_is_loaded_and_the_rest_stays(given, assign, steps):
     torch.testing.assert_close(head.dense(), other.dense())
 
 
+def test_a_state_of_other_layers_leaves_the_weight_and_its_gradient_alone():
+    head = layer()
+    optimizer = train(head, 3)
+    optimizer.zero_grad()
+    head(torch.randn(4, d, dtype=torch.float64), torch.arange(4)).backward()
+    before, edition = head.weight._version, head.matrix.arrays.edition
+    head.load_state_dict({"of": torch.ones(1)}, strict=False)
+    head.load_state_dict({}, strict=False)
+    assert (head.weight._version, head.matrix.arrays.edition) == (before, edition)
+    optimizer.step()
+
+
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
 def test_copies_are_whole_and_apart(how):
     model = nn.Sequential(nn.Linear(d, d).double(), layer())

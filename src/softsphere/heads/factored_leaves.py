@@ -181,7 +181,7 @@ class FactoredLeaves(WithFactoredParameter, LoadsEntries):
         weight, bias = (given.get(name) if fits else None for name in ("weight", "bias"))
         if weight is not None and loading.assigns:
             self._adopt(weight, bias)
-        else:
+        elif given or f"{prefix}prior" in state_dict:
             # The base measure may have been loaded in any case.
             self.write_leaves(weight, bias)
         loading.error_msgs.extend(wrong)

@@ -104,7 +104,7 @@ class FactoredState(ShardedLayer, WithFactoredParameter):
         loading.missing_keys.extend(prefix + name for name in missing)
         loading.unexpected_keys.extend(prefix + name for name in state.unexpected())
         loading.error_msgs.extend(errors)
-        if errors:
+        if errors or own.keys().isdisjoint((*shapes, "prior")):
             return
         # PyTorch does not tell a module whether the caller asked for all entries. What is given is
         # loaded, as in an nn.Linear, and the caller hears of the rest.

@@ -80,8 +80,8 @@ class Subject:
         torch.manual_seed(0)  # the layers draw as many numbers as they like
         first = nn.Linear(d, D, bias=bias).double()
         trunk = nn.Linear(d, d).double()
-        missing = self.model.head.load_state_dict(first.state_dict(), strict=False)
-        assert not missing.unexpected_keys
+        keys = self.model.head.load_state_dict(first.state_dict(), strict=False)
+        assert not keys.unexpected_keys
         self.model.trunk.load_state_dict(trunk.state_dict())
         self.generator = torch.Generator().manual_seed(1)
 

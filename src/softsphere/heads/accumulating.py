@@ -37,6 +37,16 @@ class AccumulatingLayer(nn.Module, ABC):
     def _layer(self) -> Affine:
         """Weight and bias, which fit together."""
 
+    def _accumulated(self, layer: Affine) -> dict[str, Any]:
+        """What an accumulation depends on, by the names of its arguments."""
+        return {
+            "W": layer.weight,
+            "b": layer.bias,
+            "pi": self.vectors["prior"],
+            "centred": self.loss.shift_invariant,
+            "options": self.options,
+        }
+
     @property
     @abstractmethod
     def vectors(self) -> dict[str, Tensor | None]:
@@ -98,9 +108,7 @@ class AccumulatingLayer(nn.Module, ABC):
         refusal = without_logits(self.loss, self.label_smoothing, soft=False)
         if refusal:
             raise outside_of_accumulate(refusal)
-        W, b, _ = self._layer()
-        centred = self.loss.shift_invariant
-        kept = Accumulation(W, b, self.vectors["prior"], centred=centred, options=self.options)
+        kept = Accumulation(**self._accumulated(self._layer()))
         optimizers = register_optimizer_step_pre_hook(refuse_step)
         try:
             yield kept

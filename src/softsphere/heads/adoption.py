@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 
 from softsphere._torch import has_own_call, hooks_of, is_dtensor, transforms_active
 from softsphere.checks.kinds import FLOATING, dense
-from softsphere.heads.computed_weights import computes_weights
+from softsphere.heads.computed_weights import has_computed_weights
 
 __all__ = ["Tie", "plain_parameters"]
 
@@ -161,7 +161,7 @@ class Tie:
         layer = None if self._layer is None else self._layer()
         if layer is None or transforms_active() or parametrize.is_parametrized(head):
             return
-        if computes_weights(head) or getattr(head, "_is_replica", False):
+        if has_computed_weights(head) or getattr(head, "_is_replica", False):
             return
         owns, has = (dict(module.named_parameters(recurse=False)) for module in (head, layer))
         for name in ("weight", "bias"):

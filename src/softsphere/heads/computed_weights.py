@@ -9,10 +9,10 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from softsphere._torch import hooks_of
 
-__all__ = ["compute_weights", "computes_weights"]
+__all__ = ["compute_weights", "has_computed_weights"]
 
 
-def computes_weights(module: nn.Module) -> bool:
+def has_computed_weights(module: nn.Module) -> bool:
     """Whether a hook computes a weight of the module before every forward."""
     kinds = (BasePruningMethod, WeightNorm, SpectralNorm)
     return any(isinstance(hook, kinds) for _, hook in hooks_of(module))

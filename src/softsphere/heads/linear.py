@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from softsphere import checks, losses
 from softsphere._torch import eager, is_wrapper
-from softsphere.engines.accumulation import Accumulation
 from softsphere.engines.options import LinearSphericalOptions, options_or_default
 from softsphere.engines.row_statistics import accumulator
 from softsphere.functional.conventions import Conventions
@@ -315,7 +314,7 @@ class LinearSphericalLoss(ShardedLayer, AccumulatingLayer, OutputLayer, WithPrio
         layer = self._layer()
         kept = self.accumulation
         if kept is not None:
-            self._check_kept(kept, layer)
+            kept.check_use(**self._accumulated(layer))
         return loss_on_linear(
             hidden,
             layer,
@@ -338,7 +337,7 @@ class LinearSphericalLoss(ShardedLayer, AccumulatingLayer, OutputLayer, WithPrio
             shards.check_below(self, hidden, target)
             layer = self._layer()
             if kept is not None:
-                self._check_kept(kept, layer)
+                kept.check_use(**self._accumulated(layer))
             job = LossOnShards(
                 hidden,
                 layer,
@@ -353,10 +352,6 @@ class LinearSphericalLoss(ShardedLayer, AccumulatingLayer, OutputLayer, WithPrio
             )
             job.agree(agreed)
         return job.value(shards.batch(agreed))
-
-    def _check_kept(self, kept: Accumulation, layer: Affine) -> None:
-        centred, pi = self.loss.shift_invariant, self.vectors["prior"]
-        kept.check_use(layer.weight, layer.bias, pi, centred=centred, options=self.options)
 
     def _layer(self) -> Affine:
         """Weight and bias, read once, since a parametrization may compute others the next time.

@@ -49,15 +49,10 @@ def _has_factored(optimizer: torch.optim.Optimizer) -> bool:
     return any(isinstance(p, FactoredTensor) for group in groups for p in group["params"])
 
 
-def _kind(optimizer: torch.optim.Optimizer) -> type[torch.optim.Optimizer]:
-    """Returns the optimizer of torch.optim that it is or derives from."""
-    kinds = type(optimizer).__mro__
-    return next(kind for kind in kinds if kind.__module__.startswith("torch.optim"))
-
-
 def _refuse(optimizer: torch.optim.Optimizer) -> None:
     """Raises TypeError if an optimizer of torch.optim cannot step a factored weight it has."""
-    kind = _kind(optimizer)
+    kinds = type(optimizer).__mro__
+    kind = next(kind for kind in kinds if kind.__module__.startswith("torch.optim"))
     if kind is torch.optim.Optimizer:
         return  # an unknown one may well do only what the table allows
     plain = kind is torch.optim.SGD

@@ -44,8 +44,8 @@ def _face_chunks(x: FactoredTensor | Part) -> Any:
 
 def _check_from_zero(index: Tensor) -> None:
     """Raises IndexError for negative indices, on a CPU. `x[index]` counts them from the end."""
-    if values_on_cpu(index) and index.numel() and int(index.min()) < 0:
-        raise IndexError(f"index out of range: got {int(index.min())}, where rows begin at 0")
+    if values_on_cpu(index) and index.numel() and (least := int(index.min())) < 0:
+        raise IndexError(f"index out of range: got {least}, where rows begin at 0")
 
 
 def embedding(func: Any, x: FactoredTensor, index: Tensor, *_: Any) -> Tensor:

@@ -35,6 +35,7 @@ WRONG_COUNTS = {
     "got nan for class 0": torch.tensor([NAN, 4.0, 1.0, 2.0]),
     "got inf for class 3": torch.tensor([1.0, 4.0, 1.0, INF]),
     "counts must be positive for some class, got zeros only": torch.zeros(4),
+    "counts must have a finite sum, got up to 1e+308": torch.full((4,), 1e308, dtype=torch.float64),
     "counts must have shape (num_classes,), got (2, 2); for a stream": torch.ones(2, 2),
     "counts must have shape (num_classes,), got (0,)": torch.ones(0),
 }
@@ -72,7 +73,7 @@ WRONG = {
     "outside the shortlist; without vectors use by_frequency": (
         lambda: by_neighbours(torch.tensor([[0, 1]]), COUNTS, shortlist=1)
     ),
-    "largest_share must be from 0.857, 1/num_clusters plus the share of the commonest class "
+    "largest_share must be from 0.858, 1/num_clusters plus the share of the commonest class "
     "outside the shortlist, to 1, got 0.6; take a larger": (
         lambda: by_vectors(VECTORS, COUNTS, num_clusters=2, shortlist=0, largest_share=0.6)
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -34,6 +35,10 @@ def class_counts(value: Any) -> Tensor:
         raise ValueError(
             "counts must be positive for some class, got zeros only; "
             "without any counts pass torch.ones(num_classes)"
+        )
+    if not bool(counts.sum().isfinite()):
+        raise ValueError(
+            f"counts must have a finite sum, got up to {counts.max().item():g}; divide them by it"
         )
     rarest = counts[seen].min()
     return torch.where(seen, counts, rarest)
@@ -116,8 +121,8 @@ def largest_share(value: Any, least: float, why: str) -> float:
     share = float(value)
     if not least <= share <= 1:
         raise ValueError(
-            f"largest_share must be from {least:.3g}, {why}, to 1, got {share:g}; take a larger "
-            "largest_share, fewer clusters or a larger shortlist"
+            f"largest_share must be from {math.ceil(1000 * least) / 1000:g}, {why}, to 1, got "
+            f"{share:g}; take a larger largest_share, fewer clusters or a larger shortlist"
         )
     return share
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import sys
@@ -36,6 +37,17 @@ def test_an_interrupt_leaves_the_old_file_alone(tmp_path, monkeypatch, when):
         write_bytes(path, b"new")
     assert path.read_bytes() == b"old"
     assert [*tmp_path.iterdir()] == [path]
+
+
+@pytest.mark.parametrize("when", ["fsync", "replace"])
+def test_an_error_of_the_system_names_the_file(tmp_path, monkeypatch, when):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, when, full)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        write_bytes(tmp_path / "a.pt", b"new")
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path / "a.pt"))
 
 
 @posix

@@ -32,6 +32,9 @@ def write_bytes(path: Path, content: bytes) -> None:
         if path.exists():
             shutil.copymode(path, unfinished)
         os.replace(unfinished, path)
-    except BaseException:
+    except BaseException as error:
         unfinished.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None:
+            # A full disk names no file, and the name of the unfinished one tells nobody anything.
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise

@@ -14,8 +14,12 @@ __all__ = ["Phases", "print_plain", "print_stopped", "standard_console"]
 
 
 def standard_console() -> Console:
-    """Returns a console on standard output, wide enough for a table where it is no terminal."""
-    return Console(width=None if sys.stdout.isatty() else 120)
+    """Returns a console on standard output, wide enough for a table where it is no terminal.
+
+    Nothing is printed if standard output is closed.
+    """
+    is_terminal = sys.stdout is not None and sys.stdout.isatty()
+    return Console(width=None if is_terminal else 120)
 
 
 def print_plain(console: Console, text: str) -> None:

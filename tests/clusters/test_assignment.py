@@ -110,6 +110,10 @@ def test_files_of_another_kind_are_refused_and_no_code_in_them_is_run(tmp_path, 
         with pytest.raises(ValueError, match=rf"^{name}.pt is not a file of clusters"):
             Clusters.load(f"{name}.pt")
     assert not (tmp_path / "harmed").exists()
+    spoiled = torch.load("whole.pt") | {"assignment": ASSIGNMENT.float() + 0.5}
+    torch.save(spoiled, "spoiled.pt")
+    with pytest.raises(ValueError, match=r"^spoiled\.pt is damaged: assignment"):
+        Clusters.load("spoiled.pt")
     with pytest.raises(FileNotFoundError):
         Clusters.load("absent.pt")
 

@@ -198,7 +198,10 @@ class Clusters:
         known = {"format", "assignment", "counts", "vectors"}
         if not isinstance(state, dict) or state.get("format") != _FORMAT or known - state.keys():
             raise _not_ours(path)
-        return cls(state["assignment"], state["counts"], state["vectors"])
+        try:
+            return cls(state["assignment"], state["counts"], state["vectors"])
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{os.fspath(path)} is damaged: {error}") from error
 
     def __repr__(self) -> str:
         parts = {"num_classes": self.num_classes, "shortlist": self.shortlist}

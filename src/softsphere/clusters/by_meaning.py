@@ -112,7 +112,7 @@ def by_neighbours(
         num_clusters, shortlist, largest_share: as in `by_vectors`.
         contexts: the number of the commonest contexts; in a stream of tokens so many before and so
             many after.
-        dimensions: of the vectors.
+        dimensions: of the vectors; those of a table with fewer rows or columns have fewer.
         min_count: a class that occurs less often in the tokens is rare, as in `by_vectors`; one
             that never occurs counts like the rarest one that does. Beside each other, the rare
             classes that occur teach the layer how probable all of them are, while one that never

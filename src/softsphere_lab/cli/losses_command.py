@@ -19,8 +19,9 @@ def losses() -> None:
     """List the losses with the numbers that each takes, as --losses of compare has them."""
     console = standard_console()
     table = Table(box=box.SIMPLE)
-    for title in ("name", "numbers and their defaults", "--tune searches for", "spherical"):
-        table.add_column(title, no_wrap=True)
+    table.add_column("name", no_wrap=True)
+    for title in ("numbers and their defaults", "--tune searches for", "spherical"):
+        table.add_column(title)
     for name, kind in library.REGISTRY.items():
         spherical = "yes" if issubclass(kind, Spherical) else "no"
         table.add_row(name, _numbers_cell(kind), ", ".join(AXES.get(name, {})) or "–", spherical)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,8 +35,11 @@ class Place:
 
     @classmethod
     def of_command(cls, ending: str) -> Place:
-        """Returns where a command has its runs that are no records."""
-        return cls(Path("runs"), "%Y%m%d-%H%M%S", ending)
+        """Returns where a command has its runs that are no records.
+
+        The ending may have the name of a dataset, which can be that of a folder in a folder.
+        """
+        return cls(Path("runs"), "%Y%m%d-%H%M%S", re.sub(r"[^\w.-]", "-", ending))
 
     def new(self) -> Path:
         """Returns the folder of a run that begins now."""
@@ -68,16 +72,29 @@ def run_and_report(
     record, prepared = _open_record(prepared, place, out, resume)
     console = standard_console()
     raise_interrupts()
-    try:
+
+    def work() -> None:
         with record.alone():
             prepared.run(record, console, jobs)
-    except KeyboardInterrupt:
+
+    def tell() -> None:
         _report_record(record, console)
         also(record, console)
+
+    # A report can take long as well, and a second Ctrl-C stops it.
+    stopped = [_is_stopped(part) for part in (work, tell)]
+    if any(stopped):
         print_stopped(console, record.folder)
-        raise typer.Exit(130) from None
-    _report_record(record, console)
-    also(record, console)
+        raise typer.Exit(130)
+
+
+def _is_stopped(part: Callable[[], None]) -> bool:
+    """Does a part of the work. Returns whether a Ctrl-C stopped it."""
+    try:
+        part()
+    except KeyboardInterrupt:
+        return True
+    return False
 
 
 def _open_record(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
@@ -49,7 +50,19 @@ def local(folder: Path, name: str, parts: Sequence[str], otherwise: str = "") ->
         )
     datasets.disable_progress_bars()
     with reading(f"--data-dir {folder}: cannot read {name}"):
-        return datasets.load_dataset("parquet", data_files=files)
+        empty = [part for part in parts if not any(map(_num_rows, files[part]))]
+        if not empty:
+            # The client takes a name for a pattern, in which brackets have a meaning.
+            patterns = {part: [*map(glob.escape, found)] for part, found in files.items()}
+            return datasets.load_dataset("parquet", data_files=patterns)
+    raise LabError(f"--data-dir {folder}: {name}/{empty[0]} must have rows, got none")
+
+
+def _num_rows(file: str) -> int:
+    """Returns how many rows a file has, without reading them."""
+    from pyarrow import parquet
+
+    return int(parquet.read_metadata(file).num_rows)
 
 
 def instead(hub: str) -> str:

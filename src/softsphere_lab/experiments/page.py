@@ -12,7 +12,7 @@ from softsphere_lab.experiments.earlier import EarlierRecord, record_at
 from softsphere_lab.experiments.experiment import BUDGETS, Experiment, Reproduction
 from softsphere_lab.experiments.registry import REPRODUCTIONS, experiment_of
 from softsphere_lab.records.files import write
-from softsphere_lab.records.folder import Line, Record
+from softsphere_lab.records.folder import Record
 from softsphere_lab.report.paper import SOURCE
 from softsphere_lab.report.results import Section
 
@@ -116,7 +116,7 @@ def _link(path: Path, folder: Path) -> str:
 
 def _environment_sentence(record: Record) -> str:
     """Returns the command that made a record, and where it ran."""
-    first: Line = record.lines("environment.jsonl")[0]
+    first = record.environments()[0]
     device = first["cuda"] or f"{first['machine']} CPU"
     again = ""
     if isinstance(record, EarlierRecord):
@@ -142,10 +142,21 @@ def best_records(records: Path) -> list[Report]:
     """
     best: dict[str, tuple[int, Report]] = {}
     for each in _all_reports(records):
-        budget = BUDGETS.index((each.record.config() or {}).get("budget", BUDGETS[0]))
+        budget = _place_of_budget(each.record)
         if budget >= max(1, best.get(each.experiment.name, (0,))[0]):
             best[each.experiment.name] = budget, each
     return [best[name][1] for name in REPRODUCTIONS if name in best]
+
+
+def _place_of_budget(record: Record) -> int:
+    """Returns the place of a record's budget among the budgets, which grow; 0 without one."""
+    budget = (record.config() or {}).get("budget", BUDGETS[0])
+    if budget not in BUDGETS:
+        raise LabError(
+            f"{record.folder / 'config.json'}: budget must be one of {', '.join(BUDGETS)}, got "
+            f"{budget!r}; restore the file, or remove the folder"
+        )
+    return BUDGETS.index(budget)
 
 
 def results_page(found: list[Report], docs: Path) -> str:
@@ -156,14 +167,14 @@ def results_page(found: list[Report], docs: Path) -> str:
 def rebuild(records: Path, docs: Path) -> list[Path]:
     """Writes the page, and the README and the pictures of every run folder.
 
-    Returns what was written. Raises LabError if no record has a final run, or docs cannot be
+    Returns what was written. Raises LabError if no record is fit for the page, or docs cannot be
     written to.
     """
     best = best_records(records)
     if not best:
         raise LabError(
-            f"--records {records} has no run folder with a final run, so nothing was written; run "
-            "`softsphere reproduce` at --budget small or full"
+            f"--records {records} has no final run of `softsphere reproduce` at --budget small or "
+            "full, so nothing was written; run one"
         )
     try:
         docs.mkdir(parents=True, exist_ok=True)

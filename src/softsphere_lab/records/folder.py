@@ -19,6 +19,8 @@ __all__ = ["Line", "Record"]
 
 # An object of JSON.
 Line = dict[str, Any]
+# The file with a line for each start.
+ENVIRONMENT = "environment.jsonl"
 
 
 class Record:
@@ -75,13 +77,14 @@ class Record:
                     f"--resume: {folder} was made with {path} = {before!r}, not {now!r}; give the "
                     "same, or another --out"
                 )
+            cls(folder).lines(ENVIRONMENT, _flaw_of_start)
             union = {key: list(dict.fromkeys([*old[key], *config[key]])) for key in grows}
             return cls(folder).begun({**config, **union}, nproc)
 
     def begun(self, config: Line, nproc: int = 1) -> Record:
         """Writes down what is asked for and where it starts, and returns the record."""
         write(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
-        self.add("environment.jsonl", [environment(nproc)])
+        self.add(ENVIRONMENT, [environment(nproc)])
         return self
 
     @contextmanager
@@ -112,10 +115,25 @@ class Record:
         except FileNotFoundError:
             return None
         except (ValueError, RecursionError) as error:
-            raise LabError(f"{path} is not JSON ({error}); take another --out") from error
+            raise LabError(
+                f"{path} is not JSON ({error}); restore the file, or remove the folder"
+            ) from error
         if not isinstance(config, dict):
-            raise LabError(f"{path} is not a JSON object; take another --out")
+            raise LabError(f"{path} is not a JSON object; restore the file, or remove the folder")
         return config
+
+    def environments(self) -> list[Line]:
+        """Returns where each start of the record ran, at least one.
+
+        Raises LabError if the record does not say it.
+        """
+        found = self.lines(ENVIRONMENT, _flaw_of_start)
+        if not found:
+            raise LabError(
+                f"{self.folder / ENVIRONMENT} is missing or empty, so that nobody knows where the "
+                "numbers come from; restore the file, or remove the folder"
+            )
+        return found
 
     def lines(
         self, name: str, flaw: Callable[[Line], str | None] = lambda line: None
@@ -144,6 +162,16 @@ class Record:
         """Returns the whole lines of a file, none if there is no such file."""
         path = self.folder / name
         return whole_lines(path.read_bytes()) if path.exists() else b""
+
+
+def _flaw_of_start(line: Line) -> str | None:
+    """Returns what a line of environment.jsonl lacks of what the pages tell, or None."""
+    lacking = [key for key in ("command", "machine", "cuda", "packages") if key not in line]
+    if lacking:
+        return f"has no {lacking[0]}"
+    packages = line["packages"]
+    known = isinstance(packages, dict) and "torch" in packages
+    return None if known else "has no version of torch in packages"
 
 
 def _parse_line(text: bytes, path: Path, number: int) -> Line:

@@ -6,10 +6,12 @@ import sys
 from dataclasses import fields
 
 import pytest
+from rich.console import Console
 
 import softsphere
 from softsphere import losses
 from softsphere_lab.cli import app as cli
+from softsphere_lab.cli import losses_command
 
 
 def run_command(monkeypatch, *arguments: str) -> int:
@@ -39,6 +41,15 @@ def test_every_loss_is_listed_with_its_numbers(monkeypatch, capsys):
         assert all(field.name in rows[name] for field in fields(kind))
     assert "a=1 b=4 a, b yes" in rows["z_loss"]
     assert rows["softmax"].endswith("no")
+
+
+def test_the_names_of_losses_are_whole_on_a_narrow_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(
+        losses_command, "standard_console", lambda: Console(width=80, file=sys.stdout)
+    )
+    assert run_command(monkeypatch, "losses") == 0
+    said = capsys.readouterr().out
+    assert "…" not in said and all(name in said.split() for name in losses.REGISTRY)
 
 
 @pytest.mark.parametrize(

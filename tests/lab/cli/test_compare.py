@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from _systems import posix
 from softsphere_lab.cli import app as cli
 from softsphere_lab.data import images as data
 from softsphere_lab.experiments.on_images import classification
+from softsphere_lab.experiments.page import Report
 from softsphere_lab.records.folder import Record
 from softsphere_lab.report.measures import NOTE
 from softsphere_lab.study import protocol as study
@@ -190,6 +192,32 @@ def test_an_interrupt_keeps_what_is_finished(tmp_path, name):
         assert process.returncode == 130
         assert f"--resume --out '{out}' does" in said and "Traceback" not in wrong
         assert (out / "README.md").exists()
+
+
+def test_an_interrupt_of_the_report_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    """Nothing is left to train by then, and what was trained is not reported in part."""
+    out = tmp_path / "run"
+    asked = [*SMALL, "--losses", "softmax", "--seeds", "1", "--out", str(out)]
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Report, "put", interrupted)
+        assert command(*asked) == 130
+    assert f"--resume --out {out} does the rest" in capsys.readouterr().out
+    assert command(*asked, "--resume") == 0
+    assert (out / "README.md").exists()
+
+
+@posix
+def test_a_closed_standard_output_is_in_nobodys_way(tmp_path):
+    out = tmp_path / "run"
+    asked = [*SMALL, "--losses", "softmax", "--seeds", "1", "--out", str(out)]
+    script = f"{shlex.join([sys.executable, '-m', 'softsphere_lab', *asked])} >&-"
+    done = subprocess.run(["sh", "-c", script], stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (out / "README.md").exists()
 
 
 def test_the_search_is_recorded_has_the_same_rates_for_all_and_never_reads_the_test_set(tmp_path):

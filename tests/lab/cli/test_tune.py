@@ -7,6 +7,7 @@ import re
 import sys
 
 import pytest
+from datasets import Dataset
 
 from softsphere_lab.cli import app as cli
 from softsphere_lab.experiments.on_text.rate_sweep import RATE_FINDER, RateSweep
@@ -83,6 +84,23 @@ def test_each_rate_is_tried_once_and_resuming_does_only_what_is_missing(tmp_path
     assert rows[-4][0] == "| output layer" and z_loss[0] == "| Z-loss"
     assert z_loss[places["perplexity"]] == "–" != factored[places["perplexity"]]
     assert [row[places["AdamW below"]] for row in (z_loss, factored)] == ["–", "0.003"]
+
+
+def test_a_dataset_in_folders_and_with_brackets_has_one_run_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for part, sentences in (("train", 200), ("validation", 100), ("test", 100)):
+        folder = tmp_path / "texts" / "mine [1]"
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = Dataset.from_dict({"sentence": ["one two three"] * sentences})
+        rows.to_parquet(folder / f"{part}.parquet")
+    capsys.readouterr()
+    asked = ["tune", "--dataset", "texts/mine [1]", "--data-dir", ".", "--epochs", "1"]
+    asked += ["--output", "softmax", "--rates", "0.01"]
+    assert command(*asked) == 0
+    (made,) = (tmp_path / "runs").iterdir()
+    assert made.name.endswith("-tune-texts-mine--1-") and (made / "README.md").exists()
+    assert command(*asked, "--resume") == 0
+    assert [*(tmp_path / "runs").iterdir()] == [made]
 
 
 def test_options_reach_the_runs_and_the_record(tmp_path, tried, capsys):

@@ -266,6 +266,14 @@ def test_a_file_that_is_no_parquet_is_named(tmp_path):
         text.load("ptb", folder)
 
 
+@pytest.mark.parametrize("part", PARTS)
+def test_a_file_without_rows_is_named(tmp_path, part):
+    rows = {name: ["a"] for name in PARTS} | {part: []}
+    folder = write(tmp_path / "ptb", "sentence", **rows)
+    with pytest.raises(LabError, match=rf"--data-dir .*: ptb/{part} must have rows, got none"):
+        text.load("ptb", folder)
+
+
 @needs_data
 def test_ptb_is_whole():
     words = text.load("ptb", Path(FOLDER))

@@ -10,6 +10,7 @@ import pytest
 
 from _lab_results import DATA, STUDIES, text_end
 from softsphere_lab.cli import app as cli
+from softsphere_lab.errors import LabError
 from softsphere_lab.experiments.earlier import record_at
 from softsphere_lab.experiments.page import best_records, report_of, results_page
 from softsphere_lab.records.files import write
@@ -71,6 +72,15 @@ def test_a_record_in_part_says_how_much_of_it_there_is(tmp_path):
     last = Record.create(tmp_path / "2029-01-01-ptb", {**config, "budget": "full"})
     last.add("metrics.jsonl", [text_end("softmax", 0, 4.6)])
     assert [each.record.folder for each in best_records(tmp_path)] == [last.folder]
+
+
+def test_a_budget_that_is_none_is_named(tmp_path):
+    small = STUDIES["ptb"].studies["small"]
+    config = {"experiment": "ptb", "budget": "medium", **small.config(), "data": DATA}
+    record = Record.create(tmp_path / "r", config)
+    record.add("metrics.jsonl", [text_end("softmax", 0, 4.0)])
+    with pytest.raises(LabError, match=r"r/config\.json: budget must be .*, got 'medium'"):
+        best_records(tmp_path)
 
 
 def test_report_writes_the_page_and_its_pictures(tmp_path, monkeypatch, capsys):

@@ -88,6 +88,35 @@ def test_a_spoiled_configuration_is_named_and_is_nobodys_match(tmp_path, content
     assert (tmp_path / "config.json").read_bytes() == content
 
 
+STARTS = {
+    "cut": (b"{\n", "not JSON"),
+    "hollow": (b"{}\n", "line 1: has no command"),
+    "no version": (b'{"command": "", "machine": "", "cuda": null, "packages": {}}\n', "of torch"),
+}
+
+
+@pytest.mark.parametrize("case", STARTS)
+def test_a_spoiled_file_of_starts_is_refused_before_anything_is_trained(tmp_path, case):
+    content, words = STARTS[case]
+    config = {"losses": ["softmax"]}
+    record = Record.create(tmp_path / "r", config)
+    (record.folder / "environment.jsonl").write_bytes(content)
+    for read in (record.environments, lambda: Record.reopen(record.folder, config, ("losses",))):
+        with pytest.raises(LabError, match=words) as caught:
+            read()
+        assert str(record.folder / "environment.jsonl") in str(caught.value)
+    assert (record.folder / "environment.jsonl").read_bytes() == content
+
+
+def test_a_record_that_was_killed_before_its_first_start_is_gone_on_with(tmp_path):
+    config = {"losses": ["softmax"]}
+    record = Record.create(tmp_path / "r", config)
+    (record.folder / "environment.jsonl").unlink()
+    with pytest.raises(LabError, match=r"environment\.jsonl is missing or empty"):
+        record.environments()
+    assert len(Record.reopen(record.folder, config, ("losses",)).environments()) == 1
+
+
 def test_one_process_at_a_time_works_in_a_folder(tmp_path):
     record = Record.create(tmp_path / "a run", {"losses": []})
     script = (

@@ -57,7 +57,7 @@ class Comparison(Experiment):
         rows = summary.summarise(results)
         if not rows:
             return None
-        environment = record.lines("environment.jsonl")
+        environment = record.environments()
         return comparison_page(results, rows, environment, self.unfinished(record))
 
 

@@ -59,20 +59,31 @@ def _program() -> list[str]:
     return ["python", str(script)] if is_script else ["softsphere"]
 
 
+# All of a checkout but its records, which experiments write and numbers do not come from.
+SOURCE = (":/", ":(top,exclude)records")
+
+
 def _commit() -> str | None:
     """Returns the commit of the source, or None outside a checkout.
 
     It ends in -dirty if the source was changed since.
     """
-    source = Path(__file__).parent
     try:
-        for command in (
-            ["ls-files", "--error-unmatch", Path(__file__).name],
-            ["describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
-        ):
-            answer = subprocess.run(
-                ["git", *command], cwd=source, capture_output=True, check=True, timeout=10
-            )
+        _git("ls-files", "--error-unmatch", Path(__file__).name)
+        commit = _git("rev-parse", "--short=12", "HEAD")
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", *SOURCE)
     except (OSError, subprocess.SubprocessError):
         return None
+    return f"{commit}-dirty" if changed else commit
+
+
+def _git(*arguments: str) -> str:
+    """Returns what git says in the folder of this file."""
+    answer = subprocess.run(
+        ["git", *arguments],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        check=True,
+        timeout=10,
+    )
     return answer.stdout.decode().strip()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 from softsphere_lab.records import environment
@@ -26,3 +27,24 @@ def test_the_environment_tells_the_commit_of_a_checkout(monkeypatch, tmp_path):
     # a copy elsewhere, as pip makes one, is of no commit
     monkeypatch.setattr(environment, "__file__", str(tmp_path / "environment.py"))
     assert environment.environment()["commit"] is None
+
+
+def test_a_changed_source_is_dirty_and_a_changed_record_is_not(monkeypatch, tmp_path):
+    def git(*arguments: str) -> None:
+        who = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+        subprocess.run(["git", *who, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    git("init")
+    source, record = tmp_path / "src" / "environment.py", tmp_path / "records" / "r" / "config.json"
+    for path in (source, record):
+        path.parent.mkdir(parents=True)
+        path.write_text("old")
+    git("add", ".")
+    git("commit", "-m", "all")
+    monkeypatch.setattr(environment, "__file__", str(source))
+    commit = environment.environment()["commit"]
+    assert commit.isalnum() and len(commit) == 12
+    record.write_text("new")
+    assert environment.environment()["commit"] == commit
+    source.write_text("new")
+    assert environment.environment()["commit"] == f"{commit}-dirty"

@@ -51,9 +51,11 @@ class Model(nn.Module):
 
 def pair(D=23, replicated=False, **given):
     """A layer without a group and one with, of the same weight."""
+    group = given.pop("process_group", None)
     given = {"dtype": torch.float64, **given}
     one = LinearSphericalLoss(d, D, **given)
-    many = LinearSphericalLoss(d, D, **given, process_group=world(), replicated=replicated)
+    group = {"process_group": world() if group is None else group, "replicated": replicated}
+    many = LinearSphericalLoss(d, D, **given, **group)
     many.load_state_dict(one.state_dict())
     many.shards.averaged = False  # many cases take rows from a larger tensor
     return one, many
@@ -215,6 +217,30 @@ def below_data_parallel(
     torch.testing.assert_close(models[1].trunk.weight, models[0].trunk.weight, **TIGHT)
 
 
+def across_data_parallel(rank, size, folder, pair=pair, same_rows=same_rows):
+    """Classes over one dimension of a mesh, and a DistributedDataParallel over the other."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    tp = 2 if size == 4 else 1
+    dp, own = size // tp, rank // tp
+    mesh = init_device_mesh("cpu", (dp, tp), mesh_dim_names=("dp", "tp"))
+    one, many = pair(process_group=mesh["tp"], replicated=True)
+    models = [Model(one), Model(many)]
+    wrapped = DistributedDataParallel(models[1], process_group=mesh["dp"].get_group())
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.5) for model in models]
+    for _ in range(3):
+        x, t = torch.randn(2 * dp, d).double(), torch.randint(23, (2 * dp,))
+        mine = slice(2 * own, 2 * own + 2)
+        for optimizer, loss in zip(
+            optimizers, (models[0](x, t), wrapped(x[mine], t[mine])), strict=True
+        ):
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    same_rows(one, many)
+    torch.testing.assert_close(models[1].trunk.weight, models[0].trunk.weight, **TIGHT)
+
+
 def below_fully_sharded(rank, size, folder, pair=pair, same_rows=same_rows):
     """The layers below are sharded by FSDP2, and the head is left out."""
     if not hasattr(torch.cpu.Stream, "record_event"):
@@ -363,6 +389,7 @@ RIGHT = {
     "data parallel trunk": partial(below_data_parallel, whole=False),
     "data parallel, checkpoint": partial(below_data_parallel, reentrant=False),
     "data parallel, reentrant checkpoint": partial(below_data_parallel, reentrant=True),
+    "data parallel over another dimension": across_data_parallel,
     "fully sharded below": below_fully_sharded,
     "clipped": clipped,
     "clipped, one weight in two layers": clipped_shared,
@@ -505,6 +532,19 @@ def rows_of_one_rank(rank, size, folder):
     one, many = pair()
     state = {name: x[:12] for name, x in one.state_dict().items()}
     raises(ValueError, "must have 23 rows", lambda: many.load_state_dict(state))
+
+
+def state_of_another_rank(rank, size, folder):
+    """As many rows as each rank has, from a file that one rank wrote for all."""
+    many = LinearSphericalLoss(d, 4 * size, process_group=world())
+    path, before = Path(folder) / "of one rank.pt", many.weight.clone()
+    if rank == 0:
+        torch.save(many.state_dict(), path)
+    torch.distributed.barrier()
+    state = torch.load(path, weights_only=False)
+    words = "weight must have the rows of this rank"
+    raises((ValueError, RuntimeError), words, lambda: many.load_state_dict(state))
+    assert torch.equal(many.weight, before)
 
 
 def replicated_loaded(rank, size, folder):
@@ -695,6 +735,7 @@ REFUSED = {f"other {fact}": partial(differs, fact=fact) for fact in (*DIFFERENT,
         not_left_out,
         fully_sharded,
         rows_of_one_rank,
+        state_of_another_rank,
         replicated_loaded,
         other_width_loaded,
         wrong_flag,

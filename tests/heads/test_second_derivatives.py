@@ -104,3 +104,22 @@ def test_torch_func_sees_the_loss_of_a_clustered_layer(name):
     _, slope = torch.func.jvp(loss, (weights,), (tangents,))
     want = sum((tangents[key] * got[key]).sum() for key in got)
     torch.testing.assert_close(slope, want, rtol=1e-12, atol=1e-12)
+
+
+def test_a_row_without_negatives_adds_nothing_to_any_derivative():
+    """The other rows have the derivatives that they have without it."""
+    torch.manual_seed(0)
+    head = SampledSoftmaxLoss(d, D, sampler="in_batch", reduction="sum", dtype=torch.float64)
+    hidden = torch.randn(3, d, dtype=torch.float64, requires_grad=True)
+    for target in (torch.tensor([1, 1, 1]), torch.tensor([1, 1, 2])):
+        (first,) = torch.autograd.grad(head(hidden, target), hidden, create_graph=True)
+        second = torch.autograd.grad(first.square().sum(), [hidden, head.weight])
+        assert all(bool(x.isfinite().all()) for x in (first, *second))
+        assert (first == 0).all() == (len(target.unique()) == 1)
+    one = SampledSoftmaxLoss(d, D, num_samples=1, dtype=torch.float64)
+    for _ in range(20):  # half of them draw a row its own target
+        (first,) = torch.autograd.grad(
+            one(hidden, torch.tensor([0, 0, 1])), hidden, create_graph=True
+        )
+        (second,) = torch.autograd.grad(first.square().sum(), one.weight)
+        assert bool(second.isfinite().all())

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from softsphere.matrix.inverse import by_elimination, by_products, products_for
+from softsphere.matrix.inverse import (
+    by_elimination,
+    by_few_products,
+    by_products,
+    products_for,
+)
 
 
 def near_identity(size, width=30):
@@ -23,10 +29,51 @@ def test_products_for_a_deviation_give_the_inverse(size):
     count = products_for(float(deviation), len(S))
     assert count >= 1
     found = by_products(S, count)
-    assert bool(found.solved) and found.share() == 1
+    assert bool(found.solved) and found.share == 1
     torch.testing.assert_close(found.value @ S, torch.eye(30, dtype=torch.float64))
     torch.testing.assert_close(found.value, by_elimination(S).value, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(found.deviation, deviation)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [0.0, 1e-9, 1e-5, 1e-3, 0.02, 0.1])
+def test_few_products_are_as_accurate_as_elimination(size, dtype):
+    """The sizes are Frobenius norms, so that the last one is near the largest that is taken."""
+    K = torch.eye(30, dtype=torch.float64) - near_identity(1.0)
+    S = (torch.eye(30, dtype=torch.float64) - size * K / K.norm()).to(dtype)
+    found, eliminated = by_few_products(S, 0.8), by_elimination(S)
+
+    def residual(value):
+        return (value.double() @ S.double() - torch.eye(30, dtype=torch.float64)).norm()
+
+    # the diagonal, near 1, is rounded once
+    rounding = torch.finfo(dtype).eps / 2 * 30**0.5
+    assert residual(found.value) <= 2 * residual(eliminated.value) + rounding
+    assert 0.8 <= found.share <= eliminated.share * (1 + 8 * torch.finfo(dtype).eps)
+
+
+def test_the_share_of_few_products_is_below_that_of_any_elimination():
+    """Also where I − S is no symmetric matrix, and elimination swaps rows where it can."""
+    torch.manual_seed(0)
+    for size in (0.01, 0.05, 0.1):
+        for _ in range(20):
+            K = torch.randn(12, 12, dtype=torch.float64)
+            S = torch.eye(12, dtype=torch.float64) - size * K / K.norm()
+            assert by_few_products(S, 0.8).share <= by_elimination(S).share
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 4), (torch.float64, 8)])
+def test_how_many_products_there_are(dtype, most):
+    S = torch.eye(30, dtype=dtype) - 0.1 * torch.ones(30, 30, dtype=dtype) / 30
+    with FlopCounterMode(display=False) as counter:
+        assert by_few_products(S, 0.8) is not None
+    assert counter.get_total_flops() == most * 2 * 30**3
+
+
+@pytest.mark.parametrize("size", [0.11, 0.5, 5.0, torch.inf, torch.nan])
+def test_few_products_leave_to_elimination_what_is_far_from_one(size):
+    K = torch.ones(30, 30, dtype=torch.float64) / 30
+    assert by_few_products(torch.eye(30, dtype=torch.float64) - size * K, 0.8) is None
 
 
 @pytest.mark.parametrize("size", [0.9, 1.1, torch.inf, torch.nan])
@@ -49,4 +96,5 @@ def test_where_elimination_is_taken():
 
 def test_a_matrix_without_rows():
     none = torch.zeros(0, 0, dtype=torch.float64)
-    assert by_elimination(none).share() == 1
+    assert by_elimination(none).share == 1
+    assert by_few_products(none, 0.8).value.shape == (0, 0)

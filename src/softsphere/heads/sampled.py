@@ -234,10 +234,12 @@ class SampledSoftmaxLoss(OutputLayer):
         own = (H.to(wide) * own_rows.to(wide)).sum(1)
         own = own if own_bias is None else own + own_bias.to(wide)
         o = o.to(wide) - log_expected
-        # A batch may leave a row no negative, whose infinite outputs would have no gradient.
         none = (classes == target.unsqueeze(1)) | log_expected.isinf()
-        others = o.masked_fill(none, -torch.inf).logsumexp(1)
-        return -F.logsigmoid(own - others)
+        # A batch may leave a row no negative. Its loss is 0, but infinite outputs alone would have
+        # derivatives that are not numbers.
+        alone = none.all(1)
+        others = o.masked_fill(none, -torch.inf).masked_fill(alone.unsqueeze(1), 0.0).logsumexp(1)
+        return -F.logsigmoid(own - others).masked_fill(alone, 0.0)
 
     def _reader(self) -> DenseReader:
         layer = whole_layer(self.weight, self.bias, {})

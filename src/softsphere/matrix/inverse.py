@@ -1,12 +1,13 @@
 r"""The inverse of a small matrix S near I, which a step of a factored matrix needs.
 
-By elimination the inverse of any regular S is found; on a GPU its many short operations wait for
-each other. Where S = I − K with ‖K‖ < 1, the product
+By elimination the inverse of any regular S is found; its many short operations wait for each other.
+Where S = I − K with ‖K‖ < 1, the product
 
     S⁻¹ = (I + K) (I + K²) (I + K⁴) … (I + K^(2^k)) · (I − K^(2^(k+1)))⁻¹
 
 takes 2k matrix products, and without its last factor it has a relative error of at most about
-‖K^(2^k)‖². Nothing is assumed of K: whether that is small enough is measured.
+‖K^(2^k)‖². Nothing is assumed of K: whether that is small enough is measured, on a CPU after each
+factor. On a GPU, where reading a number waits for the device, k is chosen before.
 
 Source: Schulz 1933, Zeitschrift für Angewandte Mathematik und Mechanik 13 (Newton's iteration from
 I + K, which this is in exact arithmetic).
@@ -20,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Inverse", "by_elimination", "by_products", "products_for"]
+__all__ = ["Inverse", "by_elimination", "by_few_products", "by_products", "products_for"]
 
 # ‖K^(2^k)‖ that leaves no error in float64.
 _SMALL = 1e-8
@@ -34,22 +35,16 @@ class Inverse(NamedTuple):
     """S⁻¹, and what is known of it.
 
     value: (n, n) S⁻¹
-    pivots: (n) those of the elimination; None without it
+    share: the smallest pivot of S over the largest, or over 1 if that is more, or a bound below it;
+        1 where nothing is known of the pivots
     solved: whether `value` is the inverse; None where elimination says so by its pivots
     deviation: ‖(I − S)²‖, at least the square of the norm of I − S; None where it was not asked for
     """
 
     value: Tensor
-    pivots: Tensor | None = None
+    share: Tensor
     solved: Tensor | None = None
     deviation: Tensor | None = None
-
-    def share(self) -> Tensor:
-        """The smallest pivot of S over the largest, or over 1 if that is more; 1 without pivots."""
-        if self.pivots is None or not len(self.pivots):
-            return self.value.new_ones(())
-        least, most = self.pivots.abs().aminmax()
-        return least / most.clamp_min(1)
 
 
 def by_elimination(S: Tensor, *, measured: bool = False) -> Inverse:
@@ -61,7 +56,32 @@ def by_elimination(S: Tensor, *, measured: bool = False) -> Inverse:
     if measured:
         K = eye - S
         deviation = torch.linalg.matrix_norm(K @ K)
-    return Inverse(value, LU.diagonal(), None, deviation)
+    share = S.new_ones(())
+    if len(S):
+        least, most = LU.diagonal().abs().aminmax()
+        share = least / most.clamp_min(1)
+    return Inverse(value, share, None, deviation)
+
+
+def by_few_products(S: Tensor, share: float) -> Inverse | None:
+    """S⁻¹ by no more products than its dtype needs; None if it is too far from I.
+
+    With k = ‖I − S‖ < 1/3 elimination swaps no rows, and all pivots of S are between 1 − k and
+    1/(1 − k). The result is None if the share that follows, (1 − k)², is less than `share`.
+    """
+    power = S.neg()
+    power.diagonal().add_(1)
+    size = float(torch.linalg.vector_norm(power))
+    known = (1 - size) ** 2 if size < 1 / 3 else 0.0
+    if known < share:
+        return None
+    value = power.clone()
+    value.diagonal().add_(1)
+    while size**2 > torch.finfo(S.dtype).eps / 4:
+        power = power @ power
+        value = torch.addmm(value, value, power)
+        size = float(torch.linalg.vector_norm(power))
+    return Inverse(value, S.new_tensor(known))
 
 
 def by_products(S: Tensor, count: int) -> Inverse:
@@ -76,7 +96,7 @@ def by_products(S: Tensor, count: int) -> Inverse:
         if i in (0, count - 1):
             last = torch.linalg.matrix_norm(power)
             deviation = last if i == 0 else deviation
-    return Inverse(value, None, last < _SMALL, deviation)
+    return Inverse(value, S.new_ones(()), last < _SMALL, deviation)
 
 
 def products_for(deviation: float, width: int) -> int:

@@ -43,7 +43,7 @@ def guarded(
     """
     ok = sum_of_norms(seen) < torch.inf
     ok = ok & (_largest_square(W, update) <= torch.finfo(W.dtype).max)
-    share, solved = inverse.share(), inverse.solved
+    share, solved = inverse.share, inverse.solved
     enough = smallest_share(W.V.width, len(inverse.value), share.dtype)
     if not is_asynchronous(W.device):
         refused = None

@@ -24,7 +24,7 @@ from softsphere.matrix.arrays import Arrays
 from softsphere.matrix.blocks import Blocks, Number
 from softsphere.matrix.gradient import GradientFactors
 from softsphere.matrix.gradient_products import EntryProducts, at_entries
-from softsphere.matrix.inverse import by_elimination, by_products
+from softsphere.matrix.inverse import Inverse, by_elimination, by_few_products, by_products
 from softsphere.matrix.precision import float32_is_exact, is_asynchronous
 from softsphere.matrix.safeguard import guarded, unusable
 from softsphere.matrix.update import Update
@@ -78,24 +78,23 @@ def _compute(
     R_T = R if thin else g.L.mT @ R
 
     # Woodbury's identity. S is small and near I, so its inverse is as accurate as a solve.
-    eye = torch.eye(len(R_T), dtype=dtype, device=R.device)
     R_back = blocks.times(R_T, inverse=True)
-    S = torch.addmm(eye, R_back[:, :d], L_T.mT)
-    measured = is_asynchronous(W.device)
-    inverse = by_products(S, products) if products else by_elimination(S, measured=measured)
+    S = R_back[:, :d] @ L_T.mT
+    S.diagonal().add_(1)
+    inverse = _inverse(S, products)
     N = inverse.value @ (R_back @ U_inv)
-    LN = L_T.mT @ N if thin else N
+    minus_LN = blocks.columns(L_T.mT @ -N if thin else -N)
 
     if thin:
         half = _half_of_gram(W, g, R, entries, blocks)
         to_rows = g.x.unsqueeze(1) * at_entries(g, N)
     else:
         half = _half_of_gram_from_map(W, g, R, R_T, entries, blocks)
-        after = blocks.times(U_inv, inverse=True, left=True) - blocks.columns(LN)
+        after = blocks.times(U_inv, inverse=True, left=True) + minus_LN
         to_rows = (g.x.unsqueeze(1) * at_entries(g, R)) @ after
     to_small = {
         "U": (U[:, :d] @ L_T.mT if thin else U[:, :d]) @ R_T,
-        "U_inv": -blocks.columns(LN),
+        "U_inv": minus_LN,
         "centred_gram": half + half.mT,
         "omega": (g.L @ W.small("omega", dtype)[:d] + g.s) @ R,
         "colsum": entries.sums(W, g) @ R,
@@ -104,6 +103,16 @@ def _compute(
     seen = (N, half, to_rows, to_small["omega"], to_small["colsum"])
     update = Update(g.rows, to_rows, to_small, scaled, blocks, carried)
     return guarded(W, g, update, seen, inverse, flag)
+
+
+def _inverse(S: Tensor, products: int) -> Inverse:
+    """S⁻¹, by that many products if it is asked for, and else by what is cheaper."""
+    if products:
+        return by_products(S, products)
+    if is_asynchronous(S.device):
+        return by_elimination(S, measured=True)
+    found = by_few_products(S, HARSH)
+    return by_elimination(S) if found is None else found
 
 
 def _half_of_gram(

@@ -56,6 +56,11 @@ class Ranks:
         self.group = group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
 
+    @property
+    def of_world(self) -> list[int]:
+        """The ranks of the group among all processes, in the order of the group."""
+        return dist.get_process_group_ranks(self.group)
+
     def __deepcopy__(self, memo: object) -> Ranks:
         return self
 

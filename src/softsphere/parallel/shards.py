@@ -7,7 +7,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from softsphere._torch import (
     backward_is_running,
@@ -93,8 +95,9 @@ class Shards:
             ranks = [str(rank) for rank, x in enumerate(stepped) if x == 0]
             raise RuntimeError(
                 "the weight of a sharded output layer was changed on some ranks since the last "
-                f"call, but not on rank {', '.join(ranks)}; step the optimizer on every rank, or "
-                "skip the step on all of them"
+                f"call, but not on rank {', '.join(ranks)}; step the optimizer on every rank or on "
+                "none, with torch.distributed.fsdp.sharded_grad_scaler.ShardedGradScaler in place "
+                "of a GradScaler, and write rows by hand on all ranks, by load_state_dict"
             )
         return Batch(self.ranks, tuple(agreed.found["rows"]), self.replicated)
 
@@ -108,14 +111,25 @@ class Shards:
         return hidden
 
     def _below_wrapper(self) -> bool:
-        """Whether the forward of a DistributedDataParallel runs the layer.
+        """Whether the forward of a DistributedDataParallel over these ranks runs the layer.
 
         A forward that a checkpoint repeats inside a backward is what it was the first time.
         """
-        if data_parallel_in_forward() is not None:
+        if self._wrapper_of_ranks() is not None:
             self._wrapped = True
             return True
         return self._wrapped and backward_is_running()
+
+    def _wrapper_of_ranks(self) -> DistributedDataParallel | None:
+        """The DistributedDataParallel whose forward is running, if it reduces over these ranks.
+
+        One over another dimension of a mesh reduces between processes with the same rows.
+        """
+        wrapper = data_parallel_in_forward()
+        if wrapper is None:
+            return None
+        wrapped = set(dist.get_process_group_ranks(wrapper.process_group))
+        return wrapper if len(wrapped.intersection(self.ranks.of_world)) > 1 else None
 
     @contextmanager
     def own_numbers(self, device: torch.device) -> Iterator[None]:
@@ -138,7 +152,7 @@ class Shards:
         gradients of the layers below are averaged.
         """
         _ordinary(hidden, target)
-        wrapper = data_parallel_in_forward()
+        wrapper = self._wrapper_of_ranks()
         if wrapper is None:
             self._check_averaged(hidden)
             return

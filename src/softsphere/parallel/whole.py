@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from softsphere._torch import is_dtensor
@@ -46,17 +45,20 @@ def local_rows(name: str, x: Tensor, ranks: Ranks) -> Tensor:
     mesh = mesh_of_rows(name, x)
     if mesh is None:
         return x
-    given_ranks, own_ranks = (
-        dist.get_process_group_ranks(g) for g in (mesh.get_group(), ranks.group)
-    )
-    if given_ranks != own_ranks or list(mesh.get_coordinate()) != [ranks.rank]:
+    if not _is_over(mesh, ranks):
         raise ValueError(
-            f"{name} must be sharded over the ranks {own_ranks} of the layer in the order of their "
-            f"process group, got {mesh}"
+            f"{name} must be sharded over the ranks {ranks.of_world} of the layer in the order of "
+            f"their process group, got {mesh}"
         )
     given: Any = x
     own: Tensor = given.to_local()
     return own
+
+
+def _is_over(mesh: Any, ranks: Ranks) -> bool:
+    """Whether a mesh of one dimension is over these ranks in their order, and says that of this."""
+    given = mesh.mesh.flatten().tolist()
+    return given == ranks.of_world and list(mesh.get_coordinate()) == [ranks.rank]
 
 
 def whole_tensor(x: Tensor, ranks: Ranks, rows: RowsOfRanks) -> Tensor:
@@ -101,6 +103,13 @@ def check_rows(key: str, x: Any, ranks: Ranks, rows: RowsOfRanks) -> None:
             f"{key} must be sharded by Shard(0) over the {ranks.size} ranks of the layer, "
             f"got {x.placements} with {len(local)} rows on this rank; load it by "
             "torch.distributed.checkpoint into the state_dict() of this layer"
+        )
+    if not _is_over(x.device_mesh, ranks):
+        raise ValueError(
+            f"{key} must have the rows of this rank, the one with number {ranks.rank} of the ranks "
+            f"{ranks.of_world} of the layer, got those of {x.device_mesh.get_coordinate()} in "
+            f"{x.device_mesh}, as in a file that torch.save wrote on one rank; save by "
+            "torch.distributed.checkpoint, or full_tensor() of each entry"
         )
 
 

@@ -1,4 +1,4 @@
-"""Wrappers for several processes refuse a factored layer, and say what to do."""
+"""Wrappers for several processes: a factored layer is refused, and predictions say what to do."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from _subject import Subject
+from softsphere import ClusteredLoss, LinearSphericalLoss, SampledSoftmaxLoss
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning"),
@@ -77,3 +78,32 @@ def test_is_refused(wrap):
     with pytest.raises(TypeError, match=r"sharded or reduced.*LinearSphericalLoss"):
         wrap(subject)
     assert torch.equal(subject.W, before)
+
+
+PREDICTIONS = {
+    "log_prob": lambda head, hidden: head.log_prob(hidden),
+    "predict": lambda head, hidden: head.predict(hidden),
+    "topk": lambda head, hidden: head.topk(hidden, 2).values,
+    "rank": lambda head, hidden: head.rank(hidden, torch.zeros(3, dtype=torch.long)),
+}
+
+
+@pytest.mark.parametrize("name", PREDICTIONS)
+@pytest.mark.parametrize("kind", ["linear", "sampled", "clustered"])
+def test_a_prediction_of_a_fully_sharded_layer_says_how_to_gather_its_weight(kind, name):
+    fsdp = pytest.importorskip("torch.distributed.fsdp")
+    if not hasattr(fsdp, "fully_shard") or not hasattr(torch.cpu.Stream, "record_event"):
+        pytest.skip("this version of PyTorch has no fully_shard on a CPU")
+    head = {
+        "linear": lambda: LinearSphericalLoss(4, 8),
+        "sampled": lambda: SampledSoftmaxLoss(4, 8, 3),
+        "clustered": lambda: ClusteredLoss(4, 8, torch.arange(8) % 3 - 1),
+    }[kind]()
+    predict, hidden = PREDICTIONS[name], torch.randn(3, 4)
+    want = predict(head, hidden).detach()
+    fsdp.fully_shard(head, mesh=init_device_mesh("cpu", (1,)))
+    head(hidden, torch.arange(3)).backward()
+    with pytest.raises(RuntimeError, match=r"weight is sharded by fully_shard.*unshard\(\)"):
+        predict(head, hidden)
+    head.unshard()
+    assert torch.equal(predict(head, hidden), want)

@@ -521,3 +521,12 @@ def test_a_batch_that_leaves_no_negative_has_no_loss_and_no_gradient(target, cou
     assert loss == 0
     for x in (hidden, head.weight, head.bias):
         assert not x.grad.any()
+
+
+@pytest.mark.parametrize("randomness", ["same", "different"])
+def test_vmap_draws_as_it_is_told(randomness):
+    torch.manual_seed(0)
+    head = SampledSoftmaxLoss(4, 50, 3)
+    hidden, target = torch.randn(1, 4, 4).expand(3, 4, 4), torch.arange(4).expand(3, 4)
+    losses = torch.vmap(head, randomness=randomness)(hidden, target)
+    assert losses.shape == (3,) and (len(losses.unique()) == 1) == (randomness == "same")

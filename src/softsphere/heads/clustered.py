@@ -87,7 +87,7 @@ class ClusteredLoss(WithGrouping, OutputLayer):
             have rows in the batch, as in `nn.Embedding`. `torch.optim.SGD` without momentum,
             `torch.optim.Adagrad` and `torch.optim.SparseAdam` take it. A step then touches no other
             rows. The gradients of `bias` and of root and projection are dense, and SparseAdam takes
-            no dense one.
+            no dense one. DistributedDataParallel takes sparse gradients of `nn.Embedding` alone.
         device, dtype: of the parameters.
         process_group, replicated, averaged: as in `LinearSphericalLoss`. Each cluster belongs to
             one rank as a whole. The ranks have about equal shares of the counts of the classes in

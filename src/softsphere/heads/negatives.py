@@ -95,7 +95,8 @@ class Drawn(Sampler):
     def choose(self, target: Tensor, ignored: Tensor, dtype: torch.dtype) -> Negatives:
         wide, device = torch.float64, self.cumulative.device
         places = torch.arange(self.count, dtype=wide, device=device)
-        places += torch.rand(self.count, dtype=wide, device=device)
+        # not in place, since torch.vmap may draw other numbers for each of its batches
+        places = places + torch.rand(self.count, dtype=wide, device=device)
         drawn = torch.searchsorted(self.cumulative, places, right=True)
         classes = torch.cat([self.always, drawn])
         expected = self.log_expected[classes].to(dtype)

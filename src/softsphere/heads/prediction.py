@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from softsphere import checks, losses
-from softsphere._torch import exporting, transformed
+from softsphere._torch import exporting, is_dtensor, transformed
 from softsphere.criteria import TopK
 from softsphere.functional.conventions import mixed_precision
 from softsphere.heads.computed_weights import compute_weights
@@ -85,6 +85,13 @@ class OutputLayer(nn.Module, ABC):
     def _present_reader(self) -> Reader:
         """The reader of a prediction, which runs no hooks."""
         compute_weights(self)
+        sharded = [name for name, x in self.named_parameters() if is_dtensor(x)]
+        if sharded and getattr(self, "shards", None) is None:
+            raise RuntimeError(
+                f"{sharded[0]} is sharded by fully_shard, which gathers it for a forward, and a "
+                "prediction is none; call head.unshard() before it and head.reshard() after it, or "
+                "once torch.distributed.fsdp.register_fsdp_forward_method(head, 'log_prob')"
+            )
         return self._reader()
 
     @property

@@ -67,7 +67,8 @@ class SampledSoftmaxLoss(OutputLayer):
         bias: whether there is a b.
         sparse: whether the gradients of weight and bias are sparse tensors, as those of
             `nn.Embedding(sparse=True)`, for `SGD`, `SparseAdam` and `Adagrad`. A step then touches
-            the rows of the targets and the negatives only.
+            the rows of the targets and the negatives only. DistributedDataParallel takes sparse
+            gradients of `nn.Embedding` alone.
         reduction, ignore_index: as in `nn.CrossEntropyLoss`.
         device, dtype: of weight and bias. The dtype is float16, bfloat16, float32 or float64.
 

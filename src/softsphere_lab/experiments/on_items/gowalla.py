@@ -69,7 +69,9 @@ EXPERIMENT = StudyReproduction(
             layer_rates=Axis.fixed(0.1),
             unobserved=Axis.fixed(0.1),
         ),
-        "small": replace(FULL, outputs=MAIN, seeds=(0,), setup=Setup(epochs=20), trial_epochs=8),
+        "small": replace(
+            FULL, outputs=MAIN, seeds=(0,), setup=Setup(epochs=20), trial_epochs=8, second_look=True
+        ),
         "full": FULL,
     },
     section_of=item_section,

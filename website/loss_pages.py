@@ -101,14 +101,14 @@ def drawn(text: str) -> str:
 
 
 def properties(kind: type[losses.Loss]) -> str:
-    spherical = issubclass(kind, losses.Spherical)
+    spherical, loss = issubclass(kind, losses.Spherical), kind()
     rows = [
         ("Is it a distribution?", "yes" if kind.normalised else "no, it ranks the classes"),
         ("Does it need the D outputs?", "no, s, q and c are enough" if spherical else "yes"),
-        ("Which output layers take it?", ", ".join(layers(kind()))),
-        ("Does a shift of all outputs change it?", "no" if kind.shift_invariant else "yes"),
-        ("Does a positive scale change it?", "no" if kind.scale_invariant else "yes"),
-        ("Is it an upper bound of −log softmax?", "yes" if kind.upper_bound else "no"),
+        ("Which output layers take it?", ", ".join(layers(loss))),
+        ("Does a shift of all outputs change it?", "no" if loss.shift_invariant else "yes"),
+        ("Does a positive scale change it?", "no" if loss.scale_invariant else "yes"),
+        ("Is it an upper bound of −log softmax?", "yes" if loss.upper_bound else "no"),
     ]
     return markdown(("question", "answer"), rows).rstrip()
 

@@ -49,7 +49,7 @@ WRONG = {
 
 WRONG_TYPE = {
     "input must be a floating-point tensor, got torch.int64": lambda: call(logits=LOGITS.long()),
-    "input must be a floating-point tensor, got .1.0": lambda: call(logits=[1.0]),
+    "input must be a floating-point tensor, got a list of length": lambda: call(logits=[1.0]),
     "target must be a tensor": lambda: call(target=[0, 1, 2, 0]),
     "target must hold class indices.*got torch.bool": lambda: call(target=TARGET.bool()),
     "loss must be a name": lambda: call(loss=3),

@@ -41,7 +41,7 @@ WRONG_COUNTS = {
 }
 
 WRONG_COUNTS_TYPE = {
-    "counts must be a tensor of class counts or frequencies, got [1, 2]": [1, 2],
+    "counts must be a tensor of class counts or frequencies, got a list of length 2": [1, 2],
     "counts must be a tensor of class counts": torch.tensor([True, False]),
     "counts must be a dense tensor, got layout torch.sparse_coo": COUNTS.to_sparse(),
 }
@@ -124,7 +124,7 @@ WRONG_TYPE = {
     "tokens must be a tensor of class indices (torch.int64), got torch.float32": (
         lambda: by_neighbours(COUNTS, COUNTS)
     ),
-    "tokens must be a tensor of class indices (torch.int64), got [0, 1]": (
+    "tokens must be a tensor of class indices (torch.int64), got a list of length 2": (
         lambda: by_neighbours([0, 1], COUNTS)
     ),
     "vectors must be a floating-point tensor, got torch.int64": (

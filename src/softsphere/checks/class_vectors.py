@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from softsphere._torch import has_tangent, values_on_cpu, values_readable
-from softsphere.checks.kinds import dense, floating
+from softsphere.checks.kinds import dense, floating, shown
 
 
 def class_vector(name: str, value: Any, num_classes: int) -> None:
     """A floating-point tensor with one entry per class."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor with one entry per class, got {value!r}")
+        raise TypeError(f"{name} must be a tensor with one entry per class, got {shown(value)}")
     floating(name, value)
     if value.shape != (num_classes,):
         raise ValueError(
@@ -26,7 +26,7 @@ def class_vector(name: str, value: Any, num_classes: int) -> None:
 def class_weights(value: Any) -> None:
     """A floating-point vector, for a number of classes that is not known yet."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"weight must be a tensor with one entry per class, got {value!r}")
+        raise TypeError(f"weight must be a tensor with one entry per class, got {shown(value)}")
     floating("weight", value)
     if value.dim() != 1:
         raise ValueError(f"weight must have shape (num_classes,), got {tuple(value.shape)}")
@@ -50,7 +50,9 @@ def prior(value: Any, dtype: torch.dtype | None = None) -> Tensor:
     Raises TypeError or ValueError unless all values are positive and finite and need no gradient.
     """
     if not isinstance(value, Tensor) or value.is_complex() or value.dtype == torch.bool:
-        raise TypeError(f"prior must be a tensor of class frequencies or counts, got {value!r}")
+        raise TypeError(
+            f"prior must be a tensor of class frequencies or counts, got {shown(value)}"
+        )
     dense("prior", value)
     if value.dim() != 1 or value.numel() == 0:
         raise ValueError(f"prior must have shape (num_classes,), got {tuple(value.shape)}")

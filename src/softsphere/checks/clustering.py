@@ -8,14 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softsphere.checks.kinds import dense, floating, is_integer
+from softsphere.checks.kinds import dense, floating, is_integer, shown
 from softsphere.checks.settings import at_least_one, finite, integer, non_negative, number
 
 
 def class_counts(value: Any) -> Tensor:
     """Returns counts (D) in float64 on the CPU. Classes without any count like the rarest one."""
     if not isinstance(value, Tensor) or value.is_complex() or value.dtype == torch.bool:
-        raise TypeError(f"counts must be a tensor of class counts or frequencies, got {value!r}")
+        raise TypeError(
+            f"counts must be a tensor of class counts or frequencies, got {shown(value)}"
+        )
     dense("counts", value)
     if value.dim() != 1 or value.numel() == 0:
         raise ValueError(
@@ -89,7 +91,7 @@ def class_vectors(value: Any, num_classes: int) -> Tensor:
 def tokens(value: Any, num_classes: int) -> Tensor:
     """Returns class indices (N), or pairs (N, 2) of a class and a context, as int64 on the CPU."""
     if not is_integer(value):
-        came = value.dtype if isinstance(value, Tensor) else repr(value)
+        came = value.dtype if isinstance(value, Tensor) else shown(value)
         raise TypeError(f"tokens must be a tensor of class indices (torch.int64), got {came}")
     dense("tokens", value)
     pairs = value.dim() == 2 and value.shape[1] == 2
@@ -147,7 +149,7 @@ def assignment(value: Any, num_classes: int | None = None) -> Tensor:
     num_classes: D; None for any number.
     """
     if not is_integer(value):
-        came = value.dtype if isinstance(value, Tensor) else repr(value)
+        came = value.dtype if isinstance(value, Tensor) else shown(value)
         mend = "; pass its attribute assignment" if hasattr(value, "assignment") else ""
         raise TypeError(
             f"assignment must be a tensor of cluster indices (torch.int64), got {came}{mend}"

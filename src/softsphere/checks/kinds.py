@@ -13,7 +13,7 @@ FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def dense(name: str, value: Any) -> None:
     """A tensor that has all its numbers side by side: not sparse, nested or quantised."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {value!r}")
+        raise TypeError(f"{name} must be a tensor, got {shown(value)}")
     if value.is_nested:
         raise TypeError(
             f"{name} must be an ordinary tensor, got a nested one; use "
@@ -27,10 +27,23 @@ def dense(name: str, value: Any) -> None:
         raise TypeError(f"{name} must not be quantised, got {value.dtype}; use {name}.dequantize()")
 
 
+def shown(value: Any) -> str:
+    """What came in place of a tensor, without the numbers of a long list.
+
+    >>> shown([1, 2, 3]), shown("mean")
+    ('a list of length 3; use torch.as_tensor', "'mean'")
+    """
+    if isinstance(value, (list, tuple, range)) or hasattr(value, "__array__"):
+        sized = getattr(value, "shape", True) != () and hasattr(value, "__len__")
+        length = f" of length {len(value)}" if sized else ""
+        return f"a {type(value).__name__}{length}; use torch.as_tensor"
+    return f"{value!r:.200}"
+
+
 def floating(name: str, value: Any) -> None:
     """A dense tensor of float16, bfloat16, float32 or float64."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a floating-point tensor, got {value!r}")
+        raise TypeError(f"{name} must be a floating-point tensor, got {shown(value)}")
     dense(name, value)
     if not value.is_floating_point():
         cure = f"{name}.real" if value.is_complex() else f"{name}.float()"

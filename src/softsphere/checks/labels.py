@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from softsphere._torch import values_on_cpu
-from softsphere.checks.kinds import dense, floating, is_integer
+from softsphere.checks.kinds import dense, floating, is_integer, shown
 
 
 def target_shape(logits: Tensor, dim: int, target: Any) -> None:
@@ -125,7 +125,7 @@ def classes(
 ) -> Tensor:
     """Returns class indices of any integer dtype as int64, every one in [0, D) or the padding."""
     if not is_integer(value):
-        came = value.dtype if isinstance(value, Tensor) else repr(value)
+        came = value.dtype if isinstance(value, Tensor) else shown(value)
         raise TypeError(f"{name} must be a tensor of class indices (torch.int64), got {came}")
     dense(name, value)
     found: Tensor = value.long()

@@ -44,7 +44,7 @@ _NO_SHARE = -100.0
 
 
 class ClusteredLoss(WithGrouping, OutputLayer):
-    r"""A two-level output layer and its loss in one module: exact, at a cost free of D.
+    r"""A two-level output layer and its loss in one module: exact, at the cost of few outputs.
 
     Every class is in a shortlist or in one of C clusters. The root is a softmax over the S classes
     of the shortlist and the clusters. A cluster, called a leaf, is a distribution of its own:

@@ -109,7 +109,9 @@ class OutputLayer(nn.Module, ABC):
 
         Args:
             hidden: (…, d), floating-point.
-            classes: (n) class indices of any integer dtype, or None for all D classes.
+            classes: (n) class indices of any integer dtype, the same for every row, or None for
+                all D classes. For the target of each row call the layer in evaluation mode with
+                reduction "none".
 
         Returns (…, D) or (…, n).
 

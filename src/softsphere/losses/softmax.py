@@ -130,6 +130,14 @@ class SoftMarginSoftmax(OnLogits):
             checks.even_order(self.order)
 
     @property
+    def shift_invariant(self) -> bool:  # type: ignore[override]
+        return self.order is None
+
+    @property
+    def upper_bound(self) -> bool:  # type: ignore[override]
+        return self.order is None
+
+    @property
     def plain(self) -> _NormalisedOnLogits:
         """The loss without a margin."""
         return Softmax() if self.order is None else HigherTaylorSoftmax(self.order)

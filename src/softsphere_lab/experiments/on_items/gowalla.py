@@ -69,9 +69,7 @@ EXPERIMENT = StudyReproduction(
             layer_rates=Axis.fixed(0.1),
             unobserved=Axis.fixed(0.1),
         ),
-        "small": replace(
-            FULL, outputs=MAIN, seeds=(0,), setup=Setup(epochs=20), trial_epochs=8, second_look=True
-        ),
+        "small": replace(FULL, outputs=MAIN, seeds=(0,), setup=Setup(epochs=20), trial_epochs=4),
         "full": FULL,
     },
     section_of=item_section,

@@ -21,7 +21,7 @@ from softsphere_lab.training.recommend_run import CUTOFF, Epoch, Final, Recommen
 
 __all__ = ["Data", "Recommendation"]
 
-RATES = Axis((1e-3, 3e-3, 5e-3, 1e-2, 3e-2, 1e-1), 1e-2)
+RATES = Axis((1e-3, 3e-3, 1e-2, 3e-2, 1e-1), 1e-2)
 LAYER_RATES = Axis((1e-4, 1e-3, 0.01, 0.1, 1.0), 0.01)
 # The weights of what was not observed that a search may try for squared error.
 UNOBSERVED = Axis((0.001, 0.003, 0.01, 0.03, 0.1, 0.3), 0.01)

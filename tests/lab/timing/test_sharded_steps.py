@@ -198,7 +198,9 @@ def test_a_factored_step_computes_what_the_formula_says(m):
     step()
     with FlopCounterMode(display=False) as counted:
         step()
-    assert counted.get_total_flops() == pytest.approx(SHARDED[FACTORED].flops(s, 1), rel=0.15)
+    # The formula leaves the inverse out, which in float32 is at most four products of its width.
+    formula, of_inverse = SHARDED[FACTORED].flops(s, 1), 4 * 2 * min(m, s.d) ** 3
+    assert 0.85 * formula <= counted.get_total_flops() <= 1.15 * formula + of_inverse
 
 
 @pytest.mark.filterwarnings("ignore:DTensor random operators:UserWarning")  # of torch 2.6

@@ -9,6 +9,7 @@ import multiprocessing as stdlib
 import os
 import traceback
 import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +20,9 @@ from _devices import without_gpus
 AVAILABLE = distributed.is_available() and distributed.is_gloo_available()
 PRELOADED = ["torch", "softsphere", "torch.distributed.checkpoint"]
 TIGHT = {"rtol": 1e-10, "atol": 1e-12}
+# With the usual eps of 1e-8, Adam divides a small gradient with its rounding by its own size.
+EPS = 1e-3
+Adam = partial(torch.optim.Adam, eps=EPS)
 
 
 def start(work, arguments, size):

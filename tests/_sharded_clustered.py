@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from _clustered import ASSIGNMENTS
-from _ranks import TIGHT, rows_of, world
+from _ranks import EPS, TIGHT, Adam, rows_of, world
 from _sharded_linear import (
     COUNTS,
     DIFFERENT,
@@ -29,6 +29,7 @@ from _sharded_linear import (
     on_one,
     raises,
     refuses_another,
+    rows_sent_to_all as sent_to_all,
     set_on_one,
     step_both,
 )
@@ -195,7 +196,7 @@ def whole(state):
     return {k: getattr(x, "full_tensor", lambda x=x: x)() for k, x in state.items()}
 
 
-def saved(rank, size, folder, make=torch.optim.Adam, **options):
+def saved(rank, size, folder, make=Adam, **options):
     """Weights and momentum of several ranks, loaded by others and by one process."""
     one, many = heads = pair(leaf_features=2, counts=True, **options)
     others = pair(leaf_features=2, counts=True, **options)
@@ -319,7 +320,7 @@ class SparseAdam(torch.optim.SparseAdam):
 
     def __init__(self, parameters, lr):
         parameters = list(parameters)
-        super().__init__(parameters[:1], lr)
+        super().__init__(parameters[:1], lr, eps=EPS)
         self.other = torch.optim.SGD(parameters[1:], lr)
 
     def step(self):
@@ -347,7 +348,7 @@ def sparse_steps(rank, size, folder):
 
 RIGHT = {
     "momentum": train,
-    "adam, counts": partial(train, make=torch.optim.Adam, counts=True),
+    "adam, counts": partial(train, make=Adam, counts=True),
     "softmax, projected": partial(train, leaf="softmax", leaf_features=3, counts=True),
     "replicated, projected": partial(train, replicated=True, leaf_features=3),
     "rows, no bias": partial(train, reduction="none", bias=False, engine="gram"),
@@ -398,7 +399,7 @@ RIGHT = {
 }
 LONG = {
     "momentum": partial(train, steps=100, counts=True, leaf_features=4),
-    "optimizer": partial(train, steps=100, make=torch.optim.Adam),
+    "optimizer": partial(train, steps=100, make=Adam),
 }
 
 
@@ -484,7 +485,7 @@ def other_state(rank, size, folder, name):
 def optimizer_of_one(rank, size, folder):
     """A state of an optimizer that one rank cannot load is an error on every rank."""
     one, many = pair()
-    optimizers = [torch.optim.Adam(x.parameters()) for x in (one, many)]
+    optimizers = [Adam(x.parameters()) for x in (one, many)]
     keep_whole_state(optimizers[1], many)
     for head, optimizer in zip((one, many), optimizers, strict=True):
         head(torch.randn(2, d).double(), torch.arange(2)).backward()
@@ -520,6 +521,10 @@ def not_left_out(rank, size, folder):
     assignment = torch.arange(4 * size) // 4
     wrapped = DistributedDataParallel(ClusteredLoss(d, 4 * size, assignment, process_group=world()))
     raises(RuntimeError, "leave_out_of_ddp", lambda: wrapped(torch.randn(2, d), torch.arange(2)))
+
+
+def rows_sent_to_all(rank, size, folder):
+    sent_to_all(rank, size, folder, lambda size: pair(assignment=torch.arange(4 * size) // 4)[1])
 
 
 def fully_sharded(rank, size, folder):
@@ -570,6 +575,7 @@ REFUSED = {
         infinite,
         gradient_of_prediction,
         not_left_out,
+        rows_sent_to_all,
         fully_sharded,
     )
 }

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
-from _ranks import TIGHT, rows_of
+from _ranks import TIGHT, Adam, rows_of
 from _sharded_linear import COUNTS, Model, d, on_one, raises, step_both
 from softsphere import LinearSphericalLoss
 from softsphere.parallel import clip_grad_norm_, keep_whole_state
@@ -46,7 +46,7 @@ def same_weights(one, many):
         torch.testing.assert_close(x.full_tensor().detach(), want.detach(), **TIGHT)
 
 
-def train(rank, size, folder, make=torch.optim.Adam, replicated=False, sparse=False, **given):
+def train(rank, size, folder, make=Adam, replicated=False, sparse=False, **given):
     heads = pair(size, replicated, **given)
     optimizers = [make(head.parameters(), lr=0.1) for head in heads]
     for _ in range(3):
@@ -80,7 +80,7 @@ def predicted(rank, size, folder):
 def saved(rank, size, folder):
     """The state is that of PyTorch's own layer; a whole one loads as well."""
     one, many = pair(size)
-    optimizer = torch.optim.Adam(many.parameters())
+    optimizer = Adam(many.parameters())
     keep_whole_state(optimizer, many)
     many(torch.randn(2, d).double(), torch.arange(2)).backward()
     optimizer.step()

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from _ranks import TIGHT, rows_of, world
+from _ranks import TIGHT, Adam, rows_of, world
 from softsphere import LinearSphericalLoss, LinearSphericalOptions
 from softsphere.losses import ZLoss
 from softsphere.parallel import (
@@ -90,7 +90,7 @@ def train(
     if given.pop("weight", False):
         given["weight"] = torch.linspace(0.5, 2, D)
     heads = pair(D, replicated, **given)
-    make = torch.optim.Adam if adam else partial(torch.optim.SGD, momentum=0.9)
+    make = Adam if adam else partial(torch.optim.SGD, momentum=0.9)
     optimizers = [make(head.parameters(), lr=0.1) for head in heads]
     for _ in range(steps):
         step_both(rank, heads, optimizers, replicated, sparse, counts[:size])
@@ -519,6 +519,24 @@ def not_left_out(rank, size, folder):
     )
 
 
+def rows_sent_to_all(rank, size, folder, make=lambda size: pair(4 * size)[1]):
+    """A wrapper sends the rows of one rank to all, and its forward is not what runs the head."""
+    x, t = torch.randn(2, d).double(), torch.arange(2)
+    head = make(size)
+    with torch.no_grad():
+        for p in head.parameters():
+            p.zero_()
+    head(x, t)  # equal rows that nobody sent
+    head = make(size)
+    wrapped = DistributedDataParallel(Model(head))
+    for _ in range(2):  # it is refused again
+        raises(
+            RuntimeError,
+            "have the same rows of the weight.*leave_out_of_ddp",
+            lambda: head(wrapped.module.trunk(x).detach(), t),
+        )
+
+
 def fully_sharded(rank, size, folder):
     if not hasattr(torch.cpu.Stream, "record_event"):
         return  # this torch shards on no CPU
@@ -733,6 +751,7 @@ REFUSED = {f"other {fact}": partial(differs, fact=fact) for fact in (*DIFFERENT,
         unknown_average,
         other_rows_replicated,
         not_left_out,
+        rows_sent_to_all,
         fully_sharded,
         rows_of_one_rank,
         state_of_another_rank,

@@ -95,7 +95,8 @@ class LossOnClusterShards:
         """Adds to an agreement what must be the same on all ranks."""
         layer, records = self.layer, torch.is_grad_enabled()
         weights = layer.root, layer.root_bias, layer.project, *layer.leaves[:2]
-        self.shards.begin(agreed, layer.versions, self.H, self.entries.t)
+        own = (layer.root, layer.leaves.W) if layer.engine != "factored" else (layer.root,)
+        self.shards.begin(agreed, layer.versions, self.H, self.entries.t, weights=own)
         agreed.same(
             loss=self.loss,
             engine=layer.engine,

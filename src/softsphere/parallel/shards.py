@@ -27,8 +27,11 @@ __all__ = ["Shards", "checksum", "leave_out_of_ddp", "rows_of_one_rank"]
 
 # Numbers of a checksum that are in memory at once.
 _PART = 1 << 20
-# Facts of an agreement with this name say whether a rank has stepped a weight.
-_STEPPED = "stepped_"
+# Facts of an agreement with these names say whether a rank has stepped a weight, and which rows of
+# it the rank has.
+_STEPPED, _ROWS = "stepped_", "rows_of_weight_"
+# How many rows of a weight stand for all in a comparison of ranks.
+_SAMPLE = 64
 
 
 class Shards:
@@ -53,13 +56,20 @@ class Shards:
         self._now: tuple[Any, ...] = ()
         # whether a DistributedDataParallel has run the layer
         self._wrapped = False
+        # whether the ranks were seen to have rows of their own
+        self._apart = False
 
     def of_rows(self, number: int) -> Shards:
         """The shards of another tensor of the layer, with a number of rows in all."""
         return Shards(self.ranks, number, self.replicated, self.averaged)
 
     def begin(
-        self, agreed: Agreement, versions: tuple[Any, ...], rows: Tensor, *integers: Tensor
+        self,
+        agreed: Agreement,
+        versions: tuple[Any, ...],
+        rows: Tensor,
+        *integers: Tensor,
+        weights: tuple[Tensor, ...] = (),
     ) -> None:
         """Adds to an agreement what has to fit for every computation with rows (m, …).
 
@@ -68,8 +78,11 @@ class Shards:
 
         Args:
             versions: each names the value of a weight; None where this rank cannot tell.
+            weights: have rows of this rank alone, which the first agreement about them compares.
         """
         _ordinary(rows, *integers)
+        for i, weight in enumerate(weights):
+            agreed.each(**{f"{_ROWS}{i}": 0 if self._apart else _bits_of_sample(weight)})
         self._now = versions
         seen = self._seen or (None,) * len(versions)
         for i, (before, now) in enumerate(zip(seen, versions, strict=True)):
@@ -86,8 +99,10 @@ class Shards:
     def batch(self, agreed: Agreement) -> Batch:
         """The rows of all ranks, after an agreement.
 
-        Raises RuntimeError on every rank if an optimizer stepped the weights of only some.
+        Raises RuntimeError on every rank if an optimizer stepped the weights of only some, or if
+        some have the same rows.
         """
+        self._check_apart(agreed)
         self._seen = self._now
         for name, stepped in agreed.found.items():
             if not name.startswith(_STEPPED) or not {0, 1} <= set(stepped):
@@ -100,6 +115,21 @@ class Shards:
                 "of a GradScaler, and write rows by hand on all ranks, by load_state_dict"
             )
         return Batch(self.ranks, tuple(agreed.found["rows"]), self.replicated)
+
+    def _check_apart(self, agreed: Agreement) -> None:
+        """Raises RuntimeError if the rows of one rank were sent to others, as wrappers do."""
+        compared = [found for name, found in agreed.found.items() if name.startswith(_ROWS)]
+        for found in compared:
+            bits = [x for x in found if x]
+            if len(set(bits)) < len(bits):
+                raise RuntimeError(
+                    "ranks have the same rows of the weight of a sharded output layer, where each "
+                    "has classes of its own; the rows of one were sent to the others, as by a "
+                    "DistributedDataParallel around the layer (call "
+                    "softsphere.parallel.leave_out_of_ddp(model) before it wraps the model) or by "
+                    "a broadcast of all parameters (leave those of the layer out)"
+                )
+        self._apart |= bool(compared)
 
     def hidden_for_average(self, hidden: Tensor) -> Tensor:
         """hidden, with a gradient that is right after the layers below average it over ranks."""
@@ -240,6 +270,17 @@ def checksum(x: Tensor | None) -> Bits | None:
         places = torch.arange(start, start + len(bits), device=x.device)
         total, start = total + int((bits * _drawn(places)).sum()), start + len(bits)
     return Bits(total)
+
+
+def _bits_of_sample(weight: Tensor) -> int:
+    """A number made of the bits of some rows; 0 if they say nothing, since all are one number."""
+    W = weight.detach()
+    if not W.numel():
+        return 0
+    W = W[torch.linspace(0, len(W) - 1, min(len(W), _SAMPLE), dtype=torch.int64)]
+    bits = checksum(W)
+    assert bits is not None
+    return 0 if bool((W == W[0, 0]).all()) else bits % (1 << 62) or 1
 
 
 def _drawn(x: Tensor) -> Tensor:

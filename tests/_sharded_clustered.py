@@ -29,9 +29,11 @@ from _sharded_linear import (
     on_one,
     raises,
     refuses_another,
-    rows_sent_to_all as sent_to_all,
     set_on_one,
     step_both,
+)
+from _sharded_linear import (
+    rows_sent_to_all as sent_to_all,
 )
 from softsphere import ClusteredLoss
 from softsphere.losses import SphericalSoftmax

@@ -169,9 +169,7 @@ class LossOnShards:
         """Adds to an agreement what must be the same on all ranks."""
         parts, records = self.statistics, torch.is_grad_enabled()
         version = version_of(self.weight) if len(self.weight) else None
-        self.shards.begin(
-            agreed, (version,), self.H, self.entries.t, weights=(self.weight,)
-        )
+        self.shards.begin(agreed, (version,), self.H, self.entries.t, weights=(self.weight,))
         agreed.same(
             loss=self.loss,
             options=parts.options,

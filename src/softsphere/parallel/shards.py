@@ -280,7 +280,7 @@ def _bits_of_sample(weight: Tensor) -> int:
     W = W[torch.linspace(0, len(W) - 1, min(len(W), _SAMPLE), dtype=torch.int64)]
     bits = checksum(W)
     assert bits is not None
-    return 0 if bool((W == W[0, 0]).all()) else bits % (1 << 62) or 1
+    return 0 if bool((W[0, 0] == W).all()) else bits % (1 << 62) or 1
 
 
 def _drawn(x: Tensor) -> Tensor:

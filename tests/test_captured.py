@@ -412,6 +412,8 @@ def test_what_cannot_be_captured_is_said():
         CapturedStep(train, torch.optim.SGD(head.parameters()), *batch(0))
     with pytest.raises(TypeError, match="capturable=True"):
         CapturedStep(train, FactoredSGD(head.parameters(), lr=1.0), *batch(0))
+    with pytest.raises(TypeError, match=r"optimizer must be .* got Linear"):
+        CapturedStep(optimizer, trunk, *batch(0))
     with pytest.raises(TypeError, match="got none"):
         CapturedStep(train, [], *batch(0))
     with pytest.raises(TypeError, match="capturable=True"):

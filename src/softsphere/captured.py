@@ -77,12 +77,12 @@ class CapturedStep:
         optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
         *examples: Tensor,
     ) -> None:
-        given = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
+        given = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
         self.train, self.optimizers = train, given
         if not self.optimizers:
             raise TypeError("optimizer must be an optimizer or several, got none")
         for each in self.optimizers:
-            if "capturable" not in each.defaults:
+            if "capturable" not in getattr(each, "defaults", ()):
                 raise TypeError(
                     "optimizer must be a softsphere.optim.FactoredSGD, which can step a whole "
                     "model, or one of PyTorch's with the option capturable, got "

@@ -16,13 +16,17 @@ WRONG = {
     "prior must be positive.*-1 to 1": lambda: call(prior=torch.tensor([1.0, -1.0, 1.0])),
     "prior must be positive.*0 to 0": lambda: call(prior=torch.zeros(3)),
     r"target must be in \[0, 3\) or ignore_index = -100, got 3": lambda: call(target=TARGET + 1),
-    r"must have shape \(4,\).*got \(3,\)": lambda: call(target=TARGET[:3]),
-    r"class probabilities must have the shape of logits \(4, 3\), got \(4,\)": lambda: call(
+    r"must have shape \(4,\).*got \(3,\)$": lambda: call(target=TARGET[:3]),
+    r"must have shape \(4,\).*got \(4, 1\); use target.squeeze\(-1\)": lambda: call(
+        target=TARGET[:, None]
+    ),
+    r"must have the shape of logits \(4, 3\), got \(4,\).*target\.long": lambda: call(
         target=TARGET.float()
     ),
     "got a scalar": lambda: call(logits=torch.tensor(1.0), target=TARGET[0]),
     "at least one class": lambda: call(logits=torch.zeros(4, 0)),
-    "loss must be one of .*taylor_softmax.*got 'hinge'": lambda: call(loss="hinge"),
+    "loss must be one of .*taylor_softmax.*got 'hinge'$": lambda: call(loss="hinge"),
+    "got 'cross_entropy'; .* is \"softmax\"": lambda: call(loss="cross_entropy"),
     "unobserved must be positive and finite, got 0": lambda: losses.SquaredError(0),
     "unobserved must be at most 1, .* got 1.5": lambda: losses.SquaredError(1.5),
     "eps must be positive and finite, got 0": lambda: losses.SphericalSoftmax(eps=0),
@@ -51,8 +55,15 @@ WRONG_TYPE = {
     "input must be a floating-point tensor, got torch.int64": lambda: call(logits=LOGITS.long()),
     "input must be a floating-point tensor, got a list of length": lambda: call(logits=[1.0]),
     "target must be a tensor": lambda: call(target=[0, 1, 2, 0]),
-    "target must hold class indices.*got torch.bool": lambda: call(target=TARGET.bool()),
-    "loss must be a name": lambda: call(loss=3),
+    r"target must hold class indices.*got torch.bool.*target\.long": lambda: call(
+        target=TARGET.bool()
+    ),
+    "loss must be a name.*got 3$": lambda: call(loss=3),
+    'loss must be a name.*is "softmax"': lambda: call(loss=torch.nn.CrossEntropyLoss()),
+    r"loss must be a name.*a value of that type, ZLoss\(\)": lambda: call(loss=losses.ZLoss),
+    "loss must be a name.*the attribute loss": lambda: call(
+        loss=softsphere.SphericalLoss("taylor_softmax")
+    ),
     "prior must be a tensor": lambda: call(prior=[1.0, 1.0, 1.0]),
     "weight must be a tensor": lambda: call(weight=[1.0, 1.0, 1.0]),
     "order must be an even integer": lambda: losses.HigherTaylorSoftmax(4.0),

@@ -335,7 +335,7 @@ def test_rows_are_those_of_the_weight_and_take_gradients(name, sparse):
         ({"engine": "factored"}, torch.tensor([0]), "the rows of a factored weight cannot be tied"),
         ({}, torch.tensor([0.0]), "classes must be a tensor of class indices"),
         ({}, torch.tensor([0, D]), rf"classes must be in \[0, {D}\), got {D}"),
-        ({}, torch.tensor([-1]), rf"classes must be in \[0, {D}\), got -1"),
+        ({}, torch.tensor([-1]), rf"classes must be in \[0, {D}\), got -1; leave out rows"),
         ({}, torch.tensor([0], device="meta"), "classes must be on the device of weight"),
     ],
 )
@@ -557,7 +557,12 @@ ERRORS = {
     "target: probabilities": (
         lambda: layer(MIXED)(rows(2), torch.ones(2, D) / D),
         TypeError,
-        "target must hold class indices, got class probabilities",
+        r"target must hold class indices \(torch.int64\), got torch.float32; use Linear.*for class",
+    ),
+    "target: indices in floating point": (
+        lambda: layer(MIXED)(rows(2), torch.ones(2)),
+        TypeError,
+        r"target must hold class indices \(torch.int64\), got torch.float32; use target\.long",
     ),
     "target: out of range": (
         lambda: layer(MIXED)(rows(2), torch.tensor([0, D])),

@@ -176,7 +176,8 @@ WRONG = {
     r"linear_bias must have shape \(31,\).*got \(6,\)": {"linear_bias": torch.zeros(6)},
     r"weight must have shape \(31,\)": {"weight": torch.ones(3)},
     r"prior must have shape \(31,\)": {"prior": torch.ones(3)},
-    r"leading shape of input \(4,\), got \(3,\)": {"target": TARGET[:3]},
+    r"leading shape of input \(4,\), got \(3,\)$": {"target": TARGET[:3]},
+    r"leading shape of input \(4,\), got \(4, 1\); use target.squeeze": {"target": TARGET[:, None]},
     r"class probabilities must have shape \(4, 31\), got \(4,\)": {"target": TARGET.float()},
     r"target must be in \[0, 31\) or ignore_index = -100, got 31": {"target": TARGET + 31},
     r"shape \(…, K\) for rows \(4,\)": {"target_values": torch.ones(4)},
@@ -196,7 +197,7 @@ WRONG_TYPE = {
         "W": WEIGHT.double()
     },
     "linear_bias must have the dtype of input": {"linear_bias": torch.zeros(D).double()},
-    "target must hold class indices": {"target": TARGET.bool()},
+    r"target must hold class indices.*target\.long": {"target": TARGET.bool()},
     "target must be a tensor": {"target": [0, 0, 0, 0]},
     "options must be LinearSphericalOptions, got 'gram'": {"options": "gram"},
 }

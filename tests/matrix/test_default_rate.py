@@ -49,6 +49,8 @@ def test_factored_weights_that_need_different_rates_are_refused():
     FactoredSGD([few, many], lr=0.1)
     with pytest.raises((TypeError, ValueError)):
         FactoredSGD([few], lr="fast")
+    with pytest.raises(TypeError, match=r"lr must be a number.*got None"):
+        FactoredSGD([few], lr=None)
 
 
 @pytest.mark.parametrize("num_classes", [30, 3_000])

@@ -10,6 +10,8 @@ from torch import Tensor
 from softsphere._torch import values_on_cpu
 from softsphere.checks.kinds import dense, floating, is_integer, shown
 
+_INDICES = "class indices must be integers, target.long()"
+
 
 def target_shape(logits: Tensor, dim: int, target: Any) -> None:
     """Class indices with the shape of logits less its class dimension, or class probabilities."""
@@ -19,19 +21,19 @@ def target_shape(logits: Tensor, dim: int, target: Any) -> None:
         if target.shape != logits.shape:
             raise ValueError(
                 f"target of class probabilities must have the shape of logits "
-                f"{tuple(logits.shape)}, got {tuple(target.shape)}; class indices must be integers"
+                f"{tuple(logits.shape)}, got {tuple(target.shape)}; {_INDICES}"
             )
         return
     if not is_integer(target):
         raise TypeError(
             f"target must hold class indices (torch.int64) or class probabilities "
-            f"(floating-point), got {target.dtype}"
+            f"(floating-point), got {target.dtype}; {_INDICES}"
         )
     rows = logits.shape[:dim] + logits.shape[dim + 1 :]
     if target.shape != rows:
         raise ValueError(
             f"target of class indices must have shape {tuple(rows)} for logits of shape "
-            f"{tuple(logits.shape)}, got {tuple(target.shape)}"
+            f"{tuple(logits.shape)}, got {tuple(target.shape)}{_without_last(target, rows)}"
         )
 
 
@@ -102,7 +104,7 @@ def probability_rows(shape: tuple[int, ...], target: Tensor) -> None:
     if target.shape != shape:
         raise ValueError(
             f"target of class probabilities must have shape {shape}, got {tuple(target.shape)}; "
-            "class indices must be integers"
+            f"{_INDICES}"
         )
 
 
@@ -110,14 +112,25 @@ def rows_target(rows: torch.Size, target: Any, name: str = "hidden") -> None:
     """Class indices, one for each row."""
     dense("target", target)
     if not is_integer(target):
+        probabilities = target.is_floating_point() and target.shape != rows
         raise TypeError(
-            f"target must hold class indices (torch.int64), got {target.dtype}; dense class "
-            "probabilities need the logits: use SphericalLoss on them, or target_values"
+            f"target must hold class indices (torch.int64), got {target.dtype}"
+            + (
+                "; use LinearSphericalLoss for class probabilities, since they need all logits"
+                if probabilities
+                else "; use target.long() if they are class indices"
+            )
         )
     if target.shape != rows:
         raise ValueError(
-            f"target must have the leading shape of {name} {tuple(rows)}, got {tuple(target.shape)}"
+            f"target must have the leading shape of {name} {tuple(rows)}, got "
+            f"{tuple(target.shape)}{_without_last(target, rows)}"
         )
+
+
+def _without_last(target: Tensor, rows: torch.Size) -> str:
+    """How to mend class indices (…, 1) for rows (…)."""
+    return "; use target.squeeze(-1)" if target.shape == (*rows, 1) else ""
 
 
 def classes(
@@ -134,7 +147,11 @@ def classes(
         real = found if padding is None else found[found != padding]
         bad = real[(real < 0) | (real >= num_classes)]
         if len(bad):
-            raise ValueError(f"{name} must be in [0, {num_classes}){spared}, got {int(bad[0])}")
+            ignored = bool(bad[0] < 0) and padding is None
+            raise ValueError(
+                f"{name} must be in [0, {num_classes}){spared}, got {int(bad[0])}"
+                + ("; leave out rows that a loss ignores, which have no class" if ignored else "")
+            )
     return found
 
 

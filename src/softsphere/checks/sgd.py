@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ _LARGEST_RATE = 1e18
 
 
 def learning_rate(lr: Any, *, unread: bool = False) -> None:
-    """Raises ValueError for a learning rate that is negative, too large, or no number.
+    """Raises ValueError or TypeError for a learning rate that is negative, too large, or no number.
 
     unread: whether the value of a tensor is not looked at where that means waiting for a device.
     """
@@ -26,6 +27,8 @@ def learning_rate(lr: Any, *, unread: bool = False) -> None:
             raise ValueError(f"Tensor lr must be 1-element, got {lr.numel()} elements")
         if unread and not values_on_cpu(lr):
             return
+    elif not isinstance(lr, numbers.Real):
+        raise TypeError(f"lr must be a number or a tensor with one, got {lr!r}")
     value = float(lr)
     if not 0 <= value <= _LARGEST_RATE:
         raise ValueError(f"Invalid learning rate: lr must be from 0 to {_LARGEST_RATE:g}, got {lr}")

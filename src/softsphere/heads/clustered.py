@@ -276,7 +276,7 @@ class ClusteredLoss(WithGrouping, OutputLayer):
         self, hidden: Tensor, target: Tensor, target_values: Any, mask: Any
     ) -> tuple[Targets, Conventions]:
         """The targets of the rows and their conventions, after checks of all that is given."""
-        refuse_other_targets(target, target_values, mask)
+        refuse_other_targets(target_values, mask)
         self.check_parameters()
         checks.hidden(hidden, self.in_features)
         checks.same_device("weight", self.weight, "hidden", hidden)

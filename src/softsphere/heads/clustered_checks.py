@@ -96,8 +96,8 @@ def check_engine(loss: losses.Loss, engine: str, sparse: bool) -> None:
         )
 
 
-def refuse_other_targets(target: Any, target_values: Any, mask: Any) -> None:
-    """Raises TypeError for targets that a clustered layer cannot take, and for a mask."""
+def refuse_other_targets(target_values: Any, mask: Any) -> None:
+    """Raises TypeError for K-sparse targets and for a mask."""
     if target_values is not None:
         raise TypeError(
             "target_values cannot be used with a ClusteredLoss, which takes one class index for "
@@ -107,9 +107,4 @@ def refuse_other_targets(target: Any, target_values: Any, mask: Any) -> None:
         raise TypeError(
             "mask cannot be used with a ClusteredLoss; use LinearSphericalLoss, whose forward "
             "takes a mask of classes"
-        )
-    if isinstance(target, Tensor) and target.is_floating_point():
-        raise TypeError(
-            "target must hold class indices, got class probabilities, which need the logits of all "
-            "classes; use LinearSphericalLoss for them"
         )

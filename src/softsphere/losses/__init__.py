@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from torch import nn
+
 from softsphere.losses.base import Loss, Normalised, OnLogits, Spherical
 from softsphere.losses.bohning_bound import BohningBound
 from softsphere.losses.bouchard_bound import BouchardBound
@@ -58,7 +62,20 @@ def get(loss: str | Loss) -> Loss:
     if isinstance(loss, Loss):
         return loss
     if not isinstance(loss, str):
-        raise TypeError(f"loss must be a name or a softsphere.losses.Loss, got {loss!r}")
+        raise TypeError(
+            f"loss must be a name or a softsphere.losses.Loss, got {loss!r}{_instead(loss)}"
+        )
     if loss not in REGISTRY:
-        raise ValueError(f"loss must be one of {', '.join(REGISTRY)}, got {loss!r}")
+        raise ValueError(f"loss must be one of {', '.join(REGISTRY)}, got {loss!r}{_instead(loss)}")
     return REGISTRY[loss]()
+
+
+def _instead(given: Any) -> str:
+    """What stands for something that is no loss of this package, if anything does."""
+    if isinstance(given, nn.CrossEntropyLoss) or given == "cross_entropy":
+        return '; the loss of nn.CrossEntropyLoss is "softmax"'
+    if isinstance(given, type) and issubclass(given, Loss):
+        return f"; give a value of that type, {given.__name__}()"
+    if isinstance(getattr(given, "loss", None), Loss):
+        return "; give the attribute loss of that module"
+    return ""

@@ -14,7 +14,8 @@ ADAPTIVE = (
 )
 MOMENTUM = (
     "the momentum of this optimizer is a gradient of an earlier weight, which means nothing for "
-    "the present one; use softsphere.optim.FactoredSGD, whose momentum is exact"
+    "the present one; use softsphere.optim.FactoredSGD, whose momentum is exact. The leaves of a "
+    "clustered layer have no momentum: give them a group with momentum=0"
 )
 DISTRIBUTED = (
     "it cannot be sharded or reduced over processes by a wrapper: give the layer a process_group "

@@ -6,6 +6,7 @@ error, never a wrong number.
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
 
 __all__ = [
     "DISABLED_TORCH_FUNCTION",
@@ -49,6 +50,7 @@ __all__ = [
     "sum_of_norms",
     "transformed",
     "transforms_active",
+    "untraced",
     "usable_now",
     "values_on_cpu",
     "values_readable",
@@ -121,6 +123,20 @@ def exporting() -> bool:
     """Whether torch.export records what is done, for batches of other sizes too."""
     # Before torch 2.7 an export could not be told from torch.compile.
     return bool(getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)())
+
+
+def untraced(function: Function) -> Function:
+    """Computes with the values of tensors while a program is traced or exported, as without that.
+
+    It is for what is kept afterwards: a tensor of the trace would spoil it.
+    """
+
+    @functools.wraps(function)
+    def run(*args: Any) -> Any:
+        with _disable_current_modes():
+            return function(*args)
+
+    return cast(Function, run)
 
 
 def is_recorded(*given: Tensor | None) -> bool:

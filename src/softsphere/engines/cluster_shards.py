@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from softsphere._torch import untraced
 from softsphere.engines.grouping import Grouping, consecutive
 from softsphere.parallel import Owners, Sharding
 
@@ -50,6 +51,7 @@ class ClusterShards:
         return self if grouping is self.grouping else replace(self, grouping=grouping)
 
     @cached_property
+    @untraced
     def clusters(self) -> Tensor:
         """The clusters of this rank."""
         return self._clusters_of(self.root.rank)
@@ -58,11 +60,13 @@ class ClusterShards:
         return self.owners.rows_of(rank).to(self.grouping.starts.device)
 
     @cached_property
+    @untraced
     def starts(self) -> Tensor:
         """The first leaf of each cluster of this rank among its leaves, and their number."""
         return F.pad(self.grouping.sizes[self.clusters].cumsum(0), (1, 0))
 
     @cached_property
+    @untraced
     def number_of_leaves(self) -> int:
         """The number of leaves of this rank."""
         return int(self.starts[-1])
@@ -82,6 +86,7 @@ class ClusterShards:
         return slice(min(rows.start, S), min(rows.stop, S))
 
     @cached_property
+    @untraced
     def listed(self) -> slice:
         """Those of this rank."""
         return self.listed_of(self.root.rank)
@@ -96,6 +101,7 @@ class ClusterShards:
         return self.number_of(self.root.rank)
 
     @cached_property
+    @untraced
     def share(self) -> int:
         """The largest number of classes that a rank has."""
         return max(self.number_of(rank) for rank in range(self.root.size))
@@ -111,6 +117,7 @@ class ClusterShards:
         return number, torch.where(number < 0, 0, place + self.starts[number])
 
     @cached_property
+    @untraced
     def _numbers(self) -> Tensor:
         """(C + 1) the numbers of all clusters among those of this rank; −1 for others, and last."""
         numbers = self.grouping.starts.new_full((self.grouping.num_clusters + 1,), -1)
@@ -144,6 +151,7 @@ class ClusterShards:
         return torch.cat([listed, self.grouping.leaves[leaves]])
 
     @cached_property
+    @untraced
     def own(self) -> Grouping:
         """The shortlist and the clusters of this rank, with its classes numbered by place."""
         sizes = self.grouping.sizes[self.clusters]

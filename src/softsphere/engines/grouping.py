@@ -14,6 +14,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from softsphere._torch import untraced
+
 __all__ = ["Group", "Grouping", "consecutive", "ranges"]
 
 
@@ -67,21 +69,25 @@ class Grouping:
         return len(self.starts) - 1
 
     @cached_property
+    @untraced
     def sizes(self) -> Tensor:
         """(C) the number of classes of each cluster."""
         return self.starts.diff()
 
     @cached_property
+    @untraced
     def cluster_of_leaf(self) -> Tensor:
         """(D − S) the cluster of each leaf."""
         return consecutive(self.sizes, len(self.leaves))
 
     @cached_property
+    @untraced
     def largest(self) -> int:
         """The number of classes of the largest cluster, 0 without clusters."""
         return int(self.sizes.max()) if self.num_clusters else 0
 
     @cached_property
+    @untraced
     def has_empty(self) -> bool:
         """Whether there are clusters without any class."""
         return bool((self.sizes == 0).any())
@@ -157,16 +163,19 @@ class Group:
         return Group(self.cluster[rows], self.target[rows], self.grouping)
 
     @cached_property
+    @untraced
     def lengths(self) -> Tensor:
         """(n) how many leaves each row needs."""
         return self.grouping.sizes.index_select(0, self.cluster)
 
     @cached_property
+    @untraced
     def pairs(self) -> int:
         """P, the number of pairs."""
         return int(self.lengths.sum())
 
     @cached_property
+    @untraced
     def touched(self) -> Touched:
         """The clusters that have rows."""
         return Touched.by(self)
@@ -199,16 +208,19 @@ class Touched:
         return cls(cluster, of_row, rows, rows.cumsum(0) - rows, sizes, starts)
 
     @cached_property
+    @untraced
     def leaves(self) -> int:
         """T, how many leaves they have together."""
         return int(self.sizes.sum())
 
     @cached_property
+    @untraced
     def largest(self) -> int:
         """How many leaves the largest has."""
         return int(self.sizes.max()) if len(self.sizes) else 0
 
     @cached_property
+    @untraced
     def most_rows(self) -> int:
         """The largest number of rows that one has."""
         return int(self.rows.max()) if len(self.rows) else 0

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from softsphere import checks, losses
-from softsphere._torch import eager
+from softsphere._torch import eager, exporting
 from softsphere.engines.leaf_choice import LEAF_ENGINES
 from softsphere.engines.row_statistics import accumulator
 from softsphere.functional.conventions import Conventions, mixed_precision
@@ -36,8 +36,16 @@ __all__ = ["ClusteredLoss"]
 
 _NAMES = ("hidden", "weight", "bias")
 EAGER = (
-    "what a clustered layer computes depends on the clusters of the targets, so that neither an "
-    "exported program nor a compiled graph can hold it; compile the model around it"
+    "what the loss of a clustered layer computes depends on the clusters of the targets, so that "
+    "neither an exported program nor a compiled graph can hold it; compile the model around it"
+)
+EAGER_PREDICTION = (
+    "a prediction of a clustered layer is no part of a compiled graph; compile the model around "
+    "it, and export it by torch.export.export with strict=False"
+)
+FACTORED_EXPORT = (
+    "leaves that are kept in factors cannot be part of an exported program; load the state_dict() "
+    "of the layer into one with engine='auto', and export that"
 )
 # The bias of an empty cluster, which is never read.
 _NO_SHARE = -100.0
@@ -354,6 +362,8 @@ class ClusteredLoss(WithGrouping, OutputLayer):
         )
 
     def _reader(self) -> Reader:
+        if exporting() and self.engine == "factored":
+            raise RuntimeError(FACTORED_EXPORT)
         self.check_parameters()
         pi = self.prior.to(accumulator(self.weight.dtype))
         leaves = Leaves(self.weight, self.bias, pi)
@@ -363,10 +373,10 @@ class ClusteredLoss(WithGrouping, OutputLayer):
             return ShardedClusteredReader(ReaderOfClusters(*given), self.shards)
         return ClusteredReader(self.loss.plain, root, leaves, self.grouping, self.num_classes)
 
-    log_prob = eager(EAGER)(OutputLayer.log_prob)
-    topk = eager(EAGER)(OutputLayer.topk)
-    predict = eager(EAGER)(OutputLayer.predict)
-    rank = eager(EAGER)(OutputLayer.rank)
+    log_prob = eager(EAGER_PREDICTION)(OutputLayer.log_prob)
+    topk = eager(EAGER_PREDICTION)(OutputLayer.topk)
+    predict = eager(EAGER_PREDICTION)(OutputLayer.predict)
+    rank = eager(EAGER_PREDICTION)(OutputLayer.rank)
 
     def extra_repr(self) -> str:
         return (

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from softsphere import losses
-from softsphere._torch import is_recorded, values_on_cpu
+from softsphere._torch import exporting, is_recorded, values_on_cpu
 from softsphere.engines.grouping import Grouping
 from softsphere.engines.row_statistics import accumulator
 from softsphere.functional.on_leaves import Leaves, leaf_losses, log_sums, root_scores
@@ -89,8 +89,8 @@ class ClusteredReader(Reader):
     def _log_normalisers(self, z: Tensor) -> Tensor:
         """log N_c of every cluster: (m, C)."""
         C = self.grouping.num_clusters
-        total = z.new_full((len(z), C), -torch.inf)
-        for part in self._leaf_parts(len(z)):
+        total = z.new_full((z.shape[0], C), -torch.inf)
+        for part in self._leaf_parts(z.shape[0]):
             clusters = self.grouping.cluster_of_leaf[part]
             total = torch.logaddexp(total, log_sums(self._numerators(z, part), clusters, C))
         return self._finite(total)
@@ -102,7 +102,8 @@ class ClusteredReader(Reader):
         return log_norm
 
     def _leaf_parts(self, rows: int) -> Iterator[slice]:
-        L, size = len(self.grouping.leaves), self._at_once(rows)
+        L = len(self.grouping.leaves)
+        size = L if exporting() else self._at_once(rows)
         for start in range(0, L, size):
             yield slice(start, min(start + size, L))
 
@@ -117,15 +118,18 @@ class ClusteredReader(Reader):
         if not len(self.grouping.leaves):
             return
         offset = clusters - self._log_normalisers(z)
-        for part in self._leaf_parts(len(H)):
+        for part in self._leaf_parts(H.shape[0]):
             of_leaf = self.grouping.cluster_of_leaf[part]
             yield self.grouping.leaves[part], self._numerators(z, part) + offset[:, of_leaf]
 
     def every_score(self, H: Tensor) -> Tensor:
-        classes, scores = zip(*self.chunks_of_scores(H), strict=True)
-        return torch.cat(scores, 1)[:, torch.cat(classes).argsort()]
+        scores = torch.cat([scores for _, scores in self.chunks_of_scores(H)], 1)
+        cluster, place = self.grouping.cluster, self.grouping.place
+        return scores.index_select(1, torch.where(cluster < 0, place, place + self.S))
 
     def scores_of(self, H: Tensor, classes: Tensor) -> Tensor:
+        if exporting():  # which clusters are needed would depend on the classes
+            return self.every_score(H).index_select(1, classes)
         short, clusters, z = self._split(H)
         cluster, place = self.grouping.cluster[classes], self.grouping.place[classes]
         listed = cluster < 0
@@ -146,7 +150,7 @@ class ClusteredReader(Reader):
 
     def log_normaliser(self, H: Tensor) -> Tensor:
         """0: the scores are normalised."""
-        return H.new_zeros(len(H))
+        return H.new_zeros(H.shape[0])
 
     def is_differentiated(self, hidden: Tensor) -> bool:
         root, project = self.root
@@ -154,6 +158,11 @@ class ClusteredReader(Reader):
         return is_recorded(hidden, root.weight, root.bias, projection, *self.leaves)
 
     def rank(self, H: Tensor, target: Tensor) -> Tensor:
+        if exporting():
+            raise RuntimeError(
+                "rank of a clustered layer needs the clusters of the targets, which an exported "
+                "program cannot look at; export log_prob, and count the classes above the target"
+            )
         scores, key = self.of_targets(H, target)
         return torch.where(scores[0].isnan(), self.num_classes, self.better(H, scores, key) + 1)
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from softsphere import checks
-from softsphere._torch import version_of
+from softsphere._torch import exporting, values_on_cpu, version_of
 from softsphere.engines.cluster_shards import ClusterShards
 from softsphere.engines.grouping import Grouping
 from softsphere.engines.row_statistics import accumulator
@@ -149,7 +149,8 @@ class WithGrouping(ShardedLayer, FactoredLeaves):
         pi, (known, version) = self.prior, self._checked_prior
         if known is None or known is not pi or version != version_of(pi):
             check_prior(pi, self.clusters.own)
-            self._checked_prior = (pi, version_of(pi))
+            if values_on_cpu(pi):
+                self._checked_prior = (pi, version_of(pi))
 
     @torch.no_grad()
     def copy_rows(self, rows: Tensor) -> None:
@@ -205,6 +206,12 @@ class WithGrouping(ShardedLayer, FactoredLeaves):
         wanted = checks.classes(classes, self.num_classes)
         each, grouping = wanted.reshape(-1), self.grouping
         place, listed = grouping.place[each], grouping.cluster[each] < 0
+        if exporting():  # a program for any classes, which reads a row of each table for every one
+            found = F.embedding(torch.where(listed, place, 0), self.root.weight)
+            if len(self.weight):
+                of_leaves = F.embedding(torch.where(listed, 0, place), self.weight)
+                found = torch.where(listed.unsqueeze(1), found, of_leaves)
+            return found.view(*wanted.shape, self.leaf_width)
         # Each table is asked for its own rows alone: a sparse gradient has no others.
         of_root, of_leaves = listed.nonzero().squeeze(1), (~listed).nonzero().squeeze(1)
         found = torch.cat(

@@ -3,7 +3,7 @@
 python examples/digits.py           # some seconds on a CPU
 python examples/digits.py --full    # five seeds and more epochs
 
-Needs scikit-learn, which has the digits (pip install 'softsphere[clusters]').
+Needs scikit-learn, which has the digits (pip install scikit-learn).
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ python examples/hugging_face.py --model llama    # the same with a Llama
 python examples/hugging_face.py --full           # a larger model and all of the text
 
 The text is the documentation that comes with Python, in bytes, so that no tokenizer is needed.
-Needs Hugging Face transformers (pip install 'softsphere[transformers]').
+Needs Hugging Face transformers (pip install transformers accelerate).
 """
 
 from __future__ import annotations

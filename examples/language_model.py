@@ -4,7 +4,7 @@ python examples/language_model.py           # some seconds on a CPU
 python examples/language_model.py --full    # all of the text, a larger model
 
 The text is the documentation that comes with Python. Needs scikit-learn for the clusters
-(pip install 'softsphere[clusters]').
+(pip install scikit-learn).
 """
 
 from __future__ import annotations

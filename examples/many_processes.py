@@ -146,7 +146,7 @@ def read_text(options: argparse.Namespace) -> tuple[Tensor, Tensor]:
         from softsphere_lab.data import text
         from softsphere_lab.errors import LabError
     except ModuleNotFoundError as error:
-        raise UseError(f"--data needs {error.name}; pip install 'softsphere[lab]'") from error
+        raise UseError(f"--data needs {error.name}; pip install {error.name}") from error
     try:
         found = text.load("ptb", options.data)
     except LabError as error:

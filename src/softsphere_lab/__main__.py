@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 
 # The packages that the extra [lab] installs.
-LAB = ("datasets", "matplotlib", "rich", "scipy", "sklearn", "typer")
+# The modules that the command imports, and the packages that have them.
+LAB = {name: name for name in ("datasets", "matplotlib", "rich", "scipy", "typer")}
+LAB["sklearn"] = "scikit-learn"
 
 
 def main() -> int:
@@ -30,10 +32,10 @@ def _command() -> int:
         # a terminal that cannot show ± should show the rest of a table
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
-    missing = [name for name in LAB if importlib.util.find_spec(name) is None]
+    missing = [LAB[name] for name in LAB if importlib.util.find_spec(name) is None]
     if missing:
         print(
-            f"softsphere: the command needs {', '.join(missing)}; pip install 'softsphere[lab]'",
+            f"softsphere: the command needs {', '.join(missing)}; pip install {' '.join(missing)}",
             file=sys.stderr,
         )
         return 2

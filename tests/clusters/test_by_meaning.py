@@ -193,7 +193,7 @@ def test_sizes_are_those_of_the_cost_model_by_default():
 def test_without_the_extra_the_error_says_how_to_install_it(monkeypatch, module):
     monkeypatch.setitem(sys.modules, module, None)
     tokens, _ = text()
-    with pytest.raises(ImportError, match=r"pip install 'softsphere\[clusters\]'"):
+    with pytest.raises(ImportError, match=r"pip install scikit-learn scipy"):
         by_neighbours(tokens, tokens.bincount(), num_clusters=4)
 
 

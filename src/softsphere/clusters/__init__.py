@@ -5,7 +5,7 @@ into one cluster, and `by_neighbours` makes such vectors from a text, or from pa
 occur together. Clusters by meaning are much better than clusters by frequency.
 
 `by_vectors` and `by_neighbours` need scikit-learn and SciPy, which
-``pip install 'softsphere[clusters]'`` installs.
+``pip install scikit-learn scipy`` installs.
 """
 
 from softsphere.clusters.assignment import Clusters

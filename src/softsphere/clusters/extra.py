@@ -20,7 +20,7 @@ def needed(module: str) -> Any:
     except ImportError as error:
         raise ImportError(
             f"clusters by vectors and by neighbours need scikit-learn and SciPy ({error}); "
-            "install them with: pip install 'softsphere[clusters]'"
+            "install them with: pip install scikit-learn scipy"
         ) from error
 
 

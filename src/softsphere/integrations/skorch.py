@@ -1,6 +1,6 @@
 """A scikit-learn classifier with a loss of softsphere, by skorch.
 
-``pip install 'softsphere[skorch]'`` installs what this module needs.
+``pip install skorch`` installs what this module needs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ try:
     from skorch.callbacks import EarlyStopping
     from skorch.utils import to_numpy
 except ImportError as error:
-    raise ImportError(f"this needs skorch ({error}); pip install 'softsphere[skorch]'") from error
+    raise ImportError(f"this needs skorch ({error}); pip install skorch") from error
 
 from softsphere.criteria import SphericalLoss, TaylorSoftmaxLoss
 from softsphere.heads.prediction import OutputLayer

@@ -1,6 +1,6 @@
 """Causal language models of Hugging Face transformers with an output layer of softsphere.
 
-``pip install 'softsphere[transformers]'`` installs what this module needs.
+``pip install transformers accelerate`` installs what this module needs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from softsphere.integrations.stale_optimizers import warn_of_stale_optimizers
 
 __all__ = ["from_pretrained", "replace_lm_head"]
 
-_INSTALL = "this needs Hugging Face transformers ({}); pip install 'softsphere[transformers]'"
+_INSTALL = "this needs Hugging Face transformers ({}); pip install transformers accelerate"
 
 
 def replace_lm_head(model: Any, head: str | losses.Loss | OutputLayer = "taylor_softmax") -> Any:

@@ -1,4 +1,18 @@
-"""Softmax alternatives of the spherical loss family."""
+"""Output layers with very many classes, and the spherical family of losses.
+
+Criteria on logits, in place of `nn.CrossEntropyLoss`: `TaylorSoftmaxLoss`, `SphericalSoftmaxLoss`,
+`SoftMarginSoftmaxLoss`, and `SphericalLoss` for every other loss by its name.
+
+Output layers, which take hidden states and targets and return the loss: `LinearSphericalLoss`
+without logits for any optimizer, `FactoredSphericalLoss` whose step does not depend on the number
+of classes, `ClusteredLoss` near softmax in quality, and `SampledSoftmaxLoss` to compare with.
+`optim.FactoredSGD` steps factored weights, `clusters` makes clusters, and `CapturedStep` makes a
+CUDA graph of a training step.
+
+>>> import torch
+>>> head = LinearSphericalLoss(8, 1000, "taylor_softmax")
+>>> head(torch.randn(4, 8), torch.randint(1000, (4,))).backward()
+"""
 
 from softsphere import clusters, functional, losses, optim
 from softsphere.captured import CapturedStep

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -186,11 +187,27 @@ def predicted(rank, size, folder, D=23, replicated=False, loss="taylor_softmax",
             torch.testing.assert_close(many.log_prob(h, some), one.log_prob(H, some)[rows], **TIGHT)
 
 
+def train_models(models, call, own, number):
+    """Steps a model on batches of a number of rows, and another on its own of them, by `call`."""
+    # foreach takes no DTensors together with ordinary tensors
+    optimizers = [torch.optim.SGD(x.parameters(), lr=0.5, foreach=False) for x in models]
+    for _ in range(3):
+        x, t = torch.randn(number, d).double(), torch.randint(23, (number,))
+        for optimizer, loss in zip(
+            optimizers, (models[0](x, t), call(x[own], t[own])), strict=True
+        ):
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    trunk = models[1].trunk.weight
+    trunk = trunk.full_tensor() if isinstance(trunk, DTensor) else trunk
+    torch.testing.assert_close(trunk, models[0].trunk.weight, **TIGHT)
+
+
 def below_data_parallel(
     rank, size, folder, whole=True, reentrant=None, pair=pair, same_rows=same_rows
 ):
     """A whole model in DistributedDataParallel, or its trunk alone."""
-
     one, many = pair()
     many.shards.averaged = None if whole else True
     models = [Model(one), Model(many, reentrant)]
@@ -202,19 +219,8 @@ def below_data_parallel(
         def wrapped(x, t):
             return head(trunk(x), t)
 
-    counts = (2,) * size
-    optimizers = [torch.optim.SGD(model.parameters(), lr=0.5) for model in models]
-    for _ in range(3):
-        x, t = torch.randn(sum(counts), d).double(), torch.randint(23, (sum(counts),))
-        own = rows_of(rank, counts)
-        for optimizer, loss in zip(
-            optimizers, (models[0](x, t), wrapped(x[own], t[own])), strict=True
-        ):
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+    train_models(models, wrapped, rows_of(rank, (2,) * size), 2 * size)
     same_rows(one, many)
-    torch.testing.assert_close(models[1].trunk.weight, models[0].trunk.weight, **TIGHT)
 
 
 def across_data_parallel(rank, size, folder, pair=pair, same_rows=same_rows):
@@ -227,18 +233,8 @@ def across_data_parallel(rank, size, folder, pair=pair, same_rows=same_rows):
     one, many = pair(process_group=mesh["tp"], replicated=True)
     models = [Model(one), Model(many)]
     wrapped = DistributedDataParallel(models[1], process_group=mesh["dp"].get_group())
-    optimizers = [torch.optim.SGD(model.parameters(), lr=0.5) for model in models]
-    for _ in range(3):
-        x, t = torch.randn(2 * dp, d).double(), torch.randint(23, (2 * dp,))
-        mine = slice(2 * own, 2 * own + 2)
-        for optimizer, loss in zip(
-            optimizers, (models[0](x, t), wrapped(x[mine], t[mine])), strict=True
-        ):
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+    train_models(models, wrapped, slice(2 * own, 2 * own + 2), 2 * dp)
     same_rows(one, many)
-    torch.testing.assert_close(models[1].trunk.weight, models[0].trunk.weight, **TIGHT)
 
 
 def below_fully_sharded(rank, size, folder, pair=pair, same_rows=same_rows):
@@ -251,19 +247,8 @@ def below_fully_sharded(rank, size, folder, pair=pair, same_rows=same_rows):
     many.shards.averaged = True
     models = [Model(one), Model(many)]
     fully_shard(models[1], ignored_params=set(many.parameters()))
-    optimizers = [torch.optim.SGD(model.parameters(), lr=0.5, foreach=False) for model in models]
-    counts = (2,) * size
-    for _ in range(3):
-        x, t = torch.randn(sum(counts), d).double(), torch.randint(23, (sum(counts),))
-        own = rows_of(rank, counts)
-        results = models[0](x, t), models[1](x[own], t[own])
-        for optimizer, loss in zip(optimizers, results, strict=True):
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+    train_models(models, models[1], rows_of(rank, (2,) * size), 2 * size)
     same_rows(one, many)
-    trunk = models[1].trunk.weight.full_tensor()
-    torch.testing.assert_close(trunk, models[0].trunk.weight, **TIGHT)
 
 
 def clipped(rank, size, folder):

@@ -106,6 +106,9 @@ def test_files_of_another_kind_are_refused_and_no_code_in_them_is_run(tmp_path, 
     torch.save({"assignment": ASSIGNMENT}, "other.pt")
     torch.save(ASSIGNMENT, "tensor.pt")
     torch.save({"format": "softsphere.clusters 1"}, "hollow.pt")
+    torch.save({"format": "softsphere.clusters 2", "classes": ASSIGNMENT}, "later.pt")
+    with pytest.raises(ValueError, match=r"^later.pt was written by another version.*clusters 2"):
+        Clusters.load("later.pt")
     for name in ("cut", "empty", "text", "pickle", "harmful", "other", "tensor", "hollow"):
         with pytest.raises(ValueError, match=rf"^{name}.pt is not a file of clusters"):
             Clusters.load(f"{name}.pt")

@@ -17,7 +17,8 @@ from softsphere.whole_files import write_bytes
 
 __all__ = ["Clusters", "directions", "from_tail"]
 
-_FORMAT = "softsphere.clusters 1"
+_KIND = "softsphere.clusters "
+_FORMAT = f"{_KIND}1"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -196,7 +197,13 @@ class Clusters:
         except Exception as error:  # torch.load has many, and the file itself was read
             raise _not_ours(path) from error
         known = {"format", "assignment", "counts", "vectors"}
-        if not isinstance(state, dict) or state.get("format") != _FORMAT or known - state.keys():
+        written = str(state.get("format")) if isinstance(state, dict) else ""
+        if written.startswith(_KIND) and written != _FORMAT:
+            raise ValueError(
+                f"{os.fspath(path)} was written by another version of softsphere, in the format "
+                f"{written!r}, and this one reads {_FORMAT!r}; load it with that version"
+            )
+        if written != _FORMAT or known - state.keys():
             raise _not_ours(path)
         try:
             return cls(state["assignment"], state["counts"], state["vectors"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from types import NoneType
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from softsphere_lab.records.checkpoint import Checkpoint
 from softsphere_lab.records.folder import Line, Record
 from softsphere_lab.study.protocol import LOOKS, RUNS, TRIALS, TUNING_SEED, Study, Task
-from softsphere_lab.study.search import Space, search
+from softsphere_lab.study.search import Badness, Values, search
 
 __all__ = [
     "UNFINISHED",
@@ -121,27 +121,30 @@ def _searched(
     space = study.space(name)
     if space.size == 1:
         return [], study.setting(name, space.start)
-    waiting, best = _next_trials(study, name, space, tried, whole=False)
+    short, whole = (_badness_of_trials(study, name, tried, whole=whole) for whole in (False, True))
+    points, best = search(space, short)
+    waiting = [_trial(study, name, point) for point in points]
     if best is not None and study.second_look:
-        about = space.about(best, LEARNING_RATES)
-        waiting, best = _next_trials(study, name, about, tried, whole=True)
+        points, best = search(space.about(best, LEARNING_RATES), whole, guess=short)
+        waiting = [_trial(study, name, point, whole=True) for point in points]
     return waiting, None if best is None else study.setting(name, best)
 
 
-def _next_trials(
-    study: Study, name: str, space: Space, tried: dict[Task, Line], *, whole: bool
-) -> tuple[list[Task], dict[str, float] | None]:
-    """Returns the trials that a search waits for, and the point where it ends."""
+def _trial(study: Study, name: str, point: Values, *, whole: bool = False) -> Task:
+    """The trial at a point of the space of a name."""
+    return Task(name, *study.setting(name, point), TUNING_SEED, trial=True, whole=whole)
 
-    def trial(values: dict[str, float]) -> Task:
-        return Task(name, *study.setting(name, values), TUNING_SEED, trial=True, whole=whole)
 
-    def badness(values: dict[str, float]) -> tuple[float, ...] | None:
-        final = tried.get(trial(values))
+def _badness_of_trials(
+    study: Study, name: str, tried: dict[Task, Line], *, whole: bool
+) -> Callable[[Values], Badness | None]:
+    """What trials found at each point of the space of a name; None where there was none."""
+
+    def badness(point: Values) -> Badness | None:
+        final = tried.get(_trial(study, name, point, whole=whole))
         return None if final is None else study.badness(final)
 
-    waiting, best = search(space, badness)
-    return [trial(values) for values in waiting], best
+    return badness
 
 
 def _ends_by_task(study: Study, record: Record) -> tuple[dict[Task, Line], dict[Task, Line]]:

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wr
 
 __all__ = [
     "DISABLED_TORCH_FUNCTION",
+    "assert_later",
     "backward_is_running",
     "changed_in_place",
     "data_parallel_in_forward",
@@ -101,6 +102,11 @@ def values_readable(x: Tensor) -> bool:
 def values_on_cpu(x: Tensor) -> bool:
     """Whether Python may look at the values of x without waiting for a device."""
     return x.device.type == "cpu" and values_readable(x)
+
+
+def assert_later(true: Tensor, message: str) -> None:
+    """Has a GPU end with an error unless a boolean () is true, without waiting for it."""
+    torch._assert_async(true, message)
 
 
 def transforms_active() -> bool:

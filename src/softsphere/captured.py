@@ -117,7 +117,9 @@ class CapturedStep:
         self.calls += 1
         now = self._held(matrices)
         stale = self.graph is None or now != self.captured
-        if stale and (self.calls <= _WARM_UP or now != self.left):
+        # Elimination asks a library that need not allow a capture. It is for few steps in a row.
+        eliminates = any(not matrix.watch.products for matrix in matrices)
+        if stale and (self.calls <= _WARM_UP or now != self.left or eliminates):
             outputs = _copied(_Graph.warmed_up(lambda: self.train(*self.inputs), self._device))
             self.left = self._held(matrices)
             return outputs
@@ -194,7 +196,7 @@ class CapturedStep:
 
     def _held(self, matrices: list[FactoredMatrix]) -> tuple[Any, ...]:
         """All that a graph would hold for ever: the place of each tensor, and numbers of Python."""
-        held: list[Any] = [Replay(matrix).before() for matrix in matrices]
+        held: list[Any] = []
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 for name, value in group.items():
@@ -203,7 +205,8 @@ class CapturedStep:
                 for p in group["params"]:
                     state = optimizer.state.get(p, {})
                     held.append((_place(p), *((name, _place(x)) for name, x in state.items())))
-        return tuple(held)
+        # last, since it may wait for the step before
+        return *held, *(Replay(matrix).before() for matrix in matrices)
 
 
 class _Graph:
@@ -227,7 +230,13 @@ class _Graph:
         """Records what a function launches, and returns the tensors that a replay will fill."""
         with (
             torch.cuda.device(self.device),
-            torch.cuda.graph(self.graph, stream=_side_stream(self.device)),
+            torch.cuda.graph(
+                self.graph,
+                stream=_side_stream(self.device),
+                # what other threads do, such as one that pins the batches of a DataLoader, is no
+                # part of the capture and must not end it
+                capture_error_mode="thread_local",
+            ),
         ):
             return function()
 

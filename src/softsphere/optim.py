@@ -204,6 +204,8 @@ class FactoredSGD(torch.optim.Optimizer):
         groups = [{**group, "params": params}]
         if group["capturable"] and kind is torch.optim.SGD:
             groups[0] |= {"fused": True, "foreach": False}
+            if isinstance(group["lr"], Tensor):
+                groups[0] |= {"lr": _for_fused_sgd(group["lr"])}
         elif all(p.device.type == "cpu" for p in params):
             groups[0] |= {"capturable": False}  # PyTorch's AdamW refuses it there
         inner.__setstate__({"defaults": group, "state": self.state, "param_groups": groups})
@@ -300,6 +302,11 @@ def _check_capturable(group: dict[str, Any], params: list[Tensor]) -> None:
                 f"{name} may be a tensor for a group of factored weights alone; give the ordinary "
                 "parameters a group of their own"
             )
+
+
+def _for_fused_sgd(lr: Tensor) -> Tensor:
+    """A learning rate as the fused SGD of PyTorch reads it, which is in float32 on a GPU."""
+    return lr if lr.device.type == "cpu" else lr.float()
 
 
 def _is_auto(lr: Any) -> bool:

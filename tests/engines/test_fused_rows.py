@@ -195,9 +195,26 @@ def test_the_kernels_run_where_there_is_a_gpu_and_triton(monkeypatch):
     on_cpu, on_gpu = torch.zeros(1), torch.zeros(1, device="meta")
     assert not fused_rows.usable(on_cpu)
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda x: x.device.type == "meta"))
+    monkeypatch.setattr(fused_rows, "_runs_on", lambda device: device.type == "meta")
     assert fused_rows.usable(on_gpu)
     monkeypatch.setattr(fused_rows, "_INSTALLED", False)
     assert not fused_rows.usable(on_gpu)
+
+
+def test_without_a_compiler_the_operations_run_and_one_warning_says_why(monkeypatch):
+    fused_rows._runs_on.cache_clear()
+    assert fused_rows._runs_on(torch.device(DEVICE))
+
+    def no_compiler():
+        raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable")
+
+    monkeypatch.setattr(fused_rows, "_kernels", no_compiler)
+    assert fused_rows._runs_on(torch.device(DEVICE))  # it was asked once
+    fused_rows._runs_on.cache_clear()
+    with pytest.warns(UserWarning, match="Triton cannot build a kernel.*find C compiler"):
+        assert not fused_rows._runs_on(torch.device(DEVICE))
+    assert not fused_rows._runs_on(torch.device(DEVICE))
+    fused_rows._runs_on.cache_clear()
 
 
 @pytest.mark.slow

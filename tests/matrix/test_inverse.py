@@ -90,7 +90,7 @@ def test_the_number_of_products_allows_for_twice_the_deviation():
 def test_where_elimination_is_taken():
     assert products_for(0.46**2, 100) == 0
     assert products_for(float("nan"), 100) == 0 and products_for(float("inf"), 100) == 0
-    assert products_for(0.01, 1025) == 0 and products_for(0.01, 1024) > 0
+    assert products_for(0.01, 4097) == 0 and products_for(0.01, 4096) > 0
     assert by_elimination(near_identity(0.1)).deviation is None
 
 

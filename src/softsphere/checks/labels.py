@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softsphere._torch import values_on_cpu
+from softsphere._torch import assert_later, values_on_cpu, values_readable
 from softsphere.checks.kinds import dense, floating, is_integer, shown
 
 _INDICES = "class indices must be integers, target.long()"
@@ -40,9 +40,12 @@ def target_shape(logits: Tensor, dim: int, target: Any) -> None:
 def indices(target: Tensor, allowed: Tensor, num_classes: int, spared: str) -> None:
     """Every index is in [0, C) except where `allowed`; `spared` describes the allowed ones.
 
-    Only on a CPU: a GPU's own gather asserts it, without a synchronisation.
+    A GPU asserts it without a synchronisation, as its gather does. Not every engine gathers.
     """
-    if not values_on_cpu(target) or not target.numel():
+    if not target.numel():
+        return
+    if not values_on_cpu(target):
+        _assert_in_range("target", target, num_classes, spared, allowed)
         return
     least, most = target.aminmax()
     if least >= 0 and most < num_classes:
@@ -52,6 +55,17 @@ def indices(target: Tensor, allowed: Tensor, num_classes: int, spared: str) -> N
         raise ValueError(
             f"target must be in [0, {num_classes}){spared}, got {target[bad][0].item()}"
         )
+
+
+def _assert_in_range(
+    name: str, index: Tensor, num_classes: int, spared: str, allowed: Tensor | None = None
+) -> None:
+    """Has a GPU assert that every index is in [0, C), or allowed, unless it is traced."""
+    if index.device.type not in ("cpu", "cuda") or not values_readable(index):
+        return
+    fits = (index >= 0) & (index < num_classes)
+    fits = fits if allowed is None else fits | allowed
+    assert_later(fits.all(), f"{name} must be in [0, {num_classes}){spared}")
 
 
 def masked_targets(chosen: Tensor) -> None:
@@ -143,7 +157,10 @@ def classes(
     dense(name, value)
     found: Tensor = value.long()
     spared = "" if padding is None else f" or {padding} for padding"
-    if values_on_cpu(found) and found.numel():
+    if not values_on_cpu(found):
+        allowed = None if padding is None else found == padding
+        _assert_in_range(name, found, num_classes, spared, allowed)
+    elif found.numel():
         real = found if padding is None else found[found != padding]
         bad = real[(real < 0) | (real >= num_classes)]
         if len(bad):

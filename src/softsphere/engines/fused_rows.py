@@ -6,6 +6,8 @@ of PyTorch's operations beside the code that calls it.
 
 from __future__ import annotations
 
+import functools
+import warnings
 from importlib.util import find_spec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -27,7 +29,22 @@ _COLUMNS, _SOME_ROWS, _SOME_COLUMNS = 1024, 16, 256
 
 def usable(x: Tensor) -> bool:
     """Whether the kernels can run on the device of x. Triton comes with PyTorch's GPU builds."""
-    return _INSTALLED and x.is_cuda
+    return _INSTALLED and x.is_cuda and _runs_on(x.device)
+
+
+@functools.cache
+def _runs_on(device: torch.device) -> bool:
+    """Whether a kernel can be built there, for which Triton needs a C compiler."""
+    try:
+        scaled(torch.ones(1, 1, device=device), torch.ones(1, device=device))
+    except Exception as error:  # those of Triton, of the compiler and of the driver
+        warnings.warn(
+            f"Triton cannot build a kernel for {device}, so that PyTorch's operations take several "
+            f"passes in place of one: {error}",
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 def _kernels() -> ModuleType:

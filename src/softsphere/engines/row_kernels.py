@@ -1,8 +1,9 @@
 """Triton kernels that take one pass over rows, and read rows of W at their targets.
 
 A program has one row i, or one target, and goes through its columns in blocks. H, W and the
-gradient of W may have any strides; all other tensors are contiguous. Sums are taken in ACC, the
-dtype of the moments, and those that may cancel in float64, which `mu` is stored in.
+gradient of W may have any strides; all other tensors are contiguous. Columns are numbered in int64,
+as rows are, since those of a transposed W are far apart. Sums are taken in ACC, the dtype of the
+moments, and those that may cancel in float64, which `mu` is stored in.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def sums_kernel(
     of_mean = tl.zeros([BD], tl.float64)
     of_size = tl.zeros([BD], ACC)
     for start in range(0, d, BD):
-        j = start + tl.arange(0, BD)
+        j = (start + tl.arange(0, BD)).to(tl.int64)
         there = j < d
         h = tl.load(H + i * stride_hm + j * stride_hd, there, 0.0).to(ACC)
         p = tl.load(P + i * d + j, there, 0.0)
@@ -64,7 +65,7 @@ def sums_kernel(
         t = tl.load(target + i * K + k)
         of_target = tl.zeros([BD], tl.float64)
         for start in range(0, d, BD):
-            j = start + tl.arange(0, BD)
+            j = (start + tl.arange(0, BD)).to(tl.int64)
             there = j < d
             h = tl.load(H + i * stride_hm + j * stride_hd, there, 0.0)
             w = tl.load(W + t * stride_wk + j * stride_wd, there, 0.0).to(ACC)
@@ -97,7 +98,7 @@ def hidden_gradient_kernel(
     i = tl.program_id(0).to(tl.int64)
     factor = tl.load(of_P + i)
     for start in range(0, d, BD):
-        j = start + tl.arange(0, BD)
+        j = (start + tl.arange(0, BD)).to(tl.int64)
         there = j < d
         total = factor * tl.load(P + i * d + j, there, 0.0)
         common = tl.load(shift + j, there, 0.0)
@@ -119,7 +120,7 @@ def scaled_rows_kernel(
     i = tl.program_id(0).to(tl.int64)
     by = tl.load(factor + i)
     for start in range(0, d, BD):
-        j = start + tl.arange(0, BD)
+        j = (start + tl.arange(0, BD)).to(tl.int64)
         there = j < d
         h = tl.load(H + i * stride_hm + j * stride_hd, there, 0.0).to(ACC)
         tl.store(out + i * d + j, (by * h).to(out.dtype.element_ty), there)
@@ -146,7 +147,7 @@ def parts_kernel(
     i = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)[:, None]
     row = out + i * (PARTS * d)
     for start in range(0, d, BD):
-        j = start + tl.arange(0, BD)[None, :]
+        j = (start + tl.arange(0, BD)).to(tl.int64)[None, :]
         there = (i < n) & (j < d)
         x = tl.load(X + i * stride_xm + j * stride_xd, there, 0.0).to(tl.float32)
         if shift is not None:
@@ -183,13 +184,13 @@ def target_rows_kernel(
 
     ordered, order: the targets in ascending order, and their places in (m, K). The program of the
     first place of a target takes all of its places, BR at a time, so that nothing is added twice at
-    once. A target that is num_classes stands for none.
+    once. A target that is num_classes stands for none; rows beyond the classes are not written.
     """
     first = tl.program_id(0).to(tl.int64)
     t = tl.load(ordered + first)
     before = tl.load(ordered + first - 1, first > 0, -1)
-    if (t != before) & (t < num_classes):
-        j = tl.program_id(1) * BD + tl.arange(0, BD)
+    if (t != before) & (t >= 0) & (t < num_classes):
+        j = tl.program_id(1).to(tl.int64) * BD + tl.arange(0, BD)
         there = j < d
         total = tl.zeros([BD], ACC)
         at = first

@@ -18,10 +18,12 @@ def keys_of_rows(*blocks: Tensor) -> Tensor:
 
     Different rows have different ones, but for a chance of at most 2⁻⁴⁰ for each pair.
     """
-    key = torch.zeros(blocks[0].shape[0], dtype=torch.long, device=blocks[0].device)
+    device = blocks[0].device
+    key = torch.zeros(blocks[0].shape[0], dtype=torch.long, device=device)
+    # Pieces stay in the cache of a processor. Their number would be part of an export.
+    whole = exporting() or device.type != "cpu"
     for x in blocks:
-        # The number of pieces, which stay in the processor's cache, would be part of an export.
-        pieces = [x] if exporting() else x.split(1024)
+        pieces = [x] if whole else x.split(1024)
         key = key * _BASE + torch.cat([_keys(piece) for piece in pieces])
     return key
 

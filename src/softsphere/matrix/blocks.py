@@ -18,7 +18,7 @@ Number = float | Tensor
 class Blocks:
     """κ = base ⊗ I on the k blocks of W, and the multiple of the gradient added to each block.
 
-    base: (k, k) numbers; block b becomes Σ_a block_a base[a][b]
+    base: (k, k) numbers with k ≤ 2; block b becomes Σ_a block_a base[a][b]
     spread: (k) numbers; spread[b] times the gradient is added to block b
     """
 
@@ -48,19 +48,13 @@ class Blocks:
         if len(self.base) == 1:
             scale = self.base[0][0]
             return x / scale if inverse else x * scale
-        base = self.matrix(x)
-        if inverse:
-            base = torch.linalg.inv_ex(base).inverse
-        if left:
-            return torch.einsum("ab,bdz->adz", base, x.unflatten(0, (len(base), -1))).flatten(0, 1)
-        return torch.einsum("...ad,ab->...bd", x.unflatten(-1, (len(base), -1)), base).flatten(-2)
-
-    def matrix(self, like: Tensor) -> Tensor:
-        """`base` as a tensor (k, k), in the dtype and on the device of another."""
-        if self.known:
-            return torch.tensor(self.base, dtype=like.dtype, device=like.device)
-        numbers = [as_tensor(x, like) for row in self.base for x in row]
-        return torch.stack(numbers).view(len(self.base), -1)
+        # number by number, since a matrix would be copied to a device, which waits for it
+        (a, b), (c, d) = self._inverted() if inverse else self.base
+        if not left:
+            b, c = c, b
+        first, second = x.chunk(2, 0 if left else -1)
+        halves = first * a + second * b, first * c + second * d
+        return torch.cat(halves, 0 if left else -1)
 
     def columns(self, x: Tensor) -> Tensor:
         """κ⁻¹ [x; 0; …] (w, w) for x (d, w)."""
@@ -68,9 +62,14 @@ class Blocks:
             return x
         if len(self.base) == 1:
             return x / self.base[0][0]
+        (a, _), (c, _) = self._inverted()
+        return torch.cat([x * a, x * c])
+
+    def _inverted(self) -> tuple[tuple[Number, ...], ...]:
+        """base⁻¹ for two blocks."""
         (a, b), (c, d) = self.base
         det = a * d - b * c
-        return torch.cat([x * (d / det), x * (-c / det)])
+        return (d / det, -b / det), (-c / det, a / det)
 
     def eigenbasis(self) -> tuple[tuple[float, ...], ...]:
         """Returns the rows (1 0) and e, where e base = λ e.

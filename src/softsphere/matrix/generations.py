@@ -61,11 +61,12 @@ class Generations:
         maps = self.maps_in(rows.dtype)
         if is_asynchronous(rows.device):
             # Asking which generations occur would wait for the device.
-            each = (
-                product(torch.where((made == g).unsqueeze(1), rows, 0), M)
-                for g, M in enumerate(maps)
-            )
-            return sum(each, torch.zeros_like(rows))
+            parts = [torch.where((made == g).unsqueeze(1), rows, 0) for g in range(len(maps))]
+            out = parts[self.now]
+            for g, part in enumerate(parts):
+                if g != self.now:
+                    out = out + product(part, maps[g])
+            return out
         out = rows.clone()
         for g in made.unique().tolist():
             if g != self.now:

@@ -27,8 +27,8 @@ __all__ = ["Inverse", "by_elimination", "by_few_products", "by_products", "produ
 _SMALL = 1e-8
 # With ‖K‖ up to this, products take less time than elimination; twice this is still allowed for.
 _CALM, _WILD = 0.45, 0.9
-# The width of S up to which elimination is bound by waiting.
-_WIDEST = 1024
+# The width of S beyond which elimination takes less time, though it waits between its operations.
+_WIDEST = 4096
 
 
 class Inverse(NamedTuple):
@@ -102,7 +102,7 @@ def by_products(S: Tensor, count: int) -> Inverse:
 def products_for(deviation: float, width: int) -> int:
     """How many factors `by_products` should have after such deviations; 0 where it should not be.
 
-    >>> products_for(0.01, 200), products_for(0.5, 200), products_for(0.01, 4096)
+    >>> products_for(0.01, 200), products_for(0.5, 200), products_for(0.01, 8192)
     (4, 0, 0)
     """
     size = math.sqrt(deviation) if deviation >= 0 else math.inf

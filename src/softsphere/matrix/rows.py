@@ -19,8 +19,9 @@ from softsphere._torch import is_shared_with_others, version_of
 
 __all__ = ["Rows"]
 
-# The size of the pieces in which all rows are read or written.
-_CHUNK_BYTES = 8 << 20
+# The size of the pieces in which all rows are read or written: on a CPU about that of its cache, on
+# a GPU so large that reading a piece takes longer than launching what is done with it.
+_CHUNK_BYTES, _CHUNK_BYTES_OF_GPU = 8 << 20, 64 << 20
 
 
 def _same(one: Tensor, two: Tensor) -> bool:
@@ -131,7 +132,8 @@ class Rows:
 
     def chunk_size(self) -> int:
         """The number of rows that take some MiB, at least one."""
-        return max(1, _CHUNK_BYTES // (self.width * self.blocks[0].element_size()))
+        size = _CHUNK_BYTES if self.device.type == "cpu" else _CHUNK_BYTES_OF_GPU
+        return max(1, size // (self.width * self.blocks[0].element_size()))
 
     def chunks(self, size: int | None = None) -> Iterator[slice]:
         """Yields slices that cover all rows, of `size` rows each."""

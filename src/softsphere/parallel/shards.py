@@ -83,6 +83,7 @@ class Shards:
         _ordinary(rows, *integers)
         for i, weight in enumerate(weights):
             agreed.each(**{f"{_ROWS}{i}": 0 if self._apart else _bits_of_sample(weight)})
+        agreed.each(rank=self.ranks.rank)
         self._now = versions
         seen = self._seen or (None,) * len(versions)
         for i, (before, now) in enumerate(zip(seen, versions, strict=True)):
@@ -120,8 +121,9 @@ class Shards:
         """Raises RuntimeError if the rows of one rank were sent to others, as wrappers do."""
         compared = [found for name, found in agreed.found.items() if name.startswith(_ROWS)]
         for found in compared:
-            bits = [x for x in found if x]
-            if len(set(bits)) < len(bits):
+            # in a simulated group this rank answers for all
+            answers = {(x, rank) for x, rank in zip(found, agreed.found["rank"], strict=True) if x}
+            if len({x for x, _ in answers}) < len(answers):
                 raise RuntimeError(
                     "ranks have the same rows of the weight of a sharded output layer, where each "
                     "has classes of its own; the rows of one were sent to the others, as by a "

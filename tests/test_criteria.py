@@ -153,7 +153,14 @@ def test_vmap_and_grad(name):
     torch.testing.assert_close(shared[2], torch.func.grad(one)(logits[0], target[2]))
 
 
-@pytest.mark.parametrize("name", ALL)
+# A compilation takes seconds, and the others have the same operations.
+COMPILED = ("squared_error", "taylor_softmax", "bouchard_bound", "softmax")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name in COMPILED else pytest.mark.slow) for name in ALL],
+)
 def test_compile_without_a_graph_break(name):
     # the compiler keeps eight specialisations of one forward, and there are more losses here
     torch.compiler.reset()

@@ -36,6 +36,7 @@ HEADS = {
 }
 TINY = {"tiny": Setting(m=256, D=1000, d=64)}
 PATIENCE = 60.0
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def compared(
@@ -62,8 +63,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def cases(options: argparse.Namespace) -> list[Case]:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu" and not options.smoke:
+    if DEVICE == "cpu" and not options.smoke:
         raise LabError("this benchmark needs a CUDA device, and PyTorch sees none")
     heads, effort = (
         (TINY, Effort(0.0, 1, 1, 2)) if options.smoke else (HEADS, Effort(0.0, 8, 30, 30))
@@ -73,7 +73,7 @@ def cases(options: argparse.Namespace) -> list[Case]:
     return [
         Case(
             f"{head}{at}, {setting}: {name}",
-            partial(compared, f"{head}{at}: {name}", name, setting, effort, device, precision),
+            partial(compared, f"{head}{at}: {name}", name, setting, effort, DEVICE, precision),
         )
         for head, setting in heads.items()
         if options.head in (None, head)
@@ -82,4 +82,4 @@ def cases(options: argparse.Namespace) -> list[Case]:
 
 
 if __name__ == "__main__":
-    sys.exit(run(__file__, __doc__, cases, add_options))
+    sys.exit(run(__file__, __doc__, cases, add_options, device=DEVICE))

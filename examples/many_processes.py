@@ -263,13 +263,17 @@ def check(options: argparse.Namespace) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parsed(arguments)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    device = torch.device("cpu")
+    # each process of this machine needs a GPU of its own
+    if torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
     # without torchrun this process is the only one
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=options.timeout), **alone)
+    given = {"device_id": device} if device.type == "cuda" else {}
+    limit = timedelta(seconds=options.timeout)
+    dist.init_process_group(backend, timeout=limit, **given, **alone)
     try:
         check(options)
         return train(options, device)

@@ -85,6 +85,8 @@ class RecordedGraph(TorchDispatchMode):
             return func(*args, **kwargs)
         if _name(func) in READS:
             raise RuntimeError(f"{_name(func)} reads a value, which no graph can hold")
+        if _name(func).startswith("index") and any(x.dtype == torch.bool for x in _masks(args)):
+            raise RuntimeError(f"{_name(func)} by a mask reads how many it chooses")
         written = func._schema.is_mutable
         if written or _name(func) in WRITES:
             for x in given:
@@ -108,6 +110,11 @@ class RecordedGraph(TorchDispatchMode):
 
 def _name(func) -> str:
     return func._schema.name.split("::")[-1]
+
+
+def _masks(args) -> list[Tensor]:
+    """The indices of an operation, which may be masks."""
+    return _tensors([x for x in args[1:2] if isinstance(x, list | tuple)])
 
 
 def _tensors(x) -> list[Tensor]:

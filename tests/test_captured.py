@@ -493,3 +493,10 @@ def test_the_rate_of_ordinary_parameters_is_in_the_dtype_that_fused_sgd_reads_on
     rate = torch.tensor(0.1, dtype=torch.float64)
     assert optim._for_fused_sgd(rate) is rate
     assert optim._for_fused_sgd(rate.to("meta")).dtype == torch.float32
+
+
+def test_the_stand_in_for_graphs_refuses_what_waits_for_a_device():
+    x = torch.randn(5)
+    for waiting in (lambda: x[x > 0], lambda: x.nonzero(), lambda: float(x.sum())):
+        with pytest.raises(RuntimeError, match=r"which no graph can hold|by a mask"):
+            RecordedGraph(x.device).record(waiting)

@@ -43,7 +43,7 @@ def test_two_processes_are_stopped_and_one_goes_on(tmp_path, example, capsys):
     given = [*SMALL, "--every", "3", "--out", str(out)]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command += ["--standalone", str(EXAMPLES / "many_processes.py"), *given, "--steps", "1000000"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     with (
         open(tmp_path / "said", "w+") as wrong,
         subprocess.Popen(

@@ -173,3 +173,12 @@ def test_the_checks_of_scikit_learn_fail_where_those_of_skorch_fail():
     theirs, _ = failed(skorch.NeuralNetClassifier, nn.CrossEntropyLoss)
     assert number > 30
     assert ours <= theirs, ours - theirs
+
+
+def test_outputs_that_skorch_moved_to_the_cpu_meet_a_criterion_on_a_gpu():
+    """`predict_proba` hands over outputs on the CPU wherever the criterion is."""
+    net = made("linear").initialize()
+    net.criterion_ = net.criterion_.to("meta")  # stands in for a GPU
+    outputs = torch.randn(3, d, dtype=torch.float64)
+    found = net._get_predict_nonlinearity()(outputs)
+    assert found.device.type == "meta" and found.shape == (3, D)

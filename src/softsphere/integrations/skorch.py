@@ -103,7 +103,14 @@ class SphericalClassifier(NeuralNetClassifier):  # type: ignore[misc, unused-ign
         ):
             given: Callable[[Tensor], Tensor] = super()._get_predict_nonlinearity()
             return given
-        return lambda outputs: criterion.log_prob(outputs).exp()
+        kept = next((x for x in (*criterion.parameters(), *criterion.buffers())), None)
+
+        def probabilities(outputs: Tensor) -> Tensor:
+            # skorch has moved the outputs to the CPU where it predicts
+            on = outputs if kept is None else outputs.to(kept.device)
+            return criterion.log_prob(on).exp()
+
+        return probabilities
 
 
 def _check_class_numbers(y: Any) -> None:

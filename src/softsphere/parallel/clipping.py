@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -36,12 +36,10 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
     layers: list[Any] = [x for x in model.modules() if getattr(x, "shards", None) is not None]
     sharded = {id(p) for x in layers for p in rows_of_one_rank(x).values()}
     rest = [p for p in model.parameters() if id(p) not in sharded and p.grad is not None]
-    squares = torch.zeros((), dtype=torch.float64)
-    for p in rest:
-        squares += _square(p)
+    squares = _sum_of_squares(rest)
     seen: set[int] = set()
     for layer in layers:
-        own = sum((_square(p) for p in _trained(layer, seen)), torch.zeros_like(squares))
+        own = _sum_of_squares(_trained(layer, seen))
         if not layer.norm_is_of_all:
             ranks = layer.shards.ranks
             own = ranks.sum(own.to(ranks.device)).cpu()
@@ -62,10 +60,15 @@ def _trained(layer: nn.Module, seen: set[int]) -> Iterator[nn.Parameter]:
             yield p
 
 
-def _square(p: Tensor) -> Tensor:
-    """The sum of squares of a gradient, in float64 on the CPU."""
-    norm: Any = torch.linalg.vector_norm(p.grad).detach()
-    # that of a gradient that fully_shard has sharded is a DTensor
-    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-    square: Tensor = norm.double().cpu().square()
-    return square
+def _sum_of_squares(params: Iterable[Tensor]) -> Tensor:
+    """The sum of squares of the gradients, in float64 on the CPU, which waits for each GPU once."""
+    of_device: dict[torch.device, list[Tensor]] = {}
+    for p in params:
+        norm: Any = torch.linalg.vector_norm(p.grad).detach()
+        # that of a gradient that fully_shard has sharded is a DTensor
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        of_device.setdefault(norm.device, []).append(norm.double())
+    total = torch.zeros((), dtype=torch.float64)
+    for norms in of_device.values():
+        total += torch.stack(norms).square().sum().cpu()
+    return total

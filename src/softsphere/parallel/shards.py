@@ -171,9 +171,14 @@ class Shards:
         with the same numbers afterwards.
         """
         seed = int(torch.randint(1 << 62, ()))
+        seed ^= self.ranks.rank * 0x9E3779B97F4A7C1 & (1 << 62) - 1
         devices = [device] if device.type not in ("cpu", "meta") else []
         with torch.random.fork_rng(devices, device_type=devices[0].type if devices else "cuda"):
-            torch.manual_seed(seed ^ (self.ranks.rank * 0x9E3779B97F4A7C1 & (1 << 62) - 1))
+            # not `torch.manual_seed`, which would change the generators of all other devices
+            torch.default_generator.manual_seed(seed)
+            for each in devices:
+                with torch.get_device_module(each).device(each):
+                    torch.get_device_module(each).manual_seed(seed)
             yield
 
     def check_below(self, layer: nn.Module, hidden: Any, target: Any) -> None:

@@ -102,12 +102,13 @@ def _open_record(
 ) -> tuple[Record, Prepared]:
     """Returns a new run folder or the one that is resumed, and the experiment in its spelling."""
     if not resume:
-        return Record.create(out or place.new(), prepared.config, prepared.nproc), prepared
+        where = prepared.nproc, prepared.device
+        return Record.create(out or place.new(), prepared.config, *where), prepared
     folder = out or place.newest(prepared)
     if prepared.spelled_as is not None:
         prepared = prepared.spelled_as(Record(folder).config() or {})
     config, grows = prepared.config, prepared.grows
-    return Record.reopen(folder, config, grows, prepared.nproc), prepared
+    return Record.reopen(folder, config, grows, prepared.nproc, prepared.device), prepared
 
 
 def _report_record(record: Record, console: Console) -> None:

@@ -37,7 +37,7 @@ class Prepared:
     config: what its record is made with. grows: the lists in it that may get longer when a record
     is resumed. run: does what the record lacks, in a number of processes. spelled_as: returns the
     same with the names that a record's configuration has for what is compared. nproc: how many
-    processes train each run together.
+    processes train each run together. device: where they compute.
     """
 
     config: Line
@@ -45,6 +45,7 @@ class Prepared:
     run: Callable[[Record, Console, int], None]
     spelled_as: Callable[[Line], Prepared] | None = None
     nproc: int = 1
+    device: str = "cpu"
 
 
 def prepare_study(study: Study, data: Any, **what: str) -> Prepared:
@@ -57,7 +58,7 @@ def prepare_study(study: Study, data: Any, **what: str) -> Prepared:
         return prepare_study(study.spelled_as(config), data, **what)
 
     config = {**what, **study.config(), "data": study.fingerprint(data)}
-    return Prepared(config, study.grows, run, spelled_as, study.nproc)
+    return Prepared(config, study.grows, run, spelled_as, study.nproc, study.device)
 
 
 class Experiment(ABC):
@@ -108,6 +109,7 @@ class StudyReproduction(Reproduction):
     timed: bool = False
     takes_nproc: bool = False
     nproc: int = 1
+    device: str = "cpu"
 
     def prepare(self, budget: str, device: str, data_dir: Path | None) -> Prepared:
         study = self.studies[budget].placed(device, data_dir)

@@ -34,7 +34,9 @@ class Checkpoint:
             state: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
             torch.set_rng_state(state["random"])
             if "random on the GPU" in state:
-                torch.cuda.set_rng_state_all(state["random on the GPU"])
+                # there may be fewer devices than where it was saved
+                states = state["random on the GPU"][: torch.cuda.device_count()]
+                torch.cuda.set_rng_state_all(states)
         except Exception as error:  # unpickling can raise nearly anything
             raise LabError(
                 f"{self.path} cannot be read ({type(error).__name__}); delete it, and its run "
@@ -47,7 +49,7 @@ class Checkpoint:
         if self.path is None:
             return
         state = {**state, "random": torch.get_rng_state()}
-        if torch.cuda.is_available():
+        if torch.cuda.is_initialized():  # by a run on a GPU
             state["random on the GPU"] = torch.cuda.get_rng_state_all()
         buffer = io.BytesIO()
         torch.save(state, buffer)

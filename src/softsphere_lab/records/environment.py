@@ -16,7 +16,7 @@ import torch
 
 import softsphere
 
-__all__ = ["EAGER", "environment", "is_eager"]
+__all__ = ["EAGER", "environment", "gpu_name", "is_eager"]
 
 # If this environment variable is 1, a GPU takes the operations of a training step one by one, so
 # that a debugger sees them.
@@ -28,13 +28,13 @@ def is_eager() -> bool:
     return os.environ.get(EAGER, "0") == "1"
 
 
-def environment(nproc: int = 1) -> dict[str, Any]:
+def environment(nproc: int = 1, device: str = "cpu") -> dict[str, Any]:
     """Returns what is recorded at each start of a command, as JSON.
 
-    nproc: how many processes train each run together.
+    nproc: how many processes train each run together. device: where they compute.
     """
     others = ("torch", "numpy", "scikit-learn", "datasets")
-    versions = {name: importlib.metadata.version(name) for name in others}
+    versions = {name: _version(name) for name in others}
     return {
         "command": shlex.join([*_program(), *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
@@ -48,8 +48,21 @@ def environment(nproc: int = 1) -> dict[str, Any]:
         # how glibc keeps the memory of large tensors is much of the time of a wide softmax
         "malloc": {k: v for k, v in sorted(os.environ.items()) if k.startswith("MALLOC_")},
         "eager": is_eager(),
-        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cuda": gpu_name(device),
     }
+
+
+def gpu_name(device: str) -> str | None:
+    """Returns the name of a GPU, or None for another device."""
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else None
+
+
+def _version(package: str) -> str | None:
+    """Returns the version of a package, or None where it is not installed and so not used."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _program() -> list[str]:

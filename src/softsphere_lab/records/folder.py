@@ -30,8 +30,10 @@ class Record:
         self.folder = folder
 
     @classmethod
-    def create(cls, folder: Path, config: Line, nproc: int = 1) -> Record:
-        """Returns a new record. nproc: how many processes train each run together.
+    def create(cls, folder: Path, config: Line, nproc: int = 1, device: str = "cpu") -> Record:
+        """Returns a new record.
+
+        nproc: how many processes train each run together. device: where they compute.
 
         Raises LabError if the folder is not empty, or another process works there.
         """
@@ -47,14 +49,21 @@ class Record:
                 f"--out {folder} is not empty; pass --resume to do only what is missing there"
             )
         with _locked(folder):
-            return cls(folder).begun(config, nproc)
+            return cls(folder).begun(config, nproc, device)
 
     @classmethod
-    def reopen(cls, folder: Path, config: Line, grows: tuple[str, ...], nproc: int = 1) -> Record:
+    def reopen(
+        cls,
+        folder: Path,
+        config: Line,
+        grows: tuple[str, ...],
+        nproc: int = 1,
+        device: str = "cpu",
+    ) -> Record:
         """Returns a record that is resumed.
 
         grows: the lists of its configuration that may grow. nproc: how many processes train each
-        run together, which may be another number than before.
+        run together, which may be another number than before. device: where they compute.
 
         Raises LabError if there is no record, if it was made with another configuration, or if
         another process works there.
@@ -79,12 +88,12 @@ class Record:
                 )
             cls(folder).lines(ENVIRONMENT, _flaw_of_start)
             union = {key: list(dict.fromkeys([*old[key], *config[key]])) for key in grows}
-            return cls(folder).begun({**config, **union}, nproc)
+            return cls(folder).begun({**config, **union}, nproc, device)
 
-    def begun(self, config: Line, nproc: int = 1) -> Record:
+    def begun(self, config: Line, nproc: int = 1, device: str = "cpu") -> Record:
         """Writes down what is asked for and where it starts, and returns the record."""
         write(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
-        self.add(ENVIRONMENT, [environment(nproc)])
+        self.add(ENVIRONMENT, [environment(nproc, device)])
         return self
 
     @contextmanager

@@ -160,6 +160,7 @@ def _work(rank: int, job: _Job, pipes: tuple[Connection, ...], lifeline: Connect
         store=dist.FileStore(job.store, size),  # type: ignore[attr-defined]
         rank=rank,
         world_size=size,
+        device_id=torch.device("cuda", rank) if on_gpu else None,
     )
     pipe, record = pipes[rank], job.record
 

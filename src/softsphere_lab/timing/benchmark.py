@@ -22,6 +22,7 @@ import torch
 
 from softsphere_lab.errors import LabError
 from softsphere_lab.progress import print_stopped, standard_console
+from softsphere_lab.records.environment import gpu_name
 from softsphere_lab.records.files import write
 from softsphere_lab.records.folder import Record
 from softsphere_lab.timing.setting import Setting
@@ -63,11 +64,13 @@ class Case:
     measure: Callable[[], Iterable[Row]]
 
 
-def host() -> dict[str, Any]:
-    """Returns the machine, the version of torch, and the number of threads."""
-    processor = f"{os.cpu_count()}-core {platform.machine()}"
+def host(device: str = "cpu") -> dict[str, Any]:
+    """Returns the machine, the version of torch, and the number of threads.
+
+    device: where it computes what is timed.
+    """
     return {
-        "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else processor,
+        "machine": gpu_name(device) or f"{os.cpu_count()}-core {platform.machine()}",
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
     }
@@ -89,10 +92,11 @@ def run(
     cases: Callable[[argparse.Namespace], Sequence[Case]],
     add_options: Callable[[argparse.ArgumentParser], Any] = lambda parser: None,
     arguments: Sequence[str] | None = None,
+    device: str = "cpu",
 ) -> int:
     """The command line of a script. Returns its exit code.
 
-    cases: made from the options, of which `smoke` asks for tiny sizes.
+    cases: made from the options, of which `smoke` asks for tiny sizes. device: where it computes.
     """
     path = Path(script)
     parser = _parser(path, description)
@@ -104,10 +108,10 @@ def run(
         parser.error("--resume needs --out, the folder to go on in")
     try:
         listed = cases(options)
-        record = _opened(path.stem, options)
+        record = _opened(path.stem, options, device)
         try:
             with record.alone():
-                _measure(listed, record)
+                _measure(listed, record, device)
         except KeyboardInterrupt:
             print_stopped(standard_console(), record.folder)
             return 130
@@ -145,23 +149,23 @@ def _parser(path: Path, description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _opened(name: str, options: argparse.Namespace) -> Record:
+def _opened(name: str, options: argparse.Namespace, device: str) -> Record:
     """The run folder. Times of another machine, torch or number of threads have no place in it."""
     own = {k: v for k, v in vars(options).items() if k not in ("out", "resume", "record")}
-    config = {"benchmark": name, **own, **host()}
+    config = {"benchmark": name, **own, **host(device)}
     if options.resume:
-        return Record.reopen(options.out, config, ())
+        return Record.reopen(options.out, config, (), device=device)
     options.out = options.out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
-    return Record.create(options.out, config)
+    return Record.create(options.out, config, device=device)
 
 
-def _measure(cases: Sequence[Case], record: Record) -> None:
+def _measure(cases: Sequence[Case], record: Record, device: str) -> None:
     """Measures the cases that the record lacks, prints their rows, and writes the table."""
     done = {line["case"]: line["rows"] for line in record.lines(MEASURED)}
     for number, case in enumerate(cases, 1):
         if case.name not in done:
             print(f"[{number}/{len(cases)}] {case.name}", flush=True)
-            rows = [row.cells() | host() for row in case.measure()]
+            rows = [row.cells() | host(device) for row in case.measure()]
             for row in rows:
                 print(f"  {row['layer']:34s} {row['measure']}: {row['value']}", flush=True)
             record.add(MEASURED, [{"case": case.name, "rows": rows}])

@@ -21,6 +21,7 @@ from softsphere import (
     LinearSphericalOptions,
     SampledSoftmaxLoss,
 )
+from softsphere.matrix.step import THIN
 from softsphere.optim import FactoredSGD
 from softsphere_lab.models.baselines import AdaptiveSoftmax, HierarchicalSoftmax
 from softsphere_lab.timing.setting import Setting
@@ -218,13 +219,19 @@ def products(
 ) -> Callable[[Tensor, Tensor], None]:
     """The matrix products that a step of the factored layer cannot do without.
 
-    Those are seven of m d² (H Q, V_t U, U Lᵀ, (U Lᵀ) R, R U⁻¹, Lᵀ N, Rᵀ Z) and five of m² d.
+    Those are seven of m d² (H Q, V_t U, U Lᵀ, (U Lᵀ) R, R U⁻¹, Lᵀ N, Rᵀ Z) and five of m² d, or for
+    many rows, whose gradient is taken as a map of d × d, six of m d² and seven of d³.
     """
     Q = torch.randn(setting.d, setting.d, dtype=dtype)
-    K = torch.randn(setting.m, setting.m, dtype=dtype)
+    thin = setting.m <= THIN * setting.d
+    K = torch.randn(setting.m, setting.m, dtype=dtype) if thin else Q
 
     def multiply(hidden: Tensor, _: Tensor) -> None:
         H = hidden.to(dtype)
+        if not thin:
+            H @ Q, H @ Q, H @ Q, H.T @ H, H.T @ H, H.T @ H
+            Q @ Q, Q @ Q, Q @ Q, Q @ Q, Q @ Q, Q @ Q, Q @ Q
+            return
         H @ Q, H @ Q, Q @ H.T, H @ Q
         H.T @ H, H.T @ H, H.T @ H
         H @ H.T, H @ H.T, H @ H.T, K @ H, K @ H

@@ -43,3 +43,15 @@ def test_of_several_processes_the_first_one_alone_keeps_a_state(tmp_path):
         state = each.load()
         assert state is not None and state["step"] == 3
         assert torch.equal(torch.rand(()), drawn)
+
+
+def test_a_run_goes_on_with_fewer_gpus_than_where_it_was_saved(tmp_path, monkeypatch):
+    states, cuda = [torch.ones(16, dtype=torch.uint8) * i for i in range(3)], torch.cuda
+    monkeypatch.setattr(cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(cuda, "get_rng_state_all", lambda: states)
+    Checkpoint(tmp_path / "of-three.pt").save({"epoch": 1})
+    found = []
+    monkeypatch.setattr(cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(cuda, "set_rng_state_all", found.extend)
+    assert Checkpoint(tmp_path / "of-three.pt").load()["epoch"] == 1
+    assert len(found) == 1 and torch.equal(found[0], states[0])

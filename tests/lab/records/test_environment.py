@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 
 from softsphere_lab.records import environment
+from softsphere_lab.timing.benchmark import host
 
 
 def test_the_environment_tells_how_memory_is_kept(monkeypatch):
@@ -48,3 +50,26 @@ def test_a_changed_source_is_dirty_and_a_changed_record_is_not(monkeypatch, tmp_
     assert environment.environment()["commit"] == commit
     source.write_text("new")
     assert environment.environment()["commit"] == f"{commit}-dirty"
+
+
+def test_a_package_that_is_not_installed_has_no_version(monkeypatch):
+    """Benchmarks run without what the data sets need."""
+    real = environment.importlib.metadata.version
+
+    def version(name):
+        if name == "datasets":
+            raise environment.importlib.metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(environment.importlib.metadata, "version", version)
+    found = environment.environment()["packages"]
+    assert found["datasets"] is None and found["torch"] == real("torch")
+
+
+def test_a_gpu_is_named_where_it_computes(monkeypatch):
+    monkeypatch.setattr(environment.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(environment.torch.cuda, "get_device_name", lambda device: f"GPU {device}")
+    assert environment.environment()["cuda"] is None
+    assert environment.environment(device="cuda:1")["cuda"] == "GPU cuda:1"
+    assert host("cuda")["machine"] == "GPU cuda"
+    assert host()["machine"].startswith(f"{os.cpu_count()}-core")

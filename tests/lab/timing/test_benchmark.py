@@ -115,7 +115,7 @@ def test_times_of_another_machine_do_not_join_a_table(script, monkeypatch, capsy
     script.stops.append(True)
     script("--out", script.out)
     there = benchmark.host() | {"machine": "another"}
-    monkeypatch.setattr(benchmark, "host", lambda: there)
+    monkeypatch.setattr(benchmark, "host", lambda device: there)
     assert script("--out", script.out, "--resume") == 2
     assert "was made with machine" in capsys.readouterr().err
 

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from softsphere_lab.timing import training_steps as layers
 from softsphere_lab.timing.setting import Setting
@@ -77,3 +78,23 @@ def test_what_the_machine_cannot_do_is_said(monkeypatch):
     assert all("GB" in obstacle(name, huge) for name in possible)
     monkeypatch.delattr(layers.F, "linear_cross_entropy", raising=False)
     assert "F.linear_cross_entropy" in obstacle(CORE, SETTING)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [Setting(D=500, d=64, m=25), Setting(D=500, d=64, m=47), Setting(D=500, d=16, m=512)],
+    ids=str,
+)
+def test_a_factored_step_has_its_products_and_little_more(setting):
+    """With few rows and with many, whose products are others."""
+    step, multiply = layers.factored(setting), layers.products(setting)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        step(*setting.batch(generator))
+    flops = []
+    for run in (multiply, step):
+        with FlopCounterMode(display=False) as counter:
+            run(*setting.batch(generator))
+        flops.append(counter.get_total_flops())
+    # the inverse has a bound of its own
+    assert flops[0] <= 1.05 * flops[1] and flops[1] <= 1.6 * flops[0]

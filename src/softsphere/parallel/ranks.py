@@ -94,13 +94,15 @@ class Ranks:
     def exchange_rows(self, x: Tensor, given: list[int], taken: list[int]) -> Tensor:
         """Sends given[r] rows of x to each rank r, one rank after another.
 
-        Returns the taken[r] rows from each rank r, in the order of the ranks.
+        Returns the taken[r] rows from each rank r, in the order of the ranks, where x is.
         """
-        x = x.detach().contiguous()
+        there, x = x.device, x.detach().contiguous()
+        if there.type == "cpu":  # as in a state_dict; NCCL sends nothing from there
+            x = x.to(self.device)
         out = x.new_empty(sum(taken), *x.shape[1:])
         with self._collective("all_to_all", x):
             dist.all_to_all_single(out, x, taken, given, group=self.group)
-        return out
+        return out.to(there)
 
     def reduce(self, x: Tensor) -> Tensor:
         """The sum of x over the ranks, in an order of the backend's.

@@ -107,10 +107,11 @@ def search(
     point = space.start
     while True:
         around = space.around(point)
-        known = [(each, bad) for each in around if (bad := badness(each)) is not None]
+        found = [(each, badness(each)) for each in around]
+        waiting = [each for each, bad in found if bad is None]
+        known = [(bad, i) for i, (_, bad) in enumerate(found) if bad is not None]
         # of equal points the first, which is where the search stands
-        best = min(known, key=lambda pair: pair[1])[0] if known else point
-        waiting = [each for each in around if badness(each) is None]
+        best = around[min(known)[1]] if known else point
         if guess is not None:
             waiting = _most_promising(waiting, point, best, guess)
         if waiting:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from scipy import stats
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
@@ -124,5 +123,7 @@ def spearman(words: Sequence[str], embeddings: Tensor, pairs: Sequence[Pair]) ->
     correlation = None
     # NaN fails both comparisons
     if np.ptp(cosines) > ROUNDING and np.ptp(scores) > 0:
+        from scipy import stats  # its import takes longer than that of the rest of a command
+
         correlation = float(stats.spearmanr(cosines, scores).statistic)
     return Similarity(correlation, len(pairs), len(known))

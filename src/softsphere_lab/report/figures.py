@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.axes import Axes
 
 from softsphere_lab.report import canvas
 from softsphere_lab.report.learning_curves import curves_of
 from softsphere_lab.report.summary import Row
+
+if TYPE_CHECKING:  # they take long to import
+    from matplotlib.axes import Axes
 
 __all__ = ["comparison", "side_by_side"]
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.collections import LineCollection
 from matplotlib.transforms import Bbox
+
+if TYPE_CHECKING:  # they take long to import
+    from matplotlib.axes import Axes
 
 __all__ = ["Name", "obstacles", "place", "spread"]
 
@@ -64,6 +65,8 @@ def place(axes: Axes, names: Sequence[Name], size: float = 9) -> None:
 
 def obstacles(axes: Axes) -> tuple[list[Segment], list[Bbox]]:
     """Returns the straight pieces of curves and intervals, and the boxes of markers, in pixels."""
+    from matplotlib.collections import LineCollection
+
     figure = axes.get_figure(root=True)
     assert figure is not None
     segments: list[Segment] = []

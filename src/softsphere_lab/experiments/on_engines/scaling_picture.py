@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-from matplotlib.axes import Axes
+from typing import TYPE_CHECKING
 
 from softsphere_lab.report import canvas, point_names
+
+if TYPE_CHECKING:  # they take long to import
+    from matplotlib.axes import Axes
 
 __all__ = ["draw_step_times"]
 

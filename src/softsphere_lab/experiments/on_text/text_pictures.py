@@ -6,10 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.axes import Axes
 
 from softsphere_lab.records.folder import Line
 from softsphere_lab.report import canvas, point_names
@@ -18,6 +17,9 @@ from softsphere_lab.report.measures import Metric, values
 from softsphere_lab.report.paper import label
 from softsphere_lab.report.results import Results
 from softsphere_lab.training.text_parts import perplexity
+
+if TYPE_CHECKING:  # they take long to import
+    from matplotlib.axes import Axes
 
 __all__ = ["Curve", "curve_over", "learning_curves", "panels", "ratios_over"]
 

@@ -109,3 +109,13 @@ def test_interrupts_are_as_before_once_the_command_is_done(monkeypatch):
     assert __main__.main() == 0
     assert signal.getsignal(signal.SIGINT) is before
     assert seen != [before] or before is not signal.default_int_handler
+
+
+def test_a_command_starts_without_what_only_reports_need():
+    slow = {"scipy", "sklearn", "pandas", "matplotlib.axes", "datasets", "transformers"}
+    code = "import sys, softsphere_lab.cli.app; print(*sys.modules, sep='\\n')"
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300
+    )
+    assert "softsphere_lab.report.summary" in run.stdout.split()
+    assert slow.isdisjoint(run.stdout.split())

@@ -19,12 +19,14 @@ MAIN = (
     Output("z_loss:a=1:b=8", tied=True),
     Output("taylor_softmax", prior=True, factored=True),
     Output("taylor_softmax", tied=True, clusters=256),
+    Output("softmax", tied=True, clusters=256),
 )
 OTHERS = (
     Output("softmax", prior=True),
     Output("sampled_softmax", prior=True, samples=1024),
     Output("z_loss:a=1:b=8"),
     Output("taylor_softmax", clusters=256),
+    Output("softmax", clusters=256),
     Output("squared_error"),
 )
 

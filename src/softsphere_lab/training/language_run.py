@@ -14,9 +14,10 @@ from softsphere.parallel import keep_whole_state
 from softsphere_lab.data.similarity import Pair, spearman
 from softsphere_lab.data.text import Text
 from softsphere_lab.errors import LabError
+from softsphere_lab.models.kept_clusters import Assignments, assignment_name
 from softsphere_lab.models.output_layers import Output, layer
 from softsphere_lab.models.sharded_layers import can_be_sharded, sharded_layer
-from softsphere_lab.models.text_clusters import Assignments, assignment_name
+from softsphere_lab.models.text_clusters import BY
 from softsphere_lab.models.text_networks import LSTM, ngram_network
 from softsphere_lab.records.folder import Line
 from softsphere_lab.training.capturing import obstacle_of
@@ -161,7 +162,7 @@ class LanguageRun(Run[Epoch]):
         self.examples = _examples(data, output, setup)
         self.model = _network(len(data.words), output, setup).to(setup.device)
         counts = data.counts if output.classes is None else data.cut(output.classes).counts
-        assignment = (assignments or {}).get(assignment_name(output))
+        assignment = (assignments or {}).get(assignment_name(output, BY))
         self.head, own = layer(output, setup.width, counts, setup.device, assignment)
         if group is not None and can_be_sharded(output):
             self.head, own = sharded_layer(output, self.head, counts, group)

@@ -6,8 +6,9 @@ import torch
 
 from softsphere.clusters import Clusters
 from softsphere_lab.data import text
+from softsphere_lab.models.kept_clusters import assignment_name, kept_assignments
 from softsphere_lab.models.output_layers import Output
-from softsphere_lab.models.text_clusters import assignment_name, kept_assignments
+from softsphere_lab.models.text_clusters import BY, WordClusters
 
 OUTPUTS = (
     Output("softmax"),
@@ -20,7 +21,7 @@ OUTPUTS = (
 
 def test_layers_with_the_same_clusters_share_them(tmp_path):
     read = text.load("generated")
-    found = kept_assignments(OUTPUTS, read, tmp_path)
+    found = kept_assignments(OUTPUTS, tmp_path, BY, WordClusters(read))
     assert sorted(found) == [
         "frequency-16-shortlist-50", "meaning-16-shortlist-50", "meaning-8-shortlist-50"
     ]  # fmt: skip
@@ -36,27 +37,27 @@ def test_layers_with_the_same_clusters_share_them(tmp_path):
 
 def test_what_a_folder_has_is_not_made_again(tmp_path):
     read = text.load("generated")
-    first = kept_assignments(OUTPUTS, read, tmp_path)
+    first = kept_assignments(OUTPUTS, tmp_path, BY, WordClusters(read))
     changed = first["meaning-8-shortlist-50"].clone()
     changed[-1] = (changed[-1] + 1) % 8
     path = tmp_path / "clusters" / "meaning-8-shortlist-50.pt"
     Clusters(changed, read.counts).save(path)
-    again = kept_assignments(OUTPUTS, read, tmp_path)
+    again = kept_assignments(OUTPUTS, tmp_path, BY, WordClusters(read))
     assert torch.equal(again.pop("meaning-8-shortlist-50"), changed)
     assert all(torch.equal(each, first[name]) for name, each in again.items())
     # in another folder, the same come about as at first
     other = tmp_path / "other"
     other.mkdir()
-    for name, each in kept_assignments(OUTPUTS[1:], read, other).items():
+    for name, each in kept_assignments(OUTPUTS[1:], other, BY, WordClusters(read)).items():
         assert torch.equal(each, first[name])
 
 
 def test_only_words_that_are_trained_on_are_counted(tmp_path):
     read = text.load("generated")
     few = read.first(2000)
-    kept_assignments(OUTPUTS, few, tmp_path)
+    kept_assignments(OUTPUTS, tmp_path, BY, WordClusters(few))
     for output in OUTPUTS[1:]:
-        kept = Clusters.load(tmp_path / "clusters" / f"{assignment_name(output)}.pt")
+        kept = Clusters.load(tmp_path / "clusters" / f"{assignment_name(output, BY)}.pt")
         assert torch.equal(kept.counts, few.counts.double())
         # the file is small
         assert kept.vectors is None

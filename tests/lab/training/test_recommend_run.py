@@ -11,7 +11,7 @@ import torch
 
 from softsphere_lab.data import interactions
 from softsphere_lab.experiments.on_items.gowalla import EXPERIMENT
-from softsphere_lab.experiments.on_items.recommendation import covisit_clusters
+from softsphere_lab.models.item_clusters import item_clusters
 from softsphere_lab.models.item_networks import STD
 from softsphere_lab.models.output_layers import Output
 from softsphere_lab.records.checkpoint import Checkpoint
@@ -51,7 +51,7 @@ def test_recall_and_gain_are_those_of_the_definition():
 
 
 def trained(output: Output, **options) -> RecommendRun:
-    assignment = None if output.clusters is None else covisit_clusters(DATA, output).assignment
+    assignment = None if output.clusters is None else item_clusters(DATA, output).assignment
     run = RecommendRun(DATA, output, 3e-2, 0, SETUP, assignment=assignment, **options)
     run.train(SETUP.epochs, Checkpoint())
     return run
@@ -99,7 +99,7 @@ def test_a_run_on_both_parts_ends_with_its_last_epoch_and_knows_the_items_of_bot
 
 @pytest.mark.parametrize("output", [x for x in OUTPUTS if x.tied], ids=str)
 def test_a_tied_network_reads_the_rows_of_the_layer_and_resumes_with_them(output):
-    assignment = None if output.clusters is None else covisit_clusters(DATA, output).assignment
+    assignment = None if output.clusters is None else item_clusters(DATA, output).assignment
     run, again = (
         RecommendRun(DATA, output, 3e-2, 0, replace(SETUP, epochs=2), assignment=assignment)
         for _ in range(2)
@@ -121,7 +121,7 @@ def test_a_tied_network_reads_the_rows_of_the_layer_and_resumes_with_them(output
 @pytest.mark.parametrize("output", OUTPUTS, ids=str)
 def test_rows_of_the_weights_that_AdamW_steps_are_cut(output):
     setup = replace(SETUP, longest=0.2, epochs=2)
-    assignment = None if output.clusters is None else covisit_clusters(DATA, output).assignment
+    assignment = None if output.clusters is None else item_clusters(DATA, output).assignment
     run = RecommendRun(DATA, output, 3e-2, 0, setup, assignment=assignment)
     run.train(setup.epochs, Checkpoint())
     norms = torch.cat(
@@ -134,14 +134,30 @@ def test_rows_of_the_weights_that_AdamW_steps_are_cut(output):
     assert bool((norms > 0.2 + 1e-6).any()) == output.factored
 
 
-def test_final_runs_read_the_test_part_and_trials_do_not(tmp_path):
+def test_what_a_search_chose_is_part_of_the_setting():
     study = EXPERIMENT.studies["smoke"]
     assert study.setting("squared_error", {"unobserved": 0.1, "lr": 0.03}) == (
         "squared_error:unobserved=0.1",
         0.03,
     )
+
+
+def test_layers_with_other_sizes_have_clusters_of_their_own(tmp_path):
+    outputs = [
+        Output("softmax"),
+        Output("taylor_softmax", clusters=8),
+        Output("taylor_softmax", clusters=8, shortlist=10),
+        Output("softmax", tied=True, clusters=8, shortlist=10),
+        Output("softmax", clusters=8, shortlist=10, by="frequency"),
+    ]
+    study = replace(EXPERIMENT.studies["smoke"], outputs=tuple(outputs))
     data = study.furnished(study.load(), tmp_path)
+    found, counts = data.assignments, data.interactions.counts
+    assert [*found] == ["co-visits-8", "co-visits-8-shortlist-10", "frequency-8-shortlist-10"]
+    ten, by_frequency = list(found.values())[1:]
+    assert not torch.equal(ten, by_frequency)
+    for assignment in (ten, by_frequency):
+        commonest = counts.topk(10).values
+        assert torch.equal(counts[assignment < 0].sort(descending=True).values, commonest)
     again = study.furnished(study.load(), tmp_path)
-    for name, assignment in data.assignments.items():
-        assert torch.equal(assignment, again.assignments[name])
-    assert [*data.assignments] == ["taylor_softmax clusters=8 shortlist=10"]
+    assert all(torch.equal(each, again.assignments[name]) for name, each in found.items())

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
-from softsphere.clusters import Clusters, by_neighbours
 from softsphere_lab.data import interactions
 from softsphere_lab.data.interactions import Interactions
+from softsphere_lab.models.item_clusters import BY, item_clusters
+from softsphere_lab.models.kept_clusters import Assignments, assignment_name, kept_assignments
 from softsphere_lab.models.output_layers import Output
 from softsphere_lab.records.checkpoint import Checkpoint
 from softsphere_lab.records.folder import Line
@@ -25,16 +24,14 @@ RATES = Axis((1e-3, 3e-3, 1e-2, 3e-2, 1e-1), 1e-2)
 LAYER_RATES = Axis((1e-4, 1e-3, 0.01, 0.1, 1.0), 0.01)
 # The weights of what was not observed that a search may try for squared error.
 UNOBSERVED = Axis((0.001, 0.003, 0.01, 0.03, 0.1, 0.3), 0.01)
-# The file with the clusters of an output layer, in the folder of a record.
-FILE = "clusters/co-visits-{}.pt"
 
 
 @dataclass(frozen=True)
 class Data:
-    """Interactions, and the cluster of each item by the name of the output layer that has some."""
+    """Interactions, and the clusters of the items."""
 
     interactions: Interactions
-    assignments: dict[str, Tensor] = field(default_factory=dict)
+    assignments: Assignments = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -121,44 +118,24 @@ class Recommendation(Study):
 
         They are made from the training part, and kept so that runs that are resumed have the same.
         """
-        found: dict[str, Tensor] = {}
-        for output in self.outputs:
-            if output.clusters is None:
-                continue
-            path = folder / FILE.format(output.clusters)
-            if not path.exists():
-                made = covisit_clusters(data.interactions, output)
-                path.parent.mkdir(exist_ok=True)
-                made.save(path, vectors=False)
-            found[str(output)] = Clusters.load(path).assignment
-        return replace(data, assignments=found)
+        make = partial(item_clusters, data.interactions)
+        return replace(data, assignments=kept_assignments(self.outputs, folder, BY, make))
 
     def train(
         self, task: Task, data: Data, kept: Checkpoint, on_epoch: OnEpoch
     ) -> tuple[list[Line], Line]:
         short = task.trial and not task.whole
         setup = replace(self.setup, epochs=self.trial_epochs) if short else self.setup
+        output = Output.parse(task.setting)
         run = RecommendRun(
             data.interactions,
-            Output.parse(task.setting),
+            output,
             task.lr,
             task.seed,
             setup,
             joined=not task.trial,
-            assignment=data.assignments.get(task.loss),
+            assignment=data.assignments.get(assignment_name(output, BY)),
         )
         run.train(setup.epochs, kept, on_epoch)
         final = run.final(read_test=not task.trial)
         return [asdict(epoch) for epoch in run.history], asdict(final)
-
-
-def covisit_clusters(data: Interactions, output: Output) -> Clusters:
-    """Returns clusters of items with the same users, who are the contexts of an item."""
-    users = torch.repeat_interleave(data.train.lengths)
-    return by_neighbours(
-        torch.stack([data.train.items, users], 1),
-        data.counts,
-        num_clusters=output.clusters,
-        shortlist=output.shortlist,
-        contexts=len(data.train.lengths),
-    )

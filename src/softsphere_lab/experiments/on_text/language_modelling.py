@@ -12,8 +12,9 @@ from softsphere_lab.data import text
 from softsphere_lab.data.similarity import load_pairs
 from softsphere_lab.errors import LabError
 from softsphere_lab.experiments.on_text.processes_of_a_run import check_processes
+from softsphere_lab.models.kept_clusters import kept_assignments
 from softsphere_lab.models.output_layers import Output
-from softsphere_lab.models.text_clusters import kept_assignments
+from softsphere_lab.models.text_clusters import BY, WordClusters
 from softsphere_lab.records.checkpoint import Checkpoint
 from softsphere_lab.records.folder import Line
 from softsphere_lab.study.protocol import OnEpoch, Study, Task
@@ -136,7 +137,8 @@ class LanguageModelling(Study):
         return Data(some, load_pairs(self.data_dir))
 
     def furnished(self, data: Data, folder: Path) -> Data:
-        return replace(data, assignments=kept_assignments(self.outputs, data.text, folder))
+        made = kept_assignments(self.outputs, folder, BY, WordClusters(data.text))
+        return replace(data, assignments=made)
 
     def train(
         self, task: Task, data: Data, kept: Checkpoint, on_epoch: OnEpoch

@@ -20,7 +20,6 @@ MAIN = (
     Output("taylor_softmax", prior=True, factored=True),
     Output("taylor_softmax", tied=True, clusters=256),
     Output("softmax", tied=True, clusters=256),
-    Output("taylor_softmax", tied=True, clusters=256, shortlist=8000),
 )
 OTHERS = (
     Output("softmax", prior=True),

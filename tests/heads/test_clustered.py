@@ -11,7 +11,7 @@ import torch
 
 from _clustered import ASSIGNMENTS, COUNTS, LEAVES, MIXED, D, d, layer, probabilities, rows
 from _devices import autocasts
-from softsphere import ClusteredLoss
+from softsphere import ClusteredLoss, losses
 from softsphere.clusters import Clusters
 from softsphere.engines import grouped_products
 from softsphere.functional import on_leaves
@@ -443,6 +443,25 @@ def with_another_root():
     return head
 
 
+class Focal(losses.OnLogits):
+    """A loss of every class that is no −log f."""
+
+    normalised = True
+
+    def log_numerator(self, o):
+        return o
+
+    def per_class(self, o, pi):
+        log_p = torch.log_softmax(o, -1)
+        return -((1 - log_p.exp()) ** 2) * log_p
+
+
+def assigned(head, **values):
+    for name, value in values.items():
+        setattr(head, name, value)
+    return head
+
+
 ERRORS = {
     "root: one row too many, in a loss": (
         lambda: with_another_root()(rows(M), TARGET),
@@ -499,6 +518,36 @@ ERRORS = {
         lambda: ClusteredLoss(d, D, MIXED, leaf="z_loss"),
         TypeError,
         "leaf must be a loss that is a distribution, got ZLoss.*taylor_softmax",
+    ),
+    "leaf: neither a name nor a loss": (
+        lambda: ClusteredLoss(d, D, MIXED, leaf=losses.Softmax),
+        TypeError,
+        r"leaf must be a name or a softsphere.losses.Loss, got .*; use Softmax\(\)",
+    ),
+    "leaf: another loss of every class": (
+        lambda: ClusteredLoss(d, D, MIXED, leaf=Focal()),
+        TypeError,
+        "leaf must be one of .*softmax.*got a Focal, whose per_class",
+    ),
+    "loss: of another kind than the engine": (
+        lambda: assigned(layer(MIXED, engine="gram"), loss="softmax")(rows(M), TARGET),
+        TypeError,
+        "engine='gram' needs a spherical leaf",
+    ),
+    "loss: of another kind than the engine, in a prediction": (
+        lambda: assigned(layer(MIXED, engine="factored"), loss="softmax").rank(rows(M), TARGET),
+        TypeError,
+        "engine='factored' needs a spherical leaf",
+    ),
+    "loss: no distribution": (
+        lambda: assigned(layer(MIXED), loss="z_loss")(rows(M), TARGET),
+        TypeError,
+        "leaf must be a loss that is a distribution, got ZLoss",
+    ),
+    "engine: unknown, later": (
+        lambda: assigned(layer(MIXED), engine="dense")(rows(M), TARGET),
+        ValueError,
+        "engine must be one of auto, logits, gram, factored",
     ),
     "engine: gram of softmax": (
         lambda: ClusteredLoss(d, D, MIXED, leaf="softmax", engine="gram"),
@@ -593,3 +642,39 @@ def test_wrong_arguments_are_refused_by_name(name):
     call, error, words = ERRORS[name]
     with pytest.raises(error, match=words):
         call()
+
+
+@pytest.mark.parametrize("name", ["root", "project"])
+def test_a_layer_above_of_another_dtype_is_refused_by_name(name):
+    head = layer(MIXED, leaf_features=3)
+    getattr(head, name).to(torch.float32)
+    with pytest.raises(TypeError, match=rf"{name}\.weight must have the dtype of hidden"):
+        head(rows(M), TARGET)
+
+
+@pytest.mark.parametrize("name", ["weight", "root.weight"])
+@pytest.mark.parametrize("by", ["a parametrization", "pruning"])
+def test_rows_are_not_written_into_a_computed_weight(name, by):
+    head = layer(MIXED)
+    module = head.root if name == "root.weight" else head
+    if by == "pruning":
+        torch.nn.utils.prune.identity(module, "weight")
+    else:
+        torch.nn.utils.parametrizations.weight_norm(module)
+    before = copy.deepcopy(head.state_dict())
+    calls = [lambda: head.copy_rows(torch.randn(D, d))]
+    if name == "weight":
+        calls.append(head.reset_parameters)
+    for call in calls:
+        with pytest.raises(TypeError, match=f"^{name} is computed from other parameters"):
+            call()
+        torch.testing.assert_close(dict(head.state_dict()), dict(before), rtol=0, atol=0)
+
+
+def test_nan_in_a_cluster_stays_there_with_and_without_gradients():
+    head = ClusteredLoss(d, D, torch.arange(D) % 3)
+    with torch.no_grad():
+        head.weight[0] = torch.nan
+        expected = head.log_prob(rows(M).float()).isnan()
+    assert expected.any() and not expected.all()
+    assert torch.equal(head.log_prob(rows(M).float()).isnan(), expected)

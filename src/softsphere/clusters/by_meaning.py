@@ -176,7 +176,7 @@ def _clusters(
             "vectors must not be zero for every class outside the shortlist; without vectors use "
             "by_frequency, and by_neighbours needs tokens in which these classes have neighbours"
         )
-    centres = spherical_centres(unit[known], counts[tail][known].sqrt(), C - R, seed)
+    centres = spherical_centres(unit[known], share[known].sqrt(), C - R, seed)
     cluster = torch.empty(len(tail), dtype=torch.long)
     cluster[met] = within_bound(unit[met], centres, share[met], bound, C - R)
     if R:

@@ -18,12 +18,14 @@ from softsphere.matrix.gradient import GradientFactors
 from softsphere.matrix.gradient_tensors import Content
 from softsphere.stats import Stats
 
-__all__ = ["TWICE", "factored_statistics"]
+__all__ = ["TWICE", "TWICE_IN_CLUSTERS", "factored_statistics"]
 
-TWICE = (
+_REFUSED = (
     "the gradient of a factored layer cannot be differentiated again, nor inside torch.func "
-    'transforms; use LinearSphericalLoss with options=LinearSphericalOptions(engine="dense")'
+    "transforms; use "
 )
+TWICE = _REFUSED + 'LinearSphericalLoss with options=LinearSphericalOptions(engine="dense")'
+TWICE_IN_CLUSTERS = _REFUSED + "a ClusteredLoss with engine='logits'"
 
 
 def factored_statistics(

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from softsphere.engines.bfloat16_parts import number_of_parts
 from softsphere.engines.grouping import Group, consecutive, ranges
+from softsphere.engines.repeated_rows import repeated_rows
 from softsphere.rounding import spread_of_equals
 
 __all__ = ["cluster_statistics", "target_outputs_of"]
@@ -56,8 +57,8 @@ def cluster_statistics(
 
 def target_outputs_of(Z: Tensor, W: Tensor, b: Tensor | None, target: Tensor) -> Tensor:
     """c = w_t · z + b_t of the target of each row: (n)."""
-    c = (W[target].to(Z.dtype) * Z).sum(1)
-    return c if b is None else c + b[target].to(Z.dtype)
+    c = (repeated_rows(W, target, Z.dtype) * Z).sum(1)
+    return c if b is None else c + repeated_rows(b, target, Z.dtype)
 
 
 def _gram(Y: Tensor, group: Group) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softsphere.engines.factored_statistics import TWICE
+from softsphere.engines.factored_statistics import TWICE_IN_CLUSTERS
 from softsphere.matrix import FactoredTensor, StructuredGradient
 from softsphere.matrix.abstract import Block
 from softsphere.matrix.factored_stack import FactoredStack
@@ -76,7 +76,7 @@ class _StackStatistics(torch.autograd.Function):
         ctx: Any, gs: Tensor, gq: Tensor, gc: Tensor
     ) -> tuple[Tensor | None, StructuredGradient | None, None]:
         if torch.is_grad_enabled():
-            raise RuntimeError(TWICE)
+            raise RuntimeError(TWICE_IN_CLUSTERS)
         H, target, cluster, P, mu, at_rows = ctx.saved_tensors
         W = _arrays(ctx.block)
         if ctx.block.matrix.edition != ctx.edition:

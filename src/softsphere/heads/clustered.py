@@ -14,14 +14,18 @@ from torch import Tensor, nn
 
 from softsphere import checks, losses
 from softsphere._torch import eager, exporting
-from softsphere.engines.leaf_choice import LEAF_ENGINES
 from softsphere.engines.row_statistics import accumulator
 from softsphere.functional.conventions import Conventions, mixed_precision
 from softsphere.functional.on_cluster_shards import ClustersOfRank, LossOnClusterShards
 from softsphere.functional.on_leaves import Leaves, empty_entries, leaf_losses
 from softsphere.functional.root_losses import has_root_losses, root_losses
 from softsphere.heads.affine import made_dtype
-from softsphere.heads.clustered_checks import check_engine, distribution, refuse_other_targets
+from softsphere.heads.clustered_checks import (
+    check_can_be_written,
+    check_engine,
+    distribution,
+    refuse_other_targets,
+)
 from softsphere.heads.clustered_reader import ClusteredReader, Root, root_log_prob
 from softsphere.heads.clustered_state import WithGrouping
 from softsphere.heads.factored_leaves import factored_leaves
@@ -193,7 +197,6 @@ class ClusteredLoss(WithGrouping, OutputLayer):
         width = self.in_features
         if leaf_features is not None:
             width = checks.at_least_one("leaf_features", leaf_features)
-        checks.one_of("engine", engine, ("auto", *LEAF_ENGINES))
         self.engine, self.sparse = engine, checks.flag("sparse", sparse)
         check_engine(self.loss, engine, sparse)
         self.leaf_width = width
@@ -231,6 +234,7 @@ class ClusteredLoss(WithGrouping, OutputLayer):
         With a process_group, whose ranks must all call this, each rank draws other numbers, except
         for the projection, which is that of rank 0.
         """
+        check_can_be_written(self, "weight")
         bound, shards = 1 / math.sqrt(self.leaf_width), self.shards
         own = nullcontext() if shards is None else shards.own_numbers(self.weight.device)
         with torch.no_grad(), own:
@@ -292,6 +296,10 @@ class ClusteredLoss(WithGrouping, OutputLayer):
         checks.rows_target(hidden.shape[:-1], target)
         if not mixed_precision(hidden):
             checks.same_dtype(hidden, self.weight, self.bias, _NAMES)
+            for name, layer in (("root", self.root), ("project", self.project)):
+                if layer is not None:
+                    names = "hidden", f"{name}.weight", f"{name}.bias"
+                    checks.same_dtype(hidden, layer.weight, layer.bias, names)
         dtype = accumulator(self.weight.dtype)
         conventions = Conventions.checked(
             self.loss, reduction=self.reduction, ignore_index=self.ignore_index

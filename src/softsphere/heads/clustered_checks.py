@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from softsphere import losses
+from softsphere import checks, losses
 from softsphere._torch import values_on_cpu
 from softsphere.engines.grouping import Grouping
+from softsphere.engines.leaf_choice import LEAF_ENGINES
 
 __all__ = [
+    "check_can_be_written",
     "check_engine",
     "check_layer_above",
     "check_prior",
@@ -19,15 +21,27 @@ __all__ = [
 ]
 
 
-def distribution(leaf: str | losses.Loss) -> losses.Loss:
+def distribution(leaf: Any) -> losses.Loss:
     """Returns the loss if it is a distribution."""
     known = ", ".join(name for name, kind in losses.REGISTRY.items() if kind.normalised)
     if isinstance(leaf, str) and leaf not in losses.REGISTRY:
         raise ValueError(f"leaf must be one of {known}, got {leaf!r}")
+    if not isinstance(leaf, str | losses.Loss):
+        made = f"{leaf.__name__}()" if isinstance(leaf, type) else f"one of {known}"
+        raise TypeError(
+            f"leaf must be a name or a softsphere.losses.Loss, got {leaf!r}; use {made}"
+        )
     loss = losses.get(leaf)
     if not loss.normalised:
         raise TypeError(
             f"leaf must be a loss that is a distribution, got {loss}; use one of {known}"
+        )
+    kind = type(loss)
+    if isinstance(loss, losses.OnLogits) and kind not in losses.REGISTRY.values():
+        raise TypeError(
+            f"leaf must be one of {known}, or a spherical loss of your own "
+            f"(softsphere.losses.Normalised), got a {kind.__name__}, whose per_class the leaves "
+            "would not compute; use LinearSphericalLoss for it"
         )
     return loss
 
@@ -82,6 +96,7 @@ def check_layer_above(name: str, layer: Any, width: int, outputs: int, what: str
 
 def check_engine(loss: losses.Loss, engine: str, sparse: bool) -> None:
     """Raises TypeError or ValueError for an engine that cannot compute the leaves."""
+    checks.one_of("engine", engine, ("auto", *LEAF_ENGINES))
     if engine in ("auto", "logits"):
         return
     if not isinstance(loss, losses.Normalised):
@@ -93,6 +108,15 @@ def check_engine(loss: losses.Loss, engine: str, sparse: bool) -> None:
         raise ValueError(
             f"sparse must be False for engine={engine!r}, whose gradient is that of all classes; "
             "use engine='logits' or 'auto'"
+        )
+
+
+def check_can_be_written(layer: nn.Module, name: str) -> None:
+    """Raises TypeError for a weight whose values are computed from others."""
+    if "weight" not in layer._parameters:
+        raise TypeError(
+            f"{name} is computed from other parameters (a parametrization, or pruning), so that "
+            "what is written into it would be lost; write it before, or after these are removed"
         )
 
 

@@ -127,6 +127,10 @@ class ClusteredReader(Reader):
         cluster, place = self.grouping.cluster, self.grouping.place
         return scores.index_select(1, torch.where(cluster < 0, place, place + self.S))
 
+    def every_log_prob(self, H: Tensor) -> Tensor:
+        """The scores, which are normalised: a cluster with NaN leaves the others as they are."""
+        return self.every_score(H)
+
     def scores_of(self, H: Tensor, classes: Tensor) -> Tensor:
         if exporting():  # which clusters are needed would depend on the classes
             return self.every_score(H).index_select(1, classes)

@@ -12,13 +12,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from softsphere import checks
+from softsphere import checks, losses
 from softsphere._torch import exporting, values_on_cpu, version_of
 from softsphere.engines.cluster_shards import ClusterShards
 from softsphere.engines.grouping import Grouping
+from softsphere.engines.repeated_rows import repeated_rows
 from softsphere.engines.row_statistics import accumulator
 from softsphere.functional.loading import Loading
-from softsphere.heads.clustered_checks import check_layer_above, check_prior
+from softsphere.heads.clustered_checks import (
+    check_can_be_written,
+    check_engine,
+    check_layer_above,
+    check_prior,
+    distribution,
+)
 from softsphere.heads.computed_weights import compute_weights
 from softsphere.heads.factored_leaves import FactoredLeaves
 from softsphere.heads.sharded import ShardedLayer, ShardedLinear
@@ -42,6 +49,7 @@ class WithGrouping(ShardedLayer, FactoredLeaves):
     assignment: Tensor
     root_shares: Tensor
     root: nn.Linear
+    loss: losses.Loss
     num_classes: int
     sparse: bool
     _clusters: ClusterShards
@@ -125,6 +133,7 @@ class WithGrouping(ShardedLayer, FactoredLeaves):
     def check_parameters(self) -> None:
         """Raises ValueError or TypeError for parameters that were replaced by unfit ones."""
         self.check_factored()
+        check_engine(distribution(self.loss), self.engine, self.sparse)
         L = self._clusters.number_of_leaves
         for name, x in (("weight", self.weight), ("bias", self.bias)):
             if x is not None and len(x) != L:
@@ -161,7 +170,8 @@ class WithGrouping(ShardedLayer, FactoredLeaves):
         Args:
             rows: (D, d'), floating-point, such as `softsphere.clusters.Clusters.rows` makes.
 
-        Raises TypeError or ValueError for rows of a wrong kind or shape.
+        Raises TypeError or ValueError for rows of a wrong kind or shape, and TypeError for a weight
+        that is computed from other parameters.
         """
         checks.floating("rows", rows)
         shape = (self.num_classes, self.leaf_width)
@@ -170,9 +180,13 @@ class WithGrouping(ShardedLayer, FactoredLeaves):
                 f"rows must have shape {shape}, one row for each class, got {tuple(rows.shape)}"
             )
         clusters, grouping = self.clusters, self.grouping
+        of_root = self.root.weight.shape[1] == rows.shape[1]
+        check_can_be_written(self, "weight")
+        if of_root:
+            check_can_be_written(self.root, "root.weight")
         rows = rows.to(self.weight.device)
         self.write_leaves(rows[grouping.leaves[clusters.leaves()]])
-        if self.root.weight.shape[1] == rows.shape[1]:
+        if of_root:
             listed = rows[grouping.shortlist[clusters.listed]]
             self.root.weight[: len(listed)] = listed.to(self.root.weight.dtype)
 
@@ -214,14 +228,16 @@ class WithGrouping(ShardedLayer, FactoredLeaves):
             return found.view(*wanted.shape, self.leaf_width)
         # Each table is asked for its own rows alone: a sparse gradient has no others.
         of_root, of_leaves = listed.nonzero().squeeze(1), (~listed).nonzero().squeeze(1)
+        wide = accumulator(self.weight.dtype)
         found = torch.cat(
             [
-                F.embedding(place[of_root], self.root.weight),
-                F.embedding(place[of_leaves], self.weight, sparse=self.sparse),
+                repeated_rows(self.root.weight, place[of_root], wide),
+                repeated_rows(self.weight, place[of_leaves], wide, sparse=self.sparse),
             ]
         )
         order = torch.cat([of_root, of_leaves]).argsort()
-        return found.index_select(0, order).view(*wanted.shape, self.leaf_width)
+        found = found.index_select(0, order).to(self.weight.dtype)
+        return found.view(*wanted.shape, self.leaf_width)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WithGrouping:
         before = {"prior": self.prior, "root_shares": self.root_shares}

@@ -14,6 +14,7 @@ from softsphere.engines.chunked import CHUNKED
 from softsphere.engines.dispatch import settings
 from softsphere.engines.engine import Inputs
 from softsphere.engines.gram import guarded_statistics
+from softsphere.engines.repeated_rows import repeated_rows
 from softsphere.engines.row_statistics import accumulator
 from softsphere.engines.weight import chunks
 from softsphere.functional.on_linear import Affine
@@ -43,10 +44,13 @@ class DenseReader(WeightReader):
         return H if self.b is None else nn.functional.pad(H, (0, 1), value=1.0)
 
     def weight_rows(self, classes: Tensor | slice) -> Tensor:
-        rows = self.W[classes].to(self.dtype)
-        if self.b is None:
-            return rows
-        return torch.cat([rows, self.b[classes].to(self.dtype).unsqueeze(-1)], -1)
+        rows, b = self._read(self.W, classes), self.b
+        return rows if b is None else torch.cat([rows, self._read(b, classes).unsqueeze(-1)], -1)
+
+    def _read(self, x: Tensor, classes: Tensor | slice) -> Tensor:
+        if isinstance(classes, slice):
+            return x[classes].to(self.dtype)
+        return repeated_rows(x, classes, self.dtype)
 
     def weight_chunks(self, size: int) -> Iterator[tuple[slice, Tensor]]:
         for part in chunks(self.num_classes, size):

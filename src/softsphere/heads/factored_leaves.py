@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from softsphere._torch import changed_in_place, transforms_active
-from softsphere.engines.factored_statistics import TWICE
+from softsphere.engines.factored_statistics import TWICE_IN_CLUSTERS
 from softsphere.functional.loading import Loading, LoadsEntries
 from softsphere.heads.factored_parameter import WithFactoredParameter
 from softsphere.matrix import FactoredTensor, Health, StructuredGradient
@@ -75,7 +75,7 @@ class FactoredLeaves(WithFactoredParameter, LoadsEntries):
                 )
             return
         if transforms_active():
-            raise RuntimeError(TWICE)
+            raise RuntimeError(TWICE_IN_CLUSTERS)
         W = self.stack.arrays
         wanted = (len(self.prior), self.leaf_width + self.has_bias)
         if tuple(self.weight.shape) != wanted:

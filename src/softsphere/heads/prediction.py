@@ -132,7 +132,7 @@ class OutputLayer(nn.Module, ABC):
             checked.found(hidden, classes=classes)
         H = reader.rows_of(hidden)
         if classes is None and _in_one_piece(reader, hidden):
-            result = torch.log_softmax(reader.every_score(H), -1)
+            result = reader.every_log_prob(H)
             # A row with an infinite score is NaN everywhere. Its first entry is selected, since the
             # export of torch 2.6 compares the rows of a slice with its open end.
             reader.check_normaliser(H, result.detach().select(1, 0))

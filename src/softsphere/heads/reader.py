@@ -94,6 +94,10 @@ class Reader(ABC):
     def every_score(self, H: Tensor) -> Tensor:
         """The scores of all classes at once: (m, D)."""
 
+    def every_log_prob(self, H: Tensor) -> Tensor:
+        """The log-probabilities of all classes at once: (m, D)."""
+        return torch.log_softmax(self.every_score(H), -1)
+
     @abstractmethod
     def chunks_of_scores(self, H: Tensor) -> Iterator[tuple[slice | Tensor, Tensor]]:
         """Classes and their scores (m, ·), chunk by chunk. The caller may write over them."""

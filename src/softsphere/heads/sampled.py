@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from softsphere import checks
 from softsphere.engines import LinearSphericalOptions
+from softsphere.engines.repeated_rows import repeated_rows
 from softsphere.engines.row_statistics import accumulator
 from softsphere.functional.conventions import Conventions, mixed_precision
 from softsphere.heads.affine import made_dtype, start_as_linear, whole_layer
@@ -226,14 +227,14 @@ class SampledSoftmaxLoss(OutputLayer):
         wide = accumulator(H.dtype)
         classes, log_expected = self._sampler.choose(target, ignored, wide)
         every, sizes = torch.cat([target, classes]), [m, len(classes)]
-        own_rows, rows = F.embedding(every, W, sparse=self.sparse).split(sizes)
+        own_rows, rows = repeated_rows(W, every, wide, sparse=self.sparse).split(sizes)
         own_bias, bias = None, None
         if b is not None:
-            # gather has a sparse gradient for a vector, which an embedding has not
-            own_bias, bias = b.gather(0, every, sparse_grad=self.sparse).split(sizes)
-        o = F.linear(H, rows, bias)
-        own = (H.to(wide) * own_rows.to(wide)).sum(1)
-        own = own if own_bias is None else own + own_bias.to(wide)
+            own_bias, bias = repeated_rows(b, every, wide, sparse=self.sparse).split(sizes)
+            bias = bias.to(b.dtype)
+        o = F.linear(H, rows.to(W.dtype), bias)
+        own = (H.to(wide) * own_rows).sum(1)
+        own = own if own_bias is None else own + own_bias
         o = o.to(wide) - log_expected
         none = (classes == target.unsqueeze(1)) | log_expected.isinf()
         # A batch may leave a row no negative. Its loss is 0, but infinite outputs alone would have

@@ -678,3 +678,21 @@ def test_nan_in_a_cluster_stays_there_with_and_without_gradients():
         expected = head.log_prob(rows(M).float()).isnan()
     assert expected.any() and not expected.all()
     assert torch.equal(head.log_prob(rows(M).float()).isnan(), expected)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda head, h, t: head(h, t),
+        lambda head, h, t: head.log_prob(h),
+        lambda head, h, t: head.topk(h, 2),
+        lambda head, h, t: head.rank(h, t),
+        lambda head, h, t: head.rows(t),
+        lambda head, h, t: head.copy_rows(torch.zeros(D, d)),
+    ],
+    ids=["forward", "log_prob", "topk", "rank", "rows", "copy_rows"],
+)
+def test_a_layer_without_values_says_how_to_give_it_some(use):
+    head = layer(MIXED).to("meta")
+    with pytest.raises(RuntimeError, match="no values on the meta device; call to_empty"):
+        use(head, rows(M).to("meta"), TARGET.to("meta"))

@@ -103,7 +103,11 @@ class WithGrouping(ShardedLayer, FactoredLeaves):
 
     @property
     def grouping(self) -> Grouping:
-        """Shortlist and clusters of all ranks, on the device of the parameters."""
+        """Shortlist and clusters of all ranks, on the device of the parameters.
+
+        Raises RuntimeError on the meta device, where it is not known which clusters are needed.
+        """
+        self._check_values()
         return self.clusters.grouping
 
     @property
@@ -130,9 +134,18 @@ class WithGrouping(ShardedLayer, FactoredLeaves):
         root = self.root.weight
         return version_of(root) if len(root) and root.requires_grad else None, leaves
 
+    def _check_values(self) -> None:
+        """Raises RuntimeError on the meta device."""
+        if self.assignment.is_meta:
+            raise RuntimeError(
+                "a ClusteredLoss has no values on the meta device; call to_empty(device=...) and "
+                "reset_parameters(), or load_state_dict(..., assign=True), and then use it"
+            )
+
     def check_parameters(self) -> None:
         """Raises ValueError or TypeError for parameters that were replaced by unfit ones."""
         self.check_factored()
+        self._check_values()
         check_engine(distribution(self.loss), self.engine, self.sparse)
         L = self._clusters.number_of_leaves
         for name, x in (("weight", self.weight), ("bias", self.bias)):

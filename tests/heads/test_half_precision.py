@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from softsphere import ClusteredLoss, LinearSphericalLoss, SampledSoftmaxLoss
+from softsphere.engines import LinearSphericalOptions
 from softsphere.engines.repeated_rows import repeated_rows
 
 m, D, d = 2048, 60, 8
@@ -16,12 +17,21 @@ TARGET = (D ** torch.linspace(0, 1, m)).long().clamp_max(D) - 1
 ASSIGNMENT = torch.arange(D) // 20
 
 
+def with_prior(engine):
+    """The gradient of a bias has two parts here that nearly cancel."""
+    options = LinearSphericalOptions(engine=engine)
+    prior = TARGET.bincount(minlength=D).clamp_min(1).double()
+    return LinearSphericalLoss(d, D, "z_loss", prior=prior, options=options)
+
+
 def sampled(**options):
     return SampledSoftmaxLoss(d, D, num_samples=D, **options)
 
 
 HEADS = {
     "linear": lambda: LinearSphericalLoss(d, D, "taylor_softmax"),
+    "linear, with a prior, gram": lambda: with_prior("gram"),
+    "linear, with a prior, chunked": lambda: with_prior("chunked"),
     "linear softmax": lambda: LinearSphericalLoss(d, D, "softmax"),
     "clustered gram": lambda: ClusteredLoss(d, D, ASSIGNMENT, engine="gram"),
     "clustered logits": lambda: ClusteredLoss(d, D, ASSIGNMENT, engine="logits"),

@@ -240,7 +240,7 @@ class Accumulation:
         assert self.moments is not None
         of_W, of_b = shares
         dW = torch.empty_like(self.W) if of_W else None
-        db = torch.zeros_like(self.b) if self.b is not None and of_b else None
+        db = torch.zeros_like(self.b, dtype=self.dtype) if self.b is not None and of_b else None
         with torch.autocast(self.W.device.type, enabled=False):
             for i, share in enumerate(dict.fromkeys((*of_W, *of_b))):
                 out = dW if share in of_W else None, db if share in of_b else None
@@ -255,7 +255,7 @@ class Accumulation:
                 )
                 for H, target, gc in share.entries:
                     scatter(out, H, target, gc, self.options.deterministic)
-        return dW, db
+        return dW, db if db is None or self.b is None else db.to(self.b.dtype)
 
     def close(self) -> None:
         """Forgets all shares; the backward of a graph that is left raises an error."""

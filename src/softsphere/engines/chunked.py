@@ -94,7 +94,7 @@ def _backward(
     wide = H.to(how.dtype)
     dH = wide.new_zeros(wide.shape) if needs[0] else None
     dW = W.new_empty(W.shape) if needs[1] else None
-    db = b.new_empty(b.shape) if needs[2] and b is not None else None
+    db = b.new_empty(b.shape, dtype=how.dtype) if needs[2] and b is not None else None
     for part in chunks(len(W), classes):
         w, w1 = read(W[part], None if b is None else b[part], shift, how.dtype, None)
         weight = None if pi is None else pi[part].to(how.dtype)
@@ -117,7 +117,7 @@ def _backward(
         add_target_rows(dH, W, target, g.c, shift)
         dH = dH.to(H.dtype)
     scatter((dW, db), H, target, g.c, how.deterministic)
-    return dH, dW, db
+    return dH, dW, db if b is None or db is None else db.to(b.dtype)
 
 
 def _cost(work: Workload) -> float:

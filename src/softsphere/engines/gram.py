@@ -48,13 +48,14 @@ def _backward(
     at = Moments(S, shift, rest, x.mass, how.centred)
     dH = hidden_gradient(x, P, mu, at, g) if needs[0] else None
     dW = W.new_empty(W.shape) if needs[1] else None
-    db = b.new_zeros(b.shape) if b is not None and needs[2] else None
+    # in full precision until the end: with a base measure its two parts nearly cancel
+    db = b.new_zeros(b.shape, dtype=how.dtype) if b is not None and needs[2] else None
     if needs[1] or needs[2]:
         small = moments.small_gradient(H, mu, at, g)
         size = moments.chunk_size(x, how.class_chunk, how.dtype)
         moments.dense_gradient(x, at, small, (dW, db), size, fresh=True)
         scatter((dW, db), H, target, g.c, how.deterministic)
-    return dH, dW, db
+    return dH, dW, db if b is None or db is None else db.to(b.dtype)
 
 
 def guarded_statistics(x: Inputs, how: Settings) -> tuple[Tensor, Tensor, Tensor]:

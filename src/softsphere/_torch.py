@@ -14,6 +14,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.parallel import DistributedDataParallel
@@ -26,6 +27,7 @@ __all__ = [
     "backward_is_running",
     "changed_in_place",
     "data_parallel_in_forward",
+    "distinct_ones",
     "eager",
     "exporting",
     "float32_precision",
@@ -148,6 +150,17 @@ def untraced(function: Function) -> Function:
 def is_recorded(*given: Tensor | None) -> bool:
     """Whether autograd records a computation with these tensors."""
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
+
+
+def distinct_ones(index: Tensor) -> tuple[Tensor, Tensor]:
+    """The distinct ones (n), with as many zeros after them as are missing, and the place of each.
+
+    The shapes do not depend on the numbers, so that no device has to be waited for.
+    """
+    ordered, order = index.sort()
+    number = F.pad(ordered[1:] != ordered[:-1], (1, 0)).cumsum(0)[: len(index)]
+    distinct = torch.zeros_like(index).scatter(0, number, ordered)
+    return distinct, torch.empty_like(number).scatter(0, order, number)
 
 
 def forward_mode_active() -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -11,6 +13,7 @@ from _devices import autocasts
 from _factored import NAMES, D, d, go_on, layer, train, unscaled
 from _twin import DenseTwin
 from softsphere import (
+    ClusteredLoss,
     FactoredSphericalLoss,
     SphericalLoss,
     losses,
@@ -416,3 +419,24 @@ def test_a_mask_of_classes_is_for_the_other_layer():
     head = FactoredSphericalLoss(d, D)
     with pytest.raises(TypeError, match=r"mask cannot be used.*LinearSphericalLoss"):
         head(torch.randn(2, d), torch.arange(2), mask=torch.ones(D, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("kind", ["one matrix", "a matrix for each cluster"])
+def test_the_targets_of_a_common_class_are_added_as_one(kind):
+    """Each of them alone is smaller than the last digit of the class's row."""
+    torch.manual_seed(0)
+    m, classes, width = 4096, 64, 4
+    hidden, target = torch.randn(m, width) * 0.3, torch.arange(m) % 2
+    if kind == "one matrix":
+        made = FactoredSphericalLoss(width, classes)
+    else:
+        made = ClusteredLoss(width, classes, torch.arange(classes) % 2, engine="factored")
+    moved = []
+    for dtype in (torch.float32, torch.float64):
+        head = copy.deepcopy(made) if dtype == torch.float32 else made.to(dtype)
+        before = head.weight.detach().to_dense()[:2].double()
+        head(hidden.to(dtype), target).backward()
+        torch.optim.SGD(head.parameters(), lr=1e-4).step()
+        moved.append(head.weight.detach().to_dense()[:2].double() - before)
+    found, wanted = moved
+    assert float((found - wanted).norm() / wanted.norm()) < 0.02

@@ -76,6 +76,22 @@ def test_gradients_of_tied_rows_do_not_stand_still(sparse):
         torch.testing.assert_close(found, wanted, rtol=4 * torch.finfo(torch.bfloat16).eps, atol=0)
 
 
+@pytest.mark.parametrize("engine", ["gram", "logits"])
+def test_gradients_that_nearly_cancel_are_rounded_once(engine):
+    """Targets are drawn from the model, so that every class is pulled as much as it is pushed."""
+    torch.manual_seed(0)
+    head = ClusteredLoss(d, D, ASSIGNMENT, engine=engine, dtype=torch.bfloat16)
+    exact = copy.deepcopy(head).double()
+    hidden = torch.randn(8192, d).bfloat16()
+    target = exact.log_prob(hidden.double()).exp().multinomial(1).squeeze(1)
+    for each in (head, exact):
+        each(hidden.to(each.weight.dtype), target).backward()
+    for name in ("weight", "bias"):
+        found, wanted = (x.get_parameter(name).grad.double() for x in (head, exact))
+        error = (found - wanted).norm() / wanted.norm()
+        assert float(error) < torch.finfo(torch.bfloat16).eps, name
+
+
 def test_a_repeated_row_is_read_once_for_its_gradient():
     x = torch.randn(5, 3, dtype=torch.bfloat16, requires_grad=True)
     for index in ([4, 0, 4, 4, 2], [3], []):

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from softsphere.engines.bfloat16_parts import number_of_parts
 from softsphere.engines.grouping import Group, consecutive, ranges
-from softsphere.engines.repeated_rows import repeated_rows
 from softsphere.rounding import spread_of_equals
 
 __all__ = ["cluster_statistics", "target_outputs_of"]
@@ -34,13 +33,13 @@ def cluster_statistics(
 
     Args:
         Z: (n, d), the rows, in the dtype of the computation.
-        W, b: (L, d) and (L) or None, the weight and the bias of the leaves.
+        W, b: (L, d) and (L) or None, the weight and the bias of the leaves, in that dtype.
         pi: (L), the base measure; Σ π over a cluster is its number of leaves.
         group: the cluster of each row.
     """
-    X, z = W.to(Z.dtype), Z
+    X, z = W, Z
     if b is not None:
-        X = torch.cat([X, b.to(Z.dtype).unsqueeze(1)], 1)
+        X = torch.cat([W, b.unsqueeze(1)], 1)
         z = F.pad(Z, (0, 1), value=1.0)
     sizes = group.grouping.sizes.clamp_min(1).to(Z.dtype)
     of_leaf = group.grouping.cluster_of_leaf
@@ -57,8 +56,8 @@ def cluster_statistics(
 
 def target_outputs_of(Z: Tensor, W: Tensor, b: Tensor | None, target: Tensor) -> Tensor:
     """c = w_t · z + b_t of the target of each row: (n)."""
-    c = (repeated_rows(W, target, Z.dtype) * Z).sum(1)
-    return c if b is None else c + repeated_rows(b, target, Z.dtype)
+    c = (W.index_select(0, target) * Z).sum(1)
+    return c if b is None else c + b.index_select(0, target)
 
 
 def _gram(Y: Tensor, group: Group) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from softsphere._torch import is_recorded
+from softsphere._torch import distinct_ones, is_recorded
 
 __all__ = ["repeated_rows"]
 
@@ -28,7 +28,7 @@ def repeated_rows(x: Tensor, index: Tensor, dtype: torch.dtype, *, sparse: bool 
     """
     if x.dtype == dtype or not is_recorded(x):
         return _read(x, index, sparse).to(dtype)
-    distinct, place = _distinct(index)
+    distinct, place = distinct_ones(index)
     return _read(x, distinct, sparse).to(dtype).index_select(0, place)
 
 
@@ -37,14 +37,3 @@ def _read(x: Tensor, index: Tensor, sparse: bool) -> Tensor:
         return F.embedding(index, x, sparse=sparse)
     # an embedding has no vectors
     return x.gather(0, index, sparse_grad=sparse)
-
-
-def _distinct(index: Tensor) -> tuple[Tensor, Tensor]:
-    """The distinct ones (n), with as many zeros after them as are missing, and the place of each.
-
-    The shapes do not depend on the numbers, so that no device has to be waited for.
-    """
-    ordered, order = index.sort()
-    number = F.pad(ordered[1:] != ordered[:-1], (1, 0)).cumsum(0)[: len(index)]
-    distinct = torch.zeros_like(index).scatter(0, number, ordered)
-    return distinct, torch.empty_like(number).scatter(0, order, number)

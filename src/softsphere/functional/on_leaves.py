@@ -110,9 +110,11 @@ def leaf_losses(
         careful = False
     if engine == "gram":
         assert isinstance(loss, losses.Normalised)
-        s, q, error = cluster_statistics(Z, leaves.W, leaves.b, leaves.pi, group)
+        # cast once, so that the two parts of a gradient are added before it is rounded
+        W, b = leaves.W.to(Z.dtype), None if leaves.b is None else leaves.b.to(Z.dtype)
+        s, q, error = cluster_statistics(Z, W, b, leaves.pi, group)
         if not (careful and values_on_cpu(q) and bool((error > _LOST * q.detach()).any())):
-            c = target_outputs_of(Z, leaves.W, leaves.b, group.target)
+            c = target_outputs_of(Z, W, b, group.target)
             return _of_statistics(loss, s, q, c, leaves.pi, group)
     parts = list(_parts(group))
     if len(parts) == 1:

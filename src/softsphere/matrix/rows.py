@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from softsphere._torch import is_shared_with_others, version_of
+from softsphere._torch import distinct_ones, is_shared_with_others, version_of
 
 __all__ = ["Rows"]
 
@@ -110,9 +110,15 @@ class Rows:
         self.note()
 
     def add(self, index: Tensor, values: Tensor) -> None:
-        """V[index] += values, where the index may repeat."""
-        for block, part in self.parts(values):
-            block.index_add_(0, index, part)
+        """V[index] += values, where the index may repeat.
+
+        The values of a row are summed in their own dtype, float64 or that of V, and added once: one
+        by one, they would be lost where each is smaller than the last digit of the row.
+        """
+        distinct, place = distinct_ones(index)
+        total = torch.zeros_like(values).index_add_(0, place, values)
+        for block, part in self.parts(total):
+            block.index_add_(0, distinct, part.to(block.dtype))
         self.note()
 
     def parts(self, values: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

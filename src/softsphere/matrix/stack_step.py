@@ -104,7 +104,7 @@ class StackUpdate:
         if W.maps is not None:
             W.V[self.rows] = self.carried
             W.old[self.rows] = False
-        W.V.add(self.rows, self.to_rows.to(W.dtype))
+        W.V.add(self.rows, self.to_rows)
         for part in self.parts:
             W.add(part.ids, part.all())
         W.renamed()

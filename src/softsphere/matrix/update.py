@@ -60,7 +60,7 @@ class Update:
         if self.carried is not None:
             W.V[rows] = self.carried[which]
             W.generations.made.index_fill_(0, rows, W.generations.now)
-        W.V.add(rows, self.to_rows.to(W.dtype)[which])
+        W.V.add(rows, self.to_rows[which])
         for name, increment in self.to_small.items():
             array: Tensor = getattr(W, name)
             if name in self.scaled:

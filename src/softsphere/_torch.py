@@ -14,7 +14,6 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.parallel import DistributedDataParallel
@@ -27,7 +26,6 @@ __all__ = [
     "backward_is_running",
     "changed_in_place",
     "data_parallel_in_forward",
-    "distinct_ones",
     "eager",
     "exporting",
     "float32_precision",
@@ -47,6 +45,7 @@ __all__ = [
     "is_shared_with_others",
     "is_wrapper",
     "pair_products",
+    "places_of_equals",
     "products_have_out_dtype",
     "runs_in_this_backward",
     "saveable_in_exports",
@@ -152,15 +151,14 @@ def is_recorded(*given: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
 
 
-def distinct_ones(index: Tensor) -> tuple[Tensor, Tensor]:
-    """The distinct ones (n), with as many zeros after them as are missing, and the place of each.
+def places_of_equals(index: Tensor) -> tuple[Tensor, Tensor]:
+    """The entries (n) in ascending order, and for each entry the first place that has its equal.
 
+    What is summed at these places is zero at the others, so that it can be added to all entries.
     The shapes do not depend on the numbers, so that no device has to be waited for.
     """
-    ordered, order = index.sort()
-    number = F.pad(ordered[1:] != ordered[:-1], (1, 0)).cumsum(0)[: len(index)]
-    distinct = torch.zeros_like(index).scatter(0, number, ordered)
-    return distinct, torch.empty_like(number).scatter(0, order, number)
+    ordered = index.sort().values
+    return ordered, torch.searchsorted(ordered, index)
 
 
 def forward_mode_active() -> bool:

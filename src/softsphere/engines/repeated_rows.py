@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from softsphere._torch import distinct_ones, is_recorded
+from softsphere._torch import is_recorded, places_of_equals
 
 __all__ = ["repeated_rows"]
 
@@ -28,8 +28,8 @@ def repeated_rows(x: Tensor, index: Tensor, dtype: torch.dtype, *, sparse: bool 
     """
     if x.dtype == dtype or not is_recorded(x):
         return _read(x, index, sparse).to(dtype)
-    distinct, place = distinct_ones(index)
-    return _read(x, distinct, sparse).to(dtype).index_select(0, place)
+    ordered, place = places_of_equals(index)
+    return _read(x, ordered, sparse).to(dtype).index_select(0, place)
 
 
 def _read(x: Tensor, index: Tensor, sparse: bool) -> Tensor:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from softsphere._torch import distinct_ones, is_shared_with_others, version_of
+from softsphere._torch import is_shared_with_others, places_of_equals, version_of
 
 __all__ = ["Rows"]
 
@@ -115,10 +115,10 @@ class Rows:
         The values of a row are summed in their own dtype, float64 or that of V, and added once: one
         by one, they would be lost where each is smaller than the last digit of the row.
         """
-        distinct, place = distinct_ones(index)
+        ordered, place = places_of_equals(index)
         total = torch.zeros_like(values).index_add_(0, place, values)
         for block, part in self.parts(total):
-            block.index_add_(0, distinct, part.to(block.dtype))
+            block.index_add_(0, ordered, part.to(block.dtype))
         self.note()
 
     def parts(self, values: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

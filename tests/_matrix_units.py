@@ -13,7 +13,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from _engines import OPERATORS
-from softsphere.engines import bfloat16_parts, chunk_sums, fused_rows, moments, products
+from softsphere.engines import (
+    bfloat16_parts,
+    chunk_sums,
+    fused_rows,
+    moment_gradients,
+    moments,
+    products,
+)
 
 HALVES = (torch.bfloat16, torch.float16)
 needs_triton = pytest.mark.skipif(
@@ -38,8 +45,10 @@ def as_on_a_gpu(
     def multiplies(x, dtype):
         return x.dtype in HALVES and dtype == torch.float32
 
-    for module in (products, moments, chunk_sums):
-        monkeypatch.setattr(module, "multiplies", multiplies, raising=False)
+    monkeypatch.setattr(moments, "multiplies", multiplies)
+    monkeypatch.setattr(chunk_sums, "product", product)
+    for module in (products, moment_gradients):
+        monkeypatch.setattr(module, "multiplies", multiplies)
         monkeypatch.setattr(module, "product", product)
     for module in (products, bfloat16_parts):
         monkeypatch.setattr(module, "parts_dtype", lambda x: torch.bfloat16)

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import softplus
 
 from softsphere import LinearSphericalOptions, SphericalLoss, losses
-from softsphere.engines import chunked, moments
+from softsphere.engines import chunk_sums, chunked, moments
 from softsphere.engines.dispatch import linear_statistics
 from softsphere.functional import linear_spherical_loss
 from softsphere.rounding import above_rounding, error_of_sum, is_rounding, spread_of_equals
@@ -62,7 +62,7 @@ def make_machine_round_differently(monkeypatch):
     linear, outputs = torch.nn.functional.linear, chunked._outputs
     monkeypatch.setattr(torch.nn.functional, "linear", as_on_another_machine(linear))
     monkeypatch.setattr(chunked, "_outputs", as_on_another_machine(outputs))
-    mean_row, shift, product = chunked.mean_row, moments._shift, moments.product
+    mean_row, shift, product = chunked.mean_row, moments._shift, chunk_sums.product
 
     def away(x):
         return x * (1 + 4 * torch.finfo(x.dtype).eps)
@@ -75,7 +75,7 @@ def make_machine_round_differently(monkeypatch):
 
     monkeypatch.setattr(chunked, "mean_row", lambda *args: away(mean_row(*args)))
     monkeypatch.setattr(moments, "_shift", lambda *args: away(shift(*args)))
-    monkeypatch.setattr(moments, "product", rounded)
+    monkeypatch.setattr(chunk_sums, "product", rounded)
 
 
 @pytest.mark.parametrize("sums", DTYPES)

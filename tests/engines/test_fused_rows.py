@@ -18,8 +18,9 @@ from torch.utils import deterministic
 from _devices import KERNEL_DEVICE
 from _matrix_units import needs_triton, with_kernels
 from softsphere import LinearSphericalOptions
-from softsphere.engines import bfloat16_parts, fused_rows, moments, quadratic_rows, weight
+from softsphere.engines import bfloat16_parts, fused_rows, moments, quadratic_rows
 from softsphere.engines.engine import Gradients, Inputs
+from softsphere.engines.target_rows import TargetRows
 from softsphere.functional import linear_spherical_loss
 
 pytestmark = [needs_triton, pytest.mark.once("the kernels run where Triton runs them")]
@@ -93,11 +94,11 @@ def in_parts(x, at, g, fused):
 
 
 def add_target_rows(x, at, g, fused):
-    out = x.W.clone()
+    out = x.W.to(g.c.dtype, copy=True)
     if fused:
         fused_rows.add_target_rows(out, x.H, x.target, g.c)
     else:
-        weight._scatter_rows(out, x.target, g.c, x.H.to(g.c.dtype), True)
+        TargetRows(x.H, x.target, g.c).add_to(out, slice(0, len(out)), deterministic=True)
     return [out]
 
 

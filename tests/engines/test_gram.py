@@ -7,6 +7,8 @@ import torch
 
 from softsphere import LinearSphericalLoss, LinearSphericalOptions
 from softsphere.engines import chunked, gram
+from softsphere.engines.engine import Inputs, Settings
+from softsphere.engines.gram import GRAM
 from softsphere.functional import linear_spherical_loss
 
 D, WIDTH, ROWS = 20_000, 32, 64
@@ -79,6 +81,20 @@ def test_the_choice_notices_lost_digits(case, loss):
     for x, y in zip(got, exactly(H, W, b, t, loss), strict=True):
         assert x.dtype == torch.float32
         assert (x - y).norm() <= 1e-3 * y.norm()
+
+
+def test_long_sums_of_short_rows_keep_the_digits_that_the_look_reckons_with():
+    """A million rows of length 2 with a common part, which hidden states of mean 0 take off."""
+    torch.manual_seed(0)
+    classes = 1_000_000
+    H, W = torch.randn(ROWS, 2), torch.randn(classes, 1) + 0.1 * torch.randn(classes, 2)
+    H, t = H - H.mean(1, keepdim=True), torch.randint(classes, (ROWS,))
+    x = Inputs(H, W, None, t.unsqueeze(1), None)
+    found = GRAM.guarded(x, Settings(True, None, None, torch.float32, False))
+    wanted = GRAM.guarded(
+        Inputs(H.double(), W.double(), *x[2:]), Settings(True, None, None, torch.float64, False)
+    )
+    torch.testing.assert_close(found[1].double(), wanted[1], rtol=1e-3, atol=0)
 
 
 def test_a_named_engine_is_not_replaced(monkeypatch):

@@ -8,7 +8,7 @@ import torch
 from _engines import SPHERICAL, layer, with_gradients
 from _matrix_units import HALVES, as_on_a_gpu, needs_triton
 from softsphere import LinearSphericalLoss, LinearSphericalOptions
-from softsphere.engines import moments, products
+from softsphere.engines import moment_gradients, moments, products
 from softsphere.functional import linear_spherical_loss
 
 
@@ -64,16 +64,21 @@ def test_low_precision_factors_multiplied_as_they_are(monkeypatch, name, given, 
 
 
 def test_a_bfloat16_weight_is_read_whole_and_never_copied(monkeypatch):
-    """One product gives the gradient of W, rounded once; a chunk has 2²⁷ numbers."""
+    """One product gives the gradient of W, but for the rows of the targets.
+
+    A chunk has 2²⁷ numbers.
+    """
     used = as_on_a_gpu(monkeypatch)
     head = LinearSphericalLoss(32, 4000, bias=False, dtype=torch.bfloat16)
     head.options = LinearSphericalOptions("gram")
     made = []
-    monkeypatch.setattr(moments, "chunk_room", lambda *args: made.append(args))
+    for module in (moments, moment_gradients):
+        monkeypatch.setattr(module, "chunk_room", lambda *args: made.append(args))
     head(torch.randn(9, 32, dtype=torch.bfloat16), torch.randint(4000, (9,))).backward()
     assert not made
-    # sums of columns, Q, two parts of H Q, A and v; the gradient of W is an addmm
-    assert used == [torch.bfloat16] * 6
+    # sums of columns, Q, two parts of H Q, A and v, two parts of the rows of the targets; the
+    # gradient of W is an addmm
+    assert used == [torch.bfloat16] * 8
 
 
 @pytest.mark.parametrize("size", [1e-12, 1e12])

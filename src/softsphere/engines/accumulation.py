@@ -16,11 +16,13 @@ from softsphere.engines.accumulation_checks import (
 )
 from softsphere.engines.accumulation_functions import Delivery, KeptStatistics, KeptTotal
 from softsphere.engines.engine import Gradients, Inputs
+from softsphere.engines.moment_gradients import small_gradient, weight_gradients
 from softsphere.engines.moments import Moments
 from softsphere.engines.options import LinearSphericalOptions
 from softsphere.engines.pending import Share, shares_of, waiting, withdraw
 from softsphere.engines.quadratic_rows import loses_digits
-from softsphere.engines.weight import accumulator, scatter
+from softsphere.engines.target_rows import TargetRows, joined
+from softsphere.engines.weight import accumulator
 from softsphere.stats import Stats
 
 __all__ = ["Accumulation"]
@@ -182,32 +184,25 @@ class Accumulation:
         """Adds the share of one batch to the gradients that are wanted. At least one is."""
         assert self.moments is not None
         with torch.autocast(H.device.type, enabled=False):
-            small = moments.small_gradient(H, mu, self.moments, g)
+            small = small_gradient(H, mu, self.moments, g)
         # copies, since the caller may write into these tensors after the backward
-        self.leave(small, (H.clone(), target.clone(), g.c.clone()), wanted)
+        self.leave(small, [TargetRows(H.clone(), target.clone(), g.c.clone())], wanted)
 
     def add_to_each_row(self, r: Tensor, wanted: Both) -> None:
         """Adds π_k r, r (n), to the gradient of every row [W b]_k that is wanted."""
         r = r.to(self.dtype)
-        H, target = self.W.new_empty(0, self.W.shape[1]), torch.empty(0, 1, dtype=torch.long)
-        entry = H, target.to(H.device), r.new_empty(0, 1)
-        self.leave((r.new_zeros(len(r), len(r)), r), entry, wanted)
+        self.leave((r.new_zeros(len(r), len(r)), r), [], wanted)
 
-    def leave(
-        self,
-        small: tuple[Tensor, Tensor],
-        entry: tuple[Tensor, Tensor, Tensor],
-        wanted: Both,
-    ) -> None:
+    def leave(self, small: tuple[Tensor, Tensor], targets: list[TargetRows], wanted: Both) -> None:
         """Leaves a share where the gradients wait."""
         pair = zip((self.W, self.b), wanted, strict=True)
         places = [waiting(x).shares for x, want in pair if want and x is not None]
         # an earlier share that waits at the same places, unless a zero_grad has dropped it
         share = next((x for x in places[0] if self.whose(x) == wanted), None)
         if share is not None:
-            share.add(small, entry)
+            share.add(small, targets)
             return
-        share = Share(self, small, [entry])
+        share = Share(self, small, targets)
         for place in places:
             place.append(share)
 
@@ -237,25 +232,31 @@ class Accumulation:
         self, shares: tuple[list[Share], list[Share]]
     ) -> tuple[Tensor | None, Tensor | None]:
         """The gradients with respect to W and b that the shares add up to; None without shares."""
-        assert self.moments is not None
         of_W, of_b = shares
-        dW = torch.empty_like(self.W) if of_W else None
-        db = torch.zeros_like(self.b, dtype=self.dtype) if self.b is not None and of_b else None
+        if of_W == of_b:
+            return self.gradients_of(of_W, (bool(of_W), bool(of_b)))
+        return self.gradients_of(of_W, (True, False))[0], self.gradients_of(of_b, (False, True))[1]
+
+    def gradients_of(
+        self, shares: list[Share], wanted: Both
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients with respect to W and b, of those that are wanted, of the same shares."""
+        if not shares:
+            return None, None
+        assert self.moments is not None
+        A, v = (torch.stack(x).sum(0) for x in zip(*(share.small for share in shares), strict=True))
+        targets = joined([rows for share in shares for rows in share.targets])
+        inputs = self.inputs(self.W[:0], torch.empty(0, 1, dtype=torch.long, device=self.W.device))
         with torch.autocast(self.W.device.type, enabled=False):
-            for i, share in enumerate(dict.fromkeys((*of_W, *of_b))):
-                out = dW if share in of_W else None, db if share in of_b else None
-                inputs = self.inputs(*share.entries[0][:2])
-                moments.dense_gradient(
-                    inputs,
-                    self.moments,
-                    share.small,
-                    out,
-                    self.chunk_size(inputs),
-                    fresh=i == 0,
-                )
-                for H, target, gc in share.entries:
-                    scatter(out, H, target, gc, self.options.deterministic)
-        return dW, db if db is None or self.b is None else db.to(self.b.dtype)
+            return weight_gradients(
+                inputs,
+                self.moments,
+                (A, v),
+                targets,
+                wanted,
+                self.chunk_size(inputs),
+                deterministic=self.options.deterministic,
+            )
 
     def close(self) -> None:
         """Forgets all shares; the backward of a graph that is left raises an error."""

@@ -10,14 +10,8 @@ from torch import Tensor
 
 from softsphere.engines.engine import Engine, Gradients, Inputs, Settings, Workload
 from softsphere.engines.operators import LinearOperator
-from softsphere.engines.weight import (
-    add_target_rows,
-    chunks,
-    mean_row,
-    read,
-    scatter,
-    target_outputs,
-)
+from softsphere.engines.target_rows import TargetRows
+from softsphere.engines.weight import add_target_rows, chunks, mean_row, read, target_outputs
 from softsphere.rounding import above_rounding, error_of_sum, spread_of_equals
 
 __all__ = ["CHUNKED", "tile"]
@@ -93,8 +87,9 @@ def _backward(
     base, twice = base.to(how.dtype).unsqueeze(1), 2 * g.q.unsqueeze(1)
     wide = H.to(how.dtype)
     dH = wide.new_zeros(wide.shape) if needs[0] else None
-    dW = W.new_empty(W.shape) if needs[1] else None
-    db = b.new_empty(b.shape, dtype=how.dtype) if needs[2] and b is not None else None
+    dW = torch.empty_like(W) if needs[1] else None
+    db = b.new_empty(b.shape, dtype=torch.float64) if needs[2] and b is not None else None
+    targets = TargetRows(H, target, g.c)
     for part in chunks(len(W), classes):
         w, w1 = read(W[part], None if b is None else b[part], shift, how.dtype, None)
         weight = None if pi is None else pi[part].to(how.dtype)
@@ -110,14 +105,17 @@ def _backward(
             if db is not None:
                 by_b += G.sum(0)
         if dW is not None and by_w is not None:
+            targets.add_to(by_w, part, deterministic=how.deterministic)
             dW[part] = by_w
         if db is not None:
             db[part] = by_b
     if dH is not None:
         add_target_rows(dH, W, target, g.c, shift)
         dH = dH.to(H.dtype)
-    scatter((dW, db), H, target, g.c, how.deterministic)
-    return dH, dW, db if b is None or db is None else db.to(b.dtype)
+    if b is None or db is None:
+        return dH, dW, None
+    targets.add_to_bias(db, deterministic=how.deterministic)
+    return dH, dW, db.to(b.dtype)
 
 
 def _cost(work: Workload) -> float:

@@ -16,10 +16,11 @@ from softsphere._torch import values_on_cpu
 from softsphere.engines import moments
 from softsphere.engines.chunked import CHUNKED
 from softsphere.engines.engine import Engine, Gradients, Inputs, Settings, Workload
+from softsphere.engines.moment_gradients import small_gradient, weight_gradients
 from softsphere.engines.moments import Moments
 from softsphere.engines.operators import LinearOperator
 from softsphere.engines.quadratic_rows import hidden_gradient, loses_digits, quadratic_statistics
-from softsphere.engines.weight import scatter
+from softsphere.engines.target_rows import TargetRows
 
 __all__ = ["GRAM", "guarded_statistics"]
 
@@ -43,19 +44,21 @@ def _backward(
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """∂H, ∂W and ∂b."""
-    H, W, b, target, _ = x
+    H, target = x.H, x.target
     P, mu, S, shift, rest = kept
     at = Moments(S, shift, rest, x.mass, how.centred)
     dH = hidden_gradient(x, P, mu, at, g) if needs[0] else None
-    dW = W.new_empty(W.shape) if needs[1] else None
-    # in full precision until the end: with a base measure its two parts nearly cancel
-    db = b.new_zeros(b.shape, dtype=how.dtype) if b is not None and needs[2] else None
-    if needs[1] or needs[2]:
-        small = moments.small_gradient(H, mu, at, g)
-        size = moments.chunk_size(x, how.class_chunk, how.dtype)
-        moments.dense_gradient(x, at, small, (dW, db), size, fresh=True)
-        scatter((dW, db), H, target, g.c, how.deterministic)
-    return dH, dW, db if b is None or db is None else db.to(b.dtype)
+    if not (needs[1] or needs[2]):
+        return dH, None, None
+    return dH, *weight_gradients(
+        x,
+        at,
+        small_gradient(H, mu, at, g),
+        [TargetRows(H, target, g.c)],
+        needs[1:],
+        moments.chunk_size(x, how.class_chunk, how.dtype),
+        deterministic=how.deterministic,
+    )
 
 
 def guarded_statistics(x: Inputs, how: Settings) -> tuple[Tensor, Tensor, Tensor]:

@@ -34,19 +34,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from softsphere.engines import fused_rows
 from softsphere.engines.bfloat16_parts import number_of_parts, parts_room
-from softsphere.engines.chunk_sums import chunk_sums, chunk_sums_by_parts, upper_product
+from softsphere.engines.chunk_sums import chunk_sums, chunk_sums_by_parts
 from softsphere.engines.engine import Gradients, Inputs
-from softsphere.engines.products import multiplies, product, rounded, weighted_sum
+from softsphere.engines.products import multiplies
 from softsphere.engines.weight import chunk_room, chunks, mean_row, read
 
 __all__ = [
     "Moments",
     "chunk_size",
-    "dense_gradient",
     "moments",
-    "small_gradient",
+    "read_as_is",
+    "symmetric",
 ]
 
 # Rows whose mean is the shift.
@@ -55,6 +54,9 @@ _SAMPLE = 1024
 # chunk stays in the cache. What is multiplied as it is has no copy, and fewer chunks are fewer
 # additions of a d × d matrix in float64.
 _CHUNK, _CHUNK_ON_GPU, _CHUNK_AS_IS = 1 << 21, 1 << 25, 1 << 27
+# Rows of a chunk at most, since a product of more of them adds up more rounding errors than
+# `quadratic_rows.loses_digits` reckons with.
+_MOST_ROWS = 1 << 15
 
 
 class Moments(NamedTuple):
@@ -82,9 +84,10 @@ class Moments(NamedTuple):
 def chunk_size(x: Inputs, given: int | None, dtype: torch.dtype) -> int:
     """Rows of W in a chunk, for sums in dtype; at least 256 unless they are given."""
     numbers = _CHUNK_ON_GPU if x.W.is_cuda else _CHUNK
-    if _read_as_is(x, dtype):
+    if read_as_is(x, dtype):
         numbers = _CHUNK_AS_IS
-    return given or max(256, numbers // max(x.W.shape[1], 1))
+    rows = max(256, numbers // max(x.W.shape[1], 1))
+    return given or (rows if x.W.is_cuda else min(rows, _MOST_ROWS))
 
 
 def moments(x: Inputs, centred: bool, size: int, dtype: torch.dtype) -> Moments:
@@ -93,7 +96,7 @@ def moments(x: Inputs, centred: bool, size: int, dtype: torch.dtype) -> Moments:
     They cost 2 D d² FLOPs, or D d² where the products are symmetric by blocks.
     """
     _, W, b, _, pi = x
-    d, n, mass, as_is = W.shape[1], W.shape[1] + (b is not None), x.mass, _read_as_is(x, dtype)
+    d, n, mass, as_is = W.shape[1], W.shape[1] + (b is not None), x.mass, read_as_is(x, dtype)
     shift = W.new_zeros(n, dtype=dtype) if as_is else _shift(x, size, dtype)
     S, r = W.new_zeros(n, n, dtype=torch.float64), W.new_zeros(n, dtype=torch.float64)
     count, room = number_of_parts(W, dtype), None
@@ -119,10 +122,10 @@ def moments(x: Inputs, centred: bool, size: int, dtype: torch.dtype) -> Moments:
             r[d] += y1.sum(dtype=dtype)
     rest = r / mass
     S = S.addr_(r, rest, alpha=-1).to(dtype)
-    return Moments(_symmetric(S), shift, rest.to(dtype), mass, centred)
+    return Moments(symmetric(S), shift, rest.to(dtype), mass, centred)
 
 
-def _read_as_is(x: Inputs, dtype: torch.dtype) -> bool:
+def read_as_is(x: Inputs, dtype: torch.dtype) -> bool:
     """Whether the rows of W are multiplied in half precision, without a copy and without a shift.
 
     Their common part has been rounded to their few digits anyway.
@@ -147,102 +150,6 @@ def _shift(x: Inputs, size: int, dtype: torch.dtype) -> Tensor:
     return mean_row(sample, size, dtype)
 
 
-def _symmetric(upper: Tensor) -> Tensor:
+def symmetric(upper: Tensor) -> Tensor:
+    """The symmetric matrix with this upper triangle."""
     return upper.triu() + upper.triu(1).mT
-
-
-def small_gradient(H: Tensor, mu: Tensor, at: Moments, g: Gradients) -> tuple[Tensor, Tensor]:
-    """Returns A (n, n) and v (n).
-
-    They give the gradient with respect to [W b] except at the target rows.
-    """
-    d, n, dtype = H.shape[1], len(at.shift), at.S.dtype
-    a = at.by_output(g, mu)
-    A, v = at.S.new_zeros(n, n), at.S.new_zeros(n)
-    A[:d, :d] = _of_rows(H, g.q, dtype)
-    v[:d] = weighted_sum(a, H)
-    if n > d:
-        A[:d, d] = A[d, :d] = weighted_sum(g.q, H)
-        A[d, d], v[d] = g.q.sum(), a.sum()
-    return A, v
-
-
-def _of_rows(H: Tensor, gq: Tensor, dtype: torch.dtype) -> Tensor:
-    """Σ_i g_q h hᵀ (d, d) in dtype.
-
-    Half-precision rows are multiplied as they are, once with their factors g_q, which are rounded
-    to the digits of the rows.
-    """
-    if not multiplies(H, dtype):
-        H = H.to(dtype)
-        return _symmetric(upper_product(H, H * gq.unsqueeze(1), dtype))
-    scale = gq.abs().amax().clamp_min(torch.finfo(dtype).tiny)
-    factor = gq / scale
-    fused = fused_rows.usable(H)
-    X = fused_rows.scaled(H, factor) if fused else (H * factor.unsqueeze(1)).to(H.dtype)
-    return _symmetric(upper_product(H, X, dtype)).mul_(scale)
-
-
-def dense_gradient(
-    x: Inputs,
-    at: Moments,
-    small: tuple[Tensor, Tensor],
-    out: tuple[Tensor | None, Tensor | None],
-    size: int,
-    *,
-    fresh: bool,
-) -> None:
-    """Adds π_k (v + 2 A x_k) to the gradients with respect to W and b; either may be None.
-
-    fresh: whether the gradient with respect to W holds nothing yet, and is written over
-    """
-    _, W, b, _, pi = x
-    A, v = small
-    d, dtype, as_is = W.shape[1], A.dtype, _read_as_is(x, A.dtype)
-    if as_is and fresh and out[0] is not None and b is None and W.dtype == torch.bfloat16:
-        _write_at_once(out[0], W, A, v, at.rest)
-        return
-    twice, scale, low, low_column = 2 * A, None, None, None
-    if as_is:
-        low, scale = rounded(twice[:d], W.dtype)
-        # The common part of the rows must meet the same rounded numbers here and in the products.
-        twice[:d] = low.to(dtype) * scale
-        # contiguous, since products are slow where rows begin at odd places
-        low, low_column = low[:, :d].contiguous(), low[:, d:].contiguous()
-    v = v - (at.rest.double() @ twice.double()).to(dtype)
-    room = None if as_is else chunk_room(W, size, dtype)
-    for part in chunks(len(W), size):
-        w, w1 = W[part], None if b is None else b[part].to(dtype)
-        if room is not None:
-            w, w1 = read(w, w1, at.shift, dtype, room)
-        weight = None if pi is None else pi[part].to(dtype)
-        if out[0] is not None:
-            rows = out[0][part]
-            direct = fresh and rows.dtype == dtype
-            if low is not None and scale is not None:
-                G = torch.addcmul(v[:d], product(w, low, dtype), scale)
-            else:
-                G = torch.addmm(v[:d], w, twice[:d, :d], out=rows if direct else None)
-            if w1 is not None:
-                G.addr_(w1, twice[d, :d])
-            if weight is not None:
-                G.mul_(weight.unsqueeze(1))
-            if not direct:
-                rows.copy_(G) if fresh else rows.add_(G)
-        if out[1] is not None and w1 is not None:
-            if low_column is not None and scale is not None:
-                column = torch.addcmul(v[d], product(w, low_column, dtype).squeeze(1), scale)
-            else:
-                column = torch.addmv(v[d], w, twice[:d, d])
-            column = column + twice[d, d] * w1
-            out[1][part].add_(column if weight is None else column * weight)
-
-
-def _write_at_once(out: Tensor, W: Tensor, A: Tensor, v: Tensor, rest: Tensor) -> None:
-    """out = v + 2 A (w_k − rest), by one product that rounds once.
-
-    It needs the range of bfloat16: in float16 A would vanish or overflow without a scale.
-    """
-    low = (2 * A).to(W.dtype)
-    v = v - (rest.double() @ low.double()).to(v.dtype)
-    torch.addmm(v.to(W.dtype), W, low, out=out)

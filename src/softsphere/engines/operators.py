@@ -94,7 +94,7 @@ def _backward_operator(of: LinearOperator) -> Any:
         H, W, b, needs = *args[3:6], args[-1]
         return (
             H.new_empty(H.shape if needs[0] else 0),
-            W.new_empty(W.shape if needs[1] else 0),
+            torch.empty_like(W) if needs[1] else W.new_empty(0),
             H.new_empty(0) if b is None else b.new_empty(b.shape if needs[2] else 0),
         )
 

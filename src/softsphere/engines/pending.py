@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from softsphere._torch import DISABLED_TORCH_FUNCTION, wrapper_tensor
+from softsphere.engines.target_rows import TargetRows
 
 __all__ = ["Pending", "Share", "refuse_step", "shares_of", "waiting", "withdraw"]
 
@@ -33,15 +34,15 @@ aten = torch.ops.aten
 
 @dataclass(eq=False)
 class Share:
-    """The share of some batches in a gradient: A (n, n), v (n), and (H, target, gc) of each."""
+    """The share of some batches in a gradient: A (n, n), v (n), and the targets of each batch."""
 
     owner: object
     small: tuple[Tensor, Tensor]
-    entries: list[tuple[Tensor, Tensor, Tensor]]
+    targets: list[TargetRows]
 
-    def add(self, small: tuple[Tensor, Tensor], entry: tuple[Tensor, Tensor, Tensor]) -> None:
+    def add(self, small: tuple[Tensor, Tensor], targets: list[TargetRows]) -> None:
         self.small = self.small[0] + small[0], self.small[1] + small[1]
-        self.entries.append(entry)
+        self.targets += targets
 
 
 @dataclass(eq=False)

@@ -1,4 +1,4 @@
-"""Reads [W b] in chunks of rows and at the targets, and adds gradients at the targets.
+"""Reads [W b] in chunks of rows and at the targets.
 
 W (D, d) and b (D) or None are never joined, and never copied as a whole. A shift (n) is subtracted
 from every row of [W b]. The shift is close to the mean of the rows. n = d, or d + 1 with a b.
@@ -11,7 +11,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from softsphere.engines import fused_rows
 from softsphere.engines.engine import Inputs, mass_of
 from softsphere.rounding import spread_of_equals
 
@@ -22,7 +21,6 @@ __all__ = [
     "chunks",
     "mean_row",
     "read",
-    "scatter",
     "spread_of_outputs",
     "target_outputs",
 ]
@@ -112,60 +110,3 @@ def add_target_rows(
 def _rows_at(W: Tensor, t: Tensor, shift: Tensor | None, dtype: torch.dtype) -> Tensor:
     rows = W.index_select(0, t).to(dtype)
     return rows if shift is None else rows - shift[: W.shape[1]]
-
-
-def scatter(
-    out: tuple[Tensor | None, Tensor | None],
-    H: Tensor,
-    target: Tensor,
-    gc: Tensor,
-    deterministic: bool,
-) -> None:
-    """Adds gc_ij [H_i 1] to the gradients with respect to W and b at the targets t_ij.
-
-    Either gradient may be None.
-    """
-    dW, db = out
-    if dW is not None:
-        if fused_rows.usable(dW):
-            fused_rows.add_target_rows(dW, H, target, gc)
-        else:
-            _scatter_rows(dW, target, gc, H.to(gc.dtype), deterministic)
-    if db is not None:
-        _scatter_rows(db, target, gc, None, deterministic)
-
-
-def _scatter_rows(
-    out: Tensor, target: Tensor, gc: Tensor, H: Tensor | None, deterministic: bool
-) -> None:
-    """out[t_ij] += gc_ij H_i, or gc_ij without H.
-
-    If out has a narrower dtype, the rows of equal targets are summed first, so that out is rounded
-    once.
-    """
-    m, K = target.shape
-    if out.dtype == gc.dtype:
-        for j, t in enumerate(target.unbind(1)):
-            _add_at(out, t, gc[:, j] if H is None else gc[:, j : j + 1] * H, deterministic)
-        return
-    t, order = target.flatten().sort()
-    place = torch.zeros_like(t)
-    place[1:] = (t[1:] != t[:-1]).cumsum(0)
-    count = min(len(t), len(out))
-    # unused places have a sum of zero, which may be added to any row
-    row = torch.zeros(count, dtype=torch.long, device=t.device).scatter_(0, place, t)
-    total = gc.new_zeros(count, *out.shape[1:])
-    for piece in chunks(len(t), max(m, 1)):
-        x = gc.flatten()[order[piece]]
-        x = x if H is None else x.unsqueeze(1) * H[order[piece] // K]
-        _add_at(total, place[piece], x, deterministic)
-    _add_at(out, row, total.to(out.dtype), deterministic)
-
-
-def _add_at(out: Tensor, index: Tensor, x: Tensor, deterministic: bool) -> None:
-    """out[index] += x, equal indices adding up."""
-    if out.device.type == "cpu" or deterministic:
-        # deterministic on a GPU, and several times as fast as index_add_ on a CPU
-        out.index_put_((index,), x, accumulate=True)
-    else:
-        out.index_add_(0, index, x)

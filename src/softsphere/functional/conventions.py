@@ -14,7 +14,7 @@ from torch import Tensor
 from softsphere import checks, losses
 from softsphere.targets import Targets, from_indices, from_sparse
 
-__all__ = ["Conventions", "mixed_precision"]
+__all__ = ["Conventions", "mixed_precision", "multiplied_dtype"]
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -126,3 +126,10 @@ def mixed_precision(x: Tensor) -> bool:
     # The compiler of torch 2.11 cannot trace the first question. It compiles for no other device.
     known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
     return known and torch.is_autocast_enabled(device)
+
+
+def multiplied_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which `F.linear` multiplies x, which autocast may change."""
+    if x.dtype == torch.float64 or not mixed_precision(x):
+        return x.dtype
+    return torch.get_autocast_dtype(x.device.type)

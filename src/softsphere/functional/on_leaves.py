@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from softsphere import losses
-from softsphere._torch import values_on_cpu
+from softsphere._torch import is_recorded, values_on_cpu
 from softsphere.engines.grouped_gram import cluster_statistics, target_outputs_of
 from softsphere.engines.grouped_products import group_outputs, group_statistics
 from softsphere.engines.grouping import Group, Grouping
@@ -52,6 +52,15 @@ class Leaves(NamedTuple):
         joined = F.embedding(index, self.W) / self.pi[index].sqrt().unsqueeze(1)
         has_bias = joined.shape[1] > width
         return joined[:, :width], joined[:, width] if has_bias else None
+
+    def recorded_in(self, dtype: torch.dtype) -> Leaves:
+        """The same leaves, in dtype where autograd records what is made of them.
+
+        Gradients from several places nearly cancel, and are added before they are rounded.
+        """
+        if isinstance(self.W, FactoredTensor) or not is_recorded(self.W, self.b):
+            return self
+        return Leaves(self.W.to(dtype), None if self.b is None else self.b.to(dtype), self.pi)
 
     def distinct(self, index: Tensor) -> list[Tensor]:
         """Columns (n, ·) that are equal for leaves of one cluster with equal rows of W and b."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,9 +16,10 @@ from softsphere.engines.dispatch import linear_statistics
 from softsphere.engines.options import LinearSphericalOptions, options_or_default
 from softsphere.engines.weight import accumulator
 from softsphere.functional.base_measure import BaseMeasure, restrict
-from softsphere.functional.conventions import Conventions, mixed_precision
+from softsphere.functional.conventions import Conventions, mixed_precision, multiplied_dtype
 from softsphere.functional.on_logits import loss_on_logits, spherical_value
 from softsphere.stats import Stats
+from softsphere.targets import Targets
 
 __all__ = [
     "Affine",
@@ -146,7 +148,7 @@ def loss_on_linear(
         checks.same_dtype(H, W, b, names)
     target = target.reshape(m, *target.shape[len(leading) :])
     values = None if target_values is None else target_values.reshape(target.shape)
-    if refusal:
+    if refusal or (values is not None and _by_squares(loss, options)):
         o = torch.nn.functional.linear(H, W, b)
         result = loss_on_logits(o, target, loss, conventions, target_values=values)
         return result.view(leading) if conventions.reduction == "none" else result
@@ -158,16 +160,33 @@ def loss_on_linear(
         base = restrict(conventions.pi, mask, dtype)
         entries.refuse_masked(mask)
     assert isinstance(loss, losses.Spherical)
-    if statistics is None:
-        centred = loss.shift_invariant
-        x = linear_statistics(
-            H, W, b, entries.t, base.pi, centred=centred, options=options, mass=base.mass
-        )
-    else:
-        x = statistics(H, entries.t)
-    rows = entries.weigh(spherical_value(loss, x, entries, conventions))
+
+    def by_engine(options: LinearSphericalOptions) -> Stats:
+        centred, mass = loss.shift_invariant, base.mass
+        given = H, W, b, entries.t, base.pi
+        return linear_statistics(*given, centred=centred, options=options, mass=mass)
+
+    x = by_engine(options) if statistics is None else statistics(H, entries.t)
+    value = spherical_value(loss, x, entries, conventions)
+    if statistics is None and options.engine == "auto" and _lost_digits(loss, x, entries, value):
+        x = by_engine(replace(options, accumulate_dtype=torch.float64))
+        value = spherical_value(loss, x, entries, conventions).to(value.dtype)
+    rows = entries.weigh(value)
     _refuse_infinite_bias(rows, b, names[2])
     return conventions.finish(rows.view(leading), entries.counted, input)
+
+
+def _by_squares(loss: losses.Loss, options: LinearSphericalOptions) -> bool:
+    """Whether a K-sparse loss sums the squares of logits, since statistics may lose its digits."""
+    logits = options.engine == "dense" and options.accumulate_dtype == torch.float32
+    return logits and isinstance(loss, losses.SquaredError)
+
+
+def _lost_digits(loss: losses.Loss, x: Stats, entries: Targets, value: Tensor) -> bool:
+    """Whether the losses (m) have lost their digits. It looks only on a CPU."""
+    if not isinstance(loss, losses.SquaredError) or not values_on_cpu(value):
+        return False
+    return value.dtype != torch.float64 and bool(loss.lost_digits(replace(x, y=entries.y), value))
 
 
 def _check_target(input: Tensor, num_classes: int, target: Any, values: Any, name: str) -> bool:
@@ -263,6 +282,4 @@ def outside_of_accumulate(refusal: Exception) -> Exception:
 
 def autocast(x: Tensor) -> Tensor:
     """x in the dtype to which autocast casts the arguments of `F.linear`."""
-    if x.dtype == torch.float64 or not mixed_precision(x):
-        return x
-    return x.to(torch.get_autocast_dtype(x.device.type))
+    return x.to(multiplied_dtype(x))

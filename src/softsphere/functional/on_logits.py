@@ -117,6 +117,7 @@ def loss_on_logits(
     # The statistics of class indices have parts of their own, with nothing computed twice.
     parted = per_row or soft or bool(conventions.label_smoothing)
     parted = parted or not isinstance(loss, losses.Spherical)
+    parted = parted or (isinstance(loss, losses.SquaredError) and target_values is not None)
     entries = None if soft else conventions.entries(target, target_values, num_classes, dtype)
 
     def rows_of(o: Tensor, part: Part) -> Tensor:
@@ -147,6 +148,11 @@ def _entry_rows(
         o = fill_masked(o, mask)
     if conventions.label_smoothing:
         return _smoothed_rows(o, entries, loss, conventions, base)
+    if isinstance(loss, losses.SquaredError) and entries.y is not None:
+        conventions.refuse_weight()
+        o = o.to(entries.y.dtype)
+        y = torch.zeros_like(o).scatter_add(-1, entries.t, entries.y)
+        return entries.weigh(loss.of_vector(o, y, base.pi))
     if isinstance(loss, losses.Spherical):
         x = output_statistics(o, entries.t, base.pi, centred=loss.shift_invariant, mass=base.mass)
         return entries.weigh(spherical_value(loss, x, entries, conventions))
@@ -202,7 +208,7 @@ def _soft_rows(
     if isinstance(loss, losses.SquaredError):
         conventions.refuse_weight()
         y = _smoothed(p, alpha, base)
-        return loss.value(dense_statistics(o, base.pi, centred=False, y=y, mass=base.mass))
+        return loss.of_vector(o.to(y.dtype), y, base.pi)
     p = _smoothed(p, alpha, base)
     return base.sum(_per_class(o, loss, base) * (p if w is None else p * w))
 

@@ -49,8 +49,9 @@ class ClusteredReader(Reader):
     ) -> None:
         weight = root.scores.weight
         super().__init__(loss, weight.shape[1], num_classes, weight.device)
-        self.root, self.leaves, self.grouping = root, leaves, grouping
         self.dtype = accumulator(weight.dtype)
+        self.root, self.grouping = root, grouping
+        self.leaves = leaves.recorded_in(self.dtype)
         self.S = len(grouping.shortlist)
 
     def rows_of(self, hidden: Tensor) -> Tensor:

@@ -38,13 +38,28 @@ class DenseReader(WeightReader):
         super().__init__(loss, W.shape[1], W.shape[0], pi, W.device)
         self.W, self.b, self.options = W, b, options
         self.dtype = accumulator(W.dtype)
+        self._copy: tuple[Tensor, Tensor | None] | None = None
 
     def rows_of(self, hidden: Tensor) -> Tensor:
         H = hidden.reshape(-1, self.in_features).to(self.dtype)
         return H if self.b is None else nn.functional.pad(H, (0, 1), value=1.0)
 
+    def _read_from(self) -> tuple[Tensor, Tensor | None]:
+        """W and b, in the dtype of the computation where autograd records it.
+
+        Gradients from several places nearly cancel, and are added before they are rounded: they
+        meet in one copy.
+        """
+        W, b = self.W, self.b
+        if not is_recorded(W, b):
+            return W, b
+        if self._copy is None:
+            self._copy = W.to(self.dtype), None if b is None else b.to(self.dtype)
+        return self._copy
+
     def weight_rows(self, classes: Tensor | slice) -> Tensor:
-        rows, b = self._read(self.W, classes), self.b
+        W, b = self._read_from()
+        rows = self._read(W, classes)
         return rows if b is None else torch.cat([rows, self._read(b, classes).unsqueeze(-1)], -1)
 
     def _read(self, x: Tensor, classes: Tensor | slice) -> Tensor:
@@ -63,7 +78,8 @@ class DenseReader(WeightReader):
     def outputs(self, H: Tensor, classes: Tensor | None = None) -> Tensor:
         if classes is not None:
             return H @ self.weight_rows(classes).mT
-        W, b = self.W.to(self.dtype), None if self.b is None else self.b.to(self.dtype)
+        W, b = self._read_from()
+        W, b = W.to(self.dtype), None if b is None else b.to(self.dtype)
         # Narrowed, since the export of torch 2.6 compares the rows of a slice with its open end.
         return nn.functional.linear(H.narrow(1, 0, self.in_features), W, b)
 
@@ -89,6 +105,6 @@ class DenseReader(WeightReader):
         statistics = guarded_statistics if len(H) > self.in_features else CHUNKED.statistics
         none = torch.empty(len(H), 0, dtype=torch.long, device=H.device)
         pi = None if self.pi is None else self.pi.to(H.dtype)
-        x = Inputs(H, self.W, self.b, none, pi)
+        x = Inputs(H, *self._read_from(), none, pi)
         s, q, _ = statistics(x, settings(x, self.options, centred=False))
         return self.loss.log_normaliser(s, q, float(self.num_classes))

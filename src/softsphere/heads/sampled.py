@@ -14,7 +14,8 @@ from softsphere import checks
 from softsphere.engines import LinearSphericalOptions
 from softsphere.engines.repeated_rows import repeated_rows
 from softsphere.engines.row_statistics import accumulator
-from softsphere.functional.conventions import Conventions, mixed_precision
+from softsphere.engines.wide_outputs import wide_outputs
+from softsphere.functional.conventions import Conventions, mixed_precision, multiplied_dtype
 from softsphere.heads.affine import made_dtype, start_as_linear, whole_layer
 from softsphere.heads.dense_reader import DenseReader
 from softsphere.heads.negatives import SAMPLES, Sampler, sampler_of
@@ -231,11 +232,11 @@ class SampledSoftmaxLoss(OutputLayer):
         own_bias, bias = None, None
         if b is not None:
             own_bias, bias = repeated_rows(b, every, wide, sparse=self.sparse).split(sizes)
-            bias = bias.to(b.dtype)
-        o = F.linear(H, rows.to(W.dtype), bias)
+        o = wide_outputs(H, rows, multiplied_dtype(H))
         own = (H.to(wide) * own_rows).sum(1)
-        own = own if own_bias is None else own + own_bias
-        o = o.to(wide) - log_expected
+        if own_bias is not None and bias is not None:
+            own, o = own + own_bias, o + bias
+        o = o - log_expected
         none = (classes == target.unsqueeze(1)) | log_expected.isinf()
         # A batch may leave a row no negative. Its loss is 0, but infinite outputs alone would have
         # derivatives that are not numbers.

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from softsphere._torch import places_of_equals
 from softsphere.matrix.arrays import Arrays
 from softsphere.matrix.gradient import GradientFactors
 
@@ -40,15 +41,9 @@ def _entries_times(gradient: GradientFactors, pi: Tensor | None, R: Tensor) -> T
 
     The rows x_j R[i_j] of equal targets are added up in a table of n places, then read back.
     """
-    order = gradient.rows.argsort()
-    rows = gradient.rows[order]
-    place = torch.zeros_like(rows)
-    if len(rows) > 1:
-        place[1:] = (rows[1:] != rows[:-1]).cumsum(0)
+    _, place = places_of_equals(gradient.rows)
     weighted = gradient.x.unsqueeze(1) * at_entries(gradient, R)
-    table = torch.zeros_like(weighted).index_add_(0, place, weighted[order])
-    read = torch.empty_like(weighted)
-    read[order] = table[place]
+    read = torch.zeros_like(weighted).index_add_(0, place, weighted)[place]
     if pi is not None:
         read = read * pi.unsqueeze(1)
     return _to_columns(gradient, read)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from softsphere._torch import places_of_equals
 from softsphere.matrix.gradient import GradientFactors
 from softsphere.matrix.segments import Piece, Segments
 from softsphere.matrix.stack_arrays import StackArrays
@@ -65,7 +66,7 @@ class StackProducts:
     def entries_times(self, R: Tensor) -> Tensor:
         """EᵀΠE R for R (r, w): rows of equal targets are added up, then read back."""
         g = self.gradient
-        _, place = g.rows.unique(return_inverse=True)
+        _, place = places_of_equals(g.rows)
         table = torch.zeros_like(R).index_add_(0, place, g.x.unsqueeze(1) * R)
         return self.e.unsqueeze(1) * table[place]
 

@@ -44,6 +44,7 @@ __all__ = [
     "is_recorded",
     "is_shared_with_others",
     "is_wrapper",
+    "mapped_by_vmap",
     "pair_products",
     "places_of_equals",
     "products_have_out_dtype",
@@ -92,11 +93,10 @@ def values_readable(x: Tensor) -> bool:
     """
     if torch.compiler.is_compiling() or x.is_meta or torch._C._len_torch_dispatch_stack():
         return False
-    functorch = torch._C._functorch
-    while functorch.is_functorch_wrapped_tensor(x):
-        if functorch.is_batchedtensor(x):
-            return False
-        x = functorch.get_unwrapped(x)
+    if mapped_by_vmap(x):
+        return False
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
     return type(x).__torch_dispatch__ is Tensor.__torch_dispatch__
 
 
@@ -124,6 +124,16 @@ def transformed() -> bool:
     if torch.compiler.is_compiling():
         return False
     return transforms_active() or forward_mode_active()
+
+
+def mapped_by_vmap(x: Tensor) -> bool:
+    """Whether torch.func.vmap maps over x."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_batchedtensor(x):
+            return True
+        x = functorch.get_unwrapped(x)
+    return False
 
 
 def exporting() -> bool:

@@ -78,6 +78,19 @@ def test_probabilities_are_those_of_the_definition_and_sum_to_one(name, leaf, wa
         torch.testing.assert_close(found.exp().sum(1), torch.ones(4).double(), **CLOSE)
 
 
+@pytest.mark.parametrize("engine", ["logits", "gram"])
+def test_gradients_of_each_row_by_jacrev(engine):
+    head, hidden = layer(MIXED, engine=engine, reduction="none"), rows(M)
+    named = dict(head.named_parameters())
+    every = torch.func.jacrev(lambda p: torch.func.functional_call(head, p, (hidden, TARGET)))(
+        named
+    )
+    for i, loss in enumerate(head(hidden, TARGET)):
+        one = torch.autograd.grad(loss, list(named.values()), retain_graph=True)
+        for name, x in zip(named, one, strict=True):
+            torch.testing.assert_close(every[name][i], x)
+
+
 @every_case
 def test_gradients_are_those_of_log_prob(name, leaf, way, products):
     head = layer(ASSIGNMENTS[name], leaf, **WAYS[way]).eval()
@@ -582,6 +595,11 @@ ERRORS = {
         ),
         TypeError,
         "the weight must be the factored one of a ClusteredLoss",
+    ),
+    "target: mapped by vmap": (
+        lambda: torch.vmap(layer(MIXED))(rows(M).unsqueeze(1), TARGET.unsqueeze(1)),
+        RuntimeError,
+        r"vmap cannot map over the target.*reduction=\"none\".*jacrev",
     ),
     "engine: gram and sparse": (
         lambda: ClusteredLoss(d, D, MIXED, engine="gram", sparse=True),

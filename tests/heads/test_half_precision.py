@@ -173,6 +173,27 @@ def test_a_gpu_rounds_gradients_that_nearly_cancel_once(bias, monkeypatch):
         assert float(error) < torch.finfo(torch.bfloat16).eps, key
 
 
+@pytest.mark.parametrize("leaf", ["taylor_softmax", "softmax"])
+def test_a_cluster_of_many_tiles_is_summed_before_it_is_rounded(leaf):
+    """Most rows are of one cluster, and are multiplied in many tiles of the size of the others."""
+    torch.manual_seed(0)
+    clusters, rows = 200, 20_000
+    head = ClusteredLoss(
+        d, 3 * clusters, torch.arange(3 * clusters) % clusters, leaf=leaf, engine="logits"
+    )
+    head.bfloat16()
+    exact = copy.deepcopy(head).double()
+    hidden = (torch.randn(rows, d) + 1).bfloat16()
+    target = torch.randint(3, (rows,)) * clusters
+    target[:clusters] = torch.arange(clusters)
+    for each in (head, exact):
+        each.reduction = "sum"
+        (each(hidden.to(each.weight.dtype), target) / 64).backward()
+    for name in ("weight", "bias"):
+        found, wanted = (x.get_parameter(name).grad.double() for x in (head, exact))
+        torch.testing.assert_close(found, wanted, rtol=torch.finfo(torch.bfloat16).eps, atol=1e-4)
+
+
 def test_a_repeated_row_is_read_once_for_its_gradient():
     x = torch.randn(5, 3, dtype=torch.bfloat16, requires_grad=True)
     for index in ([4, 0, 4, 4, 2], [3], []):

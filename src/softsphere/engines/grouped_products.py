@@ -220,8 +220,9 @@ def _weight_gradient(tiles: Tensor, Z: Tensor, W: Tensor, lines: Lines, sparse: 
 
 def _bias_gradient(tiles: Tensor, b: Tensor, lines: Lines) -> Tensor:
     """∂b_k = Σ_i g_ik, from g in tiles: (L)."""
-    sums = tiles.sum(1).flatten().to(b.dtype)
-    return torch.zeros_like(b).index_add_(0, _leaves_of_products(lines).flatten(), sums)
+    sums = tiles.sum(1).flatten()
+    every = sums.new_zeros(b.shape).index_add_(0, _leaves_of_products(lines).flatten(), sums)
+    return every.to(b.dtype)
 
 
 def _pair_by_pair(lines: Lines, W: Tensor) -> bool:

@@ -24,6 +24,7 @@ from softsphere.heads.clustered_checks import (
     check_can_be_written,
     check_engine,
     distribution,
+    refuse_mapped_targets,
     refuse_other_targets,
 )
 from softsphere.heads.clustered_reader import ClusteredReader, Root, root_log_prob
@@ -294,6 +295,7 @@ class ClusteredLoss(WithGrouping, OutputLayer):
         checks.same_device("weight", self.weight, "hidden", hidden)
         checks.same_device("target", target, "hidden", hidden)
         checks.rows_target(hidden.shape[:-1], target)
+        refuse_mapped_targets(target)
         if not mixed_precision(hidden):
             checks.same_dtype(hidden, self.weight, self.bias, _NAMES)
             for name, layer in (("root", self.root), ("project", self.project)):

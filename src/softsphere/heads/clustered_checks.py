@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from softsphere import checks, losses
-from softsphere._torch import values_on_cpu
+from softsphere._torch import mapped_by_vmap, values_on_cpu
 from softsphere.engines.grouping import Grouping
 from softsphere.engines.leaf_choice import LEAF_ENGINES
 
@@ -17,6 +17,7 @@ __all__ = [
     "check_layer_above",
     "check_prior",
     "distribution",
+    "refuse_mapped_targets",
     "refuse_other_targets",
 ]
 
@@ -131,4 +132,14 @@ def refuse_other_targets(target_values: Any, mask: Any) -> None:
         raise TypeError(
             "mask cannot be used with a ClusteredLoss; use LinearSphericalLoss, whose forward "
             "takes a mask of classes"
+        )
+
+
+def refuse_mapped_targets(target: Tensor) -> None:
+    """Raises RuntimeError if torch.func.vmap maps over the targets."""
+    if mapped_by_vmap(target):
+        raise RuntimeError(
+            "torch.func.vmap cannot map over the target of a ClusteredLoss, which sorts its rows "
+            "by the clusters of their targets; give it all rows in one call, with "
+            'reduction="none" for a loss of each, whose torch.func.jacrev has a gradient of each'
         )

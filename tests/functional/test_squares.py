@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from softsphere import LinearSphericalOptions
+from _bytes import Bytes
+from softsphere import FactoredSphericalLoss, LinearSphericalLoss, LinearSphericalOptions
 from softsphere.functional import linear_spherical_loss, spherical_loss
 from softsphere.losses import SquaredError
 
@@ -83,3 +84,84 @@ def test_linear_layers(scale, engine, alpha, given):
     want = explicitly(o, y, alpha, **given).float()
     # float32 products alone leave an error of some eps of the outputs
     torch.testing.assert_close(found, want, rtol=2e-2, atol=0)
+
+
+@pytest.mark.parametrize("noise", [1e-3, 1e-5])
+def test_class_indices_that_are_met(noise):
+    """The outputs are nearly those of one class, with a bias in place of a weight."""
+    torch.manual_seed(0)
+    b = torch.zeros(D)
+    b[0] = 1
+    b += noise * torch.randn(D)
+    want = (b.double() - torch.eye(D, dtype=torch.float64)[0]).square().sum().float()
+    target, H, W = torch.zeros(m, dtype=torch.long), torch.randn(m, 3), torch.zeros(D, 3)
+    values = [spherical_loss(b.expand(m, D), target, "squared_error")]
+    for engine in ("auto", "dense"):
+        options = LinearSphericalOptions(engine)
+        values.append(
+            linear_spherical_loss(
+                H, W, target, "squared_error", linear_bias=b, options=options, reduction="mean"
+            )
+        )
+    for found in values:
+        torch.testing.assert_close(found, want, rtol=1e-4, atol=0)
+
+
+def met(layer):
+    """Rows of a layer and targets that are nearly its outputs."""
+    torch.manual_seed(1)
+    H = torch.randn(m, layer.in_features)
+    with torch.no_grad():
+        W = layer.dense() if isinstance(layer, FactoredSphericalLoss) else layer.weight
+        o = H @ W[:, : layer.in_features].mT
+    return H, TARGET, o.gather(1, TARGET) * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("engine", ["gram", "chunked"])
+def test_a_named_engine_says_that_digits_are_lost(engine):
+    layer = LinearSphericalLoss(
+        24, D, "squared_error", bias=False, options=LinearSphericalOptions(engine)
+    )
+    with pytest.warns(UserWarning, match=r"lost its digits.*float64"):
+        layer(*met(layer))
+
+
+def test_a_factored_layer_says_that_digits_are_lost():
+    layer = FactoredSphericalLoss(24, D, "squared_error", bias=False)
+    with pytest.warns(UserWarning, match=r"lost its digits.*float64"):
+        layer(*met(layer))
+
+
+def test_accumulation_refuses_squares_that_have_lost_their_digits():
+    layer = LinearSphericalLoss(24, D, "squared_error", bias=False)
+    H, target, y = met(layer)
+    with layer.accumulate(), pytest.raises(RuntimeError, match=r"lost its digits.*float64"):
+        layer(H, target, y)
+    with layer.accumulate():
+        layer(H, target, 2 * y).backward()
+    assert layer.weight.grad is not None
+
+
+def test_an_infinite_bias_is_named():
+    b = torch.zeros(D)
+    b[3] = -torch.inf
+    with pytest.raises(ValueError, match="linear_bias must be finite"):
+        linear_spherical_loss(
+            torch.randn(m, 4),
+            torch.randn(D, 4),
+            TARGET,
+            "squared_error",
+            linear_bias=b,
+            target_values=torch.randn(m, D),
+            options=LinearSphericalOptions("dense"),
+        )
+
+
+def test_target_values_on_logits_take_one_copy_of_them():
+    o = torch.randn(512, 4096)
+    target, y = torch.randint(4096, (512, 4)), torch.randn(512, 4)
+    kept = o.clone().requires_grad_()
+    with Bytes(kept, target, y) as meter:
+        spherical_loss(kept, target, "squared_error", target_values=y).backward()
+    # the residuals, the gradient, and a part of the squares
+    assert meter.most < 3.5 * o.untyped_storage().nbytes()

@@ -9,7 +9,7 @@ import torch
 
 from _matrix_units import as_on_a_gpu
 from softsphere import ClusteredLoss, LinearSphericalLoss, SampledSoftmaxLoss
-from softsphere.engines import LinearSphericalOptions
+from softsphere.engines import LinearSphericalOptions, products, wide_outputs
 from softsphere.engines.repeated_rows import repeated_rows
 
 m, D, d = 2048, 60, 8
@@ -171,6 +171,48 @@ def test_a_gpu_rounds_gradients_that_nearly_cancel_once(bias, monkeypatch):
         found, wanted = (x.grad[:4].double() for x in (p, exact.get_parameter(key)))
         error = (found - wanted).norm() / wanted.norm()
         assert float(error) < torch.finfo(torch.bfloat16).eps, key
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_gpu_takes_batches_without_rows(dtype, monkeypatch):
+    as_on_a_gpu(monkeypatch)
+    head = LinearSphericalLoss(d, D, options=LinearSphericalOptions("gram"), reduction="sum")
+    head.to(dtype)
+    head(torch.empty(0, d, dtype=dtype), torch.empty(0, dtype=torch.long)).backward()
+    assert not head.weight.grad.any() and not head.bias.grad.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_gpu_gives_a_single_class_no_gradient(dtype, monkeypatch):
+    """Push and pull cancel whatever the row is, so that its rounded common part must, too."""
+    torch.manual_seed(0)
+    as_on_a_gpu(monkeypatch)
+    head = LinearSphericalLoss(d, 1, options=LinearSphericalOptions("gram"), reduction="sum")
+    with torch.no_grad():
+        head.bias.fill_(1.3)
+    head.to(dtype)
+    head(torch.randn(40, d).to(dtype), torch.zeros(40, dtype=torch.long)).backward()
+    for p in head.parameters():
+        assert float(p.grad.abs().max()) < 1e-3
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_small_gradients_of_sampled_softmax_do_not_vanish_in_float16(gpu, monkeypatch):
+    torch.manual_seed(0)
+    classes = 8192
+    head = SampledSoftmaxLoss(d, classes, num_samples=classes, bias=False)
+    exact = copy.deepcopy(head).double()
+    hidden, target = torch.randn(m, d).half(), torch.zeros(m, dtype=torch.long)
+    if gpu:
+        as_on_a_gpu(monkeypatch)
+        monkeypatch.setattr(wide_outputs, "multiplies", products.multiplies)
+        monkeypatch.setattr(wide_outputs, "product", products.product)
+    with torch.autocast("cpu", torch.float16):
+        loss = head(hidden.float(), target)
+    loss.backward()
+    exact(hidden.double(), target).backward()
+    found, wanted = head.weight.grad[1:].double(), exact.weight.grad[1:]
+    assert float((found - wanted).norm() / wanted.norm()) < torch.finfo(torch.float16).eps
 
 
 @pytest.mark.parametrize("leaf", ["taylor_softmax", "softmax"])

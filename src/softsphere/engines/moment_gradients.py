@@ -17,7 +17,15 @@ from softsphere.engines import fused_rows
 from softsphere.engines.chunk_sums import upper_product
 from softsphere.engines.engine import Gradients, Inputs
 from softsphere.engines.moments import Moments, read_as_is, symmetric
-from softsphere.engines.products import multiplies, product, rounded, times, weighted_sum
+from softsphere.engines.products import (
+    in_parts,
+    largest,
+    multiplies,
+    product,
+    rounded,
+    times,
+    weighted_sum,
+)
 from softsphere.engines.target_rows import TargetRows
 from softsphere.engines.weight import chunk_room, chunks, read
 
@@ -49,7 +57,7 @@ def _of_rows(H: Tensor, gq: Tensor, dtype: torch.dtype) -> Tensor:
     if not multiplies(H, dtype):
         H = H.to(dtype)
         return symmetric(upper_product(H, H * gq.unsqueeze(1), dtype))
-    scale = gq.abs().amax().clamp_min(torch.finfo(dtype).tiny)
+    scale = largest(gq)
     factor = gq / scale
     fused = fused_rows.usable(H)
     X = fused_rows.scaled(H, factor) if fused else (H * factor.unsqueeze(1)).to(H.dtype)
@@ -162,7 +170,8 @@ def _write_at_targets(
 ) -> None:
     """Writes the rows of the targets with all digits of A, and what the targets add to them."""
     W, b, (D, d) = x.W, x.b, x.W.shape
-    A, v = 2 * small[0], _without_rest(small[1], at, 2 * small[0])[:d]
+    A = _as_multiplied(2 * small[0], d, W.dtype)
+    v = _without_rest(small[1], at, A)[:d]
     classes = torch.cat([rows.target.flatten() for rows in targets])
     # either way no more than D of them
     classes = classes.sort().values if len(classes) < D else torch.arange(D, device=W.device)
@@ -179,10 +188,20 @@ def _write_at_targets(
 def _write_bias_as_is(out: Tensor, x: Inputs, at: Moments, small: tuple[Tensor, Tensor]) -> None:
     """out = the last entries of v + 2 A x_k."""
     assert x.b is not None
-    A, d = 2 * small[0], x.W.shape[1]
-    torch.mul(x.b, A[d, d], out=out)
+    d = x.W.shape[1]
+    A = _as_multiplied(2 * small[0], d, x.W.dtype)
+    torch.mul(x.b.double(), A[d, d], out=out)
     out += times(x.W, A[:d, d:]).squeeze(1)
     out += _without_rest(small[1], at, A)[d]
+
+
+def _as_multiplied(A: Tensor, d: int, kind: torch.dtype) -> Tensor:
+    """A (n, n) whose first d rows are the sums of the two parts by which `times` multiplies."""
+    A = A.clone()
+    for columns in (A[:d, :d], A[:d, d:]):
+        high, low, scale = in_parts(columns, kind)
+        columns.copy_((high.to(A.dtype) + torch.finfo(kind).eps * low.to(A.dtype)) * scale)
+    return A
 
 
 def _without_rest(v: Tensor, at: Moments, A: Tensor) -> Tensor:

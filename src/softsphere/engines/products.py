@@ -11,6 +11,7 @@ from softsphere.engines.bfloat16_parts import number_of_parts, parts, parts_dtyp
 __all__ = [
     "column_sums",
     "in_parts",
+    "largest",
     "multiplies",
     "product",
     "rounded",
@@ -41,9 +42,16 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor | None = None)
     return torch.mm(a, b, out_dtype=dtype, out=out)
 
 
+def largest(A: Tensor) -> Tensor:
+    """The largest size of a number in A, () and not zero; 1 if there is none."""
+    if not A.numel():
+        return A.new_ones(())
+    return A.abs().amax().clamp_min(torch.finfo(A.dtype).tiny)
+
+
 def rounded(A: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """A / λ in dtype, and the scale λ, so that small numbers do not vanish in float16."""
-    scale = A.abs().amax().clamp_min(torch.finfo(A.dtype).tiny)
+    scale = largest(A)
     return (A / scale).to(dtype), scale
 
 

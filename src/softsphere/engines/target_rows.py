@@ -6,18 +6,21 @@ So they are added up in the dtype of the computation, and rounded to that of the
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from softsphere._torch import values_on_cpu
 from softsphere.engines import fused_rows
+from softsphere.engines.weight import chunks
 
 __all__ = ["TargetRows", "joined"]
 
 
-class TargetRows(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class TargetRows:
     """Σ_ij [k = t_ij] g_ij [h_i 1] for each class k.
 
     H: (m, d)             the hidden rows
@@ -37,22 +40,40 @@ class TargetRows(NamedTuple):
             classes: the n classes, as a slice or as numbers in ascending order. If a class is
                 there more than once, its first place has its row.
         """
+        by_kernel = fused_rows.usable(out)
         if isinstance(classes, slice):
+            if values_on_cpu(out) and not by_kernel:
+                self._add_some(out, classes)
+                return
             place = self.target - classes.start
             inside = (place >= 0) & (place < len(out))
         else:
             place = torch.searchsorted(classes, self.target).clamp_max(len(out) - 1)
             inside = classes[place] == self.target
-        if fused_rows.usable(out):
+        if by_kernel:
             fused_rows.add_target_rows(out, self.H, place, self.gc.where(inside, 0))
             return
-        for at, some, gc in zip(place.unbind(1), inside.unbind(1), self.gc.unbind(1), strict=True):
-            H, g = self.H, gc.where(some, 0)
-            if values_on_cpu(out):
-                few = some.nonzero().squeeze(1)
-                at, H, g = at[few], H[few], gc[few]
-            # zeros go anywhere, but not all to one row
-            _add_at(out, at.remainder(len(out)), g.unsqueeze(1) * H.to(g.dtype), deterministic)
+        # the rows of other classes are zeros, which go anywhere, but not all to one place
+        place, H = place.remainder(len(out)), self.H.to(out.dtype)
+        for at, g in zip(place.unbind(1), self.gc.where(inside, 0).unbind(1), strict=True):
+            _add_at(out, at, g.unsqueeze(1) * H, deterministic)
+
+    @cached_property
+    def _sorted(self) -> tuple[Tensor, Tensor]:
+        """The targets in ascending order, and their places in (m, K)."""
+        ordered, order = self.target.flatten().sort(stable=True)
+        return ordered, order
+
+    def _add_some(self, out: Tensor, classes: slice) -> None:
+        """`add_to` where Python may look at values: it reads the targets of these classes alone."""
+        ordered, order = self._sorted
+        ends = torch.tensor([classes.start, classes.start + len(out)], dtype=ordered.dtype)
+        first, last = torch.searchsorted(ordered, ends).tolist()
+        m, K = self.target.shape
+        for some in chunks(last - first, max(m, 1)):
+            place = order[first:last][some]
+            x = self.gc.flatten()[place].unsqueeze(1) * self.H[place // K].to(out.dtype)
+            _add_at(out, ordered[first:last][some] - classes.start, x, True)
 
     def add_to_bias(self, out: Tensor, *, deterministic: bool) -> None:
         """Adds the last entries of all rows to out (D)."""
@@ -64,7 +85,14 @@ def joined(some: list[TargetRows]) -> list[TargetRows]:
     by_K: dict[int, list[TargetRows]] = {}
     for rows in some:
         by_K.setdefault(rows.target.shape[1], []).append(rows)
-    return [TargetRows(*map(torch.cat, zip(*each, strict=True))) for each in by_K.values()]
+    return [
+        TargetRows(
+            torch.cat([rows.H for rows in each]),
+            torch.cat([rows.target for rows in each]),
+            torch.cat([rows.gc for rows in each]),
+        )
+        for each in by_K.values()
+    ]
 
 
 def _add_at(out: Tensor, index: Tensor, x: Tensor, deterministic: bool) -> None:

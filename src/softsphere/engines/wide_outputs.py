@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from softsphere._torch import transformed
-from softsphere.engines.products import multiplies, product
+from softsphere.engines.products import multiplies, product, rounded
 
 __all__ = ["wide_outputs"]
 
@@ -36,7 +36,7 @@ class _Outputs(torch.autograd.Function):
     def forward(ctx: Any, H: Tensor, rows: Tensor, kind: torch.dtype) -> Tensor:
         ctx.save_for_backward(H, rows)
         ctx.kind = kind
-        return _product(H, rows.mT, kind, rows.dtype)
+        return _product(H.to(kind), rows.mT, kind, rows.dtype)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -44,13 +44,19 @@ class _Outputs(torch.autograd.Function):
         needs_H, needs_rows, _ = ctx.needs_input_grad
         if torch.is_grad_enabled():  # operations that can be differentiated again
             return (g @ rows).to(H.dtype), g.mT @ H.to(g.dtype), None
-        dH = _product(g, rows, ctx.kind, g.dtype).to(H.dtype) if needs_H else None
-        return dH, _product(g.mT, H, ctx.kind, g.dtype) if needs_rows else None, None
+        # scaled, so that small gradients do not vanish in float16
+        g, scale = rounded(g, ctx.kind) if multiplies(H.to(ctx.kind), g.dtype) else (g, 1.0)
+        dH = _product(g, rows, ctx.kind, rows.dtype).mul_(scale).to(H.dtype) if needs_H else None
+        dW = _product(g.mT, H, ctx.kind, rows.dtype).mul_(scale) if needs_rows else None
+        return dH, dW, None
 
 
 def _product(a: Tensor, b: Tensor, kind: torch.dtype, dtype: torch.dtype) -> Tensor:
-    a, b = a.to(kind), b.to(kind)
-    if not multiplies(a, dtype):
+    """a b in dtype, with b rounded to `kind`, and a where a GPU multiplies such factors."""
+    b = b.to(kind)
+    if multiplies(b, dtype):
+        a = a.to(kind)
+    else:
         a, b = a.to(dtype), b.to(dtype)
     with torch.autocast(a.device.type, enabled=False):
         return product(a, b, dtype)

@@ -17,9 +17,13 @@ from softsphere.engines.options import LinearSphericalOptions, options_or_defaul
 from softsphere.engines.weight import accumulator
 from softsphere.functional.base_measure import BaseMeasure, restrict
 from softsphere.functional.conventions import Conventions, mixed_precision, multiplied_dtype
-from softsphere.functional.on_logits import loss_on_logits, spherical_value
+from softsphere.functional.on_logits import (
+    LOST_DIGITS,
+    loss_on_logits,
+    lost_digits,
+    spherical_value,
+)
 from softsphere.stats import Stats
-from softsphere.targets import Targets
 
 __all__ = [
     "Affine",
@@ -149,6 +153,8 @@ def loss_on_linear(
     target = target.reshape(m, *target.shape[len(leading) :])
     values = None if target_values is None else target_values.reshape(target.shape)
     if refusal or (values is not None and _by_squares(loss, options)):
+        if not refusal and b is not None:
+            _refuse_infinite_bias(b, b, names[2])
         o = torch.nn.functional.linear(H, W, b)
         result = loss_on_logits(o, target, loss, conventions, target_values=values)
         return result.view(leading) if conventions.reduction == "none" else result
@@ -167,8 +173,11 @@ def loss_on_linear(
         return linear_statistics(*given, centred=centred, options=options, mass=mass)
 
     x = by_engine(options) if statistics is None else statistics(H, entries.t)
-    value = spherical_value(loss, x, entries, conventions)
-    if statistics is None and options.engine == "auto" and _lost_digits(loss, x, entries, value):
+    careful = options.engine in ("auto", "dense")
+    value = spherical_value(loss, x, entries, conventions, warns=not careful)
+    if careful and lost_digits(loss, x, entries, value):
+        if statistics is not None:
+            raise RuntimeError(f"{LOST_DIGITS}, or accumulate without this context")
         x = by_engine(replace(options, accumulate_dtype=torch.float64))
         value = spherical_value(loss, x, entries, conventions).to(value.dtype)
     rows = entries.weigh(value)
@@ -180,13 +189,6 @@ def _by_squares(loss: losses.Loss, options: LinearSphericalOptions) -> bool:
     """Whether a K-sparse loss sums the squares of logits, since statistics may lose its digits."""
     logits = options.engine == "dense" and options.accumulate_dtype == torch.float32
     return logits and isinstance(loss, losses.SquaredError)
-
-
-def _lost_digits(loss: losses.Loss, x: Stats, entries: Targets, value: Tensor) -> bool:
-    """Whether the losses (m) have lost their digits. It looks only on a CPU."""
-    if not isinstance(loss, losses.SquaredError) or not values_on_cpu(value):
-        return False
-    return value.dtype != torch.float64 and bool(loss.lost_digits(replace(x, y=entries.y), value))
 
 
 def _check_target(input: Tensor, num_classes: int, target: Any, values: Any, name: str) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +18,15 @@ from softsphere.functional.row_parts import Part, in_parts
 from softsphere.stats import Stats
 from softsphere.targets import Targets
 
-__all__ = ["loss_on_logits", "spherical_loss", "spherical_value"]
+__all__ = ["LOST_DIGITS", "loss_on_logits", "lost_digits", "spherical_loss", "spherical_value"]
+
+LOST_DIGITS = (
+    "the squared error has lost its digits in float32, since outputs meet their targets so closely "
+    "that it is a difference of nearly equal numbers; compute it in float64, by "
+    "options=LinearSphericalOptions(accumulate_dtype=torch.float64) or a layer of that dtype"
+)
+# The error of q in eps: of every engine, and of sums of the outputs themselves.
+ERROR, _ERROR_ON_LOGITS = 32.0, 4.0
 
 
 def spherical_loss(
@@ -150,12 +160,14 @@ def _entry_rows(
         return _smoothed_rows(o, entries, loss, conventions, base)
     if isinstance(loss, losses.SquaredError) and entries.y is not None:
         conventions.refuse_weight()
-        o = o.to(entries.y.dtype)
-        y = torch.zeros_like(o).scatter_add(-1, entries.t, entries.y)
-        return entries.weigh(loss.of_vector(o, y, base.pi))
+        return entries.weigh(_sparse_squares(loss, o, entries.t, entries.y, base))
     if isinstance(loss, losses.Spherical):
         x = output_statistics(o, entries.t, base.pi, centred=loss.shift_invariant, mass=base.mass)
-        return entries.weigh(spherical_value(loss, x, entries, conventions))
+        value = spherical_value(loss, x, entries, conventions, warns=False)
+        if lost_digits(loss, x, entries, value, error=_ERROR_ON_LOGITS):
+            wide = output_statistics(o.double(), entries.t, base.pi, centred=False, mass=base.mass)
+            value = spherical_value(loss, wide, entries, conventions).to(value.dtype)
+        return entries.weigh(value)
     o, kind = o.to(entries.counted.dtype), _on_logits(loss)
     if entries.y is None:
         return entries.weigh(kind.at(o, entries.t.squeeze(-1), base.pi))
@@ -165,17 +177,57 @@ def _entry_rows(
     return entries.weigh((each * entries.y).sum(-1))
 
 
-def spherical_value(
-    loss: losses.Spherical, x: Stats, entries: Targets, conventions: Conventions
+def _sparse_squares(
+    loss: losses.SquaredError, o: Tensor, t: Tensor, y: Tensor, base: BaseMeasure
 ) -> Tensor:
-    """Losses (...) of the entries from their statistics, before class weights."""
+    """Σ_k w_k π_k (o_k − y_k)² (...) of target values y (..., K) at the classes t."""
+    if o.dtype != y.dtype:
+        o = o.to(y.dtype)
+        return loss.of_vector(o, torch.zeros_like(o).scatter_add(-1, t, y), base.pi)
+    # the statistics of o − y are in memory once, and nothing large cancels in their q
+    x = output_statistics(o.scatter_add(-1, t, -y), t, base.pi, centred=False, mass=base.mass)
+    alpha = loss.unobserved
+    if alpha == 1:
+        return x.q
+    known = torch.where(y == 0, 0.0, (1 - alpha) * x.c * x.c)
+    return alpha * x.q + (known if x.pi is None else x.pi * known).sum(-1)
+
+
+def lost_digits(
+    loss: losses.Loss, x: Stats, entries: Targets, value: Tensor, *, error: float = ERROR
+) -> bool:
+    """Whether losses (...) have lost their digits, as squared errors may. It looks on a CPU alone.
+
+    error: that of q in eps.
+    """
+    if not isinstance(loss, losses.SquaredError) or not values_on_cpu(value):
+        return False
+    x = replace(x, y=entries.y)
+    return value.dtype != torch.float64 and bool(loss.lost_digits(x, value.detach(), error))
+
+
+def spherical_value(
+    loss: losses.Spherical,
+    x: Stats,
+    entries: Targets,
+    conventions: Conventions,
+    *,
+    warns: bool = True,
+) -> Tensor:
+    """Losses (...) of the entries from their statistics, before class weights.
+
+    warns: whether digits that are lost are told, for a caller that does not look itself.
+    """
     if isinstance(loss, losses.SquaredError) and entries.y is not None:
         conventions.refuse_weight()
     pi = x.pi
     if conventions.mask is not None and pi is not None and entries.y is not None:
         # Padding looks at class 0, which may be masked out: π = 0 has no logarithm.
         pi = torch.where((entries.y == 0) & (pi == 0), 1.0, pi)
-    return loss.value(Stats(x.s, x.q, x.c, x.mass, y=entries.y, pi=pi))
+    value = loss.value(Stats(x.s, x.q, x.c, x.mass, y=entries.y, pi=pi))
+    if warns and lost_digits(loss, x, entries, value):
+        warnings.warn(LOST_DIGITS, stacklevel=2)
+    return value
 
 
 def _smoothed_rows(
@@ -208,7 +260,11 @@ def _soft_rows(
     if isinstance(loss, losses.SquaredError):
         conventions.refuse_weight()
         y = _smoothed(p, alpha, base)
-        return loss.of_vector(o.to(y.dtype), y, base.pi)
+        o = o.to(y.dtype)
+        if loss.unobserved != 1:
+            return loss.of_vector(o, y, base.pi)
+        none = torch.empty(*o.shape[:-1], 0, dtype=torch.long, device=o.device)
+        return output_statistics(o - y, none, base.pi, centred=False, mass=base.mass).q
     p = _smoothed(p, alpha, base)
     return base.sum(_per_class(o, loss, base) * (p if w is None else p * w))
 

@@ -13,9 +13,6 @@ from softsphere.stats import Stats
 
 __all__ = ["SquaredError"]
 
-# The error of q in eps.
-_ERROR = 32
-
 
 @dataclass(frozen=True)
 class SquaredError(Spherical):
@@ -34,10 +31,13 @@ class SquaredError(Spherical):
         unobserved: α, the weight of the classes with y = 0.
 
     From the statistics the value is a difference of numbers of the size of q + Σ_j y_j², with an
-    error of some eps of that, which its derivatives do not have. Where outputs meet large targets
-    to four digits or so, nothing is left of it in float32. The losses on logits, and linear layers
-    with engine="dense", sum the squares themselves. Engine "auto" looks at the digits on a CPU, and
-    computes in float64 if they are lost.
+    error of some eps of that. In float32 it has lost its digits where the outputs meet all targets
+    to a hundredth or so, and derivatives lose theirs later. The losses on logits sum the squares
+    themselves where there are target values. Elsewhere the digits are looked at on a CPU, outside
+    of compiled code and torch.func.vmap. Losses on logits, and linear layers with engine "auto" or
+    "dense", then compute in float64; `accumulate()` with engine "auto" raises RuntimeError, and
+    other engines and factored layers warn. Ask for float64 where nothing is looked at, by
+    `LinearSphericalOptions(accumulate_dtype=torch.float64)` or a factored layer of that dtype.
 
     Partials: s' = 0, q' = α, c'_j = 2 π_j ((1 − α) c_j − y_j).
     Use it for targets that are real numbers, for several targets in a row, and for implicit
@@ -89,11 +89,14 @@ class SquaredError(Spherical):
             squares = torch.where(y == 0, self.unobserved * squares, squares)
         return (squares if pi is None else pi * squares).sum(-1)
 
-    def lost_digits(self, x: Stats, value: Tensor) -> Tensor:
-        """Whether rounding may have changed the value of some row by a hundredth: a boolean ()."""
+    def lost_digits(self, x: Stats, value: Tensor, error: float) -> Tensor:
+        """Whether rounding may have changed the value of some row by a hundredth: a boolean ().
+
+        error: that of q in eps.
+        """
         y = torch.ones_like(x.c) if x.y is None else x.y
         size = x.q + (y * y if x.pi is None else x.pi * y * y).sum(-1)
-        return (_ERROR * torch.finfo(size.dtype).eps * size > 1e-2 * value).any()
+        return (error * torch.finfo(size.dtype).eps * size > 1e-2 * value).any()
 
     def _at_targets(self, c: Tensor, y: Tensor) -> Tensor:
         """(c − y)² − α c², or 0 where y = 0."""

@@ -27,9 +27,6 @@ class SquaredError(Spherical):
     otherwise thousands of zeros outweigh the few ones. Label smoothing would give every class a
     target value, so it is defined for α = 1 alone.
 
-    Args:
-        unobserved: α, the weight of the classes with y = 0.
-
     From the statistics the value is a difference of numbers of the size of q + Σ_j y_j², with an
     error of some eps of that. In float32 it has lost its digits where the outputs meet all targets
     to a hundredth or so, and derivatives lose theirs later. The losses on logits sum the squares
@@ -38,6 +35,9 @@ class SquaredError(Spherical):
     "dense", then compute in float64; `accumulate()` with engine "auto" raises RuntimeError, and
     other engines and factored layers warn. Ask for float64 where nothing is looked at, by
     `LinearSphericalOptions(accumulate_dtype=torch.float64)` or a factored layer of that dtype.
+
+    Args:
+        unobserved: α, the weight of the classes with y = 0.
 
     Partials: s' = 0, q' = α, c'_j = 2 π_j ((1 − α) c_j − y_j).
     Use it for targets that are real numbers, for several targets in a row, and for implicit

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from softsphere._torch import is_recorded
 from softsphere.engines.engine import Inputs, mass_of
 from softsphere.rounding import spread_of_equals
 
@@ -21,6 +22,7 @@ __all__ = [
     "chunks",
     "mean_row",
     "read",
+    "recorded_in",
     "spread_of_outputs",
     "target_outputs",
 ]
@@ -55,6 +57,17 @@ def read(
         return W.to(dtype), column
     rows = torch.sub(W, shift[:d], out=None if room is None else room[: len(W)])
     return rows, None if column is None else column - shift[d]
+
+
+def recorded_in(W: Tensor, b: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """W and b, in dtype where autograd records what is made of them.
+
+    Gradients from several places nearly cancel, and are added before they are rounded: they meet in
+    one copy.
+    """
+    if not is_recorded(W, b):
+        return W, b
+    return W.to(dtype), None if b is None else b.to(dtype)
 
 
 def mean_row(x: Inputs, size: int, dtype: torch.dtype) -> Tensor:

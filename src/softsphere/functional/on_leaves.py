@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from softsphere import losses
-from softsphere._torch import is_recorded, values_on_cpu
+from softsphere._torch import values_on_cpu
 from softsphere.engines.grouped_gram import cluster_statistics, target_outputs_of
 from softsphere.engines.grouped_products import group_outputs, group_statistics
 from softsphere.engines.grouping import Group, Grouping
@@ -20,6 +20,7 @@ from softsphere.engines.leaf_choice import leaf_costs
 from softsphere.engines.lines import Lines
 from softsphere.engines.row_statistics import accumulator
 from softsphere.engines.stack_statistics import stack_statistics
+from softsphere.engines.weight import recorded_in
 from softsphere.matrix import FactoredTensor
 from softsphere.matrix.stack_arrays import StackArrays
 from softsphere.stats import Stats
@@ -54,13 +55,10 @@ class Leaves(NamedTuple):
         return joined[:, :width], joined[:, width] if has_bias else None
 
     def recorded_in(self, dtype: torch.dtype) -> Leaves:
-        """The same leaves, in dtype where autograd records what is made of them.
-
-        Gradients from several places nearly cancel, and are added before they are rounded.
-        """
-        if isinstance(self.W, FactoredTensor) or not is_recorded(self.W, self.b):
+        """The same leaves, as `weight.recorded_in` has their W and b."""
+        if isinstance(self.W, FactoredTensor):
             return self
-        return Leaves(self.W.to(dtype), None if self.b is None else self.b.to(dtype), self.pi)
+        return Leaves(*recorded_in(self.W, self.b, dtype), self.pi)
 
     def distinct(self, index: Tensor) -> list[Tensor]:
         """Columns (n, ·) that are equal for leaves of one cluster with equal rows of W and b."""

@@ -26,7 +26,7 @@ LOST_DIGITS = (
     "options=LinearSphericalOptions(accumulate_dtype=torch.float64) or a layer of that dtype"
 )
 # The error of q in eps: of every engine, and of sums of the outputs themselves.
-ERROR, _ERROR_ON_LOGITS = 32.0, 4.0
+_ERROR, _ERROR_ON_LOGITS = 32.0, 4.0
 
 
 def spherical_loss(
@@ -181,11 +181,9 @@ def _sparse_squares(
     loss: losses.SquaredError, o: Tensor, t: Tensor, y: Tensor, base: BaseMeasure
 ) -> Tensor:
     """Σ_k w_k π_k (o_k − y_k)² (...) of target values y (..., K) at the classes t."""
-    if o.dtype != y.dtype:
-        o = o.to(y.dtype)
-        return loss.of_vector(o, torch.zeros_like(o).scatter_add(-1, t, y), base.pi)
-    # the statistics of o − y are in memory once, and nothing large cancels in their q
-    x = output_statistics(o.scatter_add(-1, t, -y), t, base.pi, centred=False, mass=base.mass)
+    # o − y is in memory once, and nothing large cancels in its q
+    rest = o.to(y.dtype).scatter_add(-1, t, -y)
+    x = output_statistics(rest, t, base.pi, centred=False, mass=base.mass)
     alpha = loss.unobserved
     if alpha == 1:
         return x.q
@@ -194,7 +192,7 @@ def _sparse_squares(
 
 
 def lost_digits(
-    loss: losses.Loss, x: Stats, entries: Targets, value: Tensor, *, error: float = ERROR
+    loss: losses.Loss, x: Stats, entries: Targets, value: Tensor, *, error: float = _ERROR
 ) -> bool:
     """Whether losses (...) have lost their digits, as squared errors may. It looks on a CPU alone.
 

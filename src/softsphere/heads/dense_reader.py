@@ -16,7 +16,7 @@ from softsphere.engines.engine import Inputs
 from softsphere.engines.gram import guarded_statistics
 from softsphere.engines.repeated_rows import repeated_rows
 from softsphere.engines.row_statistics import accumulator
-from softsphere.engines.weight import chunks
+from softsphere.engines.weight import chunks, recorded_in
 from softsphere.functional.on_linear import Affine
 from softsphere.heads.row_keys import keys_of_rows
 from softsphere.heads.weight_reader import WeightReader
@@ -38,24 +38,17 @@ class DenseReader(WeightReader):
         super().__init__(loss, W.shape[1], W.shape[0], pi, W.device)
         self.W, self.b, self.options = W, b, options
         self.dtype = accumulator(W.dtype)
-        self._copy: tuple[Tensor, Tensor | None] | None = None
+        self._recorded: tuple[Tensor, Tensor | None] | None = None
 
     def rows_of(self, hidden: Tensor) -> Tensor:
         H = hidden.reshape(-1, self.in_features).to(self.dtype)
         return H if self.b is None else nn.functional.pad(H, (0, 1), value=1.0)
 
     def _read_from(self) -> tuple[Tensor, Tensor | None]:
-        """W and b, in the dtype of the computation where autograd records it.
-
-        Gradients from several places nearly cancel, and are added before they are rounded: they
-        meet in one copy.
-        """
-        W, b = self.W, self.b
-        if not is_recorded(W, b):
-            return W, b
-        if self._copy is None:
-            self._copy = W.to(self.dtype), None if b is None else b.to(self.dtype)
-        return self._copy
+        """W and b, as `weight.recorded_in` has them. A training step makes no copy of them."""
+        if self._recorded is None:
+            self._recorded = recorded_in(self.W, self.b, self.dtype)
+        return self._recorded
 
     def weight_rows(self, classes: Tensor | slice) -> Tensor:
         W, b = self._read_from()

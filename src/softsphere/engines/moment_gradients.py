@@ -23,7 +23,6 @@ from softsphere.engines.products import (
     multiplies,
     product,
     rounded,
-    times,
     weighted_sum,
 )
 from softsphere.engines.target_rows import TargetRows
@@ -170,13 +169,15 @@ def _write_at_targets(
 ) -> None:
     """Writes the rows of the targets with all digits of A, and what the targets add to them."""
     W, b, (D, d) = x.W, x.b, x.W.shape
-    A = _as_multiplied(2 * small[0], d, W.dtype)
+    A = 2 * small[0]
+    parts = in_parts(A[:d, :d], W.dtype)
+    A[:d, :d] = parts.whole(A.dtype)  # what the common part of the rows is multiplied with, too
     v = _without_rest(small[1], at, A)[:d]
     classes = torch.cat([rows.target.flatten() for rows in targets])
     # either way no more than D of them
     classes = classes.sort().values if len(classes) < D else torch.arange(D, device=W.device)
     for some in classes.split(max(1, _AT_ONCE // max(d, 1))):
-        G = times(W[some], A[:d, :d]).add_(v)
+        G = parts.after(W[some], A.dtype).add_(v)
         if b is not None:
             G.addr_(b[some].to(G.dtype), A[d, :d])
         for rows in targets:
@@ -189,19 +190,12 @@ def _write_bias_as_is(out: Tensor, x: Inputs, at: Moments, small: tuple[Tensor, 
     """out = the last entries of v + 2 A x_k."""
     assert x.b is not None
     d = x.W.shape[1]
-    A = _as_multiplied(2 * small[0], d, x.W.dtype)
+    A = 2 * small[0]
+    parts = in_parts(A[:d, d:], x.W.dtype)
+    A[:d, d:] = parts.whole(A.dtype)
     torch.mul(x.b.double(), A[d, d], out=out)
-    out += times(x.W, A[:d, d:]).squeeze(1)
+    out += parts.after(x.W, A.dtype).squeeze(1)
     out += _without_rest(small[1], at, A)[d]
-
-
-def _as_multiplied(A: Tensor, d: int, kind: torch.dtype) -> Tensor:
-    """A (n, n) whose first d rows are the sums of the two parts by which `times` multiplies."""
-    A = A.clone()
-    for columns in (A[:d, :d], A[:d, d:]):
-        high, low, scale = in_parts(columns, kind)
-        columns.copy_((high.to(A.dtype) + torch.finfo(kind).eps * low.to(A.dtype)) * scale)
-    return A
 
 
 def _without_rest(v: Tensor, at: Moments, A: Tensor) -> Tensor:

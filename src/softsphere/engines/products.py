@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -55,14 +57,32 @@ def rounded(A: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return (A / scale).to(dtype), scale
 
 
-def in_parts(A: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns B and C in dtype and a scale λ with A = λ (B + eps C), for eps that of dtype.
+class InParts(NamedTuple):
+    """A = λ (B + eps C) for B and C in half precision, their eps, and a scale λ."""
 
-    The two parts have twice the digits of dtype: A is right to eps²/4 or so of its largest entry.
+    high: Tensor
+    low: Tensor
+    scale: Tensor
+
+    def whole(self, dtype: torch.dtype) -> Tensor:
+        """A in dtype."""
+        eps = torch.finfo(self.high.dtype).eps
+        return torch.add(self.high.to(dtype), self.low.to(dtype), alpha=eps).mul_(self.scale)
+
+    def after(self, H: Tensor, dtype: torch.dtype) -> Tensor:
+        """H A in dtype, for an H that `multiplies` allows."""
+        P = product(H, self.low, dtype).mul_(torch.finfo(H.dtype).eps)
+        return P.add_(product(H, self.high, dtype)).mul_(self.scale)
+
+
+def in_parts(A: Tensor, dtype: torch.dtype) -> InParts:
+    """The parts of A in dtype.
+
+    They have twice the digits of dtype: A is right to eps²/4 or so of its largest entry.
     """
     high, scale = rounded(A, dtype)
     rest = (A / scale - high) / torch.finfo(dtype).eps
-    return high, rest.to(dtype), scale
+    return InParts(high, rest.to(dtype), scale)
 
 
 def times(H: Tensor, S: Tensor) -> Tensor:
@@ -72,9 +92,7 @@ def times(H: Tensor, S: Tensor) -> Tensor:
     float32 products need not be exact, both enter as two parts in bfloat16.
     """
     if multiplies(H, S.dtype):
-        high, low, scale = in_parts(S, H.dtype)
-        P = product(H, low, S.dtype).mul_(torch.finfo(H.dtype).eps)
-        return P.add_(product(H, high, S.dtype)).mul_(scale)
+        return in_parts(S, H.dtype).after(H, S.dtype)
     if number_of_parts(H, S.dtype):
         return _times_by_parts(H, S)
     return H.to(S.dtype) @ S

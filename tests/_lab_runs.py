@@ -13,6 +13,10 @@ __all__ = ["HARMFUL", "RUNS", "Stopping", "loaded", "of_one_epoch"]
 # So high that the first epoch is the best, which a run that goes on has to remember.
 HARMFUL = 0.3
 CLUSTERED = Output("taylor_softmax", clusters=8, shortlist=20)
+TIED = replace(CLUSTERED, lstm=True, tied=True)
+ON_STREAMS = replace(
+    TEXT.setup, embedding=16, layers=2, recurrent_dropout=0.2, context=8, carried=True
+)
 # What is stopped, and what of it: every kind of output layer has a state of its own.
 RUNS = {
     "images": (IMAGES, "taylor_softmax"),
@@ -31,6 +35,14 @@ RUNS = {
         replace(TEXT, setup=replace(TEXT.setup, layers=2, recurrent_dropout=0.2, context=8)),
         "softmax lstm",
     ),
+    **{
+        f"an LSTM on streams of text, {name}": (
+            replace(TEXT, setup=ON_STREAMS),
+            f"{name} lstm tied",
+        )
+        for name in ("softmax", "adaptive_softmax div_value=1.0")
+    },
+    "tied clusters": (replace(TEXT, outputs=(TIED,), setup=ON_STREAMS), str(TIED)),
     **{
         name: (TEXT, name)
         for name in (

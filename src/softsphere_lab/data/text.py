@@ -17,7 +17,7 @@ from softsphere_lab.data.corpora import Corpus, read
 from softsphere_lab.data.sources import digest
 from softsphere_lab.errors import LabError
 
-__all__ = ["END", "UNKNOWN", "Text", "load", "ngrams", "windows"]
+__all__ = ["END", "UNKNOWN", "Text", "in_streams", "load", "ngrams", "windows"]
 
 END = "</s>"
 UNKNOWN = "<unk>"
@@ -159,3 +159,15 @@ def windows(tokens: Tensor, length: int, end: int) -> tuple[Tensor, Tensor]:
     whole = len(tokens) // length * length
     before = torch.cat([torch.tensor([end]), tokens])[:whole]
     return before.view(-1, length), tokens[:whole].view(-1, length)
+
+
+def in_streams(rows: Tensor, streams: int) -> Tensor:
+    """Returns consecutive windows (N, …) as that many streams are read, a window of each at a time.
+
+    A stream has ⌊N / streams⌋ consecutive windows; those that are left over are left out.
+
+    >>> in_streams(torch.arange(7), 2)
+    tensor([0, 3, 1, 4, 2, 5])
+    """
+    each = len(rows) // streams
+    return rows[: each * streams].view(streams, each, *rows.shape[1:]).transpose(0, 1).flatten(0, 1)

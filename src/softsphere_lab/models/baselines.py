@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -223,6 +224,30 @@ class AdaptiveSoftmax(Baseline):
 
     def reset_parameters(self) -> None:
         self.layer.reset_parameters()
+
+    def rows(self, classes: Tensor) -> Tensor:
+        """Returns the rows (…, d) of the weight that belong to classes (…).
+
+        Those of the clusters are read behind their projections, which take d numbers to d as long
+        as `div_value` is 1.
+        """
+        return F.embedding(self.rank_of(classes), torch.cat(self._parts()))
+
+    @torch.no_grad()
+    def copy_rows(self, rows: Tensor) -> None:
+        """Copies rows (D, d), one for each class, into the weight; see `rows`."""
+        by_rank = (
+            rows if self.ranks is None else torch.empty_like(rows).index_copy_(0, self.ranks, rows)
+        )
+        parts = self._parts()
+        for part, its in zip(parts, by_rank.split([len(part) for part in parts]), strict=True):
+            part.copy_(its)
+
+    def _parts(self) -> list[Tensor]:
+        """Returns the weights of the classes of the first softmax, and of each cluster."""
+        first = self.layer.head.weight[: self.layer.cutoffs[0]]
+        tails = [cast(nn.Linear, cast(nn.Sequential, tail)[1]) for tail in self.layer.tail]
+        return [first, *(tail.weight for tail in tails)]
 
     def mean_loss(self, H: Tensor, target: Tensor) -> Tensor:
         loss: Tensor = self.layer(H, target).loss

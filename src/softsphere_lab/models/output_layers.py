@@ -83,12 +83,18 @@ class Output:
         for name, loss in _MEANT_FOR.items():
             if getattr(self, name) is not None and self.loss != loss:
                 raise LabError(f"{name} is for {loss}, got it for {self.loss}; leave it out")
-        if self.tied and (self.factored or self.leaf_features or self.loss in _OTHER_ROWS):
+        if self.tied and (self.factored or self.leaf_features or self._has_narrow_rows()):
             raise LabError(f"{str(self)!r} cannot be tied: its rows are no input embeddings")
         taken = {"prior": self.loss != "hierarchical_softmax", "factored": False}
         for name, possible in taken.items():
             if getattr(self, name) and self.loss in BASELINES and not possible:
                 raise LabError(f"{name} has no meaning for {self.loss}; leave it out")
+
+    def _has_narrow_rows(self) -> bool:
+        """Whether a class may have a row that is not as wide as the hidden states."""
+        if self.loss == "adaptive_softmax":
+            return self.div_value != 1
+        return self.loss == "hierarchical_softmax"
 
     def _check_clusters(self) -> None:
         """Raises LabError for what clusters cannot be, or have no meaning together with."""
@@ -220,8 +226,6 @@ BASELINES: dict[str, Callable[[Output, int, Tensor], nn.Module]] = {
     "hierarchical_softmax": _hierarchical,
     "sampled_softmax": _sampled,
 }
-# Those without a row of the width of hidden states for each class.
-_OTHER_ROWS = ("adaptive_softmax", "hierarchical_softmax")
 # What has a meaning for one of them alone.
 _MEANT_FOR = {
     "samples": "sampled_softmax",
@@ -276,7 +280,7 @@ def tied_rows(head: nn.Module, rows: Tensor) -> Callable[[Tensor], Tensor]:
 
     That is a function of class indices, whose gradients go to the layer.
     """
-    if isinstance(head, ClusteredLoss):
+    if isinstance(head, ClusteredLoss | AdaptiveSoftmax):
         head.copy_rows(rows)
         return head.rows
     weight = cast(nn.Parameter, head.weight)

@@ -15,7 +15,7 @@ from softsphere_lab.data.similarity import Pair, spearman
 from softsphere_lab.data.text import Text
 from softsphere_lab.errors import LabError
 from softsphere_lab.models.kept_clusters import Assignments, assignment_name
-from softsphere_lab.models.output_layers import Output, layer
+from softsphere_lab.models.output_layers import Output, layer, tied_rows
 from softsphere_lab.models.sharded_layers import can_be_sharded, sharded_layer
 from softsphere_lab.models.text_clusters import BY
 from softsphere_lab.models.text_networks import LSTM, ngram_network
@@ -36,7 +36,16 @@ TOP = 10
 EMBEDDING_STD = 0.1
 # Fields of a setup that records made before them do not have. A configuration has them only where
 # they are not at their default, so that those records can still be resumed.
-LATER = ("linear_last", "warm_up", "clip", "beta2", "layers", "recurrent_dropout", "context")
+LATER = (
+    "linear_last",
+    "warm_up",
+    "clip",
+    "beta2",
+    "layers",
+    "recurrent_dropout",
+    "context",
+    "carried",
+)
 
 
 @dataclass(frozen=True)
@@ -49,7 +58,8 @@ class Setup:
     linear_last: whether the last layer of the n-gram model has no activation. warm_up: the share of
     the steps in which the rate rises. clip: the largest norm of all gradients together; None means
     any. beta2: how much of its mean of squared gradients AdamW keeps in a step. layers,
-    recurrent_dropout, context: those of the LSTM.
+    recurrent_dropout, context: those of the LSTM. carried: whether it is trained on streams of
+    text, a window of each in a batch, and carries its states from each window to the next one.
     """
 
     n: int = 5
@@ -72,6 +82,12 @@ class Setup:
     layers: int = 1
     recurrent_dropout: float = 0.0
     context: int = 0
+    carried: bool = False
+
+    @property
+    def windows(self) -> int:
+        """The windows of a batch of the LSTM."""
+        return max(1, self.batch_size // self.length)
 
     def config(self) -> Line:
         """Returns the fields as the configuration of a record has them.
@@ -160,10 +176,14 @@ class LanguageRun(Run[Epoch]):
         torch.manual_seed(seed)
         self.output, self.clip = output, setup.clip
         self.examples = _examples(data, output, setup)
+        self.carried = output.lstm and setup.carried
+        self.vocabulary = torch.arange(len(data.words), device=setup.device)
         self.model = _network(len(data.words), output, setup).to(setup.device)
         counts = data.counts if output.classes is None else data.cut(output.classes).counts
         assignment = (assignments or {}).get(assignment_name(output, BY))
         self.head, own = layer(output, setup.width, counts, setup.device, assignment)
+        if isinstance(self.model, LSTM) and output.tied:
+            self.model.tie(tied_rows(self.head, self.embeddings()))
         if group is not None and can_be_sharded(output):
             self.head, own = sharded_layer(output, self.head, counts, group)
         parameters = [*self.model.parameters(), *([] if own else self.head.parameters())]
@@ -176,7 +196,7 @@ class LanguageRun(Run[Epoch]):
             keep_whole_state(shared, self.head)
             self.both = ModelOverRanks(self.model, self.head, group)
         _, y = self.examples["train"]
-        rows = max(1, setup.batch_size * len(y) // y.numel())
+        rows = setup.windows if output.lstm else setup.batch_size
         steps = setup.epochs * math.ceil(len(y) / rows)
         super().__init__(
             {"model": self.model, "head": self.head},
@@ -187,11 +207,16 @@ class LanguageRun(Run[Epoch]):
             seed=seed,
             device=y.device,
             obstacle=obstacle_of(self.head, group),
+            shuffled=not self.carried,
         )
 
     def loss_of(self, index: Tensor, *drawn: Tensor) -> Tensor:
         x, y = self.examples["train"]
         return self.both.loss(x[index], y[index])
+
+    def before_epoch(self) -> None:
+        if isinstance(self.model, LSTM):
+            self.model.begin()
 
     def before_step(self) -> None:
         if self.clip is not None:
@@ -227,11 +252,21 @@ class LanguageRun(Run[Epoch]):
             "mrr": float((1 / ranks).mean()),
         }
 
+    @torch.no_grad()
+    def embeddings(self) -> Tensor:
+        """Returns the embeddings of all words of the input."""
+        if isinstance(self.model, LSTM):
+            return self.model.words(self.vocabulary)
+        assert isinstance(self.model, nn.Sequential)
+        embedding = self.model[0]
+        assert isinstance(embedding, nn.Embedding)
+        return embedding.weight.detach()
+
     def final(self, data: Data, read_test: bool) -> Final:
         """Returns the end of the run, with the weights of the best epoch."""
         self.put(self.kept)
         ranking = self.ranking("test") if read_test else {}
-        embedding = _embedding_of(self.model).weight.detach().cpu()
+        embedding = self.embeddings().cpu()
         alike = {
             name: spearman(data.text.words, embedding, data.pairs.get(name, []))
             for name in ("simlex999", "wordsim353")
@@ -260,7 +295,8 @@ def _examples(data: Text, output: Output, setup: Setup) -> Examples:
 
     def parts(of: Text) -> Examples:
         if output.lstm:
-            return window_parts(of, setup.length, setup.device, setup.context)
+            streams = setup.windows if setup.carried else 0
+            return window_parts(of, setup.length, setup.device, setup.context, streams)
         return ngram_parts(of, setup.n, setup.device)
 
     read = parts(data)
@@ -272,8 +308,11 @@ def _examples(data: Text, output: Output, setup: Setup) -> Examples:
 
 def _network(vocabulary: int, output: Output, setup: Setup) -> nn.Module:
     """The layers below the output layer."""
-    if output.tied:
-        raise LabError(f"{output} cannot be tied in a language model of the lab; leave out tied")
+    if output.tied and not _can_be_tied(output, setup):
+        raise LabError(
+            f"{output} cannot be tied: that needs lstm, all words as classes, and embeddings as "
+            f"wide as the output, got {setup.embedding} and {setup.width}; leave out tied"
+        )
     model: nn.Module
     if output.lstm:
         model = LSTM(
@@ -283,6 +322,7 @@ def _network(vocabulary: int, output: Output, setup: Setup) -> nn.Module:
             layers=setup.layers,
             dropout=setup.recurrent_dropout,
             context=setup.context,
+            streams=setup.windows if setup.carried else 0,
         )
     else:
         depth = output.depth or setup.depth
@@ -295,10 +335,11 @@ def _network(vocabulary: int, output: Output, setup: Setup) -> nn.Module:
             dropout=setup.dropout,
             linear_last=setup.linear_last,
         )
-    nn.init.normal_(_embedding_of(model).weight, std=EMBEDDING_STD)
+    embedding = next(layer for layer in model.modules() if isinstance(layer, nn.Embedding))
+    nn.init.normal_(embedding.weight, std=EMBEDDING_STD)
     return model
 
 
-def _embedding_of(model: nn.Module) -> nn.Embedding:
-    """The embedding of the words of the input."""
-    return next(layer for layer in model.modules() if isinstance(layer, nn.Embedding))
+def _can_be_tied(output: Output, setup: Setup) -> bool:
+    """Returns whether the rows of the output layer can be the embeddings of the network."""
+    return output.lstm and output.classes is None and setup.embedding == setup.width

@@ -49,15 +49,18 @@ class Run(ABC, Generic[E]):
         seed: int,
         device: torch.device,
         obstacle: str | None = None,
+        shuffled: bool = True,
     ) -> None:
         """Makes the schedules of the optimizers; each step of theirs is one of all of them.
 
         rate: returns the factor of the learning rates in a step. rows: how many to train on.
-        obstacle: why a step cannot be captured as a CUDA graph, if so.
+        obstacle: why a step cannot be captured as a CUDA graph, if so. shuffled: whether the rows
+        come in another random order in each epoch; otherwise they come in that of their numbers.
         """
         self.modules, self.optimizers, self.rate = modules, optimizers, rate
         self.rates = [torch.optim.lr_scheduler.LambdaLR(each, rate) for each in optimizers]
         self.rows, self.batch_size, self.device = rows, batch_size, device
+        self.shuffled = shuffled
         self.order = torch.Generator().manual_seed(seed)
         self.under_way: Pass | None = None
         self.history: list[E] = []
@@ -81,6 +84,9 @@ class Run(ABC, Generic[E]):
         drawn: what `draw` returned, on the device. It reads no value on the device, unless the run
         has an obstacle.
         """
+
+    def before_epoch(self) -> None:
+        """Is called before the first step of an epoch."""
 
     def before_step(self) -> None:
         """Is called between the gradients and the step that they make; it may change them."""
@@ -125,8 +131,10 @@ class Run(ABC, Generic[E]):
 
         The run has diverged if its loss is not finite or `look` returns None.
         """
-        under_way = self.under_way or Pass.begin(self.rows, self.order, self.device)
-        self.under_way = under_way
+        if self.under_way is None:
+            self.before_epoch()
+            self.under_way = Pass.begin(self._row_order(), self.device)
+        under_way = self.under_way
         for module in self.modules.values():
             module.train()
 
@@ -159,6 +167,12 @@ class Run(ABC, Generic[E]):
         if badness < self.best:
             self.best, self.best_epoch = badness, len(self.history)
             self.kept = copy.deepcopy(self.weights())
+
+    def _row_order(self) -> Tensor:
+        """Returns the numbers of the rows in the order in which an epoch reads them."""
+        if self.shuffled:
+            return torch.randperm(self.rows, generator=self.order)
+        return torch.arange(self.rows)
 
     def _step(self, index: Tensor, *drawn: Tensor) -> Tensor:
         """Trains on a batch and returns its loss.

@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from softsphere_lab.data.text import Text, ngrams, windows
+from softsphere_lab.data.text import Text, in_streams, ngrams, windows
+from softsphere_lab.errors import LabError
 
 __all__ = [
     "MOST_NLL",
@@ -33,11 +34,16 @@ def ngram_parts(text: Text, n: int, device: str) -> Examples:
     return {name: (x.to(device), y.to(device)) for name, (x, y) in pairs.items()}
 
 
-def window_parts(text: Text, length: int, device: str, context: int = 0) -> Examples:
+def window_parts(
+    text: Text, length: int, device: str, context: int = 0, streams: int = 0
+) -> Examples:
     """Returns windows of each part (N, context + length) and the words to predict (N, length).
 
     These are the words after each of the last `length` words of a window. The first `context` words
     are the end of the window before, and of the first window ends of sentences.
+
+    streams: how many streams the training part is read in, where that is not 0; see `in_streams`.
+    Its windows (N, length) then have no words before them.
     """
     pairs = {name: windows(getattr(text, name), length, text.end) for name in PARTS}
 
@@ -45,7 +51,16 @@ def window_parts(text: Text, length: int, device: str, context: int = 0) -> Exam
         padded = torch.cat([x.new_full((context,), text.end), x.flatten()])
         return padded.unfold(0, context + length, length)
 
-    return {name: (preceded(x).to(device), y.to(device)) for name, (x, y) in pairs.items()}
+    parts = {name: (preceded(x), y) for name, (x, y) in pairs.items()}
+    if streams:
+        x, y = pairs["train"]
+        if len(x) < streams:
+            raise LabError(
+                f"--data-dir: {len(text.train):,} words to train on are no {streams} windows of "
+                f"{length}, one of each stream; give a larger text, or another --budget"
+            )
+        parts["train"] = in_streams(x, streams), in_streams(y, streams)
+    return {name: (x.to(device), y.to(device)) for name, (x, y) in parts.items()}
 
 
 def rows_at_once(y: Tensor) -> int:

@@ -240,3 +240,18 @@ def test_initial_values_are_those_of_a_linear_layer():
     for values in (head.weight, head.bias):
         assert 0.09 < float(values.detach().abs().max()) <= 0.1
     assert isinstance(head.weight, nn.Parameter)
+
+
+@pytest.mark.parametrize("counts", [None, torch.arange(1, 32), torch.arange(31, 0, -1).roll(9)])
+def test_the_rows_of_adaptive_softmax_are_read_and_copied_by_class(counts):
+    """With div_value = 1 each class has a row as wide as the hidden states."""
+    head = AdaptiveSoftmax(d, 31, counts=counts, cutoffs=(10, 20), div_value=1.0)
+    given = torch.randn(31, d, generator=torch.Generator().manual_seed(3))
+    head.copy_rows(given)
+    classes = torch.tensor([[0, 30], [12, 5]])
+    assert torch.equal(head.rows(classes), given[classes])
+    order = torch.arange(31) if counts is None else head.ranks.argsort()
+    assert torch.equal(head.layer.head.weight[:10], given[order[:10]])
+    assert torch.equal(head.layer.tail[1][1].weight, given[order[20:]])
+    head.rows(classes).sum().backward()
+    assert head.layer.head.weight.grad[10:].abs().sum() == 0  # those of the clusters

@@ -110,6 +110,8 @@ def test_adaptive_softmax_may_begin_with_the_frequencies_of_its_clusters(cutoffs
         "hierarchical_softmax factored": "factored has no meaning for hierarchical_softmax",
         "sampled_softmax factored": "factored has no meaning for sampled_softmax",
         "hierarchical_softmax tied": "'hierarchical_softmax tied' cannot be tied",
+        "adaptive_softmax tied": "'adaptive_softmax tied' cannot be tied",
+        "adaptive_softmax tied div_value=2.0": "cannot be tied: its rows are no input embeddings",
         "taylor_softmax factored tied": "cannot be tied: its rows are no input embeddings",
     }.items(),
 )

@@ -117,6 +117,8 @@ ALONE = {
     "negatives": ({"loss": "sampled_softmax"}, {}, "draws negatives"),
     "batch normalisation": ({"activation": "batchnorm"}, {}, "normalises over all rows"),
     "dropout in an LSTM": ({"lstm": True}, {"recurrent_dropout": 0.1}, "draws dropout"),
+    "streams of text": ({"lstm": True}, {"carried": True}, "carries the states of all streams"),
+    "tied": ({"lstm": True, "tied": True}, {}, "reads words by the rows of its output layer"),
 }
 
 

@@ -12,7 +12,8 @@ from torch import nn
 
 from _lab_results import ON_TEXT, STUDIES
 from _lab_studies import TEXT
-from softsphere_lab.models.output_layers import Output
+from softsphere_lab.errors import LabError
+from softsphere_lab.models.output_layers import Output, tied_rows
 from softsphere_lab.models.text_networks import LSTM
 from softsphere_lab.training.language_run import LATER, LanguageRun, Setup
 from softsphere_lab.training.text_parts import window_parts
@@ -20,9 +21,9 @@ from softsphere_lab.training.text_parts import window_parts
 RECORDS = Path(__file__).parents[3] / "records"
 
 
-def run_of(**setup) -> LanguageRun:
+def run_of(output: str = "softmax", **setup) -> LanguageRun:
     asked = replace(TEXT.setup, **setup)
-    return LanguageRun(TEXT.load().text, Output("softmax"), 3e-3, 0, asked)
+    return LanguageRun(TEXT.load().text, Output.parse(output), 3e-3, 0, asked)
 
 
 def kept_configs() -> dict[str, dict]:
@@ -44,7 +45,7 @@ def test_records_made_before_a_setup_had_some_fields_are_those_of_the_same_setup
 def test_a_configuration_has_later_fields_where_they_are_not_at_their_default():
     assert not {*LATER} & {*Setup().config()}
     other = Setup(linear_last=True, warm_up=0.1, clip=1.0, beta2=0.9, layers=2,
-                  recurrent_dropout=0.1, context=5)  # fmt: skip
+                  recurrent_dropout=0.1, context=5, carried=True)  # fmt: skip
     assert other.config() == asdict(other)
 
 
@@ -106,3 +107,91 @@ def test_the_first_words_of_a_window_fill_the_state_of_an_lstm_and_give_no_rows(
     # dropout is of rows as well
     model.train()
     assert (model(x) == 0).any()
+
+
+def test_windows_of_a_stream_follow_one_another_and_are_the_words_of_the_text():
+    text = TEXT.load().text
+    plain, read = window_parts(text, 32, "cpu", 5), window_parts(text, 32, "cpu", 5, streams=3)
+    for part in ("valid", "test"):
+        assert all(map(torch.equal, read[part], plain[part]))
+    each = len(plain["train"][0]) // 3
+    for now, all_windows in zip(read["train"], window_parts(text, 32, "cpu")["train"], strict=True):
+        for stream in range(3):
+            begin = stream * each
+            assert torch.equal(now[stream::3], all_windows[begin : begin + each])
+    with pytest.raises(LabError, match=r"--data-dir: .* no 100000 windows of 32"):
+        window_parts(text, 32, "cpu", streams=100_000)
+
+
+def test_a_state_is_carried_through_a_stream_and_through_it_alone():
+    """Windows one after the other give what the whole stream gives at once."""
+    torch.manual_seed(0)
+    model = LSTM(30, 4, 5, layers=2, context=3, streams=2)
+    x = torch.randint(30, (2, 12))
+    parts = torch.cat([model(part) for part in x.split(4, 1)], 1)
+    whole = model.eval()
+    whole.context = 0
+    torch.testing.assert_close(parts, whole(x))
+    model.train()
+    assert not torch.allclose(model(x[:, :4]), parts[:, :4])
+    model.begin()
+    torch.testing.assert_close(model(x[:, :4]), parts[:, :4])
+    # evaluation leaves it as it is, and gradients end with a window
+    kept = model.state.clone()
+    model.eval()(x)
+    assert torch.equal(model.state, kept) and not kept.requires_grad and kept.any()
+
+
+def test_an_epoch_reads_the_streams_in_order_and_begins_each_anew():
+    """In a run, each batch has the windows after those of the batch before."""
+    one = run_of("softmax lstm", carried=True, length=16)
+    x, _ = one.examples["train"]
+    read, states = [], []
+
+    def note(module, inputs):
+        if module.training:
+            read.append(inputs[0])
+            states.append(module.state.clone())
+
+    one.model.register_forward_pre_hook(note)
+    for _ in range(2):
+        one.epoch(lambda step: None)
+        batches = len(read)
+        assert torch.equal(torch.cat(read), x) and {len(each) for each in read} == {8}
+        assert not states[0].any() and all(state.any() for state in states[1:])
+        read.clear(), states.clear()
+    assert batches > 3
+
+
+@pytest.mark.parametrize(
+    "output", ["softmax lstm tied", "sampled_softmax lstm tied samples=20",
+               "adaptive_softmax lstm tied div_value=1.0 cutoffs=50"]
+)  # fmt: skip
+def test_a_tied_network_reads_the_rows_that_predict(output):
+    one = run_of(output, embedding=16)
+    assert not any(isinstance(module, nn.Embedding) for module in one.model.modules())
+    words = one.embeddings()
+    assert 0.05 < words.std() < 0.2  # as embeddings begin
+    # the rows of a word predict it: its score among all rises with its row along hidden
+    with torch.no_grad():
+        hidden, before = torch.randn(1, 16), one.embeddings()[7].clone()
+        target = torch.tensor([7])
+        likely = one.head.log_prob(hidden)[0, 7]
+        rows = one.embeddings().clone()
+        rows[7] += hidden[0]
+        tied_rows(one.head, rows)
+        assert one.head.log_prob(hidden)[0, 7] > likely + 1
+        torch.testing.assert_close(one.model.words(target)[0], before + hidden[0])
+
+
+@pytest.mark.parametrize(
+    ("output", "setup"),
+    [
+        ("softmax tied", {"embedding": 16}),
+        ("softmax lstm tied", {}),
+        ("softmax lstm tied classes=20", {"embedding": 16}),
+    ],
+)
+def test_what_cannot_be_tied_is_told_what_can(output, setup):
+    with pytest.raises(LabError, match="that needs lstm, all words as classes, and embeddings"):
+        run_of(output, **setup)

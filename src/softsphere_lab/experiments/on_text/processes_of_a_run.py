@@ -23,7 +23,7 @@ def check_processes(nproc: int, outputs: Sequence[Output], setup: Setup) -> None
         reason = _alone(output, setup)
         if reason:
             raise LabError(f"--nproc must be 1, got {nproc}: {output} {reason}")
-        rows = max(1, setup.batch_size // (setup.length if output.lstm else 1))
+        rows = setup.windows if output.lstm else setup.batch_size
         if nproc > rows:
             raise LabError(
                 f"--nproc must be at most {rows}, the rows of a batch of {output}, got {nproc}"
@@ -50,4 +50,8 @@ def _alone(output: Output, setup: Setup) -> str:
         return "normalises over all rows of a batch"
     if output.lstm and setup.recurrent_dropout:
         return "draws dropout within an LSTM for all rows of a batch"
+    if output.lstm and setup.carried:
+        return "carries the states of all streams of a batch"
+    if output.tied:
+        return "reads words by the rows of its output layer"
     return ""

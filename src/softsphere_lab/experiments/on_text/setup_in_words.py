@@ -47,10 +47,22 @@ def _lstm_in_words(asked: Line) -> str:
     """
     >>> _lstm_in_words({"embedding": 8, "length": 32, "layers": 2, "context": 16})
     'an LSTM of 2 layers with embeddings of 8 on windows of 32 words, each after the 16 before it'
+    >>> streams = {"context": 64, "carried": True, "batch_size": 512}
+    >>> _lstm_in_words({"embedding": 8, "length": 32, **streams})
+    'an LSTM with embeddings of 8 on windows of 32 words of 16 streams of text, whose states are \
+carried from each window to the next in training; in evaluation each after the 64 before it'
     """
     layers = f" of {asked['layers']} layers" if "layers" in asked else ""
     dropout = f", dropout {asked['recurrent_dropout']:g}" if "recurrent_dropout" in asked else ""
-    context = f", each after the {asked['context']} before it" if "context" in asked else ""
+    context = f"each after the {asked['context']} before it" if "context" in asked else ""
+    if asked.get("carried"):
+        context = (
+            f" of {asked['batch_size'] // asked['length']} streams of text, whose states are "
+            "carried from each window to the next in training; in evaluation "
+            f"{context or 'each from a zero state'}"
+        )
+    elif context:
+        context = f", {context}"
     return (
         f"an LSTM{layers} with embeddings of {asked['embedding']}{dropout} on windows of "
         f"{asked['length']} words{context}"

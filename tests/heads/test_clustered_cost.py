@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from softsphere import ClusteredLoss
+from softsphere import ClusteredLoss, _torch
 from softsphere.engines import choose_leaves, grouped_products
 
 d = 16
@@ -72,6 +75,71 @@ def test_gram_matrices_do_not_loop_over_clusters():
         return written.operations
 
     assert operations(2) == operations(60)
+
+
+# Operations whose shapes or results a GPU has to be waited for.
+WAITING = ("_local_scalar_dense", "nonzero", "unique_consecutive", "_unique2", "masked_select")
+
+
+class Lists(TorchFunctionMode):
+    """Notes where the values of a tensor are read as a list."""
+
+    def __init__(self, found):
+        super().__init__()
+        self.found = found
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.tolist:
+            self.found.append("tolist")
+        return func(*args, **(kwargs or {}))
+
+
+class Waits(TorchDispatchMode):
+    """The operations of a step that a GPU would have to be waited for."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+        self.lists = Lists(self.found)
+
+    def __enter__(self):
+        self.lists.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self.lists.__exit__(*error)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name, kwargs = func._schema.name.removeprefix("aten::"), kwargs or {}
+        waits = name in WAITING
+        if name == "repeat_interleave":
+            waits = kwargs.get("output_size") is None
+        elif name.strip("_") in ("index", "index_put", "index_put_impl"):
+            waits = any(x is not None and x.dtype == torch.bool for x in args[1])
+        if waits:
+            self.found.append(name)
+        return func(*args, **kwargs)
+
+
+# In an uneven batch, where the leaves of most clusters are several blocks.
+MOST_WAITS = {"logits": 4, "gram": 4}
+
+
+@pytest.mark.parametrize("engine", MOST_WAITS)
+def test_a_step_has_few_waits(engine, monkeypatch):
+    """What is kept for the next step is computed without modes, so that it is not seen here."""
+    monkeypatch.setattr(_torch, "_disable_current_modes", nullcontext)
+    generator = torch.Generator().manual_seed(0)
+    assignment = torch.randint(64, (2000,), generator=generator).square() // 64
+    head = ClusteredLoss(d, len(assignment), assignment, engine=engine)
+    hidden = torch.randn(512, d, requires_grad=True)
+    target = torch.randint(len(assignment), (512,), generator=generator)
+    head(hidden, target).backward()  # the first call checks the base measure
+    with Waits() as waits:
+        head(hidden, target).backward()
+    assert len(waits.found) <= MOST_WAITS[engine], waits.found
+    assert waits.found  # the shapes of a step do depend on its targets
 
 
 def test_the_choice_turns_with_the_rows_of_a_cluster():

@@ -12,6 +12,8 @@ width w, however many leaves a row's cluster has.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -63,32 +65,49 @@ def target_outputs_of(Z: Tensor, W: Tensor, b: Tensor | None, target: Tensor) ->
 def _gram(Y: Tensor, group: Group) -> Tensor:
     """Σ_k y_k y_kᵀ over the leaves of each cluster: (C, w, w)."""
     sizes, starts = group.grouping.sizes, group.grouping.starts
-    place, valid, cluster = _portions(sizes, starts[:-1], _BLOCK)
-    blocks = Y[place] * valid.unsqueeze(2)
+    cut = _Portions.of(sizes, starts[:-1], _BLOCK)
+    blocks = Y[cut.place] * cut.valid.unsqueeze(2)
     w = Y.shape[1]
-    return Y.new_zeros(len(sizes), w, w).index_add(0, cluster, blocks.mT @ blocks)
+    return Y.new_zeros(len(sizes), w, w).index_add(0, cut.segment, blocks.mT @ blocks)
 
 
 def _quadratic(z: Tensor, Q: Tensor, group: Group) -> Tensor:
     """zᵀ Q_c z of each row: (n)."""
     touched = group.touched
-    place, valid, u = _portions(touched.rows, touched.first_row, _TILE)
-    tiles, Q = z[place], Q[touched.cluster[u]]
+    cut = _Portions.of(touched.rows, touched.first_row, _TILE)
+    tiles, Q = z[cut.place], Q[touched.cluster[cut.segment]]
     if number_of_parts(z, z.dtype):
         # a product that rounds Q would have an error in proportion to Σ_j z_j² Q_jj, not to q
         forms = ((tiles.double() @ Q.double()) * tiles).sum(2).to(z.dtype)
     else:
         forms = ((tiles @ Q) * tiles).sum(2)
     # the places of tiles are the rows in their order, with a gap at the end of each cluster
-    return forms[valid]
+    within = torch.arange(len(z), device=z.device) - touched.first_row[touched.of_row]
+    return forms.flatten().index_select(0, cut.first[touched.of_row] * _TILE + within)
 
 
-def _portions(lengths: Tensor, starts: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Segments cut into portions: places (N, size), whether each is inside, and the segment (N)."""
-    count = (lengths + size - 1).div(size, rounding_mode="floor")
-    segment = consecutive(count)
-    first = ranges(torch.zeros_like(count), count) * size
-    within = first.unsqueeze(1) + torch.arange(size, device=lengths.device)
-    valid = within < lengths[segment].unsqueeze(1)
-    place = starts[segment].unsqueeze(1) + within.minimum(lengths[segment].unsqueeze(1) - 1)
-    return place, valid, segment
+@dataclass(frozen=True, eq=False)
+class _Portions:
+    """Consecutive segments, each cut into portions of `size` places.
+
+    place: (N, size) the places of each portion; the last one of a segment repeats its end.
+    valid: (N, size) whether each is inside the segment. segment: (N) the segment of each portion.
+    first: the first portion of each segment.
+    """
+
+    place: Tensor
+    valid: Tensor
+    segment: Tensor
+    first: Tensor
+
+    @classmethod
+    def of(cls, lengths: Tensor, starts: Tensor, size: int) -> _Portions:
+        """lengths, starts: of each segment."""
+        count = (lengths + size - 1).div(size, rounding_mode="floor")
+        total = int(count.sum())  # a GPU is waited for here alone
+        segment = consecutive(count, total)
+        begun = ranges(torch.zeros_like(count), count, total) * size
+        within = begun.unsqueeze(1) + torch.arange(size, device=lengths.device)
+        valid = within < lengths[segment].unsqueeze(1)
+        place = starts[segment].unsqueeze(1) + within.minimum(lengths[segment].unsqueeze(1) - 1)
+        return cls(place, valid, segment, count.cumsum(0) - count)

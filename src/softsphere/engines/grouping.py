@@ -16,7 +16,7 @@ from torch import Tensor
 
 from softsphere._torch import untraced
 
-__all__ = ["Group", "Grouping", "consecutive", "ranges"]
+__all__ = ["Group", "Grouping", "consecutive", "in_one_wait", "ranges"]
 
 
 def consecutive(lengths: Tensor, total: int | None = None) -> Tensor:
@@ -30,6 +30,12 @@ def ranges(starts: Tensor, lengths: Tensor, total: int | None = None) -> Tensor:
     first = starts - (lengths.cumsum(0) - lengths)
     shifted = first.repeat_interleave(lengths, output_size=total)
     return shifted + torch.arange(len(shifted), device=lengths.device)
+
+
+def in_one_wait(*numbers: Tensor) -> list[int]:
+    """The values of integers (), for which a GPU is waited for once."""
+    values: list[int] = torch.stack(numbers).tolist()
+    return values
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,20 +213,28 @@ class Touched:
         starts = group.grouping.starts.index_select(0, cluster)
         return cls(cluster, of_row, rows, rows.cumsum(0) - rows, sizes, starts)
 
-    @cached_property
-    @untraced
+    @property
     def leaves(self) -> int:
         """T, how many leaves they have together."""
-        return int(self.sizes.sum())
+        return self._extents[0]
 
-    @cached_property
-    @untraced
+    @property
     def largest(self) -> int:
         """How many leaves the largest has."""
-        return int(self.sizes.max()) if len(self.sizes) else 0
+        return self._extents[1]
+
+    @property
+    def most_rows(self) -> int:
+        """The largest number of rows that one has."""
+        return self._extents[2]
 
     @cached_property
     @untraced
-    def most_rows(self) -> int:
-        """The largest number of rows that one has."""
-        return int(self.rows.max()) if len(self.rows) else 0
+    def _extents(self) -> tuple[int, int, int]:
+        """Read together, since a GPU is waited for."""
+        if not len(self.sizes):
+            return 0, 0, 0
+        leaves, largest, most_rows = in_one_wait(
+            self.sizes.sum(), self.sizes.max(), self.rows.max()
+        )
+        return leaves, largest, most_rows

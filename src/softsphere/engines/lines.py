@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from softsphere.engines.grouping import Group, Touched, consecutive, ranges
+from softsphere.engines.grouping import Group, Touched, consecutive, in_one_wait, ranges
 
 __all__ = ["Lines", "Tiles"]
 
@@ -35,16 +35,25 @@ class Cut(NamedTuple):
 
     number: (U) how many each has; first: (U) the first of them.
     cluster: (V) which of the U each block is of.
+    lines: N, how many lines the rows have with them.
+    further: (U) how many products the tiles of each have after the first one.
+    products: Σ further.
     """
 
     number: Tensor
     first: Tensor
     cluster: Tensor
+    lines: int
+    further: Tensor
+    products: int
 
     @classmethod
     def of(cls, touched: Touched, size: int) -> Cut:
         number = _portions(touched.sizes, size)
-        return cls(number, number.cumsum(0) - number, consecutive(number))
+        further = number * (_portions(touched.rows, _tile_size(touched)) - 1)
+        V, N, products = in_one_wait(number.sum(), (number * touched.rows).sum(), further.sum())
+        first = number.cumsum(0) - number
+        return cls(number, first, consecutive(number, V), N, further, products)
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +90,8 @@ class Lines:
             u, lines = cut.cluster, cut.number.index_select(0, of_row)
             number = torch.arange(len(u), device=device) - cut.first.index_select(0, u)
             first, last = first.index_select(0, u) + number * B, last.index_select(0, u)
-            row, block = consecutive(lines), ranges(cut.first.index_select(0, of_row), lines)
+            row = consecutive(lines, cut.lines)
+            block = ranges(cut.first.index_select(0, of_row), lines, cut.lines)
             offsets = (lines.cumsum(0) - lines) * B
         padding, last = None, last.unsqueeze(1)
         leaves = first.unsqueeze(1) + torch.arange(B, device=device)
@@ -172,9 +182,8 @@ def _several_tiles(lines: Lines, R: int, within: Tensor) -> tuple[Tensor, Tensor
     touched = lines.group.touched
     cut = lines.cut or Cut.of(touched, lines.size)
     V = len(cut.cluster)
-    further = cut.number * (_portions(touched.rows, R) - 1)
-    first_further = further.cumsum(0) - further
-    u = consecutive(further)
+    first_further = cut.further.cumsum(0) - cut.further
+    u = consecutive(cut.further, cut.products)
     k = torch.arange(len(u), device=u.device) - first_further.index_select(0, u)
     blocks = cut.number.index_select(0, u)
     tile = F.pad(1 + k.div(blocks, rounding_mode="floor"), (V, 0))

@@ -91,11 +91,15 @@ def constants_moved(device: str, modules: Iterable[ModuleType], patch: pytest.Mo
 
 
 def moved(value: Any, device: str) -> Any:
-    """A value with its tensors on a device; itself, where it has none."""
+    """A value with its dense tensors on a device; itself, where it has none."""
     leaves, spec = tree_flatten(value)
-    if not any(type(x) is Tensor for x in leaves):
+    if not any(_is_dense(x) for x in leaves):
         return value
-    return tree_unflatten([x.to(device) if type(x) is Tensor else x for x in leaves], spec)
+    return tree_unflatten([x.to(device) if _is_dense(x) else x for x in leaves], spec)
+
+
+def _is_dense(x: Any) -> bool:
+    return type(x) is Tensor and x.layout == torch.strided and not x.is_meta
 
 
 def modules_of_tests() -> list[ModuleType]:

@@ -41,6 +41,8 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "once(reason): the test does not run on each device")
+    if config.getoption("stand_in"):
+        load_stand_in()  # the first backward of a process counts the devices that there are
 
 
 def pytest_generate_tests(metafunc):
@@ -82,8 +84,6 @@ def device(request, monkeypatch):
     if name == "cpu":
         yield name
         return
-    if name == "stand_in":
-        load_stand_in()
     for key, value in params.items():
         params[key] = moved(value, name)
     constants_moved(name, modules_of_tests(), monkeypatch)

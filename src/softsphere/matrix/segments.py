@@ -28,11 +28,13 @@ class Piece:
     ids: (k) the clusters
     index: (k, p) the rows of each; padding repeats one of its rows
     real: (k, p) which of them are rows and not padding; None if all are
+    places: their places among the k p; None if all are
     """
 
     ids: Tensor
     index: Tensor
     real: Tensor | None
+    places: Tensor | None
 
     @cached_property
     def flat(self) -> Tensor:
@@ -51,10 +53,10 @@ class Piece:
 
     def put(self, values: Tensor, into: Tensor) -> None:
         """Writes values (k, p, …) of the rows into a tensor (n, …), without the padding."""
-        if self.real is None:
-            into.index_copy_(0, self.flat, values.flatten(0, 1))
-        else:
-            into.index_copy_(0, self.index[self.real], values[self.real])
+        rows, values = self.flat, values.flatten(0, 1)
+        if self.places is not None:
+            rows, values = (x.index_select(0, self.places) for x in (rows, values))
+        into.index_copy_(0, rows, values)
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,11 @@ class Segments:
         ids, sizes = ordered.unique_consecutive(return_counts=True)
         return cls(ids, sizes.cumsum(0) - sizes, sizes, order)
 
+    @cached_property
+    def _read_sizes(self) -> Tensor:
+        """The sizes on the CPU. A GPU is waited for here, and nowhere else for all pieces."""
+        return self.sizes.cpu()
+
     def pieces(self, width: int, longest: int | None = None) -> Iterator[Piece]:
         """Yields batches that cover every row once; empty clusters are left out.
 
@@ -86,22 +93,30 @@ class Segments:
             longest: about the most rows of a piece, if a cluster may be cut.
         """
         most = max(1, _GATHERED_BYTES // (8 * width * width))
-        level = torch.where(self.sizes > 0, (self.sizes.double().log2() / 2).floor(), -1.0)
+        sizes = self._read_sizes
+        level = torch.where(sizes > 0, (sizes.double().log2() / 2).floor(), -1.0)
         for each in level.unique().tolist():
             if each < 0:
                 continue
             chosen = (level == each).nonzero().squeeze(1)
-            length = int(self.sizes[chosen].max())
+            length = int(sizes[chosen].max())
             count = most if longest is None else min(most, max(1, longest // length))
             for some in chosen.split(count):
                 for start in range(0, length, longest or length):
                     yield self._piece(some, start, min(length, start + (longest or length)))
 
     def _piece(self, some: Tensor, start: int, stop: int) -> Piece:
-        offset = torch.arange(start, stop, device=some.device)
-        sizes = self.sizes[some].unsqueeze(1)
-        real = offset < sizes
-        index = self.starts[some].unsqueeze(1) + torch.minimum(offset, sizes - 1)
+        """A piece with the rows start … stop − 1 of some clusters, whose numbers are on the CPU."""
+        real = torch.arange(start, stop) < self._read_sizes[some].unsqueeze(1)
+        padded = not bool(real.all())
+        places = self._sent(real.flatten().nonzero().squeeze(1)) if padded else None
+        some = self._sent(some)
+        offset, sizes = torch.arange(start, stop, device=some.device), self.sizes[some]
+        index = self.starts[some].unsqueeze(1) + torch.minimum(offset, sizes.unsqueeze(1) - 1)
         if self.order is not None:
             index = self.order[index]
-        return Piece(self.ids[some], index, None if bool(real.all()) else real)
+        return Piece(self.ids[some], index, self._sent(real) if padded else None, places)
+
+    def _sent(self, x: Tensor) -> Tensor:
+        """x on the device of the segments, which is not waited for."""
+        return x.to(self.sizes.device, non_blocking=True)

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wr
 
 __all__ = [
     "DISABLED_TORCH_FUNCTION",
+    "add_each",
     "assert_later",
     "backward_is_running",
     "changed_in_place",
@@ -288,6 +289,11 @@ def pair_products(Z: Tensor, W: Tensor, row: Tensor, leaf: Tensor, offsets: Tens
 def sum_of_norms(tensors: tuple[Tensor, ...]) -> Tensor:
     """Σ|x| over all numbers of some tensors, which is not finite if one of them is not."""
     return torch.stack(torch._foreach_norm(tensors, 1)).sum()
+
+
+def add_each(tensors: list[Tensor], increments: list[Tensor]) -> None:
+    """Adds to each of some tensors in place, on a GPU in one launch if all have one dtype."""
+    torch._foreach_add_(tensors, increments)
 
 
 def graph_is_captured() -> bool:

@@ -129,8 +129,8 @@ class CapturedStep:
                 self.captured = self._held(matrices)
             self.graph.replay()
             outputs = _copied(self.outputs)
-            for matrix in matrices:
-                Replay(matrix).after()
+            for matrix, recorded in zip(matrices, self.recorded, strict=True):
+                Replay(matrix).after(*recorded)
         return outputs
 
     def _capture(self, matrices: list[FactoredMatrix]) -> None:
@@ -141,6 +141,7 @@ class CapturedStep:
                 stack.enter_context(Replay(matrix).recorded())
             # an autograd graph that lives on would tie later steps to the stream of the capture
             self.outputs = _each(Tensor.detach, graph.record(lambda: self.train(*self.inputs)))
+        self.recorded = [matrix.recorded_step for matrix in matrices]
         self.graph = graph
         self.captures += 1
 

@@ -16,11 +16,12 @@ from softsphere.matrix.gradient import GradientFactors
 from softsphere.matrix.gradient_products import dense_gradient, inner_product
 from softsphere.matrix.interrupts import uninterrupted
 from softsphere.matrix.mending import rebase, renew
-from softsphere.matrix.precision import in_full_precision
+from softsphere.matrix.precision import in_full_precision, is_asynchronous
 from softsphere.matrix.refusals import stale
 from softsphere.matrix.rows import Rows
 from softsphere.matrix.sharded_arrays import arrays_of
-from softsphere.matrix.step import plan
+from softsphere.matrix.step import HARSH, plan
+from softsphere.matrix.told import Told
 from softsphere.matrix.update import SingularStepError, Update
 from softsphere.matrix.upkeep import Watch, too_harsh
 from softsphere.matrix.wear import Health, health
@@ -91,29 +92,68 @@ class FactoredMatrix(Matrix):
             # A step that was planned at another W would spoil the arrays kept beside V.
             if W.edition != edition:
                 raise stale()
-            self._commit(update, blocks)
+            self._commit(update, gradient, blocks)
 
         return take
 
     @in_full_precision
     def _planned(self, gradient: GradientFactors, blocks: Blocks) -> Update:
-        W = self.arrays
-        if self.watch.recording:
-            self.recorded_step = gradient, blocks
-            return plan(W, gradient, blocks, self.watch.refused, self.watch.products)
-        update = plan(W, gradient, blocks, self.watch.refused)
-        if update.refused is None and too_harsh(W, update):
-            self.watch.prepare(W, gradient, update.blocks)
-            update = plan(W, gradient, blocks, self.watch.refused)
+        W, watch = self.arrays, self.watch
+        if is_asynchronous(W.device):
+            products = watch.products if watch.recording else 0
+            return plan(W, gradient, blocks, watch.refused, products)
+        update = plan(W, gradient, blocks)
+        if update.refused is None and update.share < HARSH and too_harsh(W, update):
+            watch.prepare(W, gradient, update.blocks)
+            update = plan(W, gradient, blocks)
         return update
 
     @in_full_precision
-    def _commit(self, update: Update, blocks: Blocks) -> None:
+    def _commit(self, update: Update, gradient: GradientFactors, blocks: Blocks) -> None:
         """Writes a planned step, and mends the factors when it is time."""
         with uninterrupted():
             update.commit(self.arrays)
             self.watch.note(update)
-        self.watch.after_step(self.arrays, blocks, update.share)
+        if self.watch.recording:
+            self.recorded_step = gradient, blocks
+        else:
+            self.after_step(gradient, blocks, update.share)
+
+    def after_step(self, gradient: GradientFactors, blocks: Blocks, share: float = 1.0) -> None:
+        """Counts a step that was taken, and mends the factors when it is time.
+
+        On a GPU the step may have been left undone. It is then finished before anything reads W.
+        """
+        W, watch = self.arrays, self.watch
+        if watch.undone is not None:
+            undone = Told(watch.undone)
+
+            def finish() -> None:
+                if undone.value():
+                    self._finish(gradient, blocks)
+
+            W.unfinished = finish
+        if watch.is_due(blocks, share):
+            W.check()
+            watch.check(W)
+
+    @in_full_precision
+    def _finish(self, gradient: GradientFactors, blocks: Blocks) -> None:
+        """Takes a step that was left undone on the device, as it is taken on a CPU.
+
+        Then the factors are measured, which also tells how later steps can be recorded.
+        """
+        W, watch = self.arrays, self.watch
+        update = plan(W, gradient, blocks, watch.refused, final=True)
+        if too_harsh(W, update):
+            watch.prepare(W, gradient, update.blocks)
+            update = plan(W, gradient, blocks, watch.refused, final=True)
+        with uninterrupted():
+            update.commit(W)
+            watch.note(update)
+            if watch.undone is not None:
+                watch.undone.zero_()
+        watch.check(W)
 
     def zero(self) -> GradientFactors:
         W = self.arrays
@@ -230,11 +270,13 @@ class FactoredMatrix(Matrix):
     @in_full_precision
     def health(self, probes: int = 4) -> Health:
         """Measures the factors. With `probes` > 0, W is read once for gram_drift, O(D w probes)."""
+        self.arrays.check()
         return health(self.arrays, probes, self.watch.seconds, self.watch.done)
 
     @in_full_precision
     def mend_(self) -> None:
         """Measures the factors now and mends what is beyond its limit."""
+        self.arrays.check()
         self.watch.check(self.arrays)
 
 

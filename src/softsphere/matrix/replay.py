@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
+from softsphere.matrix.blocks import Blocks
 from softsphere.matrix.factored_matrix import FactoredMatrix
+from softsphere.matrix.gradient import GradientFactors
 from softsphere.matrix.interrupts import uninterrupted
 from softsphere.matrix.precision import float32_is_exact, in_full_precision
-from softsphere.matrix.step import plan
 
 __all__ = ["Replay"]
 
@@ -60,39 +61,21 @@ class Replay:
         W.sums()
         small = (W.U, W.U_inv, W.omega, W.centred_gram, W.colsum)
         maps = (W.generations.made, W.generations.maps)
-        known = (watch.refused, watch.unsolved, watch.deviation)
+        known = (watch.refused, watch.undone, watch.deviation)
         memory = [None if x is None else x.data_ptr() for x in (*W.V.blocks, *small, *maps, *known)]
         return *memory, watch.products, W.generations.now, len(maps[1]), float32_is_exact()
 
     @in_full_precision
-    def after(self) -> None:
+    def after(self, gradient: GradientFactors, blocks: Blocks) -> None:
         """Notes that a recorded step was run, and mends the factors when it is time.
+
+        gradient, blocks: those of the step, in the memory of the record until it is run again.
 
         Raises SingularStepError if a step since the last measurement was refused.
         """
-        W, watch = self.matrix.arrays, self.matrix.watch
+        W = self.matrix.arrays
         with uninterrupted():
             W.V.note()
             W.renamed()
             W.changed()
-            W.unfinished = self._finish if watch.products else None
-        if watch.steps + 1 >= watch.period:
-            W.check()
-        watch.after_step(W, watch.blocks, 1.0)
-
-    @in_full_precision
-    def _finish(self) -> None:
-        """Takes the last recorded step by elimination, if it was left out for want of an inverse.
-
-        Its gradient is in the memory of the record until that is run again. Later steps are
-        recorded with elimination, until the deviations are small again.
-        """
-        W, watch = self.matrix.arrays, self.matrix.watch
-        if watch.unsolved is None or not bool(watch.unsolved):
-            return
-        update = plan(W, *self.matrix.recorded_step, watch.refused)
-        with uninterrupted():
-            update.commit(W)
-            watch.note(update)
-            watch.unsolved.zero_()
-        watch.products = 0
+        self.matrix.after_step(gradient, blocks)

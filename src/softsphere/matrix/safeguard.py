@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -14,6 +15,7 @@ from softsphere.matrix.gradient import GradientFactors
 from softsphere.matrix.inverse import Inverse
 from softsphere.matrix.precision import is_asynchronous
 from softsphere.matrix.update import Update
+from softsphere.matrix.wear import LAST_CONDITION, amplification, block_sizes
 
 __all__ = ["guarded", "reason", "smallest_share", "unusable"]
 
@@ -34,12 +36,14 @@ def guarded(
     seen: tuple[Tensor, ...],
     inverse: Inverse,
     flag: Tensor | None,
+    final: bool,
 ) -> Update:
     """Returns the update if all of `seen` is finite and S is not singular by its pivots.
 
     The sums of squares of W's columns must be finite in its dtype as well, which W then is too.
     Otherwise the update says why it is refused; on a GPU, where asking would wait for the device,
-    it is one that changes nothing.
+    it is one that changes nothing. So is a step there that has to be computed again: one whose
+    inverse was not found, and unless it is final one after which the factors would be worn out.
     """
     ok = sum_of_norms(seen) < torch.inf
     ok = ok & (_largest_square(W, update) <= torch.finfo(W.dtype).max)
@@ -53,7 +57,9 @@ def guarded(
     # what products have not solved is no reason to refuse a step
     now = ~ok & solved if solved is not None else ~(ok & (share > enough))
     flag = now if flag is None else flag | now
-    left_out = flag if solved is None else flag | ~solved
+    can_be_taken = solved if final else _lasts(W, update, solved)
+    undone = None if can_be_taken is None else ~can_be_taken
+    left_out = flag if undone is None else flag | undone
     ok, blocks = ~left_out, update.blocks
     if len(blocks.base) == 1 and not blocks.is_identity:
         scale = torch.where(ok, as_tensor(blocks.base[0][0], W.U), 1.0)
@@ -61,7 +67,7 @@ def guarded(
     return replace(
         update,
         flag=flag,
-        unsolved=None if solved is None else left_out & ~flag,
+        undone=None if undone is None else undone & ~flag,
         deviation=inverse.deviation,
         blocks=blocks,
         to_rows=update.to_rows.masked_fill(left_out, 0.0),
@@ -95,6 +101,14 @@ def reason(gradient: GradientFactors, singular: bool, dtype: torch.dtype) -> str
         "the step would make the output layer's map I − lr·A singular (lr · 2q'‖h‖² is near 1); "
         "lower lr. The weight was not changed"
     )
+
+
+def _lasts(W: Arrays, update: Update, solved: Tensor | None) -> Tensor:
+    """Whether a step was solved and leaves κ within its last limit: () boolean."""
+    size = block_sizes(W) if W.blocks > 1 else None
+    after = amplification(update.after(W, "U"), update.after(W, "U_inv"), size)
+    fits = after <= LAST_CONDITION * math.sqrt(W.V.width)
+    return fits if solved is None else fits & solved
 
 
 def _largest_square(W: Arrays, update: Update) -> Tensor:

@@ -43,29 +43,38 @@ def plan(
     blocks: Blocks,
     flag: Tensor | None = None,
     products: int = 0,
+    *,
+    final: bool = False,
 ) -> Update:
     """Computes the update of a step. On a CPU its `refused` says whether it can be taken.
 
     A harsh step is a small difference of large numbers, so it is computed again in float64. Every
     step is computed in float64 on a GPU, where asking for the share would wait for the device, and
     where float32 products are rounded. On a GPU an update that cannot be taken changes nothing and
-    sets its `flag`; so does every later one until the flag is read.
+    sets its `flag`; so does every later one until the flag is read. One that is to be computed
+    again changes nothing either, and says so by `undone`.
 
-    products: how many factors the inverse has as a product; 0 stands for elimination.
+    products: how many factors the inverse has as a product; 0 stands for elimination. final:
+    whether the step is taken however it wears the factors, as on a CPU.
     """
     g, blocks = gradient, blocks.with_weight(gradient.rho)
     why = unusable(blocks)
     if why is not None:
         return Update(g.rows, g.H, {}, {}, blocks, refused=why)
     if not is_asynchronous(W.device) and float32_is_exact():
-        update = _compute(W, g.to(W.dtype), blocks, flag, products)
+        update = _compute(W, g.to(W.dtype), blocks, flag, products, final)
         if update.share >= HARSH:
             return update
-    return _compute(W, g.to(torch.float64), blocks, flag, products)
+    return _compute(W, g.to(torch.float64), blocks, flag, products, final)
 
 
 def _compute(
-    W: Arrays, gradient: GradientFactors, blocks: Blocks, flag: Tensor | None, products: int
+    W: Arrays,
+    gradient: GradientFactors,
+    blocks: Blocks,
+    flag: Tensor | None,
+    products: int,
+    final: bool,
 ) -> Update:
     """Computes the update in the dtype of the gradient."""
     g, d, w, dtype = gradient, W.width, W.V.width, gradient.H.dtype
@@ -102,7 +111,7 @@ def _compute(
     scaled = _scaled(blocks, W) if W.blocks > 1 else {}
     seen = (N, half, to_rows, to_small["omega"], to_small["colsum"])
     update = Update(g.rows, to_rows, to_small, scaled, blocks, carried)
-    return guarded(W, g, update, seen, inverse, flag)
+    return guarded(W, g, update, seen, inverse, flag, final)
 
 
 def _inverse(S: Tensor, products: int) -> Inverse:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from softsphere._torch import add_each
 from softsphere.matrix.abstract import POWER
 from softsphere.matrix.arrays import Arrays
 from softsphere.matrix.blocks import Blocks
@@ -34,8 +35,8 @@ class Update:
     carried: (n, w) the rows of V in the current coordinates; None where they are in them already
     refused: why the step cannot be taken; None where it can
     flag: on a GPU, whether this or an earlier step was left out
-    unsolved: on a GPU, whether this step was left out since its inverse was not found by products,
-        so that it has to be computed again
+    undone: on a GPU, whether this step was left out, to be computed again, since its inverse was
+        not found by products or since it would wear the factors out
     deviation: on a GPU, the deviation of S from I; see `inverse`
     share: the smallest pivot of S, about the share that is left of the direction that the step
         shrinks most; 1 on a GPU, where it is not read
@@ -49,7 +50,7 @@ class Update:
     carried: Tensor | None = None
     refused: str | None = None
     flag: Tensor | None = None
-    unsolved: Tensor | None = None
+    undone: Tensor | None = None
     deviation: Tensor | None = None
     share: float = 1.0
 
@@ -61,13 +62,13 @@ class Update:
             W.V[rows] = self.carried[which]
             W.generations.made.index_fill_(0, rows, W.generations.now)
         W.V.add(rows, self.to_rows[which])
-        for name, increment in self.to_small.items():
+        for name in self.to_small:
             array: Tensor = getattr(W, name)
             if name in self.scaled:
                 array.copy_(self.scaled[name])
             elif not self.blocks.is_identity:
                 array.mul_(self.blocks.base[0][0] ** POWER[name])
-            array.add_(increment)
+        add_each([getattr(W, name) for name in self.to_small], list(self.to_small.values()))
         W.renamed()
         W.changed()
 

@@ -35,7 +35,6 @@ from softsphere.matrix.wear import (
     LONGEST,
     RANGE,
     SHIFT,
-    block_sizes,
     gram_drift,
     kappa,
     measures,
@@ -81,7 +80,7 @@ class Watch:
         self.seconds = 0.0
         self.refused: Tensor | None = None
         # see `Update`; of the deviation the largest since the last check
-        self.unsolved: Tensor | None = None
+        self.undone: Tensor | None = None
         self.deviation: Tensor | None = None
         # how many factors the inverse of a recorded step has; 0 stands for elimination
         self.products = 0
@@ -110,7 +109,7 @@ class Watch:
     def note(self, update: Update) -> None:
         """Keeps on the device what is known of a step, in memory that stays the same."""
         self.refused = _kept(self.refused, update.flag)
-        self.unsolved = _kept(self.unsolved, update.unsolved)
+        self.undone = _kept(self.undone, update.undone)
         if self.deviation is not None and update.deviation is not None:
             self.deviation.clamp_(min=update.deviation)
         else:
@@ -129,17 +128,14 @@ class Watch:
         self.done["renewed"] += 1
         self.seconds += time.perf_counter() - start
 
-    def after_step(self, W: Arrays, blocks: Blocks, share: float) -> None:
-        """Counts a step, and measures if it is time or if the step was harsh."""
+    def is_due(self, blocks: Blocks, share: float) -> bool:
+        """Counts a step, and says whether to measure: it is time, or the step was harsh."""
         self.blocks = blocks
-        if self.recording:
-            return
         self.steps += 1
         if blocks.known:
             # With less momentum than before, what momentum scales shrinks faster than was planned.
             self.period = min(self.period, blocks.horizon(2 * CONDITION))
-        if share < HARSH or self.steps >= self.period:
-            self.check(W)
+        return share < HARSH or self.steps >= self.period
 
     def check(self, W: Arrays) -> None:
         """Measures, mends by the cheapest means that suffices, and sets the next period.
@@ -213,7 +209,7 @@ def _kept(old: Tensor | None, new: Tensor | None) -> Tensor | None:
 
 def too_harsh(W: Arrays, update: Update) -> bool:
     """Whether this single step would raise κ above twice its limit."""
-    if update.share >= HARSH or W.blocks > 1:
+    if W.blocks > 1:
         return False
-    U, U_inv = update.after(W, "U"), update.after(W, "U_inv")
-    return kappa(U, U_inv, block_sizes(W)) > 2 * CONDITION
+    after = kappa(update.after(W, "U"), update.after(W, "U_inv"))
+    return 2 * CONDITION < after < math.inf

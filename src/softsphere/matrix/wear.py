@@ -22,10 +22,12 @@ from softsphere.matrix.arrays import Arrays
 __all__ = [
     "CONDITION",
     "FLOOR",
+    "LAST_CONDITION",
     "LONGEST",
     "RANGE",
     "SHIFT",
     "Health",
+    "amplification",
     "block_sizes",
     "gram_drift",
     "health",
@@ -36,6 +38,8 @@ __all__ = [
 
 # A rounding error may be amplified by this much before a new generation begins.
 CONDITION = 4.0
+# Where nobody looks at a step before it is taken, none may amplify them by more than this.
+LAST_CONDITION = 8 * CONDITION
 # ‖1 ωᵀ‖ against ‖W‖. Beyond it, W = V U + 1 ωᵀ is a small difference of large numbers.
 SHIFT = 8.0
 # Rows of U may be 2^±RANGE long.
@@ -121,11 +125,20 @@ def _condition(W: Arrays) -> float:
     return kappa(W.U, W.U_inv, block_sizes(W))
 
 
-def kappa(U: Tensor, U_inv: Tensor, size: Tensor) -> float:
-    """κ of U, with the columns of W measured in units of `size` (w)."""
-    out = (U / size).norm(dim=1)
-    back = (U_inv * size.unsqueeze(1)).norm(dim=0)
-    return float((out * back).square().mean().sqrt())
+def amplification(U: Tensor, U_inv: Tensor, size: Tensor | None) -> Tensor:
+    """√w κ of U (), with the columns of W measured in units of `size` (w).
+
+    size: None where all columns have the same unit, which κ does not depend on.
+    """
+    if size is not None:
+        U, U_inv = U / size, U_inv * size.unsqueeze(1)
+    size_of_all: Tensor = torch.linalg.vector_norm(U.norm(dim=1) * U_inv.norm(dim=0))
+    return size_of_all
+
+
+def kappa(U: Tensor, U_inv: Tensor, size: Tensor | None = None) -> float:
+    """κ of U; see `amplification`."""
+    return float(amplification(U, U_inv, size)) / math.sqrt(len(U))
 
 
 def _shift_share(W: Arrays) -> float:

@@ -47,7 +47,7 @@ def main() -> None:
         loss = head(trunk(x), target)
         loss.backward()
         optimizer.step()
-        return loss
+        return loss.detach()
 
     batches = [
         (torch.randn(rows, width, device=device), torch.randint(100, (rows,), device=device))

@@ -261,3 +261,24 @@ def test_wrong_arguments_are_named(case):
     call, words = WRONG[case]
     with pytest.raises((ValueError, TypeError), match=words):
         call(layer(dtype=torch.float32))
+
+
+@pytest.mark.parametrize("algorithm", ["sgd", "adamw"])
+def test_ordinary_parameters_are_stepped_as_by_an_optimizer_with_a_constructor(
+    algorithm, monkeypatch
+):
+    """It knows, above all, what the constructor says of steps that are captured or not."""
+    kind = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[algorithm]
+    stepped, plain = [], kind.step.__wrapped__ if hasattr(kind.step, "hooked") else kind.step
+    monkeypatch.setattr(kind, "step", lambda self: stepped.append(self) or plain(self))
+    trunk, head = nn.Linear(d, d).double(), layer()
+    groups = [
+        {"params": head.parameters()},
+        {"params": trunk.parameters(), "algorithm": algorithm, "lr": 1e-3},
+    ]
+    optimizer = FactoredSGD(groups, lr=0.1, capturable=True)
+    head(trunk(torch.randn(3, d).double()), torch.tensor([0, 1, 2])).backward()
+    optimizer.step()
+    (inner,) = stepped
+    made = {name: x for name, x in vars(kind(trunk.parameters(), lr=1e-3)).items() if x is True}
+    assert made and made.items() <= vars(inner).items()

@@ -25,6 +25,7 @@ __all__ = [
     "add_each",
     "assert_later",
     "backward_is_running",
+    "capturable_state",
     "changed_in_place",
     "data_parallel_in_forward",
     "eager",
@@ -47,7 +48,6 @@ __all__ = [
     "is_wrapper",
     "mapped_by_vmap",
     "pair_products",
-    "places_of_equals",
     "products_have_out_dtype",
     "runs_in_this_backward",
     "saveable_in_exports",
@@ -160,16 +160,6 @@ def untraced(function: Function) -> Function:
 def is_recorded(*given: Tensor | None) -> bool:
     """Whether autograd records a computation with these tensors."""
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
-
-
-def places_of_equals(index: Tensor) -> tuple[Tensor, Tensor]:
-    """The entries (n) in ascending order, and for each entry the first place that has its equal.
-
-    What is summed at these places is zero at the others, so that it can be added to all entries.
-    The shapes do not depend on the numbers, so that no device has to be waited for.
-    """
-    ordered = index.sort().values
-    return ordered, torch.searchsorted(ordered, index)
 
 
 def forward_mode_active() -> bool:
@@ -294,6 +284,15 @@ def sum_of_norms(tensors: tuple[Tensor, ...]) -> Tensor:
 def add_each(tensors: list[Tensor], increments: list[Tensor]) -> None:
     """Adds to each of some tensors in place, on a GPU in one launch if all have one dtype."""
     torch._foreach_add_(tensors, increments)
+
+
+def capturable_state(state: dict[str, Any]) -> dict[str, Any]:
+    """The state for `__setstate__` of an optimizer that was made without its constructor.
+
+    As the constructor does, it says that a capturable step may be taken as it is, so that PyTorch's
+    step does not warn of that.
+    """
+    return {**state, "_warned_capturable_if_run_uncaptured": True}
 
 
 def graph_is_captured() -> bool:

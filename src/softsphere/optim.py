@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from softsphere import checks
-from softsphere._torch import changed_in_place
+from softsphere._torch import capturable_state, changed_in_place
 from softsphere.matrix import FactoredTensor, StructuredGradient
 from softsphere.matrix.abstract import Block
 from softsphere.matrix.default_rate import default_rate
@@ -208,7 +208,8 @@ class FactoredSGD(torch.optim.Optimizer):
                 groups[0] |= {"lr": _for_fused_sgd(group["lr"])}
         elif all(p.device.type == "cpu" for p in params):
             groups[0] |= {"capturable": False}  # PyTorch's AdamW refuses it there
-        inner.__setstate__({"defaults": group, "state": self.state, "param_groups": groups})
+        state = {"defaults": group, "state": self.state, "param_groups": groups}
+        inner.__setstate__(capturable_state(state))
         # Without the hooks that all optimizers share. They see the step of this one.
         step: Any = kind.step
         step = step.__wrapped__ if getattr(step, "hooked", False) else step

@@ -13,6 +13,7 @@ from softsphere import (
     LinearSphericalOptions,
     SampledSoftmaxLoss,
     SphericalLoss,
+    functional,
 )
 
 d, D = 8, 50
@@ -54,3 +55,26 @@ def test_so_it_is_for_logits_and_targets_with_values(target, monkeypatch):
         return
     with pytest.raises(RuntimeError, match=rf"target must be in \[0, {D}\) or -1 for padding"):
         head(HIDDEN, targets, torch.ones(4, 2))
+
+
+@pytest.mark.parametrize("call", ["on_linear", "on_logits", "log_prob"])
+def test_a_prior_of_the_functional_interface_is_not_waited_for(call, monkeypatch):
+    """So that a CUDA graph can hold it."""
+    pretend_a_gpu(monkeypatch)
+    W, target = torch.randn(D, d), torch.tensor([0, 1, 2, 3])
+    given = {"loss": "taylor_softmax", "prior": torch.arange(1.0, D + 1)}
+    calls = {
+        "on_linear": lambda: functional.linear_spherical_loss(HIDDEN, W, target, **given),
+        "on_logits": lambda: functional.spherical_loss(HIDDEN @ W.mT, target, **given),
+        "log_prob": lambda: functional.log_prob(HIDDEN @ W.mT, **given),
+    }
+    want = calls[call]()
+
+    def waited_for(*_):
+        raise AssertionError("a GPU is waited for")
+
+    for reads in ("__bool__", "__float__", "item", "tolist"):
+        monkeypatch.setattr(torch.Tensor, reads, waited_for)
+    found = calls[call]()
+    monkeypatch.undo()
+    torch.testing.assert_close(found, want)

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from _gradients import D, d, dense_gradient, random_gradient
+from _recorded_graph import pretend_a_gpu
 from softsphere.matrix.factored_matrix import FactoredMatrix
 from softsphere.matrix.gradient import GradientFactors
+from softsphere.matrix.gradient_products import EntryProducts
 
 
 @pytest.mark.parametrize("prior", [False, True])
@@ -57,3 +59,27 @@ def test_what_is_cached_in_a_gradient_changes_nothing():
     other.add_(known, alpha=-0.2)
     torch.testing.assert_close(W.arrays.gram, other.arrays.gram)
     torch.testing.assert_close(W.arrays.to_dense(), other.arrays.to_dense())
+
+
+@pytest.mark.once("the matrix is told that it is on a GPU")
+def test_the_ranks_of_a_sharded_matrix_add_up_in_one_order(monkeypatch):
+    """Atomic additions of a GPU have any order, and each rank computes the sums for itself."""
+    pretend_a_gpu(monkeypatch)
+    W = FactoredMatrix(torch.randn(D, d).double()).arrays
+    gradient = random_gradient(4, 30, 0)
+    assert gradient.cols is not None and len(gradient.rows.unique()) < 30
+    R = torch.randn(4, d).double()
+
+    def products():
+        entries = EntryProducts.of(W, gradient, d)
+        return entries.of_weight, entries.e, entries.gram(gradient), entries.times(gradient, R)
+
+    want = products()
+    monkeypatch.setattr(W, "shards", object())
+
+    def atomic(*_):
+        raise AssertionError("the order of these sums is one of chance")
+
+    monkeypatch.setattr(torch.Tensor, "index_add_", atomic)
+    for found, same in zip(products(), want, strict=True):
+        torch.testing.assert_close(found, same)

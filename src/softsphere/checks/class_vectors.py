@@ -41,11 +41,13 @@ def without_gradient(name: str, value: Tensor | None) -> None:
         )
 
 
-def prior(value: Any, dtype: torch.dtype | None = None) -> Tensor:
+def prior(value: Any, dtype: torch.dtype | None = None, *, waits: bool = True) -> Tensor:
     """Returns class frequencies or counts, normalised to Σ π = D.
 
     They are in float32, or in float64 if `dtype` is. Without a dtype they are in float64 if the
     values are float64 or integers, which float32 could not hold, and else in float32.
+
+    waits: whether a GPU is waited for; otherwise values are looked at on a CPU alone.
 
     Raises TypeError or ValueError unless all values are positive and finite and need no gradient.
     """
@@ -58,7 +60,8 @@ def prior(value: Any, dtype: torch.dtype | None = None) -> Tensor:
         raise ValueError(f"prior must have shape (num_classes,), got {tuple(value.shape)}")
     without_gradient("prior", value)
     wide = value.double()
-    if values_readable(value) and not bool(((wide > 0) & wide.isfinite()).all()):
+    looks = values_readable(value) if waits else values_on_cpu(value)
+    if looks and not bool(((wide > 0) & wide.isfinite()).all()):
         raise ValueError(
             "prior must be positive and finite for every class, got values from "
             f"{value.min().item():g} to {value.max().item():g}; "
@@ -68,7 +71,7 @@ def prior(value: Any, dtype: torch.dtype | None = None) -> Tensor:
         dtype = value.dtype if value.is_floating_point() else torch.float64
     pi = wide * (value.numel() / wide.sum())
     narrow = pi.to(torch.float64 if dtype == torch.float64 else torch.float32)
-    if values_readable(value):
+    if looks:
         _refuse_zeros(pi, narrow)
     return narrow
 

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from softsphere._torch import is_recorded, places_of_equals
+from softsphere._torch import is_recorded
+from softsphere.equal_indices import places_of_equals
 
 __all__ = ["repeated_rows"]
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from softsphere._torch import values_on_cpu
 from softsphere.engines import fused_rows
 from softsphere.engines.weight import chunks
+from softsphere.equal_indices import add_at
 
 __all__ = ["TargetRows", "joined"]
 
@@ -54,9 +55,9 @@ class TargetRows:
             fused_rows.add_target_rows(out, self.H, place, self.gc.where(inside, 0))
             return
         # the rows of other classes are zeros, which go anywhere, but not all to one place
-        place, H = place.remainder(len(out)), self.H.to(out.dtype)
+        place, H, on_cpu = place.remainder(len(out)), self.H.to(out.dtype), _on_cpu(out)
         for at, g in zip(place.unbind(1), self.gc.where(inside, 0).unbind(1), strict=True):
-            _add_at(out, at, g.unsqueeze(1) * H, deterministic)
+            add_at(out, at, g.unsqueeze(1) * H, deterministic=deterministic or on_cpu)
 
     @cached_property
     def _sorted(self) -> tuple[Tensor, Tensor]:
@@ -67,17 +68,23 @@ class TargetRows:
     def _add_some(self, out: Tensor, classes: slice) -> None:
         """`add_to` where Python may look at values: it reads the targets of these classes alone."""
         ordered, order = self._sorted
-        ends = torch.tensor([classes.start, classes.start + len(out)], dtype=ordered.dtype)
+        ends = ordered.new_tensor([classes.start, classes.start + len(out)])
         first, last = torch.searchsorted(ordered, ends).tolist()
         m, K = self.target.shape
         for some in chunks(last - first, max(m, 1)):
             place = order[first:last][some]
             x = self.gc.flatten()[place].unsqueeze(1) * self.H[place // K].to(out.dtype)
-            _add_at(out, ordered[first:last][some] - classes.start, x, True)
+            add_at(out, ordered[first:last][some] - classes.start, x, deterministic=True)
 
     def add_to_bias(self, out: Tensor, *, deterministic: bool) -> None:
         """Adds the last entries of all rows to out (D)."""
-        _add_at(out, self.target.flatten(), self.gc.flatten().to(out.dtype), deterministic)
+        x = self.gc.flatten().to(out.dtype)
+        add_at(out, self.target.flatten(), x, deterministic=deterministic or _on_cpu(out))
+
+
+def _on_cpu(x: Tensor) -> bool:
+    """Whether x is on a CPU, where the deterministic sums take less time."""
+    return x.device.type == "cpu"
 
 
 def joined(some: list[TargetRows]) -> list[TargetRows]:
@@ -93,12 +100,3 @@ def joined(some: list[TargetRows]) -> list[TargetRows]:
         )
         for each in by_K.values()
     ]
-
-
-def _add_at(out: Tensor, index: Tensor, x: Tensor, deterministic: bool) -> None:
-    """out[index] += x, equal indices adding up."""
-    if out.device.type == "cpu" or deterministic:
-        # deterministic on a GPU, and several times as fast as index_add_ on a CPU
-        out.index_put_((index,), x, accumulate=True)
-    else:
-        out.index_add_(0, index, x)

@@ -101,7 +101,7 @@ def linear_spherical_loss(
     conventions = Conventions.checked(
         kind,
         weight=weight,
-        pi=None if prior is None else checks.prior(prior),
+        pi=None if prior is None else checks.prior(prior, waits=False),
         reduction=reduction,
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,

@@ -235,7 +235,7 @@ def _normalised(
     checks.floating("input", input)
     if dim is None:
         dim = _implicit_dim(name, input.dim())
-    pi = None if prior is None else checks.prior(prior)
+    pi = None if prior is None else checks.prior(prior, waits=False)
     return normalise(function, input, loss, dim, pi, mask).to(input.dtype)
 
 

@@ -205,10 +205,11 @@ class ShardedReader(Reader):
         every, share = self.batch.gathered(H), self.classes.share
         size = max(1, min(share, SCORES // max(*every.shape, 1)))
         for first in range(0, share, size):
-            places = torch.arange(first, min(first + size, len(self.classes)))
+            last = min(first + size, len(self.classes))
+            places = torch.arange(first, last, device=every.device)
             mine = every.new_zeros(len(every), size)
             if len(places):
-                mine[:, : len(places)] = self.own.scores_of(every, places.to(every.device))
+                mine[:, : len(places)] = self.own.scores_of(every, places)
             for rank, scores in enumerate(self.batch.sent(mine)):
                 number = min(size, self.classes.number_of(rank) - first)
                 if number > 0:

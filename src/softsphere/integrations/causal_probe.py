@@ -66,7 +66,9 @@ def _check_outputs(model: Any, linear: nn.Linear) -> None:
     seen: list[Tensor] = []
 
     def mark(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        marked.append(torch.linspace(1, 2, output.numel()).to(output).view(output.shape))
+        marked.append(
+            torch.linspace(1, 2, output.numel(), device=output.device).to(output).view(output.shape)
+        )
         return marked[-1]
 
     def loss(logits: Tensor, *args: Any, **options: Any) -> Tensor:

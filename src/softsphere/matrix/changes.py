@@ -75,7 +75,7 @@ def _overwrite(x: FactoredTensor, fill: Callable[[slice], Tensor | float]) -> Fa
 
 
 def _as_tensor(x: Operand) -> Tensor:
-    return x if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64)
+    return x if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64, device="cpu")
 
 
 def _rows_of(x: Operand, part: slice) -> Operand:

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from softsphere._torch import places_of_equals
+from softsphere.equal_indices import add_at, places_of_equals
 from softsphere.matrix.arrays import Arrays
 from softsphere.matrix.gradient import GradientFactors
+from softsphere.matrix.precision import is_asynchronous
 
 __all__ = ["EntryProducts", "at_entries", "dense_gradient", "inner_product"]
 
@@ -27,29 +28,32 @@ def at_entries(gradient: GradientFactors, values: Tensor) -> Tensor:
     return values if gradient.cols is None else values[gradient.cols]
 
 
-def _to_columns(gradient: GradientFactors, values: Tensor) -> Tensor:
+def _to_columns(gradient: GradientFactors, values: Tensor, deterministic: bool) -> Tensor:
     """Eᵀ times values (n, …) that are given at the entries, one value for each: (r, …)."""
     weighted = values * gradient.x.reshape(-1, *[1] * (values.dim() - 1))
     if gradient.cols is None:
         return weighted
     out = weighted.new_zeros(gradient.rank, *values.shape[1:])
-    return out.index_add_(0, gradient.cols, weighted)
+    return add_at(out, gradient.cols, weighted, deterministic=deterministic)
 
 
-def _entries_times(gradient: GradientFactors, pi: Tensor | None, R: Tensor) -> Tensor:
+def _entries_times(
+    gradient: GradientFactors, pi: Tensor | None, R: Tensor, deterministic: bool
+) -> Tensor:
     """EᵀΠE R (r, w), without a tensor of size D or n × n.
 
     The rows x_j R[i_j] of equal targets are added up in a table of n places, then read back.
     """
     _, place = places_of_equals(gradient.rows)
     weighted = gradient.x.unsqueeze(1) * at_entries(gradient, R)
-    read = torch.zeros_like(weighted).index_add_(0, place, weighted)[place]
+    table = torch.zeros_like(weighted)
+    read = add_at(table, place, weighted, deterministic=deterministic)[place]
     if pi is not None:
         read = read * pi.unsqueeze(1)
-    return _to_columns(gradient, read)
+    return _to_columns(gradient, read, deterministic)
 
 
-def _entries_gram(gradient: GradientFactors, pi: Tensor | None) -> Tensor:
+def _entries_gram(gradient: GradientFactors, pi: Tensor | None, deterministic: bool) -> Tensor:
     """EᵀΠE (r, r), from an n × n table that says which targets are equal."""
     weighted = gradient.x if pi is None else gradient.x * pi
     equal = gradient.rows.unsqueeze(1) == gradient.rows
@@ -57,8 +61,9 @@ def _entries_gram(gradient: GradientFactors, pi: Tensor | None) -> Tensor:
     if gradient.cols is None:
         return table
     out = table.new_zeros(gradient.rank, gradient.rank)
-    across = table.new_zeros(gradient.rank, len(table)).index_add_(0, gradient.cols, table)
-    return out.index_add_(1, gradient.cols, across)
+    across = table.new_zeros(gradient.rank, len(table))
+    add_at(across, gradient.cols, table, deterministic=deterministic)
+    return add_at(out, gradient.cols, across.mT, deterministic=deterministic).mT
 
 
 @dataclass(frozen=True)
@@ -69,12 +74,15 @@ class EntryProducts:
     e: Eᵀπ (r)
     pi: (n) π at the rows of the entries, or None for one everywhere
     mass: M
+    deterministic: whether sums have the same bits every time on a GPU too, as the ranks of a
+        sharded matrix need them, each of which computes all of them
     """
 
     of_weight: Tensor
     e: Tensor
     pi: Tensor | None
     mass: float
+    deterministic: bool
 
     @classmethod
     def of(
@@ -96,17 +104,19 @@ class EntryProducts:
             at_rows = (W.outputs(at, slice(0, width)) - W.mean[:width]).to(dtype)
         pi = W.target_pi(g.rows)
         pi = None if pi is None else pi.to(dtype)
-        of_weight = _to_columns(g, at_rows if pi is None else at_rows * pi.unsqueeze(1))
-        e = _to_columns(g, torch.ones_like(g.x) if pi is None else pi)
-        return cls(of_weight, e, pi, W.mass)
+        same = W.shards is not None and is_asynchronous(W.device)
+        of_weight = _to_columns(g, at_rows if pi is None else at_rows * pi.unsqueeze(1), same)
+        e = _to_columns(g, torch.ones_like(g.x) if pi is None else pi, same)
+        return cls(of_weight, e, pi, W.mass, same)
 
     def gram(self, gradient: GradientFactors) -> Tensor:
         """E_cᵀΠE_c (r, r)."""
-        return torch.addr(_entries_gram(gradient, self.pi), self.e, self.e, alpha=-1 / self.mass)
+        table = _entries_gram(gradient, self.pi, self.deterministic)
+        return torch.addr(table, self.e, self.e, alpha=-1 / self.mass)
 
     def times(self, gradient: GradientFactors, R: Tensor) -> Tensor:
         """E_cᵀΠE_c R (r, w)."""
-        own = _entries_times(gradient, self.pi, R)
+        own = _entries_times(gradient, self.pi, R, self.deterministic)
         return torch.addr(own, self.e, self.e @ R, alpha=-1 / self.mass)
 
     def sums(self, W: Arrays, gradient: GradientFactors) -> Tensor:

@@ -103,7 +103,9 @@ def _read(part: Part, func: Any) -> Tensor:
     dim = args[0] % 2 if args else 0
     if first.overloadpacket in _TRANSPOSING:
         raise refusal(func, "the transpose of a factored weight")
-    chosen = first(torch.arange(W.num_rows if dim == 0 else W.width), 0, *args[1:], **kwargs)
+    chosen = first(
+        torch.arange(W.num_rows if dim == 0 else W.width, device="cpu"), 0, *args[1:], **kwargs
+    )
     chosen = chosen.reshape(-1)
     if dim == 0:
         found = _face_rows(part, chosen)

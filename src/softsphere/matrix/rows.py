@@ -15,7 +15,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from softsphere._torch import is_shared_with_others, places_of_equals, version_of
+from softsphere._torch import is_shared_with_others, version_of
+from softsphere.equal_indices import places_of_equals
 
 __all__ = ["Rows"]
 

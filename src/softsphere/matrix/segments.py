@@ -107,12 +107,14 @@ class Segments:
 
     def _piece(self, some: Tensor, start: int, stop: int) -> Piece:
         """A piece with the rows start … stop − 1 of some clusters, whose numbers are on the CPU."""
-        real = torch.arange(start, stop) < self._read_sizes[some].unsqueeze(1)
+        sizes = self._read_sizes[some].unsqueeze(1)
+        real = torch.arange(start, stop, device=sizes.device) < sizes
         padded = not bool(real.all())
         places = self._sent(real.flatten().nonzero().squeeze(1)) if padded else None
         some = self._sent(some)
-        offset, sizes = torch.arange(start, stop, device=some.device), self.sizes[some]
-        index = self.starts[some].unsqueeze(1) + torch.minimum(offset, sizes.unsqueeze(1) - 1)
+        offset = torch.arange(start, stop, device=some.device)
+        last = self.sizes[some].unsqueeze(1) - 1
+        index = self.starts[some].unsqueeze(1) + torch.minimum(offset, last)
         if self.order is not None:
             index = self.order[index]
         return Piece(self.ids[some], index, self._sent(real) if padded else None, places)

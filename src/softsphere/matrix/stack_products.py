@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from softsphere._torch import places_of_equals
+from softsphere.equal_indices import places_of_equals
 from softsphere.matrix.gradient import GradientFactors
 from softsphere.matrix.segments import Piece, Segments
 from softsphere.matrix.stack_arrays import StackArrays

@@ -28,7 +28,7 @@ def measures(W: StackArrays, ids: Tensor) -> Tensor:
     U, U_inv = W.of("U", ids), W.of("U_inv", ids)
     lengths = U.norm(dim=2, keepdim=True)
     generator = torch.Generator().manual_seed(0)
-    z = torch.randn(W.width, 2, generator=generator, dtype=torch.float64).to(W.device)
+    z = torch.randn(W.width, 2, generator=generator, dtype=torch.float64, device="cpu").to(W.device)
     drift = (U @ (U_inv @ (z * lengths)) / lengths - z).norm(dim=(1, 2)) / z.norm()
     spread = W.centred_gram.diagonal(dim1=1, dim2=2)[ids].sum(1) * W.scale[ids].square()
     squares = spread.clamp_min(0) + W.of("colsum", ids).square().sum(1) / W.mass[ids]
@@ -48,7 +48,7 @@ def stack_gram_drift(W: StackArrays, ids: Tensor, probes: int = 1) -> Tensor:
 
     O(w probes) a row. A difference as small as the rounding of V can make does not count.
     """
-    x = torch.randn(W.width, probes, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(W.width, probes, generator=torch.Generator().manual_seed(0), device="cpu")
     x = x.to(W.device, torch.float64)
     mean, mass = W.mean(ids), W.mass[ids].unsqueeze(1)
     common = mean @ x

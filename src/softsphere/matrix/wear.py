@@ -150,7 +150,9 @@ def _inverse_drift(W: Arrays, seed: int = 0) -> float:
     """‖U U⁻¹ − I‖ / √w with the rows of U scaled to norm 1, estimated by two random vectors."""
     lengths = W.U.norm(dim=1, keepdim=True)
     generator = torch.Generator().manual_seed(seed)
-    z = torch.randn(len(W.U), 2, generator=generator, dtype=torch.float64).to(W.device)
+    z = torch.randn(len(W.U), 2, generator=generator, dtype=torch.float64, device="cpu").to(
+        W.device
+    )
     back = W.U @ (W.U_inv @ (z * lengths)) / lengths
     return float((back - z).norm() / z.norm())
 
@@ -162,7 +164,7 @@ def gram_drift(W: Arrays, probes: int) -> float:
     """
     if probes < 1:
         return math.nan
-    x = torch.randn(len(W.U), probes, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(len(W.U), probes, generator=torch.Generator().manual_seed(0), device="cpu")
     x = x.to(W.device, torch.float64) / _sizes_of_columns(W, W.centred_gram).unsqueeze(1)
     common = W.mean @ x
     squares, rest = torch.zeros_like(common), torch.zeros_like(common)

@@ -54,13 +54,13 @@ class Agreement:
     ) -> None:
         if error is not None and not isinstance(error, Exception):
             return
-        row = torch.zeros(2 + _FACTS, dtype=torch.int64)
+        row = torch.zeros(2 + _FACTS, dtype=torch.int64, device="cpu")
         row[0] = int(error is not None)
         row[1] = _digest((self.action, sorted(self._same), sorted(self._each)))
         same = {name: _digest(value) for name, value in sorted(self._same.items())}
         facts = [*same.values(), *(value for _, value in sorted(self._each.items()))]
         assert len(facts) <= _FACTS
-        row[2 : 2 + len(facts)] = torch.tensor(facts, dtype=torch.int64)
+        row[2 : 2 + len(facts)] = row.new_tensor(facts)
         table = self.ranks.gather(row.to(self.ranks.device)).cpu()
         compared = table[:, 1 : 2 + len(same)]
         if bool(table[:, 0].any()) or not bool((compared == compared[0]).all()):

@@ -68,7 +68,7 @@ def _sum_of_squares(params: Iterable[Tensor]) -> Tensor:
         # that of a gradient that fully_shard has sharded is a DTensor
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         of_device.setdefault(norm.device, []).append(norm.double())
-    total = torch.zeros((), dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device="cpu")
     for norms in of_device.values():
         total += torch.stack(norms).square().sum().cpu()
     return total

@@ -72,8 +72,8 @@ class Ranks:
 
     @property
     def device(self) -> torch.device:
-        """Where small messages are: on the CPU, unless the group has NCCL alone."""
-        return torch.device("cuda" if dist.get_backend(self.group) == "nccl" else "cpu")
+        """Where small messages are: on the CPU, unless the group has GPUs alone."""
+        return torch.device("cpu" if "cpu:" in dist.get_backend_config(self.group) else "cuda")
 
     def gather(self, x: Tensor) -> Tensor:
         """x (…) of every rank, in the order of the ranks: (size, …). All have the same shape."""
@@ -121,7 +121,7 @@ class Ranks:
     def objects(self, x: Any) -> list[Any]:
         """An object of every rank, for error messages."""
         out: list[Any] = [None] * self.size
-        with self._collective("all_gather", torch.empty(0)):
+        with self._collective("all_gather", torch.empty(0, device="cpu")):
             dist.all_gather_object(out, x, self.group)
         return out
 

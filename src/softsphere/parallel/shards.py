@@ -170,7 +170,7 @@ class Shards:
         One number is drawn from the generator of the CPU, so that ranks with the same seed go on
         with the same numbers afterwards.
         """
-        seed = int(torch.randint(1 << 62, ()))
+        seed = int(torch.randint(1 << 62, (), device="cpu"))
         seed ^= self.ranks.rank * 0x9E3779B97F4A7C1 & (1 << 62) - 1
         devices = [device] if device.type not in ("cpu", "meta") else []
         with torch.random.fork_rng(devices, device_type=devices[0].type if devices else "cuda"):
@@ -284,7 +284,8 @@ def _bits_of_sample(weight: Tensor) -> int:
     W = weight.detach()
     if not W.numel():
         return 0
-    W = W[torch.linspace(0, len(W) - 1, min(len(W), _SAMPLE), dtype=torch.int64)]
+    some = min(len(W), _SAMPLE)
+    W = W[torch.linspace(0, len(W) - 1, some, dtype=torch.int64, device=W.device)]
     bits = checksum(W)
     assert bits is not None
     return 0 if bool((W[0, 0] == W).all()) else bits % (1 << 62) or 1

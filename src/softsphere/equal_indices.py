@@ -1,0 +1,28 @@
+"""Sums over equal indices, which wait for no device and have the same bits where they must."""
+
+from __future__ import annotations
+
+from torch import Tensor, searchsorted
+
+__all__ = ["add_at", "places_of_equals"]
+
+
+def places_of_equals(index: Tensor) -> tuple[Tensor, Tensor]:
+    """The entries (n) in ascending order, and for each entry the first place that has its equal.
+
+    What is summed at these places is zero at the others, so that it can be added to all entries.
+    The shapes do not depend on the numbers, so that no device has to be waited for.
+    """
+    ordered = index.sort().values
+    return ordered, searchsorted(ordered, index)
+
+
+def add_at(out: Tensor, index: Tensor, x: Tensor, *, deterministic: bool) -> Tensor:
+    """out[index] += x in place, equal indices adding up. Returns out.
+
+    deterministic: whether no atomic additions are used on a GPU, which have any order, so that
+        each bit of the sums is the same every time.
+    """
+    if deterministic:
+        return out.index_put_((index,), x, accumulate=True)
+    return out.index_add_(0, index, x)

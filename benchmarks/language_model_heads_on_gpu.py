@@ -2,9 +2,11 @@
 
     python benchmarks/language_model_heads_on_gpu.py --head "Gemma-2 2B"
 
-Forward and backward, and the same with a step of AdamW: medians of 30 after 8. Each layer has a
-process of its own, and is left out if it fails or takes more than a minute. Without --head all
-heads are measured. They are in bfloat16, or with --precision in float32 at that precision.
+Forward and backward, and the same with a step of AdamW: medians of 30 after 8, or of what fits in
+eight seconds. Each layer has a process of its own, and is left out if it fails or takes more than a
+minute. Without --head all heads are measured. They are in bfloat16, or with --precision in float32
+at that precision. A command that is stopped leaves a table of what it has measured, and goes on
+with --resume --out FOLDER.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from softsphere_lab.errors import LabError
 from softsphere_lab.timing.benchmark import Case, Row, left_out, run
 from softsphere_lab.timing.clock import Effort
 from softsphere_lab.timing.head_measures import BFLOAT16, OURS, PRECISIONS
-from softsphere_lab.timing.linear_losses import GPU_SOFTMAX
+from softsphere_lab.timing.linear_losses import GPU_SOFTMAX, version_of
 from softsphere_lab.timing.processes import measure_head
 from softsphere_lab.timing.setting import Setting
 
@@ -46,7 +48,7 @@ def compared(
     try:
         found = measure_head(name, setting, effort, **how, patience=PATIENCE)
     except LabError as error:  # out of memory, not installed, or too slow
-        yield left_out(label, setting, str(error).strip().splitlines()[-1][:120])
+        yield left_out(label, setting, error)
         return
     for measure, value in found.items():
         yield Row(label, setting, measure, value)
@@ -66,14 +68,22 @@ def cases(options: argparse.Namespace) -> list[Case]:
     if DEVICE == "cpu" and not options.smoke:
         raise LabError("this benchmark needs a CUDA device, and PyTorch sees none")
     heads, effort = (
-        (TINY, Effort(0.0, 1, 1, 2)) if options.smoke else (HEADS, Effort(0.0, 8, 30, 30))
+        (TINY, Effort(0.0, 1, 1, 2)) if options.smoke else (HEADS, Effort(8.0, 8, 3, 30))
     )
     precision = options.precision
     at = "" if precision == BFLOAT16 else f", float32 {precision}"
     return [
         Case(
             f"{head}{at}, {setting}: {name}",
-            partial(compared, f"{head}{at}: {name}", name, setting, effort, DEVICE, precision),
+            partial(
+                compared,
+                f"{head}{at}: {name}{version_of(name)}",
+                name,
+                setting,
+                effort,
+                DEVICE,
+                precision,
+            ),
         )
         for head, setting in heads.items()
         if options.head in (None, head)

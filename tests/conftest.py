@@ -12,6 +12,9 @@ import torch
 if not torch.cuda.is_available():
     # Triton interprets its kernels. It must know before any module imports them.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# Before PyTorch asks cuBLAS for anything: without it products are refused where tests ask for
+# deterministic algorithms.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 from _devices import GPU, Placed, capability, constants_moved, lacking, modules_of_tests, moved
 from _stand_in import LIMITS, load_stand_in

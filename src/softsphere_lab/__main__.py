@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 
-# The packages that the extra [lab] installs.
-# The modules that the command imports, and the packages that have them.
-LAB = {name: name for name in ("datasets", "matplotlib", "rich", "scipy", "typer")}
+# The modules that the command imports, and the packages that have them. The extra [lab] installs
+# these, and `datasets`, which public sets alone are read with.
+LAB = {name: name for name in ("matplotlib", "rich", "scipy", "typer")}
 LAB["sklearn"] = "scikit-learn"
 
 

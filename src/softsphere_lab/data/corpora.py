@@ -11,7 +11,7 @@ from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
-from softsphere_lab.data.sources import chosen, instead, local, public
+from softsphere_lab.data.sources import chosen, client, instead, local, public
 from softsphere_lab.errors import LabError
 
 __all__ = ["CORPORA", "Corpus", "read"]
@@ -41,8 +41,7 @@ def _ptb(folder: Path | None) -> Corpus:
     """The Penn Treebank in Mikolov's form, which already marks the unknown words."""
     if folder is not None:
         return _sentences("ptb", folder, instead(PTB))
-    import datasets
-
+    datasets = client()
     with public(PTB, "ptb", PARTS):
         # the main branch has a script, which the client no longer runs; this branch has its output
         parts = datasets.load_dataset(PTB, revision="refs/convert/parquet")
@@ -78,8 +77,7 @@ def wikipedia(folder: Path | None) -> Corpus:
 
 def _first_articles() -> dict[str, list[str]]:
     """The texts of the hub's first articles; the others are not loaded."""
-    import datasets
-
+    datasets = client()
     with public(WIKIPEDIA, "wikipedia", PARTS):
         rows = datasets.load_dataset(WIKIPEDIA, "20231101.en", split="train", streaming=True)
         texts = (row["text"] for row in rows)

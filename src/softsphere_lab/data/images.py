@@ -11,7 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from softsphere_lab.data.sources import VARIABLE, chosen, digest, instead, local, public, reading
+from softsphere_lab.data.sources import (
+    VARIABLE,
+    chosen,
+    client,
+    digest,
+    instead,
+    local,
+    public,
+    reading,
+)
 from softsphere_lab.errors import LabError
 
 __all__ = ["DATASETS", "VARIABLE", "Images", "Split", "load"]
@@ -104,8 +113,7 @@ def digits() -> tuple[Split, Split, int]:
 
 def _from_hub(name: str, data_dir: Path | None) -> tuple[Split, Split, int]:
     """Reads the public copy of a set, or one with the same columns from a local folder."""
-    import datasets
-
+    datasets = client()
     hub = HUBS[name]
     if data_dir is None:
         with public(hub.name, name, PARTS):
@@ -122,8 +130,7 @@ def _from_hub(name: str, data_dir: Path | None) -> tuple[Split, Split, int]:
 
 def as_split(part: Any, hub: Hub, source: str) -> Split:
     """Returns a part of a set as tensors, pixels in [0, 1]. source: its name in errors."""
-    import datasets
-
+    datasets = client()
     columns = part.column_names
     image = hub.image if hub.image in columns else "image"
     label = hub.label if hub.label in columns else "label"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from softsphere_lab.errors import LabError
 
-__all__ = ["VARIABLE", "chosen", "digest", "instead", "local", "public", "reading"]
+__all__ = ["VARIABLE", "chosen", "client", "digest", "instead", "local", "public", "reading"]
 
 VARIABLE = "SOFTSPHERE_DATA"
 
@@ -23,6 +23,15 @@ def chosen(folder: Path | None) -> Path | None:
     """Returns the folder of --data-dir, by default that of the environment; None means the hub."""
     default = os.environ.get(VARIABLE)
     return folder or (Path(default) if default else None)
+
+
+def client() -> Any:
+    """Returns the module `datasets`. Raises LabError without it."""
+    try:
+        import datasets
+    except ModuleNotFoundError as error:
+        raise LabError("public sets are read with datasets; pip install datasets") from error
+    return datasets
 
 
 def _parquet_files(folder: Path, name: str, parts: Sequence[str]) -> dict[str, list[str]] | None:
@@ -39,8 +48,7 @@ def local(folder: Path, name: str, parts: Sequence[str], otherwise: str = "") ->
 
     otherwise: what an error says would help if the folder lacks the set.
     """
-    import datasets
-
+    datasets = client()
     if not folder.is_dir():
         raise LabError(f"--data-dir {folder}: there is no such folder")
     files = _parquet_files(folder, name, parts)

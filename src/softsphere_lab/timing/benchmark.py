@@ -1,7 +1,8 @@
 """What the scripts in `benchmarks/` have in common: a command line, a run folder and a table.
 
 A script lists cases, each of which measures some rows. The rows of a case are written to a run
-folder at once, so that a run that was stopped can be resumed.
+folder at once, and so is the table of all that was measured, so that a run that was stopped has a
+table and can be resumed.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import csv
 import io
 import os
 import platform
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -27,11 +29,14 @@ from softsphere_lab.records.files import write
 from softsphere_lab.records.folder import Record
 from softsphere_lab.timing.setting import Setting
 
-__all__ = ["COLUMNS", "Case", "Row", "host", "left_out", "read_table", "run"]
+__all__ = ["COLUMNS", "Case", "Cells", "Row", "host", "left_out", "read_table", "run"]
 
 COLUMNS = ("layer", "D", "d", "m", "measure", "value", "machine", "torch", "threads")
 MEASURED = "measured.jsonl"
 TABLE = "table.csv"
+# The beginning of the line in which Python names the exception that ended a process.
+_NAMED = re.compile(r"[A-Za-z_][\w.]*(Error|Exception)\b")
+Cells = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,7 @@ class Row:
     measure: str
     value: float | str
 
-    def cells(self) -> dict[str, Any]:
+    def cells(self) -> Cells:
         """Returns the row of a table, without the machine."""
         s, value = self.setting, self.value
         return {
@@ -64,6 +69,9 @@ class Case:
     measure: Callable[[], Iterable[Row]]
 
 
+Derived = Callable[[Sequence[Cells]], Iterable[Row]]
+
+
 def host(device: str = "cpu") -> dict[str, Any]:
     """Returns the machine, the version of torch, and the number of threads.
 
@@ -76,8 +84,15 @@ def host(device: str = "cpu") -> dict[str, Any]:
     }
 
 
-def left_out(layer: str, setting: Setting, reason: str) -> Row:
-    """The row that says in a table why a layer was not measured."""
+def left_out(layer: str, setting: Setting, reason: str | Exception) -> Row:
+    """The row that says in a table why a layer was not measured.
+
+    reason: in words, or the error of a process, of which the line that names an exception counts.
+    """
+    if isinstance(reason, Exception):
+        lines = str(reason).strip().splitlines()
+        named = [line for line in lines if _NAMED.match(line)]
+        reason = (named or lines)[-1][:120]
     return Row(layer, setting, "left out", reason)
 
 
@@ -93,10 +108,12 @@ def run(
     add_options: Callable[[argparse.ArgumentParser], Any] = lambda parser: None,
     arguments: Sequence[str] | None = None,
     device: str = "cpu",
+    derived: Derived = lambda rows: (),
 ) -> int:
     """The command line of a script. Returns its exit code.
 
     cases: made from the options, of which `smoke` asks for tiny sizes. device: where it computes.
+    derived: what follows from the cells of all rows together, which the table has behind them.
     """
     path = Path(script)
     parser = _parser(path, description)
@@ -111,7 +128,7 @@ def run(
         record = _opened(path.stem, options, device)
         try:
             with record.alone():
-                _measure(listed, record, device)
+                _measure(listed, record, device, derived)
         except KeyboardInterrupt:
             print_stopped(standard_console(), record.folder)
             return 130
@@ -159,22 +176,33 @@ def _opened(name: str, options: argparse.Namespace, device: str) -> Record:
     return Record.create(options.out, config, device=device)
 
 
-def _measure(cases: Sequence[Case], record: Record, device: str) -> None:
+def _measure(cases: Sequence[Case], record: Record, device: str, derived: Derived) -> None:
     """Measures the cases that the record lacks, prints their rows, and writes the table."""
     done = {line["case"]: line["rows"] for line in record.lines(MEASURED)}
+    told: set[str] = set()
     for number, case in enumerate(cases, 1):
         if case.name not in done:
             print(f"[{number}/{len(cases)}] {case.name}", flush=True)
-            rows = [row.cells() | host(device) for row in case.measure()]
-            for row in rows:
-                print(f"  {row['layer']:34s} {row['measure']}: {row['value']}", flush=True)
-            record.add(MEASURED, [{"case": case.name, "rows": rows}])
-            done[case.name] = rows
-    rows = [row for case in cases for row in done[case.name]]
-    write(record.folder / TABLE, _table(rows))
+            done[case.name] = []
+            for row in case.measure():
+                done[case.name].append(row.cells() | host(device))
+                _print(row)
+            record.add(MEASURED, [{"case": case.name, "rows": done[case.name]}])
+        rows = [row for each in cases for row in done.get(each.name, ())]
+        more = list(derived(rows))
+        for row in more:
+            if str(row) not in told:
+                told.add(str(row))
+                _print(row)
+        write(record.folder / TABLE, _table([*rows, *(row.cells() | host(device) for row in more)]))
 
 
-def _table(rows: Sequence[dict[str, Any]]) -> str:
+def _print(row: Row) -> None:
+    cells = row.cells()
+    print(f"  {cells['layer']:34s} {cells['measure']}: {cells['value']}", flush=True)
+
+
+def _table(rows: Sequence[Cells]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -31,8 +32,8 @@ def head_measures(
 ) -> dict[str, float]:
     """Measures forward and backward of one layer, and the same with a step of AdamW.
 
-    name: one of LOSSES. Of effort the numbers of steps count, not the seconds. precision: one of
-    PRECISIONS; that of float32 stays set in this process.
+    name: one of LOSSES. effort: its seconds count the warm-up too, of which long steps have less.
+    precision: one of PRECISIONS; that of float32 stays set in this process.
     Returns the numbers by what they measure.
     """
     if precision not in PRECISIONS:
@@ -75,8 +76,13 @@ def head_measures(
 
 
 def _median(run: Callable[[], Any], effort: Effort, device: str) -> float:
-    times = [seconds_of(run, device) for _ in range(effort.warm_up + effort.most)]
-    return statistics.median(times[effort.warm_up :])
+    times: list[float] = []
+    end = time.perf_counter() + effort.seconds
+    while len(times) < effort.warm_up + effort.most:
+        times.append(seconds_of(run, device))
+        if len(times) >= 2 * effort.fewest and time.perf_counter() > end:
+            break
+    return statistics.median(times[min(effort.warm_up, len(times) // 2) :])
 
 
 def _after_training(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,7 @@ __all__ = [
     "LinearLoss",
     "softmax",
     "through_logits",
+    "version_of",
 ]
 
 # The loss of hidden rows (m, d), a weight (D, d) and targets (m).
@@ -97,6 +99,16 @@ def _cut_cross_entropy(exact: bool) -> LinearLoss:
         return result
 
     return loss
+
+
+def version_of(name: str) -> str:
+    """The version of the package of a peer, after a space; "" for PyTorch and this library."""
+    packages = {"Liger": "liger-kernel", "cut cross-entropy": "cut-cross-entropy"}
+    package = packages.get(name.split(",")[0])
+    try:
+        return f" {version(package)}" if package else ""
+    except PackageNotFoundError:
+        return ""
 
 
 def _plain() -> dict[str, Callable[[], LinearLoss]]:

@@ -128,8 +128,7 @@ def test_wrong_options_are_one_line_and_exit_code_2(case, tmp_path, monkeypatch,
 
 
 def test_a_text_that_is_too_small_is_refused_before_a_folder_is_made(tmp_path, monkeypatch, capsys):
-    import datasets
-
+    datasets = pytest.importorskip("datasets")
     monkeypatch.chdir(tmp_path)
     for part in ("train", "validation", "test"):
         rows = datasets.Dataset.from_dict({"sentence": ["a b c"] * 50})

@@ -7,7 +7,6 @@ import re
 import sys
 
 import pytest
-from datasets import Dataset
 
 from softsphere_lab.cli import app as cli
 from softsphere_lab.experiments.on_text.rate_sweep import RATE_FINDER, RateSweep
@@ -91,7 +90,8 @@ def test_a_dataset_in_folders_and_with_brackets_has_one_run_folder(tmp_path, mon
     for part, sentences in (("train", 200), ("validation", 100), ("test", 100)):
         folder = tmp_path / "texts" / "mine [1]"
         folder.mkdir(parents=True, exist_ok=True)
-        rows = Dataset.from_dict({"sentence": ["one two three"] * sentences})
+        datasets = pytest.importorskip("datasets")
+        rows = datasets.Dataset.from_dict({"sentence": ["one two three"] * sentences})
         rows.to_parquet(folder / f"{part}.parquet")
     capsys.readouterr()
     asked = ["tune", "--dataset", "texts/mine [1]", "--data-dir", ".", "--epochs", "1"]

@@ -27,8 +27,7 @@ def no_folder(monkeypatch):
 
 def write(folder: Path, column: str, **parts: list) -> Path:
     """A parquet file for each part in that folder, whose parent is given back."""
-    import datasets
-
+    datasets = pytest.importorskip("datasets")
     folder.mkdir(parents=True)
     for part, rows in parts.items():
         table = datasets.Dataset.from_dict({"title": ["t"] * len(rows), column: rows})
@@ -156,8 +155,7 @@ class Rows(dict):
 
 
 def test_without_a_folder_ptb_comes_from_the_hub(monkeypatch):
-    import datasets
-
+    datasets = pytest.importorskip("datasets")
     asked = []
 
     def hub(*names, **options):
@@ -172,8 +170,7 @@ def test_without_a_folder_ptb_comes_from_the_hub(monkeypatch):
 
 
 def test_without_a_folder_wikipedia_is_the_first_articles_of_the_hub(monkeypatch):
-    import datasets
-
+    datasets = pytest.importorskip("datasets")
     asked, taken = [], []
 
     def hub(*names, **options):
@@ -198,7 +195,7 @@ def test_without_a_folder_wikipedia_is_the_first_articles_of_the_hub(monkeypatch
     [("ptb", "ptb-text-only/ptb_text_only"), ("wikipedia", "wikimedia/wikipedia")],
 )
 def test_an_unreachable_hub_names_the_option_for_a_local_folder(monkeypatch, name, hub, late):
-    import datasets
+    datasets = pytest.importorskip("datasets")
 
     class Torn(dict):
         """Breaks off once it is read."""

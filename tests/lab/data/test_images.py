@@ -28,8 +28,7 @@ def png(pixels: np.ndarray) -> dict:
 
 def write_parquet(folder: Path, columns: tuple[str, str], shape: tuple[int, ...]) -> None:
     """Train and test parts of 20 and 10 pictures whose only grey is their label."""
-    import datasets
-
+    datasets = pytest.importorskip("datasets")
     folder.mkdir(parents=True)
     for part, count in (("train", 20), ("test", 10)):
         labels = [i % 10 for i in range(count)]
@@ -112,8 +111,7 @@ SPOILED = {
 @pytest.mark.parametrize("case", SPOILED)
 @pytest.mark.parametrize("part", ["train", "test"])
 def test_a_spoiled_set_is_one_line_that_names_what_is_wrong(case, part):
-    import datasets
-
+    datasets = pytest.importorskip("datasets")
     pictures, labels, words = SPOILED[case]
     rows = datasets.Dataset.from_dict({"image": list(pictures), "label": list(labels)})
     with pytest.raises(LabError, match=words) as caught:
@@ -184,7 +182,7 @@ def test_wrong_columns_and_broken_files_are_named(tmp_path):
 
 
 def test_an_unreachable_hub_names_the_option_for_a_local_folder(monkeypatch):
-    import datasets
+    datasets = pytest.importorskip("datasets")
 
     def unreachable(*_, **__):
         raise ConnectionError("no route\nto host")

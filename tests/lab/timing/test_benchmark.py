@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from softsphere_lab.errors import LabError
 from softsphere_lab.timing import benchmark
-from softsphere_lab.timing.benchmark import COLUMNS, Case, Row, read_table, run
+from softsphere_lab.timing.benchmark import COLUMNS, Case, Row, left_out, read_table, run
 from softsphere_lab.timing.processes import Measured
 from softsphere_lab.timing.setting import Setting
 
@@ -103,7 +104,8 @@ def test_a_stopped_run_goes_on_with_what_is_missing(script, capsys):
     assert script("--out", script.out) == 130
     said = capsys.readouterr().out
     assert f"--resume --out {script.out}" in said
-    assert not (Path(script.out) / "table.csv").exists()
+    rows = read_table(Path(script.out) / "table.csv")
+    assert [row["layer"] for row in rows] == ["first", "first"]
     script.stops.clear()
     assert script("--out", script.out, "--resume") == 0
     assert script.measured == ["first", "second", "second"]
@@ -142,3 +144,46 @@ def test_the_run_folder_says_what_was_started(script, monkeypatch):
     script("--out", script.out)
     environment = json.loads((Path(script.out) / "environment.jsonl").read_text())
     assert environment["command"] == f"python benchmarks/question.py --out {script.out}"
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("softmax at D = 9 takes more than 60 s", "softmax at D = 9 takes more than 60 s"),
+        (
+            "x failed:\nTraceback\n  a line\ntorch.OutOfMemoryError: no room",
+            "torch.OutOfMemoryError: no room",
+        ),
+        (
+            "x failed:\ntorch._dynamo.exc.BackendCompilerFailed: no\nRuntimeError: not that\n\n"
+            "Set TORCHDYNAMO_VERBOSE=1 for the internal stack trace",
+            "RuntimeError: not that",
+        ),
+    ],
+)
+def test_a_layer_is_left_out_for_the_reason_that_its_process_gave(said, told):
+    assert left_out("x", SETTING, LabError(said)).value == told
+
+
+def test_a_table_has_what_follows_from_its_rows_once_they_are_there(tmp_path, capsys):
+    """The steps of a factored layer are timed first, and the others are so many times as long."""
+    monkeypatched = pytest.MonkeyPatch()
+    monkeypatched.syspath_prepend(str(FOLDER))
+    module = importlib.import_module("factored_on_gpu")
+    monkeypatched.undo()
+    times = {module.CAPTURED: 2.0, "another": 6.0, module.FACTORED: 4.0}
+    listed = [
+        Case(name, lambda name=name, x=x: [Row(name, SETTING, module.MILLISECONDS, x)])
+        for name, x in times.items()
+    ]
+    arguments = ["--out", str(tmp_path / "run")]
+    assert run("x.py", "", lambda _: listed, arguments=arguments, derived=module.ratios) == 0
+    rows = [
+        (row["layer"], row["measure"], float(row["value"]))
+        for row in read_table(tmp_path / "run/table.csv")
+    ]
+    assert rows[3:] == [
+        ("another", f"times {module.CAPTURED}", 3.0),
+        ("another", f"times {module.FACTORED}", 1.5),
+    ]
+    assert capsys.readouterr().out.count(f"times {module.CAPTURED}: 3") == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -212,3 +213,10 @@ def test_mnist_is_whole():
         974,
         1009,
     ]
+
+
+def test_public_sets_alone_need_the_package_that_reads_them(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "datasets", None)  # as if it was not installed
+    assert data.load("digits").train
+    with pytest.raises(LabError, match="read with datasets; pip install datasets"):
+        data.load("mnist", tmp_path)

@@ -11,6 +11,7 @@ import torch
 from _recorded_graph import pretend_a_gpu
 from softsphere import FactoredSphericalLoss
 from softsphere.captured import check_taken
+from softsphere.matrix import abstract
 from softsphere.matrix.factored_matrix import FactoredMatrix
 from softsphere.matrix.gradient import GradientFactors
 from softsphere.matrix.wear import LAST_CONDITION, kappa
@@ -113,3 +114,21 @@ def test_what_a_step_may_leave_undone_is_done_before_anything_reads_it(reader, m
     assert matrix.watch.undone.any()
     READERS[reader](head, hidden)
     assert not matrix.watch.undone.any()
+
+
+@pytest.mark.once("the matrix is told that it is on a GPU")
+def test_a_capture_that_would_have_to_wait_for_a_step_is_refused_in_words(monkeypatch):
+    pretend_a_gpu(monkeypatch)
+    pair = Pair()
+    pair.step(pair.direction(), 1e-3, torch.ones(1))
+    pair.mine.watch.period = 100
+    pair.step(pair.direction(), 1e-3, torch.ones(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(abstract, "graph_is_captured", lambda: True)
+        with pytest.raises(RuntimeError, match="read the weight once before the capture"):
+            pair.mine.arrays.check()
+    pair.mine.arrays.check()
+    with monkeypatch.context() as patch:
+        patch.setattr(abstract, "graph_is_captured", lambda: True)
+        pair.mine.arrays.check()
+    assert pair.error() < 3e-7

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from softsphere._torch import graph_is_captured
 from softsphere.matrix.blocks import Blocks
 from softsphere.matrix.gradient import GradientFactors
 from softsphere.matrix.interrupts import uninterrupted
@@ -86,9 +87,16 @@ class Kept(ABC):
         Where V is W itself, as after `state_dict()`, the change is adopted, and the sums over all
         rows are computed again.
 
-        Raises RuntimeError where V is not W, so that the change has no meaning.
+        Raises RuntimeError where V is not W, so that the change has no meaning, and inside the
+        capture of a CUDA graph where a step may have to be finished.
         """
         if self.unfinished is not None:
+            if graph_is_captured():
+                raise RuntimeError(
+                    "the last step of a factored weight may have to be finished before it is read, "
+                    "for which a CUDA graph cannot wait; read the weight once before the capture, "
+                    "as by head.weight.norm(), or capture whole steps by softsphere.CapturedStep"
+                )
             finish, self.unfinished = self.unfinished, None
             finish()
         if not self.V.changed_by_others():

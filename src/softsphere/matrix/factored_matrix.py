@@ -75,12 +75,12 @@ class FactoredMatrix(Matrix):
 
     def plan(self, gradient: GradientFactors, blocks: Blocks) -> Callable[[], None]:
         W = self.arrays
-        W.check()
         if graph_is_captured() and not self.watch.recording:
             raise RuntimeError(
                 "a step of a factored weight cannot be captured as it is, since its factors are "
                 "mended between steps; capture it by softsphere.CapturedStep"
             )
+        W.check()
         if len(blocks.spread) != W.blocks:
             raise ValueError(f"blocks must be for {W.blocks} blocks, got {len(blocks.spread)}")
         update = self._planned(gradient, blocks)

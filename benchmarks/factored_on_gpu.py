@@ -67,11 +67,11 @@ def cases(options: argparse.Namespace) -> list[Case]:
     elif DEVICE == "cpu":
         raise LabError("this benchmark needs a CUDA device, and PyTorch sees none")
     else:
-        settings, effort = SETTINGS, Effort(2.0, 12, 5)
+        settings = tuple(each for each in SETTINGS if options.setting in (None, str(each)))
+        effort = Effort(2.0, 12, 5)
     return [
         Case(f"{setting}: {name}", partial(timed, name, setting, effort, DEVICE))
         for setting in settings
-        if options.setting in (None, str(setting))
         for name in dict.fromkeys((CAPTURED, FACTORED, BFLOAT16_SOFTMAX, *ON_GPU, *OTHERS))
     ]
 

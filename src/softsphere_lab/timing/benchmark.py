@@ -179,22 +179,29 @@ def _opened(name: str, options: argparse.Namespace, device: str) -> Record:
 def _measure(cases: Sequence[Case], record: Record, device: str, derived: Derived) -> None:
     """Measures the cases that the record lacks, prints their rows, and writes the table."""
     done = {line["case"]: line["rows"] for line in record.lines(MEASURED)}
-    told: set[str] = set()
-    for number, case in enumerate(cases, 1):
-        if case.name not in done:
-            print(f"[{number}/{len(cases)}] {case.name}", flush=True)
-            done[case.name] = []
-            for row in case.measure():
-                done[case.name].append(row.cells() | host(device))
-                _print(row)
-            record.add(MEASURED, [{"case": case.name, "rows": done[case.name]}])
-        rows = [row for each in cases for row in done.get(each.name, ())]
+
+    def written() -> list[Row]:
+        """Writes the table, and returns what follows from its other rows."""
+        rows = [row for case in cases for row in done.get(case.name, ())]
         more = list(derived(rows))
-        for row in more:
-            if str(row) not in told:
-                told.add(str(row))
-                _print(row)
         write(record.folder / TABLE, _table([*rows, *(row.cells() | host(device) for row in more)]))
+        return more
+
+    told = written()
+    for number, case in enumerate(cases, 1):
+        if case.name in done:
+            continue
+        print(f"[{number}/{len(cases)}] {case.name}", flush=True)
+        rows = []
+        for row in case.measure():
+            rows.append(row.cells() | host(device))
+            _print(row)
+        record.add(MEASURED, [{"case": case.name, "rows": rows}])
+        done[case.name] = rows
+        before, told = told, written()
+        for row in told:
+            if row not in before:
+                _print(row)
 
 
 def _print(row: Row) -> None:

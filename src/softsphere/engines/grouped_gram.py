@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from softsphere.engines.bfloat16_parts import number_of_parts
-from softsphere.engines.grouping import Group, consecutive, ranges
+from softsphere.engines.grouping import Group, consecutive, portions, ranges
 from softsphere.rounding import spread_of_equals
 
 __all__ = ["cluster_statistics", "target_outputs_of"]
@@ -103,7 +103,7 @@ class _Portions:
     @classmethod
     def of(cls, lengths: Tensor, starts: Tensor, size: int) -> _Portions:
         """lengths, starts: of each segment."""
-        count = (lengths + size - 1).div(size, rounding_mode="floor")
+        count = portions(lengths, size)
         total = int(count.sum())  # a GPU is waited for here alone
         segment = consecutive(count, total)
         begun = ranges(torch.zeros_like(count), count, total) * size

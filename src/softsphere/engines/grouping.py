@@ -16,7 +16,7 @@ from torch import Tensor
 
 from softsphere._torch import untraced
 
-__all__ = ["Group", "Grouping", "consecutive", "in_one_wait", "ranges"]
+__all__ = ["Group", "Grouping", "consecutive", "in_one_wait", "portions", "ranges"]
 
 
 def consecutive(lengths: Tensor, total: int | None = None) -> Tensor:
@@ -30,6 +30,11 @@ def ranges(starts: Tensor, lengths: Tensor, total: int | None = None) -> Tensor:
     first = starts - (lengths.cumsum(0) - lengths)
     shifted = first.repeat_interleave(lengths, output_size=total)
     return shifted + torch.arange(len(shifted), device=lengths.device)
+
+
+def portions(lengths: Tensor, size: int) -> Tensor:
+    """How many portions of a size segments have."""
+    return (lengths + (size - 1)).div(size, rounding_mode="floor")
 
 
 def in_one_wait(*numbers: Tensor) -> list[int]:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from softsphere.engines.grouping import Group, Touched, consecutive, in_one_wait, ranges
+from softsphere.engines.grouping import Group, Touched, consecutive, in_one_wait, portions, ranges
 
 __all__ = ["Lines", "Tiles"]
 
@@ -49,8 +49,8 @@ class Cut(NamedTuple):
 
     @classmethod
     def of(cls, touched: Touched, size: int) -> Cut:
-        number = _portions(touched.sizes, size)
-        further = number * (_portions(touched.rows, _tile_size(touched)) - 1)
+        number = portions(touched.sizes, size)
+        further = number * (portions(touched.rows, _tile_size(touched)) - 1)
         V, N, products = in_one_wait(number.sum(), (number * touched.rows).sum(), further.sum())
         first = number.cumsum(0) - number
         return cls(number, first, consecutive(number, V), N, further, products)
@@ -218,8 +218,3 @@ def _tile_size(touched: Touched) -> int:
 def _power_below(number: int) -> int:
     """The largest power of two that is not above a number of at least 1."""
     return 1 << (number.bit_length() - 1)
-
-
-def _portions(lengths: Tensor, size: int) -> Tensor:
-    """How many portions of a size segments have."""
-    return (lengths + (size - 1)).div(size, rounding_mode="floor")

@@ -89,6 +89,11 @@ class Setup:
         """The windows of a batch of the LSTM."""
         return max(1, self.batch_size // self.length)
 
+    @property
+    def streams(self) -> int:
+        """The streams of text that the LSTM is trained on; 0 where it carries no states."""
+        return self.windows if self.carried else 0
+
     def config(self) -> Line:
         """Returns the fields as the configuration of a record has them.
 
@@ -176,7 +181,6 @@ class LanguageRun(Run[Epoch]):
         torch.manual_seed(seed)
         self.output, self.clip = output, setup.clip
         self.examples = _examples(data, output, setup)
-        self.carried = output.lstm and setup.carried
         self.vocabulary = torch.arange(len(data.words), device=setup.device)
         self.model = _network(len(data.words), output, setup).to(setup.device)
         counts = data.counts if output.classes is None else data.cut(output.classes).counts
@@ -207,7 +211,7 @@ class LanguageRun(Run[Epoch]):
             seed=seed,
             device=y.device,
             obstacle=obstacle_of(self.head, group),
-            shuffled=not self.carried,
+            shuffled=not (output.lstm and setup.carried),
         )
 
     def loss_of(self, index: Tensor, *drawn: Tensor) -> Tensor:
@@ -295,8 +299,7 @@ def _examples(data: Text, output: Output, setup: Setup) -> Examples:
 
     def parts(of: Text) -> Examples:
         if output.lstm:
-            streams = setup.windows if setup.carried else 0
-            return window_parts(of, setup.length, setup.device, setup.context, streams)
+            return window_parts(of, setup.length, setup.device, setup.context, setup.streams)
         return ngram_parts(of, setup.n, setup.device)
 
     read = parts(data)
@@ -322,7 +325,7 @@ def _network(vocabulary: int, output: Output, setup: Setup) -> nn.Module:
             layers=setup.layers,
             dropout=setup.recurrent_dropout,
             context=setup.context,
-            streams=setup.windows if setup.carried else 0,
+            streams=setup.streams,
         )
     else:
         depth = output.depth or setup.depth

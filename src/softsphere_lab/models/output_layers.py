@@ -47,17 +47,17 @@ class Output:
 
     loss: a loss with its numbers, or a key of BASELINES. prior: whether word frequencies are the
     base measure. factored: whether FactoredSGD steps the layer, with the learning rate rate · D;
-    otherwise AdamW steps it. tied: whether the rows of the output weight are the input embeddings,
-    as they can be in a network whose embeddings are as wide as its hidden states. lstm: whether the
-    network is the LSTM and not the n-gram model. depth, activation: those of the n-gram model.
-    classes: how many of the commonest words are told apart; None means all. samples, sampler: those
-    of sampled softmax. cutoffs, div_value: those of adaptive softmax. Both begin with the
-    logarithms of the word frequencies, where they have a bias, if prior is True. clusters: how many
-    clusters the words outside the shortlist make, each a distribution of its own with their
-    frequencies as the base measure. shortlist: how many of the commonest words are in no cluster.
-    by: "frequency" for clusters of words that are about as common; None for clusters by meaning.
-    leaf_features: the width of the projection of the hidden state that the clusters get; None for
-    the hidden state itself. For all of these None means the default.
+    otherwise it is stepped with the network. tied: whether the rows of the output weight are the
+    input embeddings, as they can be in a network whose embeddings are as wide as its hidden states.
+    lstm: whether the network is the LSTM and not the n-gram model. depth, activation: those of the
+    n-gram model. classes: how many of the commonest words are told apart; None means all. samples,
+    sampler: those of sampled softmax. cutoffs, div_value: those of adaptive softmax. Both begin
+    with the logarithms of the word frequencies, where they have a bias, if prior is True. clusters:
+    how many clusters the words outside the shortlist make, each a distribution of its own with
+    their frequencies as the base measure. shortlist: how many of the commonest words are in no
+    cluster. by: "frequency" for clusters of words that are about as common; None for clusters by
+    meaning. leaf_features: the width of the projection of the hidden state that the clusters get;
+    None for the hidden state itself. For all of these None means the default.
     """
 
     loss: str
@@ -238,7 +238,7 @@ _MEANT_FOR = {
 def layer(
     output: Output, width: int, counts: Tensor, device: str, assignment: Tensor | None = None
 ) -> tuple[nn.Module, torch.optim.Optimizer | None]:
-    """Returns the layer and its own optimizer, which is None if AdamW steps it with the network.
+    """Returns the layer and its own optimizer, which is None if it is stepped with the network.
 
     Every layer but the baselines and those with clusters begins with the weights of the same
     nn.Linear; squared error begins with smaller ones.

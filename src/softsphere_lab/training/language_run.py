@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -45,21 +46,24 @@ LATER = (
     "recurrent_dropout",
     "context",
     "carried",
+    "optimizer",
 )
 
 
 @dataclass(frozen=True)
 class Setup:
-    """The network and the training of every loss: AdamW, its rate falling to zero along a cosine.
+    """The network and the training of every loss, whose rate falls to zero along a cosine.
 
     n: the words of an n-gram. hidden: the width of all layers but the last; width: d, that of the
     last. length: the words of a window of the LSTM. batch_size: the words of a step. train, held:
     how many words of the training part, and of each of the others, are used; None means all.
     linear_last: whether the last layer of the n-gram model has no activation. warm_up: the share of
     the steps in which the rate rises. clip: the largest norm of all gradients together; None means
-    any. beta2: how much of its mean of squared gradients AdamW keeps in a step. layers,
-    recurrent_dropout, context: those of the LSTM. carried: whether it is trained on streams of
-    text, a window of each in a batch, and carries its states from each window to the next one.
+    any. optimizer: "adamw" or "sgd", both without decay, SGD without momentum; it steps all but a
+    layer that has an optimizer of its own. beta2: how much of its mean of squared gradients AdamW
+    keeps in a step. layers, recurrent_dropout, context: those of the LSTM. carried: whether it is
+    trained on streams of text, a window of each in a batch, and carries its states from each window
+    to the next one.
     """
 
     n: int = 5
@@ -83,6 +87,7 @@ class Setup:
     recurrent_dropout: float = 0.0
     context: int = 0
     carried: bool = False
+    optimizer: Literal["adamw", "sgd"] = "adamw"
 
     @property
     def windows(self) -> int:
@@ -191,10 +196,7 @@ class LanguageRun(Run[Epoch]):
         if group is not None and can_be_sharded(output):
             self.head, own = sharded_layer(output, self.head, counts, group)
         parameters = [*self.model.parameters(), *([] if own else self.head.parameters())]
-        # without decay this is Adam; it is fused, since the embeddings have most of the parameters
-        shared = torch.optim.AdamW(
-            parameters, lr=lr, betas=(0.9, setup.beta2), weight_decay=0.0, fused=True
-        )
+        shared = _optimizer(parameters, lr, setup)
         self.both = WholeModel(self.model, self.head)
         if group is not None:
             keep_whole_state(shared, self.head)
@@ -341,6 +343,18 @@ def _network(vocabulary: int, output: Output, setup: Setup) -> nn.Module:
     embedding = next(layer for layer in model.modules() if isinstance(layer, nn.Embedding))
     nn.init.normal_(embedding.weight, std=EMBEDDING_STD)
     return model
+
+
+def _optimizer(
+    parameters: Iterable[nn.Parameter], lr: float, setup: Setup
+) -> torch.optim.Optimizer:
+    """Returns what steps them; it is fused, since the embeddings have most of the parameters."""
+    if setup.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=lr, fused=True)
+    # without decay this is Adam
+    return torch.optim.AdamW(
+        parameters, lr=lr, betas=(0.9, setup.beta2), weight_decay=0.0, fused=True
+    )
 
 
 def _can_be_tied(output: Output, setup: Setup) -> bool:

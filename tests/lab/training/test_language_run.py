@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.testing import assert_close
 
 from _lab_results import ON_TEXT, STUDIES
 from _lab_studies import TEXT
@@ -45,7 +46,7 @@ def test_records_made_before_a_setup_had_some_fields_are_those_of_the_same_setup
 def test_a_configuration_has_later_fields_where_they_are_not_at_their_default():
     assert not {*LATER} & {*Setup().config()}
     other = Setup(linear_last=True, warm_up=0.1, clip=1.0, beta2=0.9, layers=2,
-                  recurrent_dropout=0.1, context=5, carried=True)  # fmt: skip
+                  recurrent_dropout=0.1, context=5, carried=True, optimizer="sgd")  # fmt: skip
     assert other.config() == asdict(other)
 
 
@@ -85,6 +86,23 @@ def test_the_rate_rises_over_the_warm_up():
 def test_the_optimizer_has_the_decay_that_was_asked_for():
     assert run_of().optimizers[0].param_groups[0]["betas"] == (0.9, 0.999)
     assert run_of(beta2=0.99).optimizers[0].param_groups[0]["betas"] == (0.9, 0.99)
+
+
+def test_the_optimizer_is_the_one_that_was_asked_for():
+    """SGD moves a weight by its rate times the gradient, and AdamW by about its rate."""
+    for name, moved in {
+        "sgd": lambda p: 3e-3 * p.grad,
+        "adamw": lambda p: 3e-3 * p.grad.sign(),
+    }.items():
+        one = run_of(optimizer=name)
+        index = torch.arange(16)
+        one.loss_of(index).backward()
+        weight = one.head.weight
+        before, expected = weight.detach().clone(), moved(weight)
+        seen = weight.grad.abs() > 1e-4  # so large that AdamW's eps counts for nothing
+        one.optimizers[0].step()
+        assert seen.any()
+        assert_close((before - weight.detach())[seen], expected[seen], rtol=1e-2, atol=1e-7)
 
 
 def test_windows_begin_with_the_words_before_them_and_the_same_words_are_predicted():

@@ -33,11 +33,11 @@ LAYER_RATES = Axis((1e-4, 1e-3, 0.01, 0.1, 1.0), 0.01)
 class LanguageModelling(Study):
     """Output layers compared on one text.
 
-    rates, layer_rates: the learning rates of AdamW, and of FactoredSGD as multiples of the number
-    of classes D, that the search may try. trial_words: how many words of the training part a trial
-    reads; None for all. second_look: whether the rates about the best are then tried in runs as
-    long as final ones. once: those of the outputs that are run with the first seed alone. nproc:
-    how many processes train each run together, with the numbers of one.
+    rates, layer_rates: the learning rates of the setup's optimizer, and of FactoredSGD as multiples
+    of the number of classes D, that the search may try. trial_words: how many words of the training
+    part a trial reads; None for all. second_look: whether the rates about the best are then tried
+    in runs as long as final ones. once: those of the outputs that are run with the first seed
+    alone. nproc: how many processes train each run together, with the numbers of one.
     """
 
     dataset: str

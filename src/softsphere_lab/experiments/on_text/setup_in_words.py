@@ -74,8 +74,12 @@ def _steps_in_words(asked: Line) -> str:
 
     >>> _steps_in_words({"warm_up": 0.1, "clip": 1.0, "beta2": 0.99})
     ' The rate rises in the first 10 % of the steps; gradients are cut to a norm of 1; β₂ is 0.99.'
+    >>> _steps_in_words({"optimizer": "sgd", "clip": 0.25})
+    ' Plain SGD takes the steps; gradients are cut to a norm of 0.25.'
     """
     parts = []
+    if asked.get("optimizer") == "sgd":
+        parts.append("plain SGD takes the steps")
     if "warm_up" in asked:
         parts.append(f"the rate rises in the first {100 * asked['warm_up']:g} % of the steps")
     if "clip" in asked:

@@ -14,6 +14,7 @@ from softsphere.matrix import FactoredTensor
 from softsphere.matrix.factored_matrix import FactoredMatrix
 from softsphere.matrix.interrupts import uninterrupted
 from softsphere.matrix.replay import Replay
+from softsphere.matrix.turns import turn
 
 __all__ = ["CapturedStep", "captures", "check_taken"]
 
@@ -115,18 +116,25 @@ class CapturedStep:
         if not captures(self._device):
             return _copied(self.train(*self.inputs))
         self.calls += 1
-        now = self._held(matrices)
-        stale = self.graph is None or now != self.captured
+        with turn():
+            now = self._held(matrices)
+            if self.graph is not None and now == self.captured:
+                return self._replayed(matrices)
         # Elimination asks a library that need not allow a capture. It is for few steps in a row.
         eliminates = any(not matrix.watch.products for matrix in matrices)
-        if stale and (self.calls <= _WARM_UP or now != self.left or eliminates):
+        if self.calls <= _WARM_UP or now != self.left or eliminates:
             outputs = _copied(_Graph.warmed_up(lambda: self.train(*self.inputs), self._device))
             self.left = self._held(matrices)
             return outputs
         with uninterrupted():
-            if stale:
-                self._capture(matrices)
+            self._capture(matrices)
+            with turn():
                 self.captured = self._held(matrices)
+                return self._replayed(matrices)
+
+    def _replayed(self, matrices: list[FactoredMatrix]) -> Outputs:
+        """Runs the graph, and returns copies of what it filled."""
+        with uninterrupted():
             self.graph.replay()
             outputs = _copied(self.outputs)
             for matrix, recorded in zip(matrices, self.recorded, strict=True):

@@ -16,6 +16,7 @@ from softsphere.matrix.default_rate import default_rate
 from softsphere.matrix.lists import check_distinct
 from softsphere.matrix.refusals import stale
 from softsphere.matrix.sgd_blocks import momentum_step, plain_step
+from softsphere.matrix.turns import turn
 from softsphere.parallel import own_rows, whole_tensor
 
 __all__ = ["FactoredSGD"]
@@ -187,10 +188,11 @@ class FactoredSGD(torch.optim.Optimizer):
             if isinstance(p, FactoredTensor) and p.grad is not None
         ]
         check_distinct([p for p, _ in ours])
-        steps = [(p, self._planned(p, group)) for p, group in ours]
-        for p, take in steps:
-            take()
-            changed_in_place(p)
+        with turn():
+            steps = [(p, self._planned(p, group)) for p, group in ours]
+            for p, take in steps:
+                take()
+                changed_in_place(p)
         for group in self.param_groups:
             rest = [p for p in group["params"] if not isinstance(p, FactoredTensor)]
             if rest:
@@ -273,7 +275,8 @@ def _unpacked(state: dict[str, Any]) -> dict[str, Any]:
     buffer = state.get(_BUFFER)
     if not isinstance(buffer, FactoredTensor):
         return state
-    dense = buffer.matrix.arrays.to_dense(columns=buffer.block.columns)
+    with turn():
+        dense = buffer.matrix.arrays.to_dense(columns=buffer.block.columns)
     return {**state, _BUFFER: dense}
 
 

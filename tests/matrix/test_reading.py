@@ -94,3 +94,33 @@ def test_a_part_is_copied_and_saved_as_its_numbers():
         copy.deepcopy(head.bias)
     with pytest.raises(TypeError, match=r"part\.detach\(\)\.clone\(\)"):
         row.numpy()
+
+
+# A transpose has D × w numbers, and is there for products alone.
+TRANSPOSES = {
+    "T": lambda W: W.T,
+    "mT": lambda W: W.mT,
+    "t": lambda W: W.t(),
+    "transpose": lambda W: W.transpose(0, 1),
+    "permute": lambda W: W.permute(1, 0),
+}
+OF_A_TRANSPOSE = {
+    "clone": lambda x: x.clone(),
+    "norm": lambda x: x.norm(),
+    "product from the left": lambda x: x @ torch.ones(D, 2),
+    "sum": lambda x: x + 0,
+}
+
+
+@pytest.mark.parametrize("read", OF_A_TRANSPOSE)
+@pytest.mark.parametrize("make", TRANSPOSES)
+def test_what_needs_all_numbers_of_a_transpose_is_refused_in_words(make, read):
+    transpose = TRANSPOSES[make](layer().weight.detach())
+    with pytest.raises(TypeError, match="not possible on the transpose of a factored weight"):
+        OF_A_TRANSPOSE[read](transpose)
+
+
+@pytest.mark.parametrize("make", TRANSPOSES)
+def test_a_transpose_can_be_printed(make):
+    weight = layer().weight.detach()
+    assert repr(TRANSPOSES[make](weight)) == f"Part(shape={(d + 1, D)}, dtype=torch.float64)"

@@ -16,6 +16,7 @@ from softsphere.matrix import FactoredTensor, StructuredGradient
 from softsphere.matrix.factored_matrix import single_matrix
 from softsphere.matrix.gradient import GradientFactors
 from softsphere.matrix.gradient_tensors import Content
+from softsphere.matrix.turns import in_turn
 from softsphere.stats import Stats
 
 __all__ = ["TWICE", "TWICE_IN_CLUSTERS", "factored_statistics"]
@@ -51,6 +52,7 @@ class _FactoredStatistics(torch.autograd.Function):
     """
 
     @staticmethod
+    @in_turn
     def forward(
         ctx: Any,
         H: Tensor,
@@ -75,6 +77,7 @@ class _FactoredStatistics(torch.autograd.Function):
         return s, q + s * mu, c + mu.unsqueeze(1)
 
     @staticmethod
+    @in_turn
     def backward(
         ctx: Any, gs: Tensor, gq: Tensor, gc: Tensor
     ) -> tuple[Tensor | None, StructuredGradient | None, None, None, None]:

@@ -19,6 +19,7 @@ from softsphere.matrix.gradient import GradientFactors
 from softsphere.matrix.gradient_tensors import Content
 from softsphere.matrix.segments import Segments
 from softsphere.matrix.stack_arrays import StackArrays
+from softsphere.matrix.turns import in_turn
 from softsphere.stats import Stats
 
 __all__ = ["stack_statistics"]
@@ -57,6 +58,7 @@ class _StackStatistics(torch.autograd.Function):
     """s = M μ, q = q_c + M μ², c = μ + H·(W[t] − r); see `factored_statistics`."""
 
     @staticmethod
+    @in_turn
     def forward(
         ctx: Any, H: Tensor, weight: FactoredTensor, target: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -72,6 +74,7 @@ class _StackStatistics(torch.autograd.Function):
         return (mass * mu).to(H.dtype), q.to(H.dtype), c.unsqueeze(1).to(H.dtype)
 
     @staticmethod
+    @in_turn
     def backward(
         ctx: Any, gs: Tensor, gq: Tensor, gc: Tensor
     ) -> tuple[Tensor | None, StructuredGradient | None, None]:

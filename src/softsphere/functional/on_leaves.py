@@ -23,6 +23,7 @@ from softsphere.engines.stack_statistics import stack_statistics
 from softsphere.engines.weight import recorded_in
 from softsphere.matrix import FactoredTensor
 from softsphere.matrix.stack_arrays import StackArrays
+from softsphere.matrix.turns import turn
 from softsphere.stats import Stats
 
 __all__ = ["Leaves", "empty_entries", "leaf_losses", "log_sums", "root_scores"]
@@ -65,9 +66,10 @@ class Leaves(NamedTuple):
         if isinstance(self.W, FactoredTensor):
             # The rows of a product may be rounded differently.
             W = self.W.matrix.arrays
-            W.check()
             assert isinstance(W, StackArrays)
-            return [W.V[index], W.old[index].unsqueeze(1)]
+            with turn():
+                W.check()
+                return [W.V[index], W.old[index].unsqueeze(1)]
         columns = [self.W] if self.b is None else [self.W, self.b.unsqueeze(1)]
         return [x.detach()[index] for x in columns]
 

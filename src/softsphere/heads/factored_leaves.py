@@ -16,6 +16,7 @@ from softsphere.matrix import FactoredTensor, Health, StructuredGradient
 from softsphere.matrix.factored_stack import FactoredStack
 from softsphere.matrix.interrupts import uninterrupted
 from softsphere.matrix.refusals import HALF
+from softsphere.matrix.turns import turn
 
 __all__ = ["FactoredLeaves", "factored_leaves"]
 
@@ -113,9 +114,9 @@ class FactoredLeaves(WithFactoredParameter, LoadsEntries):
     @torch.no_grad()
     def write_leaves(self, *values: Tensor | None) -> None:
         """Writes the weight (L, d') and the bias (L), or leaves what is None or not given."""
-        if self.engine == "factored":
-            self.stack.canonical_()
-        with uninterrupted():
+        with turn(), uninterrupted():
+            if self.engine == "factored":
+                self.stack.canonical_()
             for block, new in zip(self.leaf_blocks(), values, strict=False):
                 if new is not None:
                     block.copy_(new.view(block.shape))
@@ -150,11 +151,12 @@ class FactoredLeaves(WithFactoredParameter, LoadsEntries):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.engine != "factored":
             return
-        self.stack.canonical_()
-        V = self.stack.arrays.V
-        destination[f"{prefix}weight"] = V.lend(0)
-        if self.has_bias:
-            destination[f"{prefix}bias"] = V.lend(1).squeeze(1)
+        with turn():
+            self.stack.canonical_()
+            V = self.stack.arrays.V
+            destination[f"{prefix}weight"] = V.lend(0)
+            if self.has_bias:
+                destination[f"{prefix}bias"] = V.lend(1).squeeze(1)
 
     def _load_entries(self, state_dict: dict[str, Any], prefix: str, loading: Loading) -> None:
         """Loads weight and bias into the factors, and the rest as every module does."""
@@ -189,8 +191,9 @@ class FactoredLeaves(WithFactoredParameter, LoadsEntries):
     def _adopt(self, W: Tensor, b: Tensor | None = None) -> None:
         """Makes a new parameter that takes the given tensors as they are, and copies the others."""
         if b is None and self.has_bias:
-            self.stack.canonical_()
-            b = self.stack.arrays.V.blocks[1].squeeze(1).clone()
+            with turn():
+                self.stack.canonical_()
+                b = self.stack.arrays.V.blocks[1].squeeze(1).clone()
         b = None if b is None else b.to(W.device, W.dtype)
         made = factored_leaves(W, b, self.stack.arrays.starts, self.prior)
         for j in range(1 + self.has_bias):

@@ -16,6 +16,7 @@ from softsphere.heads.weight_reader import WeightReader
 from softsphere.matrix import FactoredTensor
 from softsphere.matrix.arrays import Arrays
 from softsphere.matrix.factored_matrix import single_matrix
+from softsphere.matrix.turns import turn
 
 __all__ = ["EXPORT", "FactoredReader"]
 
@@ -64,9 +65,10 @@ class FactoredReader(WeightReader):
 
     def row_keys(self, classes: Tensor | slice) -> Tensor:
         """See `Reader.row_keys`. Rows of W are equal if they are so in the factor V."""
-        W = self.arrays()
-        columns = self.columns if W.is_written else slice(None)
-        return keys_of_rows(W.V[classes][:, columns]) ^ W.generations.made[classes].long()
+        with turn():
+            W = self.arrays()
+            columns = self.columns if W.is_written else slice(None)
+            return keys_of_rows(W.V[classes][:, columns]) ^ W.generations.made[classes].long()
 
     def outputs(self, H: Tensor, classes: Tensor | None = None) -> Tensor:
         if not transformed():

@@ -16,6 +16,7 @@ from softsphere.heads.sharded import ShardedLayer
 from softsphere.matrix import FactoredTensor
 from softsphere.matrix.factored_matrix import FactoredMatrix, single_matrix
 from softsphere.matrix.interrupts import uninterrupted
+from softsphere.matrix.turns import in_turn, turn
 
 __all__ = ["FactoredState"]
 
@@ -60,6 +61,7 @@ class FactoredState(ShardedLayer, WithFactoredParameter):
         """The matrix that holds [W b] in factors."""
         return single_matrix(self.factored_weight.block)
 
+    @in_turn
     def _saved(self) -> dict[str, Tensor]:
         """Returns weight (D, d), bias (D) and prior (D), ordinary tensors.
 
@@ -131,7 +133,7 @@ class FactoredState(ShardedLayer, WithFactoredParameter):
         Momentum beside it stays.
         """
         W = self.matrix.arrays
-        with uninterrupted():
+        with turn(), uninterrupted():
             blocks = self._writable(whole=all(x is not None for x in columns))
             for block, values in zip(blocks, columns, strict=True):
                 if values is not None:

@@ -16,6 +16,7 @@ from softsphere.matrix.gradient import GradientFactors
 from softsphere.matrix.interrupts import uninterrupted
 from softsphere.matrix.precision import in_full_precision
 from softsphere.matrix.rows import Rows
+from softsphere.matrix.turns import turn
 from softsphere.parallel import Shards
 
 __all__ = ["POWER", "Block", "Kept", "Matrix"]
@@ -90,6 +91,11 @@ class Kept(ABC):
         Raises RuntimeError where V is not W, so that the change has no meaning, and inside the
         capture of a CUDA graph where a step may have to be finished.
         """
+        with turn():
+            self._check()
+
+    def _check(self) -> None:
+        """See `check`."""
         if self.unfinished is not None:
             if graph_is_captured():
                 raise RuntimeError(
@@ -136,7 +142,15 @@ class Kept(ABC):
     ) -> Iterator[tuple[slice, Tensor]]:
         """Yields (slice of rows, W there) over all rows, in pieces of `size` rows or some MiB."""
         for part in self.V.chunks(size):
-            yield part, self.V[part][:, columns] if self.is_written else self.rows(part, columns)
+            yield part, self._chunk(part, columns)
+
+    @in_full_precision
+    def _chunk(self, part: slice, columns: slice) -> Tensor:
+        """W[part], in memory that no other thread writes."""
+        if not self.is_written:
+            return self.rows(part, columns)
+        rows = self.V[part]
+        return (rows.clone() if len(self.V.blocks) == 1 else rows)[:, columns]
 
     def to_dense(self, chunk: int | None = None, columns: slice = slice(None)) -> Tensor:
         """Returns W, or columns of it, as a new tensor (D, w)."""

@@ -160,6 +160,7 @@ class Arrays(Kept):
             return exact
         return self.rounded.get(name, self.dtype, lambda: getattr(self, name))
 
+    @in_full_precision
     def rows(self, index: Tensor | slice, columns: slice = slice(None)) -> Tensor:
         """W[index]: (n, w)."""
         return self.outputs(self.coordinates(index), columns)

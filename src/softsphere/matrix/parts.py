@@ -59,4 +59,8 @@ class Part(Wrapper):
         raise TypeError("a Part has no memory for NumPy to read; use part.detach().clone()")
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        return f"Part({str(self.detach().clone())[7:-1]})"
+        try:
+            numbers = str(self.detach().clone())[7:-1]
+        except TypeError:  # those of a transpose, which are D × w
+            numbers = f"shape={tuple(self.shape)}, dtype={self.dtype}"
+        return f"Part({numbers})"

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from softsphere._torch import usable_now
+from softsphere.matrix.turns import turn
 
 __all__ = ["Rounded", "float32_is_exact", "in_full_precision", "is_asynchronous", "product"]
 
@@ -24,7 +25,7 @@ def in_full_precision(method: _Method) -> _Method:
     """Makes a method of an object with a `device` run without autocast and without gradients.
 
     It also runs outside inference mode, since tensors made there could not be changed in place
-    later.
+    later, and in the turn of its thread.
     """
 
     @functools.wraps(method)
@@ -32,7 +33,7 @@ def in_full_precision(method: _Method) -> _Method:
         kind = self.device.type
         # The meta device has no autocast.
         autocast = torch.autocast("cpu" if kind == "meta" else kind, enabled=False)
-        with torch.inference_mode(False), torch.no_grad(), autocast:
+        with turn(), torch.inference_mode(False), torch.no_grad(), autocast:
             return method(self, *args, **kwargs)
 
     return cast(_Method, run)

@@ -100,9 +100,9 @@ def _read(part: Part, func: Any) -> Tensor:
     """Computes the numbers of a part, which are fewer than D × w."""
     (first, args, kwargs), *rest = part.recipe
     W = part.block.matrix.arrays
-    dim = args[0] % 2 if args else 0
     if first.overloadpacket in _TRANSPOSING:
         raise refusal(func, "the transpose of a factored weight")
+    dim = args[0] % 2 if args else 0
     chosen = first(
         torch.arange(W.num_rows if dim == 0 else W.width, device="cpu"), 0, *args[1:], **kwargs
     )

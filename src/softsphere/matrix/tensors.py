@@ -19,6 +19,7 @@ from softsphere.matrix.abstract import Block, Matrix
 from softsphere.matrix.factored_matrix import FactoredMatrix
 from softsphere.matrix.factored_stack import FactoredStack
 from softsphere.matrix.refusals import COMPILED
+from softsphere.matrix.turns import turn
 from softsphere.matrix.wrapper import Wrapper
 from softsphere.parallel import Shards
 
@@ -102,16 +103,18 @@ class FactoredTensor(Wrapper):
     def is_finite(self) -> Tensor:
         """Whether each number is finite: (D, w), without memory for them if all are finite."""
         W = self.matrix.arrays
-        W.check()
-        if W.sums_are_finite():
-            return torch.ones((), dtype=torch.bool, device=self.device).expand(self.shape)
-        return self.to_dense().isfinite()
+        with turn():
+            W.check()
+            if W.sums_are_finite():
+                return torch.ones((), dtype=torch.bool, device=self.device).expand(self.shape)
+            return self.to_dense().isfinite()
 
     def to_dense(self, dtype: torch.dtype | None = None, **_: Any) -> Tensor:
         """Returns the D × w numbers as an ordinary tensor."""
         W = self.matrix.arrays
-        W.check()
-        dense = W.to_dense(columns=self.block.columns)
+        with turn():
+            W.check()
+            dense = W.to_dense(columns=self.block.columns)
         if W.pi is not None:
             dense *= W.pi.sqrt().unsqueeze(1)
         return dense.to(dtype or dense.dtype)
@@ -135,7 +138,9 @@ class FactoredTensor(Wrapper):
         result = _same_kind(self, FactoredTensor.alias(other))
         memo[id(self)] = result
         # In PyTorch a copy of a parameter has no gradient, a copy of another leaf has one.
-        if self.grad is not None and not isinstance(self, torch.nn.Parameter):
+        # That of a parameter is not even looked at, which PyTorch allows no other thread to do
+        # while one trains it.
+        if not isinstance(self, torch.nn.Parameter) and self.grad is not None:
             result.grad = self.grad.__deepcopy__(memo)
         return result
 
@@ -154,12 +159,14 @@ class FactoredTensor(Wrapper):
                 "of one rank alone; save the state_dict() of its layer with "
                 "torch.distributed.checkpoint"
             )
-        if matrix.arrays.blocks > 1:
-            matrix = matrix.copied(self.block.j, self.device, self.dtype)
-        matrix.canonical_()
-        W = matrix.arrays
+        with turn():
+            if matrix.arrays.blocks > 1:
+                matrix = matrix.copied(self.block.j, self.device, self.dtype)
+            matrix.canonical_()
+            W = matrix.arrays
+            columns = [W.V.lend(j) for j in range(len(W.V.blocks))]
         kind = self.requires_grad, isinstance(self, torch.nn.Parameter)
-        return list(W.V.blocks), W.pi, W.starts, *kind
+        return columns, W.pi, W.starts, *kind
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         raise TypeError(COMPILED)

@@ -11,6 +11,7 @@ from torch import Tensor
 from softsphere._torch import without_torch_function
 from softsphere.matrix.python_operators import define_operators
 from softsphere.matrix.refusals import DISTRIBUTED, refusal
+from softsphere.matrix.turns import turn
 
 __all__ = ["OPERATIONS", "RULES", "Operand", "Wrapper"]
 
@@ -56,7 +57,8 @@ class Wrapper(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        return _dispatch(func, args, kwargs or {})
+        with turn():
+            return _dispatch(func, args, kwargs or {})
 
     @classmethod
     def __torch_function__(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -148,3 +149,30 @@ def test_rows_of_classes_without_a_vector_are_drawn():
 
 def test_rows_of_equal_vectors_are_finite():
     assert Clusters(torch.zeros(3).long(), torch.ones(3), torch.ones(3, 2)).rows(2).isfinite().all()
+
+
+def test_a_file_with_a_wrong_number_is_refused(tmp_path, monkeypatch):
+    """torch.load would read it: it looks at no checksum."""
+    monkeypatch.chdir(tmp_path)
+    made = Clusters(ASSIGNMENT, torch.ones(len(ASSIGNMENT)))
+    made.save("whole.pt")
+    content = Path("whole.pt").read_bytes()
+    place = content.index(made.assignment.int().numpy().tobytes())
+    for at in range(place, place + 4 * len(ASSIGNMENT)):
+        for bit in (1, 2):
+            Path("bad.pt").write_bytes(
+                content[:at] + bytes([content[at] ^ bit]) + content[at + 1 :]
+            )
+            with pytest.raises(ValueError, match=r"^bad\.pt is damaged: its numbers"):
+                Clusters.load("bad.pt")
+
+
+def test_a_file_has_checksums_even_where_pytorch_writes_none(tmp_path):
+    made = Clusters(ASSIGNMENT, torch.ones(len(ASSIGNMENT)))
+    torch.serialization.set_crc32_options(False)
+    try:
+        made.save(tmp_path / "made.pt")
+        assert not torch.serialization.get_crc32_options()
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert Clusters.load(tmp_path / "made.pt").assignment.equal(made.assignment)

@@ -130,7 +130,7 @@ class WithGrouping(ShardedLayer, FactoredLeaves):
         leaves: Any = None
         if len(self.weight) and self.weight.requires_grad and not self.sparse:
             factored = self.engine == "factored"
-            leaves = self.stack.edition if factored else version_of(self.weight)
+            leaves = self._stack().edition if factored else version_of(self.weight)
         root = self.root.weight
         return version_of(root) if len(root) and root.requires_grad else None, leaves
 

@@ -51,8 +51,7 @@ class FactoredLeaves(WithFactoredParameter, LoadsEntries):
     weight: nn.Parameter
     bias: nn.Parameter | None
 
-    @property
-    def stack(self) -> FactoredStack:
+    def _stack(self) -> FactoredStack:
         """The factors of the leaves.
 
         Raises TypeError if the layer's engine is another one, or its weight was replaced.
@@ -77,7 +76,7 @@ class FactoredLeaves(WithFactoredParameter, LoadsEntries):
             return
         if transforms_active():
             raise RuntimeError(TWICE_IN_CLUSTERS)
-        W = self.stack.arrays
+        W = self._stack().arrays
         wanted = (len(self.prior), self.leaf_width + self.has_bias)
         if tuple(self.weight.shape) != wanted:
             raise ValueError(
@@ -99,16 +98,16 @@ class FactoredLeaves(WithFactoredParameter, LoadsEntries):
         """The memory of weight (L, d') and bias, to be overwritten; then call `leaves_written`."""
         if self.engine != "factored":
             return [self.weight] if self.bias is None else [self.weight, self.bias]
-        W = self.stack.arrays
+        W = self._stack().arrays
         W.V.own()
         return W.V.blocks
 
     def leaves_written(self) -> None:
         """Takes what was written into `leaf_blocks`, and the present base measure."""
         if self.engine == "factored":
-            W = self.stack.arrays
+            W = self._stack().arrays
             W.pi = self.prior.to(W.device, W.dtype)
-            self.stack.reset_()
+            self._stack().reset_()
             changed_in_place(self.weight)
 
     @torch.no_grad()
@@ -116,7 +115,7 @@ class FactoredLeaves(WithFactoredParameter, LoadsEntries):
         """Writes the weight (L, d') and the bias (L), or leaves what is None or not given."""
         with turn(), uninterrupted():
             if self.engine == "factored":
-                self.stack.canonical_()
+                self._stack().canonical_()
             for block, new in zip(self.leaf_blocks(), values, strict=False):
                 if new is not None:
                     block.copy_(new.view(block.shape))
@@ -127,7 +126,7 @@ class FactoredLeaves(WithFactoredParameter, LoadsEntries):
 
         See `softsphere.matrix.Health`. Raises TypeError for another engine.
         """
-        return self.stack.health(probes)
+        return self._stack().health(probes)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FactoredLeaves:
         if self.engine == "factored":
@@ -152,8 +151,8 @@ class FactoredLeaves(WithFactoredParameter, LoadsEntries):
         if self.engine != "factored":
             return
         with turn():
-            self.stack.canonical_()
-            V = self.stack.arrays.V
+            self._stack().canonical_()
+            V = self._stack().arrays.V
             destination[f"{prefix}weight"] = V.lend(0)
             if self.has_bias:
                 destination[f"{prefix}bias"] = V.lend(1).squeeze(1)
@@ -192,10 +191,10 @@ class FactoredLeaves(WithFactoredParameter, LoadsEntries):
         """Makes a new parameter that takes the given tensors as they are, and copies the others."""
         if b is None and self.has_bias:
             with turn():
-                self.stack.canonical_()
-                b = self.stack.arrays.V.blocks[1].squeeze(1).clone()
+                self._stack().canonical_()
+                b = self._stack().arrays.V.blocks[1].squeeze(1).clone()
         b = None if b is None else b.to(W.device, W.dtype)
-        made = factored_leaves(W, b, self.stack.arrays.starts, self.prior)
+        made = factored_leaves(W, b, self._stack().arrays.starts, self.prior)
         for j in range(1 + self.has_bias):
             made.matrix.arrays.V.lend(j)
         self.weight = nn.Parameter(made, self.weight.requires_grad)

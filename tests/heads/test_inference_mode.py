@@ -1,0 +1,61 @@
+"""A factored weight can be read, saved and moved inside `torch.inference_mode()`."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+
+from softsphere import ClusteredLoss, FactoredSphericalLoss
+
+D, d = 60, 4
+HEADS = {
+    "factored": lambda: FactoredSphericalLoss(d, D, prior=torch.arange(1, D + 1.0)),
+    "leaves": lambda: ClusteredLoss(d, D, torch.arange(D) % 6 - 1, engine="factored"),
+}
+
+
+def saved(head):
+    return {name: x.clone() for name, x in head.state_dict().items()}
+
+
+def reloaded(head):
+    head.load_state_dict(head.state_dict())
+    return saved(head)
+
+
+CALLS = {
+    "state_dict": saved,
+    "load_state_dict": reloaded,
+    "to": lambda head: saved(head.to("cpu")),
+    "deepcopy": lambda head: saved(copy.deepcopy(head)),
+    "pickle": lambda head: saved(pickle.loads(pickle.dumps(head))),
+    "detach": lambda head: head.weight.detach().norm(),
+    "rows": lambda head: head.weight[3:5] + 0,
+    "columns": lambda head: head.weight[:, 1] + 0,
+    "transpose": lambda head: torch.ones(2, d + 1) @ head.weight.T,
+    "linear": lambda head: F.linear(torch.ones(1, d + 1), head.weight),
+    "norm": lambda head: head.weight.norm(),
+    "loss": lambda head: head(torch.ones(2, d), torch.tensor([3, 6])),
+    "log_prob": lambda head: head.log_prob(torch.ones(2, d)),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("head", HEADS)
+def test_inside_inference_mode_it_is_as_outside(head, call):
+    torch.manual_seed(0)
+    layer = HEADS[head]()
+    with torch.no_grad():
+        expected = CALLS[call](layer)
+    with torch.inference_mode():
+        found = CALLS[call](layer)
+        assert_close(found, expected)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    layer(torch.ones(2, d), torch.tensor([3, 6])).backward()
+    optimizer.step()
+    assert layer.weight.isfinite().all()

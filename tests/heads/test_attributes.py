@@ -22,7 +22,7 @@ LAYERS = {
     "factored": lambda: FactoredSphericalLoss(3, 30),
     "sampled": lambda: SampledSoftmaxLoss(3, 30),
     **{
-        engine: lambda engine=engine: ClusteredLoss(3, 30, CLUSTERS, engine=engine)
+        f"clusters, {engine}": lambda engine=engine: ClusteredLoss(3, 30, CLUSTERS, engine=engine)
         for engine in ("auto", "logits", "gram", "factored")
     },
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -68,13 +67,12 @@ class Wrapper(torch.Tensor):
         if func in (torch.isfinite, torch.Tensor.isfinite):
             # PyTorch would compute it from |x|, which is not available.
             return args[0].is_finite()
-        with ExitStack() as stack:
-            stack.enter_context(without_torch_function())
-            if torch.is_inference_mode_enabled():
-                # There PyTorch neither takes composite operations apart nor makes views of these.
-                stack.enter_context(torch.inference_mode(False))
-                stack.enter_context(torch.no_grad())
-            return func(*args, **(kwargs or {}))
+        with without_torch_function():
+            if not torch.is_inference_mode_enabled():
+                return func(*args, **(kwargs or {}))
+            # There PyTorch neither takes composite operations apart nor makes views of these.
+            with torch.inference_mode(False), torch.no_grad():
+                return func(*args, **(kwargs or {}))
 
     def become(self, other: Any) -> None:
         """Makes this tensor stand for the same weight or gradient as another of its type.

@@ -81,6 +81,7 @@ WRITES: dict[str, Callable] = {
     "decay": stepped(lambda head: sgd(head, weight_decay=0.1)),
     "momentum": stepped(momentum),
     "load_state_dict": loading,
+    "reset_parameters": lambda head: head.reset_parameters,
     "mul_": scaling,
     "an initialiser": lambda head: lambda: torch.nn.init.constant_(head.weight, 0.5),
 }

@@ -34,6 +34,7 @@ from softsphere.heads.prediction import OutputLayer
 from softsphere.heads.reader import Reader
 from softsphere.heads.sharded import ShardedLinear, making
 from softsphere.heads.sharded_clusters import ReaderOfClusters, ShardedClusteredReader
+from softsphere.matrix.interrupts import undisturbed
 from softsphere.parallel import Agreement, Shards, checksum
 from softsphere.targets import Targets
 
@@ -244,12 +245,13 @@ class ClusteredLoss(WithGrouping, OutputLayer):
                     layer.reset_parameters()
             if shards is not None and self.project is not None and not self.weight.is_meta:
                 self.project.weight.copy_(shards.ranks.gather(self.project.weight)[0])
-            for block, reach in zip(self.leaf_blocks(), (bound, 0.0), strict=False):
-                block.uniform_(-reach, reach)
-            self.leaves_written()
             if self.has_bias:
                 shares = self.root_shares[self._clusters.root.slice]
                 self.root.bias.copy_(shares.log().clamp_min(_NO_SHARE))
+            with undisturbed():
+                for block, reach in zip(self.leaf_blocks(), (bound, 0.0), strict=False):
+                    block.uniform_(-reach, reach)
+                self.leaves_written()
 
     @eager(EAGER)
     def forward(

@@ -27,8 +27,7 @@ from softsphere.heads.sharded import making
 from softsphere.heads.sharded_reader import ReaderOfFactoredShard, ShardedWeightReader
 from softsphere.losses import Spherical
 from softsphere.matrix import FactoredTensor, Health, StructuredGradient
-from softsphere.matrix.interrupts import uninterrupted
-from softsphere.matrix.turns import turn
+from softsphere.matrix.interrupts import undisturbed
 from softsphere.parallel import Agreement, checksum
 
 __all__ = ["FactoredSphericalLoss"]
@@ -169,7 +168,7 @@ class FactoredSphericalLoss(FactoredState, OutputLayer):
             )
         bound = 1 / math.sqrt(self.in_features)
         own = nullcontext() if self.shards is None else self.shards.own_numbers(self.weight.device)
-        with torch.no_grad(), turn(), uninterrupted(), own:
+        with torch.no_grad(), undisturbed(), own:
             for block in self._writable():
                 block.uniform_(-bound, bound)
             self._written()

@@ -14,7 +14,7 @@ from softsphere.functional.loading import Loading, LoadsEntries
 from softsphere.heads.factored_parameter import WithFactoredParameter
 from softsphere.matrix import FactoredTensor, Health, StructuredGradient
 from softsphere.matrix.factored_stack import FactoredStack
-from softsphere.matrix.interrupts import uninterrupted
+from softsphere.matrix.interrupts import undisturbed
 from softsphere.matrix.refusals import HALF
 from softsphere.matrix.turns import turn
 
@@ -113,7 +113,7 @@ class FactoredLeaves(WithFactoredParameter, LoadsEntries):
     @torch.no_grad()
     def write_leaves(self, *values: Tensor | None) -> None:
         """Writes the weight (L, d') and the bias (L), or leaves what is None or not given."""
-        with turn(), uninterrupted():
+        with undisturbed():
             if self.engine == "factored":
                 self._stack().canonical_()
             for block, new in zip(self.leaf_blocks(), values, strict=False):

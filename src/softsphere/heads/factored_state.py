@@ -15,8 +15,8 @@ from softsphere.heads.factored_parameter import WithFactoredParameter
 from softsphere.heads.sharded import ShardedLayer
 from softsphere.matrix import FactoredTensor
 from softsphere.matrix.factored_matrix import FactoredMatrix, single_matrix
-from softsphere.matrix.interrupts import uninterrupted
-from softsphere.matrix.turns import in_turn, turn
+from softsphere.matrix.interrupts import undisturbed
+from softsphere.matrix.turns import in_turn
 
 __all__ = ["FactoredState"]
 
@@ -133,7 +133,7 @@ class FactoredState(ShardedLayer, WithFactoredParameter):
         Momentum beside it stays.
         """
         W = self.matrix.arrays
-        with turn(), uninterrupted():
+        with undisturbed():
             blocks = self._writable(whole=all(x is not None for x in columns))
             for block, values in zip(blocks, columns, strict=True):
                 if values is not None:

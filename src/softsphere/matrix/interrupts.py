@@ -1,4 +1,4 @@
-"""A Ctrl-C waits until what must not be left half written has been written."""
+"""A Ctrl-C, and other threads, wait until what must not be left half written has been written."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-__all__ = ["uninterrupted"]
+from softsphere.matrix.turns import turn
+
+__all__ = ["undisturbed", "uninterrupted"]
 
 
 @contextmanager
@@ -34,3 +36,10 @@ def uninterrupted() -> Iterator[None]:
             old(*held[-1])
         elif held and old == signal.SIG_DFL:
             signal.raise_signal(signal.SIGINT)
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Delays SIGINT, and keeps other threads from the factors, until the block has ended."""
+    with turn(), uninterrupted():
+        yield

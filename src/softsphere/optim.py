@@ -275,8 +275,7 @@ def _unpacked(state: dict[str, Any]) -> dict[str, Any]:
     buffer = state.get(_BUFFER)
     if not isinstance(buffer, FactoredTensor):
         return state
-    with turn():
-        dense = buffer.matrix.arrays.to_dense(columns=buffer.block.columns)
+    dense = buffer.matrix.arrays.to_dense(columns=buffer.block.columns)
     return {**state, _BUFFER: dense}
 
 

@@ -15,6 +15,7 @@ import torch
 from torch.testing import assert_close
 
 from softsphere import ClusteredLoss, FactoredSphericalLoss
+from softsphere.matrix.abstract import Kept
 from softsphere.matrix.arrays import Arrays
 from softsphere.matrix.factored_matrix import FactoredMatrix
 from softsphere.matrix.rows import Rows
@@ -190,6 +191,34 @@ def test_another_thread_waits_for_what_is_being_read(head, write, meeting, read,
     assert in_the_middle == [[]]
     started[0].join(60)
     assert done
+
+
+@pytest.mark.parametrize("read", ["weight", "momentum"])
+def test_all_rows_are_read_of_one_weight(read, monkeypatch):
+    torch.manual_seed(0)
+    layer = factored()
+    step = stepped(momentum)(layer)
+    reads = {
+        "weight": layer.weight.to_dense,
+        "momentum": lambda: step.__self__.state_dict()["state"][0]["momentum_buffer"],
+    }
+    before, chunk, started = reads[read](), Kept._chunk, []
+
+    def met(self, part, columns):
+        rows = chunk(self, part, columns)
+        if not started:
+            started.append(threading.Thread(target=step))
+            started[0].start()
+        started[0].join(0.03)
+        return rows
+
+    monkeypatch.setattr("softsphere.matrix.rows._CHUNK_BYTES", 1)
+    monkeypatch.setattr(Kept, "_chunk", met)
+    found = reads[read]()
+    monkeypatch.undo()
+    started[0].join(60)
+    assert_close(found, before)
+    assert not torch.equal(found, reads[read]())
 
 
 @pytest.mark.parametrize("optimizer", [sgd, momentum])

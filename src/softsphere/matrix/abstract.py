@@ -16,7 +16,7 @@ from softsphere.matrix.gradient import GradientFactors
 from softsphere.matrix.interrupts import uninterrupted
 from softsphere.matrix.precision import in_full_precision
 from softsphere.matrix.rows import Rows
-from softsphere.matrix.turns import turn
+from softsphere.matrix.turns import in_turn, turn
 from softsphere.parallel import Shards
 
 __all__ = ["POWER", "Block", "Kept", "Matrix"]
@@ -152,6 +152,7 @@ class Kept(ABC):
         rows = self.V[part]
         return (rows.clone() if len(self.V.blocks) == 1 else rows)[:, columns]
 
+    @in_turn
     def to_dense(self, chunk: int | None = None, columns: slice = slice(None)) -> Tensor:
         """Returns W, or columns of it, as a new tensor (D, w)."""
         width = len(range(*columns.indices(self.V.width)))

@@ -112,9 +112,8 @@ class FactoredTensor(Wrapper):
     def to_dense(self, dtype: torch.dtype | None = None, **_: Any) -> Tensor:
         """Returns the D × w numbers as an ordinary tensor."""
         W = self.matrix.arrays
-        with turn():
-            W.check()
-            dense = W.to_dense(columns=self.block.columns)
+        W.check()
+        dense = W.to_dense(columns=self.block.columns)
         if W.pi is not None:
             dense *= W.pi.sqrt().unsqueeze(1)
         return dense.to(dtype or dense.dtype)

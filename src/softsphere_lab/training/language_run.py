@@ -349,12 +349,13 @@ def _optimizer(
     parameters: Iterable[nn.Parameter], lr: float, setup: Setup
 ) -> torch.optim.Optimizer:
     """Returns what steps them; it is fused, since the embeddings have most of the parameters."""
-    if setup.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=lr, fused=True)
-    # without decay this is Adam
-    return torch.optim.AdamW(
-        parameters, lr=lr, betas=(0.9, setup.beta2), weight_decay=0.0, fused=True
-    )
+    match setup.optimizer:
+        case "sgd":
+            return torch.optim.SGD(parameters, lr=lr, fused=True)
+        case "adamw":  # without decay this is Adam
+            betas = (0.9, setup.beta2)
+            return torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=0.0, fused=True)
+    raise LabError(f'optimizer must be "adamw" or "sgd", got {setup.optimizer!r}')
 
 
 def _can_be_tied(output: Output, setup: Setup) -> bool:

@@ -105,6 +105,11 @@ def test_the_optimizer_is_the_one_that_was_asked_for():
         assert_close((before - weight.detach())[seen], expected[seen], rtol=1e-2, atol=1e-7)
 
 
+def test_an_unknown_optimizer_is_refused():
+    with pytest.raises(LabError, match=r"optimizer must be .*, got 'SGD'"):
+        run_of(optimizer="SGD")
+
+
 def test_windows_begin_with_the_words_before_them_and_the_same_words_are_predicted():
     text = TEXT.load().text
     plain, longer = (window_parts(text, 32, "cpu", context) for context in (0, 40))

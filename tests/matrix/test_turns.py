@@ -15,6 +15,7 @@ import torch
 from torch.testing import assert_close
 
 from softsphere import ClusteredLoss, FactoredSphericalLoss
+from softsphere.matrix import FactoredTensor
 from softsphere.matrix.abstract import Kept
 from softsphere.matrix.arrays import Arrays
 from softsphere.matrix.factored_matrix import FactoredMatrix
@@ -248,6 +249,19 @@ def test_a_layer_is_not_saved_between_the_planning_of_a_step_and_the_step(optimi
     started[0].join(60)
     assert_close(layer.weight.to_dense(), alone.weight.to_dense())
     assert_close(found[0], saved(layer))
+
+
+def test_a_copy_of_a_parameter_does_not_look_at_its_gradient(monkeypatch):
+    """To look at it while another thread trains crashes PyTorch."""
+
+    def looked(self):
+        raise AssertionError("the gradient was looked at")
+
+    layer = factored()
+    monkeypatch.setattr(FactoredTensor, "grad", property(looked), raising=False)
+    copied = copy.deepcopy(layer.weight)
+    monkeypatch.undo()
+    assert_close(copied.to_dense(), layer.weight.to_dense())
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

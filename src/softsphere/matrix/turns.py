@@ -15,7 +15,10 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 class _Turns:
-    """Who may read or write factors now. One lock for all of them cannot end in a deadlock."""
+    """Who may read or write factors now.
+
+    There is one lock for all of them: an operation may read one weight and write another.
+    """
 
     def __init__(self) -> None:
         self.begin()
@@ -37,6 +40,8 @@ def turn() -> AbstractContextManager[Any]:
     that saves or evaluates a layer while another one trains it must not see half of a change.
 
     Inside it no backward pass may be begun: PyTorch runs that of a GPU in a thread of its own.
+    Ranks of process groups wait for one another inside it, so that their threads must come to
+    sharded weights in the same order.
     """
     return _turns.lock
 

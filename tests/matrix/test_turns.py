@@ -251,6 +251,17 @@ def test_a_layer_is_not_saved_between_the_planning_of_a_step_and_the_step(optimi
     assert_close(found[0], saved(layer))
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_rows_of_a_saved_weight_are_copied_only_where_another_thread_may_write_them(
+    threads, monkeypatch
+):
+    layer = FactoredSphericalLoss(d, D, bias=False)
+    V = layer.state_dict()["weight"]
+    monkeypatch.setattr(threading, "active_count", lambda: threads)
+    (_, rows), *_ = layer.weight.matrix.arrays.chunks()
+    assert (rows.data_ptr() == V.data_ptr()) == (threads == 1)
+
+
 def test_a_copy_of_a_parameter_does_not_look_at_its_gradient(monkeypatch):
     """To look at it while another thread trains crashes PyTorch."""
 

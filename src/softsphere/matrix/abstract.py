@@ -16,7 +16,7 @@ from softsphere.matrix.gradient import GradientFactors
 from softsphere.matrix.interrupts import uninterrupted
 from softsphere.matrix.precision import in_full_precision
 from softsphere.matrix.rows import Rows
-from softsphere.matrix.turns import in_turn, turn
+from softsphere.matrix.turns import in_turn, only_thread, turn
 from softsphere.parallel import Shards
 
 __all__ = ["POWER", "Block", "Kept", "Matrix"]
@@ -146,11 +146,13 @@ class Kept(ABC):
 
     @in_full_precision
     def _chunk(self, part: slice, columns: slice) -> Tensor:
-        """W[part], in memory that no other thread writes."""
+        """W[part], in memory that no other thread writes before it has been used."""
         if not self.is_written:
             return self.rows(part, columns)
         rows = self.V[part]
-        return (rows.clone() if len(self.V.blocks) == 1 else rows)[:, columns]
+        # one block gives a view, whose copy would take more time than one row h needs of it
+        is_view = len(self.V.blocks) == 1
+        return (rows.clone() if is_view and not only_thread() else rows)[:, columns]
 
     @in_turn
     def to_dense(self, chunk: int | None = None, columns: slice = slice(None)) -> Tensor:

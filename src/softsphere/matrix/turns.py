@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar, cast
 
-__all__ = ["in_turn", "turn"]
+__all__ = ["in_turn", "only_thread", "turn"]
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -44,6 +44,11 @@ def turn() -> AbstractContextManager[Any]:
     sharded weights in the same order.
     """
     return _turns.lock
+
+
+def only_thread() -> bool:
+    """Whether there is no other thread, nor can be before this one goes on."""
+    return threading.active_count() == 1
 
 
 def in_turn(function: _Function) -> _Function:

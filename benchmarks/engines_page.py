@@ -12,12 +12,11 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from engines_by_size import HOPELESS
-
 from softsphere_lab.report import grids
 from softsphere_lab.report.canvas import save
 from softsphere_lab.timing.benchmark import read_table
 from softsphere_lab.timing.clock import milliseconds
+from softsphere_lab.timing.engines_in_turn import HOPELESS
 from softsphere_lab.timing.linear_losses import ENGINES
 
 TABLE = Path(__file__).with_name("engines_by_size.csv")

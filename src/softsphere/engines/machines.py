@@ -5,7 +5,8 @@ follow from the rates of an H100: 650 TFLOP/s in half precision, which is that o
 (256,000, 2304) in bfloat16 that took 4.0 ms; 50 TFLOP/s in float32 without TF32 and 3 TB/s from
 memory, which are taken from its data sheet with a margin; 2 to 4 bytes for a number in a pass, and
 60 launches of 5 µs. How well the numbers of a CPU choose on 2 cores is shown by
-`benchmarks/engines_by_size.py`.
+`benchmarks/engines_by_size.py`, and those of a GPU by `benchmarks/engines_by_size_on_gpu.py`, which
+has not been run yet. `benchmarks/machine_numbers.py` finds the numbers that fit such a table best.
 """
 
 from __future__ import annotations

@@ -146,10 +146,17 @@ LOSSES: Mapping[str, Callable[[], LinearLoss]] = {
 class ForwardBackward:
     """Forward and backward of a loss with a weight of its own; the gradients are left there."""
 
-    def __init__(self, loss: LinearLoss, setting: Setting) -> None:
+    def __init__(
+        self,
+        loss: LinearLoss,
+        setting: Setting,
+        device: str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self.loss = loss
         bound = 1 / math.sqrt(setting.d)
-        weight = torch.empty(setting.D, setting.d).uniform_(-bound, bound)
+        weight = torch.empty(setting.D, setting.d, device=device, dtype=dtype)
+        weight.uniform_(-bound, bound)
         self.weight = weight.requires_grad_()
 
     def __call__(self, hidden: Tensor, target: Tensor) -> None:

@@ -44,7 +44,7 @@ def script(tmp_path, monkeypatch):
 
 
 def test_there_is_a_script_for_every_committed_table():
-    assert len(QUESTIONS) == 13
+    assert len(QUESTIONS) == 14
     for path in FOLDER.glob("*.csv"):
         assert path.stem in QUESTIONS
         rows = read_table(path)
@@ -72,7 +72,7 @@ def test_each_script_measures_a_tiny_case(question, monkeypatch, tmp_path, capsy
 def test_what_needs_a_gpu_is_refused_without_one(monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(FOLDER))
     on_gpu = [name for name in QUESTIONS if name.endswith("_on_gpu")]
-    assert len(on_gpu) == 2
+    assert len(on_gpu) == 3
     for question in on_gpu:
         module = importlib.import_module(question)
         options = getattr(module, "add_options", lambda parser: None)

@@ -455,7 +455,45 @@ def test_a_train_that_reads_a_value_is_told(monkeypatch):
         many(step, 5)
 
 
-def test_what_cannot_be_captured_is_said():
+@pytest.mark.parametrize("kind", ["SGD of softsphere", "Adam", "AdamW", "RMSprop", "fused AdamW"])
+def test_what_steps_on_a_cpu_without_a_step_to_capture_steps_in_a_captured_one(kind):
+    """No option is needed there that is for a GPU, and PyTorch refuses it unless it is fused."""
+    makers = {
+        "SGD of softsphere": lambda p: FactoredSGD(p, lr=0.01),
+        "Adam": torch.optim.Adam,
+        "AdamW": torch.optim.AdamW,
+        "RMSprop": torch.optim.RMSprop,
+        "fused AdamW": lambda p: torch.optim.AdamW(p, capturable=True, fused=True),
+    }
+    results = []
+    for captured in (False, True):
+        trunk, head, _ = model()
+        both = [makers[kind](trunk.parameters()), FactoredSGD(head.parameters(), lr=1.0)]
+
+        def train(x, target, trunk=trunk, head=head, both=both):
+            for each in both:
+                each.zero_grad()
+            loss = head(trunk(x), target)
+            loss.backward()
+            for each in both:
+                each.step()
+            return loss.detach()
+
+        step = CapturedStep(train, both, *batch(0)) if captured else train
+        results.append([step(*batch(i)) for i in range(4)] + [trunk.weight.detach()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_what_pytorch_does_not_step_on_a_cpu_is_said_before_anything_is_stepped():
+    trunk, head, optimizer = model()
+    adamw = torch.optim.AdamW(trunk.parameters(), capturable=True)
+    train = step_of(trunk, head, optimizer)
+    with pytest.raises(TypeError, match=r"AdamW with capturable=True.* on a cpu.*capturable=False"):
+        CapturedStep(train, [optimizer, adamw], *batch(0))
+
+
+def test_what_cannot_be_captured_is_said(monkeypatch):
+    pretend_a_gpu(monkeypatch)
     trunk, head, optimizer = model()
     train = step_of(trunk, head, optimizer)
     with pytest.raises(TypeError, match=r"FactoredSGD.*got SGD"):

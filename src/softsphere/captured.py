@@ -15,6 +15,7 @@ from softsphere.matrix.factored_matrix import FactoredMatrix
 from softsphere.matrix.interrupts import uninterrupted
 from softsphere.matrix.replay import Replay
 from softsphere.matrix.turns import turn
+from softsphere.optim import FactoredSGD
 
 __all__ = ["CapturedStep", "captures", "check_taken"]
 
@@ -36,14 +37,15 @@ class CapturedStep:
     was given another number, when a state was loaded. Options that are tensors on the device can
     change without that, as the learning rate does under a scheduler.
 
-    On a CPU the step is run as it is, with the same results.
+    On a CPU the step is run as it is, with the same results. The optimizers need not be capturable
+    there, and PyTorch's own must not be, unless they are fused.
 
     Args:
         train: does a step: it sets the gradients to None, computes the loss, calls backward and
             steps the optimizers. It is called with tensors of the shapes of the examples, and
             returns a tensor, a tuple of tensors, or None. It must not read a value on the device.
-        optimizer: made with capturable=True, or several such optimizers as a list or tuple. They
-            step whatever `train` steps, a factored weight by FactoredSGD.
+        optimizer: made with capturable=True on a GPU, or several such optimizers as a list or
+            tuple. They step whatever `train` steps, a factored weight by FactoredSGD.
         examples: tensors that stand for the inputs; their shapes, dtypes and device are those of
             every input.
 
@@ -154,14 +156,14 @@ class CapturedStep:
         self.captures += 1
 
     @property
-    def _groups(self) -> list[dict[str, Any]]:
+    def _groups(self) -> list[tuple[torch.optim.Optimizer, dict[str, Any]]]:
         """The parameter groups of all optimizers; loading a state puts others in their place."""
-        return [group for each in self.optimizers for group in each.param_groups]
+        return [(each, group) for each in self.optimizers for group in each.param_groups]
 
     @property
     def _device(self) -> torch.device:
         """The device of the parameters."""
-        first: Tensor = self._groups[0]["params"][0]
+        first: Tensor = self._groups[0][1]["params"][0]
         return first.device
 
     def _matrices(self) -> list[FactoredMatrix]:
@@ -170,11 +172,8 @@ class CapturedStep:
         Raises TypeError for one that cannot be captured.
         """
         found: dict[int, FactoredMatrix] = {}
-        for group in self._groups:
-            if not group["capturable"]:
-                raise TypeError(
-                    "optimizer must be made with capturable=True, and so must all of its groups"
-                )
+        for optimizer, group in self._groups:
+            _check_capturable(optimizer, group, self._device)
             for p in group["params"]:
                 if not isinstance(p, FactoredTensor):
                     continue
@@ -278,6 +277,22 @@ def check_taken(optimizers: Sequence[torch.optim.Optimizer]) -> None:
 def captures(device: torch.device) -> bool:
     """Whether steps on a device are captured."""
     return device.type == "cuda"
+
+
+def _check_capturable(
+    optimizer: torch.optim.Optimizer, group: dict[str, Any], device: torch.device
+) -> None:
+    """Raises TypeError if a group of an optimizer cannot be stepped as the device needs it."""
+    if captures(device) and not group["capturable"]:
+        raise TypeError(
+            "optimizer must be made with capturable=True, and so must all of its groups"
+        )
+    fused = isinstance(optimizer, FactoredSGD) or group.get("fused")
+    if not captures(device) and group["capturable"] and not fused:
+        raise TypeError(
+            f"optimizer is an {type(optimizer).__name__} with capturable=True, which PyTorch does "
+            f"not step on a {device.type}; make it with capturable=False there, or with fused=True"
+        )
 
 
 def _place(x: Any) -> Any:

@@ -199,7 +199,9 @@ def clustered_layer() -> str:
         "`nn.AdaptiveLogSoftmaxWithLoss`, cutoffs 2,000, 10,000 and 40,000": (
             "adaptive softmax, cutoffs 2000, 10000, 40000"
         ),
-        "`nn.AdaptiveLogSoftmaxWithLoss`, cutoffs 2,000, 20,000 and 200,000": "adaptive softmax",
+        "`nn.AdaptiveLogSoftmaxWithLoss`, cutoffs 2,000, 20,000 and, beyond that, 200,000": (
+            "adaptive softmax"
+        ),
         "two-level hierarchical softmax and sparse SGD": "hierarchical softmax",
         "sampled softmax with 1,024 negatives and sparse SGD": "sampled softmax, 1024",
         "`ClusteredLoss` with `bias=False`, as the other layers have none": (

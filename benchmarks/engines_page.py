@@ -16,7 +16,7 @@ from softsphere_lab.report import grids
 from softsphere_lab.report.canvas import save
 from softsphere_lab.timing.benchmark import read_table
 from softsphere_lab.timing.clock import milliseconds
-from softsphere_lab.timing.engines_in_turn import HOPELESS
+from softsphere_lab.timing.engines_in_turn import FEW, HOPELESS
 from softsphere_lab.timing.linear_losses import ENGINES
 
 TABLE = Path(__file__).with_name("engines_by_size.csv")
@@ -43,9 +43,10 @@ which counts FLOPs and memory and says why. To name an engine yourself, pass
 The step of the factored layer (`FactoredSphericalLoss`), which is for SGD, has no D in it at all.
 
 The choice knows sizes, not values. The gram engine takes the mean row off before it sums squares,
-so a large common row or bias costs no digits. But its q = hᵀSh is right to the digits of ‖S‖ ‖h‖²,
-not to its own. If a row h is nearly orthogonal to all rows of W less their mean, and such a small q
-matters, pass `accumulate_dtype=torch.float64` or name the chunked engine.
+so a large common row or bias costs no digits. But the error of its q = hᵀSh, with S the Gram
+matrix of these rows, is relative to ‖S‖ ‖h‖² and not to q. If a row h is nearly orthogonal to all
+rows of W less their mean, and such a small q matters, pass `accumulate_dtype=torch.float64` or name
+the chunked engine.
 """
 
 
@@ -68,10 +69,11 @@ def page(rows: Sequence[Mapping[str, str]]) -> str:
 The times below are those of log-Taylor softmax, forward and backward in float32, on
 {host["machine"]} with {host["threads"]} threads and torch {host["torch"]}
 (`python benchmarks/engines_by_size.py`, `benchmarks/{TABLE.name}`).
-An engine was not timed where it needs more than {HOPELESS} times the FLOPs of another, or where the
-outputs would not have fitted in memory. "Logits" is a criterion on the outputs of `F.linear`. That
-is the same work as dense, and as auto where auto is dense, so the differences between those columns
-show the noise. It is largest where a gradient has 3 GB, whose pages the system hands out as it can.
+An engine was not timed where it needs more than {HOPELESS} times the FLOPs of another and more than
+{FEW / 1e9:.0f} GFLOP, or where the outputs would not have fitted in memory. "Logits" is a
+criterion on the outputs of `F.linear`. That is the same work as dense, and as auto where auto is
+dense, so the differences between those columns show the noise. It is largest where a gradient has
+3 GB, whose pages the system hands out as it can.
 
 ![The fastest engine over m, D and d](../benchmarks/{PICTURE.name})
 """

@@ -3,8 +3,8 @@
 python examples/accelerate_training.py           # some seconds on a CPU
 python examples/accelerate_training.py --full    # a million classes
 
-A step of the factored layer costs the same for any number of classes. Needs accelerate
-(pip install accelerate).
+A step of the factored layer costs the same for any number of classes. The program is for one
+process. Needs accelerate (pip install accelerate).
 """
 
 from __future__ import annotations

@@ -27,6 +27,9 @@ __all__ = [
 class SphericalLoss(WithPrior):
     """Any loss of the package as a criterion, with the arguments of `nn.CrossEntropyLoss`.
 
+    criterion(input, target) is ℓ(o, t) of the outputs o = input of each row, reduced over the rows.
+    The formula of ℓ and its source are in the docstring of the loss in `softsphere.losses`.
+
     Args:
         loss: a name of `softsphere.losses.REGISTRY`, or a loss such as `losses.ZLoss(a=1, b=2)`.
         weight: (C), class weights.
@@ -47,6 +50,9 @@ class SphericalLoss(WithPrior):
 
     Do not mark classes that take no part by large negative logits, as is done with softmax. The
     losses of this package grow again there; pass a boolean `mask` instead.
+
+    Raises ValueError or TypeError for invalid arguments. The message names the argument, the value
+    received and a valid alternative.
 
     >>> criterion = SphericalLoss("z_loss")
     >>> criterion(torch.tensor([[3.0, 0.0, 0.0]]), torch.tensor([0]))
@@ -116,6 +122,9 @@ class SphericalLoss(WithPrior):
                 probabilities, shaped as the logits; or K-sparse targets (N, K).
             target_values: (N, K), values of K-sparse targets (N, K).
             mask: boolean, True for classes that take part, (C) or of the shape of the logits.
+
+        Returns a number, or with reduction "none" a loss for each row, shaped as class indices are,
+        in the dtype of the logits. Raises what `softsphere.functional.spherical_loss` raises.
         """
         return loss_on_logits(
             input,
@@ -208,14 +217,20 @@ class SphericalLoss(WithPrior):
 
 
 class TaylorSoftmaxLoss(SphericalLoss):
-    """The negative logarithm of Taylor softmax of an even order.
+    """The negative logarithm of Taylor softmax of an even order n.
 
-    Order 2 is a spherical loss and the cheapest.
+    ℓ = −log t(o_t) + log Σ_k π_k t(o_k) − log π_t, with t(o) = Σ_{i≤n} oⁱ / i! > 0. Order 2,
+    t(o) = 1 + o + o²/2, is a spherical loss and the cheapest.
 
     Args:
         weight, size_average, ignore_index, reduce, reduction, label_smoothing, prior: as in
             `SphericalLoss`.
-        order: even, from 2 to 20.
+        order: n, even, from 2 to 20.
+
+    Raises what `SphericalLoss` raises, and ValueError for another order.
+
+    Source: de Brébisson & Vincent 2015, arXiv:1511.05042 (order 2); Banerjee et al. 2020,
+    arXiv:2011.11538 (higher orders).
 
     >>> TaylorSoftmaxLoss()(torch.tensor([[1.0, 0.0, -1.0]]), torch.tensor([0]))
     tensor(0.4700)
@@ -248,10 +263,16 @@ class TaylorSoftmaxLoss(SphericalLoss):
 class SphericalSoftmaxLoss(SphericalLoss):
     """The negative logarithm of the spherical softmax.
 
+    ℓ = −log (o_t² + ε) + log Σ_k π_k (o_k² + ε) − log π_t.
+
     Args:
         weight, size_average, ignore_index, reduce, reduction, label_smoothing, prior: as in
             `SphericalLoss`.
         eps: ε > 0.
+
+    Raises what `SphericalLoss` raises, and ValueError for an ε that is not positive.
+
+    Source: de Brébisson & Vincent 2015, arXiv:1511.05042.
 
     >>> SphericalSoftmaxLoss(eps=0.5)(torch.tensor([[1.0, 0.0, -1.0]]), torch.tensor([0]))
     tensor(0.8473)
@@ -284,14 +305,19 @@ class SphericalSoftmaxLoss(SphericalLoss):
 class SoftMarginSoftmaxLoss(SphericalLoss):
     """Softmax, or Taylor softmax of an even order, whose target must win by a margin m ≥ 0.
 
-    The margin is used in training mode alone. After `.eval()` the loss is that of m = 0, the true
-    negative log-likelihood.
+    ℓ = log (π_t t(o_t − m) + Σ_{k≠t} π_k t(o_k)) − log π_t − log t(o_t − m), with t = exp or the
+    polynomial of `TaylorSoftmaxLoss`. The margin is used in training mode alone. After `.eval()`
+    the loss is that of m = 0, the true negative log-likelihood.
 
     Args:
         weight, size_average, ignore_index, reduce, reduction, label_smoothing, prior: as in
             `SphericalLoss`.
         margin: m.
         order: of the Taylor softmax; None for softmax.
+
+    Raises what `SphericalLoss` raises, and ValueError for a negative margin or another order.
+
+    Source: Banerjee et al. 2020, arXiv:2011.11538.
 
     >>> SoftMarginSoftmaxLoss(margin=1.0).eval()(torch.zeros(1, 2), torch.tensor([0]))
     tensor(0.6931)

@@ -41,8 +41,8 @@ def choose(
     The engine is the cheapest one that is able to do the work. The costs of a step forward and
     backward are counted in FLOPs, with n = d + 1 if there is a bias and n = d otherwise:
 
-        dense     6 m D n + the passes over its outputs; the outputs must fit in 1 GiB, or in 4 GiB
-                  on a GPU
+        dense     6 m D n + the passes over its outputs; the outputs, their gradient and two float32
+                  tensors made of them must fit in 1 GiB, or in 4 GiB on a GPU
         chunked   8 m D n + those passes
         gram      4 D n² + 4 m n² + the passes over its inputs and its weight + its overhead
 

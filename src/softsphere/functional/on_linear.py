@@ -86,6 +86,8 @@ def linear_spherical_loss(
     weight and bias are cast as `F.linear` casts them, and the statistics and the loss are float32.
     Only the engine "dense" has second derivatives.
 
+    Returns a number, or (…) with reduction "none".
+
     Raises ValueError or TypeError for invalid arguments. The message names the argument, the value
     received and a valid alternative. If the named engine cannot compute the loss, it names an
     engine that can.

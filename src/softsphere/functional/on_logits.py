@@ -74,8 +74,12 @@ def spherical_loss(
     infinite. A number such as −10⁴, or the smallest number of float16, cannot be told from an
     output of the model.
 
+    Returns a number, or with reduction "none" a loss for each row, shaped as class indices are.
+
     Raises ValueError or TypeError for invalid arguments. The message names the argument, the value
     received and a valid alternative.
+
+    Source: that of each loss is in its docstring in `softsphere.losses`.
 
     >>> o = torch.tensor([[1.0, 0.0, -1.0], [0.0, 2.0, 0.0]])
     >>> spherical_loss(o, torch.tensor([0, 1]), "taylor_softmax")

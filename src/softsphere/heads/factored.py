@@ -262,6 +262,7 @@ class FactoredSphericalLoss(FactoredState, OutputLayer):
 
     @property
     def base_measure(self) -> Tensor | None:
+        """π (D), with a process_group that of the classes of this rank; None for π = 1."""
         return self.matrix.arrays.pi
 
     def _local_reader(self) -> FactoredReader:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from softsphere import checks
-from softsphere._torch import changed_in_place, is_wrapper
+from softsphere._torch import changed_in_place, exporting, is_wrapper
 from softsphere.functional.loading import Loading
 from softsphere.heads.factored_parameter import WithFactoredParameter
+from softsphere.heads.factored_reader import EXPORT
 from softsphere.heads.sharded import ShardedLayer
 from softsphere.matrix import FactoredTensor
 from softsphere.matrix.factored_matrix import FactoredMatrix, single_matrix
@@ -37,8 +38,11 @@ class FactoredState(ShardedLayer, WithFactoredParameter):
     def factored_weight(self) -> FactoredTensor:
         """The parameter `weight`.
 
-        Raises TypeError or ValueError if it was replaced by one that this layer cannot use.
+        Raises TypeError or ValueError if it was replaced by one that this layer cannot use, and
+        RuntimeError where a program is exported.
         """
+        if exporting():
+            raise RuntimeError(EXPORT)
         weight: Tensor = self.weight
         if not isinstance(weight, FactoredTensor):
             raise TypeError(

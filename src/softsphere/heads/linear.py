@@ -73,8 +73,9 @@ class LinearSphericalLoss(ShardedLayer, AccumulatingLayer, OutputLayer, WithPrio
     optimizer, all in the same order. The loss is that of the rows of all ranks together, and every
     rank returns it; with reduction "none" it is that of each rank's own rows. The gradient with
     respect to hidden is that of the rank's own rows. A step sends O(m d) numbers, whatever D is.
-    What one rank is given wrongly is an error on all. The loss must be spherical, and there is no
-    mask.
+    What one rank is given wrongly is an error on all. The loss must be spherical, and there are no
+    masks, no label smoothing and no class probabilities.
+
     `softsphere.parallel` has what a model around the layer needs: `leave_out_of_ddp` before
     DistributedDataParallel wraps it as a whole, `clip_grad_norm_`, and `keep_whole_state` for the
     state of its optimizer.
@@ -299,14 +300,18 @@ class LinearSphericalLoss(ShardedLayer, AccumulatingLayer, OutputLayer, WithPrio
         mask: Tensor | None = None,
         num_items: float | Tensor | None = None,
     ) -> Tensor:
-        """Computes the loss of hidden (…, d) against target.
-
-        See `functional.linear_spherical_loss` for the targets, the dtypes and what is raised.
+        """Computes ℓ(W h + b, t) of each row, reduced.
 
         Args:
+            hidden: (…, d), the rows h, in the dtype of the weight, or any under autocast.
+            target: (…), class indices; (…, K) with target_values; or class probabilities (…, D).
+            target_values: (…, K), values of K-sparse targets, as in `functional.spherical_loss`.
             mask: (D), boolean, True for classes that take part.
             num_items: with a process_group, what the mean divides by: the same number on all
                 ranks. None stands for the number of rows of all ranks that are not ignored.
+
+        Returns a number, or (…) with reduction "none", in the dtype of the rows, or float32 under
+        autocast. Raises what `functional.linear_spherical_loss` raises.
         """
         if self.shards is not None:
             return self._loss_on_shards(hidden, target, target_values, mask, num_items)
@@ -402,6 +407,7 @@ class LinearSphericalLoss(ShardedLayer, AccumulatingLayer, OutputLayer, WithPrio
 
     @property
     def base_measure(self) -> Tensor | None:
+        """π (D), with a process_group that of the classes of this rank; None for π = 1."""
         return self.vectors["prior"]
 
     def _load_entries(self, state_dict: dict[str, Any], prefix: str, loading: Loading) -> None:

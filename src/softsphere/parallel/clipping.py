@@ -26,7 +26,9 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
         model: a module whose gradients are complete.
         max_norm: the largest Euclidean norm.
 
-    Returns the norm before clipping.
+    Returns the norm before clipping, on the CPU, in the default dtype.
+
+    Sparse gradients are clipped as well. A collective raises RuntimeError if a rank does not call.
 
     >>> model = nn.Linear(2, 1, bias=False)
     >>> model.weight.grad = torch.tensor([[3.0, 4.0]])
@@ -64,7 +66,9 @@ def _sum_of_squares(params: Iterable[Tensor]) -> Tensor:
     """The sum of squares of the gradients, in float64 on the CPU, which waits for each GPU once."""
     of_device: dict[torch.device, list[Tensor]] = {}
     for p in params:
-        norm: Any = torch.linalg.vector_norm(p.grad).detach()
+        grad: Any = p.grad
+        values = grad.coalesce().values() if grad.is_sparse else grad
+        norm: Any = torch.linalg.vector_norm(values).detach()
         # that of a gradient that fully_shard has sharded is a DTensor
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         of_device.setdefault(norm.device, []).append(norm.double())

@@ -231,8 +231,12 @@ def _ordinary(*given: Any) -> None:
 def leave_out_of_ddp(model: nn.Module) -> nn.Module:
     """Has DistributedDataParallel leave out the sharded output layers of a model.
 
-    Call it before wrapping. It adds the names of their parameters and buffers to those that
-    DistributedDataParallel ignores, and returns the model.
+    Args:
+        model: a module that is not wrapped yet, with any number of layers that have a
+            process_group.
+
+    Returns the model. The names of the parameters and buffers of these layers were added to those
+    that DistributedDataParallel ignores.
 
     >>> leave_out_of_ddp(nn.Linear(2, 2))
     Linear(in_features=2, out_features=2, bias=True)

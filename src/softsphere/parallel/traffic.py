@@ -39,6 +39,9 @@ def count_traffic() -> Iterator[Traffic]:
 
     Those of other layers, such as DistributedDataParallel, are not counted.
 
+    Yields a `Traffic`, whose `messages` and `bytes` are what this rank has given to collectives
+    since the context was entered.
+
     >>> with count_traffic() as traffic:
     ...     pass
     >>> traffic.messages, traffic.bytes

@@ -44,13 +44,13 @@ numbers of its own has more trials. The test set is read once in each final run.
 over the seeds ± half of a 95 % interval (Student's t); p is that of a paired test against softmax,
 after Holm's correction for all losses of a column. Images are tuned for error, text for likelihood,
 and for the mean reciprocal rank (MRR) where a loss has no likelihood. Trials are all runs of a
-record's searches, also of one that went another way before. Where trials are shorter than a final
-run, the rate that is best in them need not be best in a final run, unless the section says that the
-rates about it were then tried in runs as long. Runs that diverged are counted, and are in no mean
-and no test. A validation perplexity that a layer reaches in its first epoch is said to take at most
-(≤) the time of that epoch. The paper's numbers are as summaries of it give them; it reports no
-spread. Seconds are of training alone, on a machine that did other work too: compare them roughly,
-and within a table.
+record's searches, those of an earlier search that chose another rate included. Where trials are
+shorter than a final run, the rate that is best in them need not be best in a final run, unless the
+section says that the rates about it were then tried in runs as long. Runs that diverged are
+counted, and are in no mean and no test. A validation perplexity that a layer reaches in its first
+epoch is said to take at most (≤) the time of that epoch. The paper's numbers are as summaries of it
+give them; it reports no spread. Seconds are of training alone, on a machine that did other work
+too: compare them roughly, and within a table.
 """
 
 

@@ -15,9 +15,9 @@ from softsphere_lab.timing.clock import in_turn
 from softsphere_lab.timing.linear_losses import ENGINES, LOSSES, ForwardBackward
 from softsphere_lab.timing.setting import Setting
 
-__all__ = ["HOPELESS", "Place", "compared"]
+__all__ = ["FEW", "HOPELESS", "Place", "compared"]
 
-# An engine is not timed where it has so many times the FLOPs of another, unless they are few.
+# An engine is not timed where it has so many times the FLOPs of another, and more than a few.
 HOPELESS = 6
 FEW = 2e9
 

@@ -239,7 +239,7 @@ LSTM = StudyReproduction(
                 width=256,
                 recurrent_dropout=0.4,
                 batch_size=512,
-                epochs=16,
+                epochs=14,
             ),
             trial_words=300_000,
             trial_epochs=2,

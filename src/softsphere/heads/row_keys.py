@@ -9,14 +9,14 @@ from softsphere._torch import exporting
 
 __all__ = ["keys_of_rows"]
 
-# The keys of rows are polynomials at this number modulo 2⁶⁴.
-_BASE = 0x5851F42D4C957F2D
+# Odd numbers without a pattern.
+_FIRST, _SECOND = 0x5851F42D4C957F2D, 0x14057B7EF767814F
 
 
 def keys_of_rows(*blocks: Tensor) -> Tensor:
     """Integers (n) for rows in blocks of columns (n, w), equal for equal rows on every machine.
 
-    Different rows have different ones, but for a chance of at most 2⁻⁴⁰ for each pair.
+    Different rows have different ones, but for a chance of about 2⁻⁶⁰ for each pair.
     """
     device = blocks[0].device
     key = torch.zeros(blocks[0].shape[0], dtype=torch.long, device=device)
@@ -24,14 +24,27 @@ def keys_of_rows(*blocks: Tensor) -> Tensor:
     whole = exporting() or device.type != "cpu"
     for x in blocks:
         pieces = [x] if whole else x.split(1024)
-        key = key * _BASE + torch.cat([_keys(piece) for piece in pieces])
+        key = key * _FIRST + torch.cat([_keys(piece) for piece in pieces])
     return key
 
 
 def _keys(rows: Tensor) -> Tensor:
-    """Σ_j bits_j Bʲ⁺¹ modulo 2⁶⁴, where −0 has the bits of 0."""
+    """Σ_j mixed(bits_j) c_j modulo 2⁶⁴, where −0 has the bits of 0.
+
+    Without the mixing, numbers that differ in one high bit, such as c and −c, would differ in the
+    high bits of a key alone. With powers of one number as the c_j, differences of rows whose signs
+    make a pattern, such as those of a Hadamard matrix, would have many powers of 2 as factors.
+    """
     width = rows.shape[1] * rows.element_size() // 4
     bits = (rows + 0.0).flatten().view(torch.int32).view(len(rows), width)
-    powers = torch.full((width,), _BASE, dtype=torch.long, device=rows.device).cumprod(0)
+    mixed = _mix_(bits.long())
+    factors = torch.arange(1, width + 1, device=rows.device)
+    factors = _mix_(_mix_(factors).mul_(_SECOND)) | 1
     # Only a CPU has a product of integer matrices.
-    return bits.long() @ powers if bits.device.type == "cpu" else (bits * powers).sum(-1)
+    return mixed @ factors if mixed.device.type == "cpu" else (mixed * factors).sum(-1)
+
+
+def _mix_(x: Tensor) -> Tensor:
+    """Replaces integers by others whose low bits depend on all of their bits. Returns x."""
+    x.mul_(_FIRST)
+    return x.bitwise_xor_(x >> 32)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from softsphere import losses
-from softsphere._torch import exporting, is_recorded, transformed
+from softsphere._torch import is_recorded, transformed
 from softsphere.engines.factored_outputs import constant_in_transforms, factored_outputs
 from softsphere.engines.factored_statistics import factored_statistics
 from softsphere.heads.row_keys import keys_of_rows
@@ -50,9 +50,7 @@ class FactoredReader(WeightReader):
         return W
 
     def rows_of(self, hidden: Tensor) -> Tensor:
-        """See `Reader.rows_of`. Raises RuntimeError where a program is exported."""
-        if exporting():
-            raise RuntimeError(EXPORT)
+        """See `Reader.rows_of`."""
         H = hidden.reshape(-1, self.in_features).to(self.weight.dtype)
         has_bias = self.weight.shape[1] > self.in_features
         return nn.functional.pad(H, (0, 1), value=1.0) if has_bias else H

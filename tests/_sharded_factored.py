@@ -96,6 +96,27 @@ def sums_forgotten_on_one(rank, size, folder):
     torch.testing.assert_close(many(H[own], t[own]), one(H, t), **TIGHT)
 
 
+def lost_digits(rank, size, folder):
+    """Rows of one rank alone are nearly orthogonal to a very large direction of the weight."""
+    one, many = pair(dtype=torch.float32, prior=True)
+    v = nn.functional.normalize(torch.randn(d), dim=0)
+    W = 1000 * torch.outer(torch.randn(23), v) + 0.1 * torch.randn(23, d)
+    for head in (one, many):
+        head.load_state_dict({**one.state_dict(), "weight": W})
+    exact = one.double()
+    H, t = torch.randn(2 * size, d), torch.arange(2 * size)
+    H += torch.outer(3 * (torch.arange(2 * size) >= 2) - H @ v, v)
+    own = rows_of(rank, (2,) * size)
+    given = H[own].clone().requires_grad_(), H.double().requires_grad_()
+    many(given[0], t[own]).backward()
+    exact(given[1], t).backward()
+    close = {"rtol": 1e-3, "atol": 1e-3}
+    torch.testing.assert_close(given[0].grad.double(), given[1].grad[own], **close)
+    with torch.no_grad():
+        want = exact.log_prob(H.double())[own]
+        torch.testing.assert_close(many.log_prob(H[own]).double(), want, **close)
+
+
 def predicted(rank, size, folder, D=23, replicated=False, **given):
     one, many = pair(D, replicated, **given)
     m = sum(COUNTS[:size])
@@ -184,6 +205,7 @@ RIGHT = {
     "predict, few classes": partial(predicted, D=4, prior=True),
     "predict, replicated": partial(predicted, replicated=True),
     "a rank without rows": partial(train, counts=(4, 0, 3, 2), prior=True, lr=0.5),
+    "lost digits on one": lost_digits,
     "sums forgotten on one": sums_forgotten_on_one,
     "clipped with others": clipped_with_others,
     "data parallel": partial(below_data_parallel, pair=pair, same_rows=same_rows),

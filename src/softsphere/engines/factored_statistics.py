@@ -11,8 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from softsphere._torch import values_on_cpu
 from softsphere.engines.products import times
+from softsphere.engines.sums_of_outputs import SumsOfOutputs, lost_rows
 from softsphere.matrix import FactoredTensor, StructuredGradient
+from softsphere.matrix.arrays import Arrays
 from softsphere.matrix.factored_matrix import single_matrix
 from softsphere.matrix.gradient import GradientFactors
 from softsphere.matrix.gradient_tensors import Content
@@ -42,6 +45,14 @@ def factored_statistics(
     return Stats(s, q, c, W.mass, pi=pi)
 
 
+def _from_outputs(W: Arrays, H: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x̄·h (n), hᵀGh (n) and G h (n, d) of rows h from their outputs, in the dtype of H."""
+    sums = SumsOfOutputs(H, W.mean[: W.width])
+    for part, rows in W.chunks(sums.chunk_size(W.V.chunk_size()), W.block(0)):
+        sums.add(rows, None if W.pi is None else W.pi[part])
+    return sums.found(W.mass, W.total)
+
+
 class _FactoredStatistics(torch.autograd.Function):
     """s = M μ, q = q_c + M μ², c = μ + H·(W[t] − r), with μ = H r and q_c = Σ H∘(H G).
 
@@ -64,12 +75,20 @@ class _FactoredStatistics(torch.autograd.Function):
         matrix = single_matrix(weight.block)
         ctx.block, ctx.edition, ctx.centred = weight.block, matrix.edition, centred
         W, d = matrix.arrays, matrix.arrays.width
-        P = times(H, W.small("centred_gram")[:d, :d])
+        G = W.small("centred_gram")[:d, :d]
+        P = times(H, G)
         # μ may be a small difference of large numbers; in float64 it costs next to nothing.
         mu = (H.double() @ W.mean[:d]).to(H.dtype)
         q = (P * H).sum(-1).clamp_min(0)
-        at_rows = W.centred_rows(target.flatten())
+        exact = W.centred_rows(target.flatten())
+        at_rows = exact.to(H.dtype)
         c = (at_rows.view(*target.shape, d) * H.unsqueeze(1)).sum(-1)
+        if values_on_cpu(q):
+            lost = lost_rows(W, q, H.square() @ G.diagonal())
+            if bool(lost.any()):
+                mu[lost], q[lost], P[lost] = _from_outputs(W, H[lost])
+                at_lost = exact.view(*target.shape, d)[lost]
+                c[lost] = (at_lost * H[lost].unsqueeze(1)).sum(-1).to(H.dtype)
         ctx.save_for_backward(H, target, P, mu, at_rows, pi)
         if centred:
             return torch.zeros_like(mu), q, c

@@ -19,7 +19,13 @@ from softsphere.engines.products import times
 from softsphere.engines.weight import add_target_rows, target_outputs
 from softsphere.rounding import above_rounding
 
-__all__ = ["QuadraticRows", "hidden_gradient", "loses_digits", "quadratic_statistics"]
+__all__ = [
+    "QuadraticRows",
+    "hidden_gradient",
+    "is_lost",
+    "loses_digits",
+    "quadratic_statistics",
+]
 
 # The relative error of an entry of S, in eps. In every case measured it was at most 31.
 _ERROR = 32
@@ -82,19 +88,26 @@ def _with_bias(H: Tensor, w: Tensor) -> Tensor:
 
 
 def loses_digits(H: Tensor, P: Tensor, S: Tensor) -> Tensor:
-    """Whether hᵀSh has lost too many digits in some row of H: a boolean ().
-
-    Each entry of S is a sum with a rounding error in proportion to √(S_ii S_jj), so the error of
-    hᵀSh is about c eps Σ_j h_j² S_jj with c ≤ `_ERROR`.
-    """
-    error = _ERROR * torch.finfo(S.dtype).eps
-    if number_of_parts(H, S.dtype):
-        error += _ERROR_OF_PARTS
+    """Whether hᵀSh has lost too many digits in some row of H: a boolean ()."""
+    error = _ERROR_OF_PARTS if number_of_parts(H, S.dtype) else 0.0
     H, d = H.detach().to(S.dtype), H.shape[1]
     with torch.autocast(H.device.type, enabled=False):
         size = S.diagonal()
         terms = H.square() @ size[:d] + size[d:].sum()
-        return (error * terms > _TOLERANCE * _squares(H, P, S)).any()
+        return is_lost(_squares(H, P, S), terms, S.dtype, error).any()
+
+
+def is_lost(q: Tensor, terms: Tensor, dtype: torch.dtype, error: float = 0.0) -> Tensor:
+    """Whether too few digits are left of q = hᵀSh, from terms = Σ_j h_j² S_jj: boolean, as q.
+
+    Each entry of S is a sum with a rounding error in proportion to √(S_ii S_jj), so the error of
+    q is about c eps · terms with c ≤ `_ERROR`.
+
+    Args:
+        dtype: in which the entries of S were summed.
+        error: what they are off besides, relative to √(S_ii S_jj).
+    """
+    return (_ERROR * torch.finfo(dtype).eps + error) * terms > _TOLERANCE * q
 
 
 def hidden_gradient(x: Inputs, P: Tensor, mu: Tensor, at: Moments, g: Gradients) -> Tensor:

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from softsphere._torch import values_on_cpu
 from softsphere.engines.factored_statistics import TWICE_IN_CLUSTERS
+from softsphere.engines.sums_of_outputs import SumsOfOutputs, lost_rows
 from softsphere.matrix import FactoredTensor, StructuredGradient
 from softsphere.matrix.abstract import Block
 from softsphere.matrix.factored_stack import FactoredStack
@@ -54,6 +56,26 @@ def _times_gram(W: StackArrays, H: Tensor, cluster: Tensor) -> Tensor:
     return P
 
 
+def _terms(W: StackArrays, H: Tensor, cluster: Tensor) -> Tensor:
+    """Σ_j h_j² G_jj of each row of H with G of its matrix: (n)."""
+    diagonal = W.centred_gram.diagonal(dim1=1, dim2=2)[cluster]
+    return (H.square() * diagonal).sum(1) * W.scale[cluster].square()
+
+
+def _from_outputs(W: StackArrays, H: Tensor, cluster: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x̄·h (n), hᵀGh (n) and G h (n, w) of rows h from the outputs of their matrices."""
+    mu, q = H.new_empty(2, len(H))
+    P = torch.empty_like(H)
+    for c in cluster.unique():
+        own = cluster == c
+        sums = SumsOfOutputs(H[own], W.mean(c.unsqueeze(0))[0])
+        leaves = torch.arange(int(W.starts[c]), int(W.starts[c + 1]), device=H.device)
+        for some in leaves.split(sums.chunk_size(W.V.chunk_size())):
+            sums.add(W.rows(some), None if W.pi is None else W.pi[some])
+        mu[own], q[own], P[own] = sums.found(W.mass[c], lambda x: x)
+    return mu, q, P
+
+
 class _StackStatistics(torch.autograd.Function):
     """s = M μ, q = q_c + M μ², c = μ + H·(W[t] − r); see `factored_statistics`."""
 
@@ -68,7 +90,12 @@ class _StackStatistics(torch.autograd.Function):
         P, r, mass = _times_gram(W, exact, cluster), W.mean(cluster), W.mass[cluster]
         mu = (exact * r).sum(1)
         at_rows = W.rows(target).double() - r
-        q = (P * exact).sum(1).clamp_min(0) + mass * mu * mu
+        q = (P * exact).sum(1).clamp_min(0)
+        if values_on_cpu(q):
+            lost = lost_rows(W, q, _terms(W, exact, cluster))
+            if bool(lost.any()):
+                mu[lost], q[lost], P[lost] = _from_outputs(W, exact[lost], cluster[lost])
+        q += mass * mu * mu
         c = (at_rows * exact).sum(1) + mu
         ctx.save_for_backward(H, target, cluster, P, mu, at_rows)
         return (mass * mu).to(H.dtype), q.to(H.dtype), c.unsqueeze(1).to(H.dtype)

@@ -266,7 +266,9 @@ class ShardedWeightReader(ShardedReader):
 
     def log_normaliser(self, H: Tensor) -> Tensor:
         if isinstance(self.own, ReaderOfFactoredShard):
-            return self.own.log_normaliser(H)  # from sums over all rows, which every rank has
+            # from sums over all rows, which every rank has; but where those have lost the digits of
+            # a row, all ranks must compute with it
+            return self.own.log_normaliser(self.batch.gathered(H))[self.batch.own]
         if not isinstance(self.loss, losses.Normalised):
             return H.new_zeros(len(H))
         layer = Affine(self.own.W, self.own.b)

@@ -167,12 +167,9 @@ class Arrays(Kept):
 
     @in_full_precision
     def centred_rows(self, index: Tensor) -> Tensor:
-        """W at targets (n), of the first block, less the mean row: (n, d).
-
-        The mean row is taken off in float64.
-        """
+        """W at targets (n), of the first block, less the mean row: (n, d) in float64."""
         rows = self.outputs(self.target_coordinates(index), self.block(0))
-        return (rows - self.mean[: self.width]).to(rows.dtype)
+        return rows - self.mean[: self.width]
 
     @in_full_precision
     def outputs(self, coordinates: Tensor, columns: slice = slice(None)) -> Tensor:

@@ -151,6 +151,16 @@ def test_rows_of_equal_vectors_are_finite():
     assert Clusters(torch.zeros(3).long(), torch.ones(3), torch.ones(3, 2)).rows(2).isfinite().all()
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("factors", [torch.zeros(50), torch.linspace(0.1, 30, 50)])
+def test_vectors_without_differences_leave_all_rows_to_chance(factors):
+    """Multiples of one vector have directions that differ by rounding alone."""
+    vectors = factors.unsqueeze(1) * torch.randn(7, generator=torch.Generator().manual_seed(1))
+    given = torch.zeros(50).long(), torch.ones(50)
+    rows = Clusters(*given, vectors).rows(4)
+    assert torch.equal(rows, Clusters(*given, torch.zeros(50, 7)).rows(4))
+
+
 def test_a_file_with_a_wrong_number_is_refused(tmp_path, monkeypatch):
     """torch.load would read it: it looks at no checksum."""
     monkeypatch.chdir(tmp_path)

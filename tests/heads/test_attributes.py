@@ -1,4 +1,4 @@
-"""Every attribute of a layer can be looked up, as `inspect.getmembers` and tracers do it."""
+"""Attributes of layers: each can be looked up, and what is assigned has an effect or is refused."""
 
 from __future__ import annotations
 
@@ -11,24 +11,127 @@ from softsphere import (
     ClusteredLoss,
     FactoredSphericalLoss,
     LinearSphericalLoss,
+    LinearSphericalOptions,
     SampledSoftmaxLoss,
     TaylorSoftmaxLoss,
 )
 
+D, d = 30, 3
 CLUSTERS = torch.arange(30) % 4 - 1
 LAYERS = {
     "criterion": TaylorSoftmaxLoss,
-    "linear": lambda: LinearSphericalLoss(3, 30),
-    "factored": lambda: FactoredSphericalLoss(3, 30),
-    "sampled": lambda: SampledSoftmaxLoss(3, 30),
+    "linear": lambda **given: LinearSphericalLoss(d, D, **given),
+    "factored": lambda **given: FactoredSphericalLoss(d, D, **given),
+    "sampled": lambda **given: SampledSoftmaxLoss(d, D, 10, **given),
     **{
-        f"clusters, {engine}": lambda engine=engine: ClusteredLoss(3, 30, CLUSTERS, engine=engine)
+        f"clusters, {engine}": lambda engine=engine, **given: ClusteredLoss(
+            d, D, **{"assignment": CLUSTERS, "engine": engine, **given}
+        )
         for engine in ("auto", "logits", "gram", "factored")
     },
 }
+# Another value of each argument of a constructor. Those of a tensor are made when they are used.
+OTHER = {
+    "in_features": 4,
+    "num_classes": 31,
+    "num_samples": 5,
+    "assignment": CLUSTERS.flip(0),
+    "loss": "spherical_softmax",
+    "leaf": "spherical_softmax",
+    "leaf_features": 2,
+    "bias": False,
+    "prior": torch.arange(1.0, D + 1),
+    "counts": torch.arange(1.0, D + 1),
+    "class_weight": torch.arange(1.0, D + 1),
+    "weight": torch.arange(1.0, D + 1),
+    "reduction": "sum",
+    "ignore_index": 7,
+    "label_smoothing": 0.3,
+    "options": LinearSphericalOptions(engine="dense"),
+    "engine": "logits",
+    "sampler": "in_batch",
+    "power": 0.5,
+    "sparse": True,
+    "process_group": object(),
+    "replicated": True,
+    "averaged": True,
+}
+# Those that may leave a loss as it is.
+SAME = {"options", "engine", "sparse"}
+# Losses that a layer cannot compute.
+UNFIT = [
+    ("factored", "softmax"),
+    ("sampled", "taylor_softmax"),
+    ("clusters, auto", "z_loss"),
+    ("clusters, gram", "softmax"),
+    ("clusters, factored", "softmax"),
+]
+
+
+def arguments(layer: str) -> list[str]:
+    """The arguments of the constructor by the names of their attributes, and the loss."""
+    names = inspect.signature(type(LAYERS[layer]())).parameters.keys() - {"device", "dtype"}
+    # the class weights have another name in a layer, whose weight is W
+    return sorted({"class_weight" if name == "weight" else name for name in names} | {"loss"})
+
+
+def value(head: torch.nn.Module) -> torch.Tensor:
+    """A loss with gradients, whose draws are always the same."""
+    torch.manual_seed(0)
+    hidden, target = torch.randn(5, d), torch.tensor([0, 7, 7, 3, 29])
+    loss = head(hidden, target)
+    head.zero_grad()
+    loss.backward()
+    return loss.detach()
 
 
 @pytest.mark.parametrize("layer", LAYERS)
 def test_every_attribute_can_be_looked_up(layer):
     made = LAYERS[layer]()
     assert {"forward", "training"} <= {name for name, _ in inspect.getmembers(made)}
+
+
+def attempt(head, name, other) -> tuple[torch.Tensor | None, Exception | None]:
+    """The value after an assignment, or how it or the loss was refused."""
+    try:
+        setattr(head, name, other)
+        return value(head), None
+    except (AttributeError, TypeError, ValueError) as error:
+        return None, error
+
+
+CASES = [(layer, name) for layer in LAYERS if layer != "criterion" for name in arguments(layer)]
+
+
+@pytest.mark.parametrize(("layer", "name"), CASES)
+def test_an_argument_that_is_assigned_has_its_effect_or_is_refused(layer, name):
+    head, other = LAYERS[layer](), OTHER[name]
+    before = value(head)
+    found, refusal = attempt(head, name, other)
+    if refusal is not None:
+        assert name in str(refusal)
+        return
+    argument = {"class_weight": "weight"}.get(name, name)
+    if name == "loss" and layer.startswith("clusters"):
+        argument = "leaf"
+    made = LAYERS[layer](**{argument: other})
+    made.load_state_dict({**made.state_dict(), **head.state_dict()}, strict=False)
+    assert torch.equal(found, value(made))
+    assert name in SAME or not torch.equal(found, before)
+
+
+@pytest.mark.parametrize(("layer", "loss"), UNFIT)
+def test_a_loss_that_the_layer_cannot_compute_is_refused_when_it_is_assigned(layer, loss):
+    head = LAYERS[layer]()
+    before = value(head)
+    with pytest.raises(TypeError, match=r"loss .*must be|leaf"):
+        head.loss = loss
+    assert torch.equal(value(head), before)
+
+
+def test_the_same_assignment_may_be_assigned():
+    head = LAYERS["clusters, auto"]()
+    head.assignment = head.assignment.clone()
+    moved = LAYERS["clusters, auto"]().to("meta")
+    moved.load_state_dict(head.state_dict(), assign=True)
+    assert torch.equal(value(moved), value(head))

@@ -239,6 +239,13 @@ def test_many_pairs_are_computed_in_parts(monkeypatch):
         torch.testing.assert_close(x, y, **CLOSE)
 
 
+def test_parts_have_gradients_in_transforms(monkeypatch):
+    head, hidden = layer(MIXED, engine="logits"), rows(M)
+    want = torch.func.jacrev(lambda h: head(h, TARGET))(hidden)
+    monkeypatch.setattr(on_leaves, "_PAIRS", 20)
+    torch.testing.assert_close(torch.func.jacrev(lambda h: head(h, TARGET))(hidden), want, **CLOSE)
+
+
 @pytest.mark.once("lost digits are noticed on a CPU alone")
 def test_auto_leaves_a_gram_matrix_that_has_lost_its_digits():
     """Two columns of the weight take each other off, and leave little of q."""

@@ -19,6 +19,8 @@ from softsphere.whole_files import write_bytes
 
 __all__ = ["Clusters", "directions", "from_tail"]
 
+# The spread of unit vectors that differ by float32 rounding.
+_ONE_DIRECTION = 1e-6
 _KIND = "softsphere.clusters "
 _FORMAT = f"{_KIND}1"
 
@@ -129,7 +131,8 @@ class Clusters:
 
         The directions of the vectors, v / ‖v‖, are centred and scaled to a standard deviation.
         Columns beyond `width` are left out; missing ones are drawn from a normal distribution. Rows
-        of classes without a vector are drawn as well.
+        of classes without a vector are drawn as well, and all rows where all vectors have one
+        direction.
 
         Args:
             width: the number of columns.
@@ -155,10 +158,13 @@ class Clusters:
         size = (self.num_classes, width)
         drawn = torch.randn(size, generator=chance, dtype=torch.float32).mul_(std)
         known = self.vectors.any(1)
+        if not bool(known.any()):
+            return drawn
         own = directions(self.vectors[known])[:, :width]
         own = own - own.mean(0)
         spread = own.std(correction=0)
-        if float(spread) > 0:
+        # below that, vectors of one direction differ by rounding alone
+        if float(spread) > _ONE_DIRECTION:
             drawn[known, : own.shape[1]] = own * (std / spread)
         return drawn
 

@@ -20,9 +20,9 @@ def by_frequency(
     """Returns clusters of classes that are about equally common.
 
     The classes outside the shortlist are sorted by their counts and cut into runs with equal sums
-    of √count. Of all such cuts this one has about the least expected size of the cluster of a
-    target, Σ_c share_c n_c: clusters of common classes are small and frequent, those of rare ones
-    large and seldom.
+    of √count: clusters of common classes are small and frequent, those of rare ones large and
+    seldom. Where no class outweighs a run, this cut has about the least expected size of the
+    cluster of a target, Σ_c share_c n_c. Classes that do belong in the shortlist.
 
     Args:
         counts: (D), how often each class occurs, or frequencies; in any order. A class that was

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from softsphere import losses
-from softsphere._torch import values_on_cpu
+from softsphere._torch import transformed, values_on_cpu
 from softsphere.engines.grouped_gram import cluster_statistics, target_outputs_of
 from softsphere.engines.grouped_products import group_outputs, group_statistics
 from softsphere.engines.grouping import Group, Grouping
@@ -128,13 +129,11 @@ def leaf_losses(
     parts = list(_parts(group))
     if len(parts) == 1:
         return _by_outputs(loss, Z, leaves, group, sparse)
-    rows = [
-        checkpoint(
-            _by_outputs, loss, Z[part], leaves, group.part(part), sparse, use_reentrant=False
-        )
-        for part in parts
-    ]
-    return torch.cat(rows)
+    # torch.func transforms have no rule for a checkpoint, and keep the outputs of all parts
+    compute = (
+        _by_outputs if transformed() else partial(checkpoint, _by_outputs, use_reentrant=False)
+    )
+    return torch.cat([compute(loss, Z[part], leaves, group.part(part), sparse) for part in parts])
 
 
 def _cheapest(loss: losses.Loss, Z: Tensor, leaves: Leaves, group: Group, sparse: bool) -> str:

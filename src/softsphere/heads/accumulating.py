@@ -68,7 +68,8 @@ class AccumulatingLayer(nn.Module, ABC):
 
         Raises RuntimeError
 
-        * if it is nested, if the weight is changed or its gradient is read inside,
+        * if it is nested, if the weight is changed or its gradient is read inside (a change through
+          `.data` or NumPy is looked for in some rows only),
         * if backward is called after it or asks for second derivatives,
         * if backward, with hooks or a process group, computes the gradients of only some
           parameters,

@@ -30,6 +30,7 @@ from softsphere.heads.clustered_checks import (
 from softsphere.heads.clustered_reader import ClusteredReader, Root, root_log_prob
 from softsphere.heads.clustered_state import WithGrouping
 from softsphere.heads.factored_leaves import factored_leaves
+from softsphere.heads.of_constructor import OfConstructor
 from softsphere.heads.prediction import OutputLayer
 from softsphere.heads.reader import Reader
 from softsphere.heads.sharded import ShardedLinear, making
@@ -134,6 +135,14 @@ class ClusteredLoss(WithGrouping, OutputLayer):
     project: nn.Linear | None
     weight: nn.Parameter
     bias: nn.Parameter | None
+    in_features: int = OfConstructor(kept=True)  # type: ignore[assignment]
+    num_classes: int = OfConstructor(kept=True)  # type: ignore[assignment]
+    leaf = OfConstructor(instead="assign the loss of the leaves to `loss`")
+    leaf_features = OfConstructor()
+    counts = OfConstructor()
+    label_smoothing = OfConstructor(
+        instead="it needs the outputs of all classes, so use LinearSphericalLoss"
+    )
 
     def __init__(
         self,
@@ -195,7 +204,7 @@ class ClusteredLoss(WithGrouping, OutputLayer):
         self.num_classes = checks.at_least_one("num_classes", num_classes)
         self.has_bias = checks.flag("bias", bias)
         made_dtype(dtype)
-        self.loss = distribution(leaf)
+        self.loss = leaf  # type: ignore[assignment]
         width = self.in_features
         if leaf_features is not None:
             width = checks.at_least_one("leaf_features", leaf_features)
@@ -228,6 +237,13 @@ class ClusteredLoss(WithGrouping, OutputLayer):
             W, b = factored_leaves(W, b, self._clusters.starts, self.prior), None
         self.weight = nn.Parameter(W)
         self.register_parameter("bias", None if b is None else nn.Parameter(b))
+
+    def _usable_loss(self, loss: Any) -> losses.Loss:
+        """Raises TypeError for a loss that is no distribution, or not one for the engine."""
+        given = distribution(loss)
+        if "engine" in self.__dict__:  # not while the layer is made
+            check_engine(given, self.engine, self.sparse)
+        return given
 
     def reset_parameters(self) -> None:
         """Draws the initial values of `nn.Linear` for the weights.

@@ -56,6 +56,15 @@ class WithGrouping(ShardedLayer, FactoredLeaves):
     _unmoved: tuple[Tensor, Tensor] | None
     _checked_prior: tuple[Tensor | None, int]
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "assignment" and "assignment" in self._buffers:
+            given = value.to("cpu") if isinstance(value, Tensor) and not value.is_meta else None
+            if given is None or not torch.equal(given, self._grouping.cluster.to("cpu")):
+                raise AttributeError(
+                    "assignment of a ClusteredLoss cannot be changed; make a new layer with it"
+                )
+        super().__setattr__(name, value)
+
     def keep_grouping(self, assignment: Tensor, counts: Tensor | None, like: Tensor) -> None:
         """Registers the buffers, on the device of a tensor, for parameters of its dtype.
 

@@ -21,6 +21,7 @@ from softsphere.functional.on_factored_shards import FactoredLossOnShards
 from softsphere.functional.on_logits import spherical_value
 from softsphere.heads.factored_reader import EXPORT, FactoredReader
 from softsphere.heads.factored_state import FactoredState
+from softsphere.heads.of_constructor import OfConstructor
 from softsphere.heads.prediction import OutputLayer
 from softsphere.heads.reader import Reader
 from softsphere.heads.sharded import making
@@ -89,6 +90,9 @@ class FactoredSphericalLoss(FactoredState, OutputLayer):
 
     loss: Spherical
     weight: nn.Parameter
+    in_features: int = OfConstructor(kept=True)  # type: ignore[assignment]
+    num_classes: int = OfConstructor(kept=True)  # type: ignore[assignment]
+    prior = OfConstructor()
 
     def __init__(
         self,
@@ -134,7 +138,7 @@ class FactoredSphericalLoss(FactoredState, OutputLayer):
         self.num_classes = checks.at_least_one("num_classes", num_classes)
         self.has_bias = checks.flag("bias", bias)
         _check_dtype(dtype)
-        self.loss = _spherical(losses.get(loss))
+        self.loss = loss  # type: ignore[assignment]
         given = Conventions.checked(self.loss, reduction=reduction, ignore_index=ignore_index)
         self.reduction, self.ignore_index = given.reduction, given.ignore_index
         W = torch.empty(self.own_classes, self.in_features, device=device, dtype=dtype)
@@ -146,6 +150,10 @@ class FactoredSphericalLoss(FactoredState, OutputLayer):
             pi = pi if W.is_meta else pi.to(W.device)
         b = W.new_empty(self.own_classes) if bias else None
         self.weight = nn.Parameter(FactoredTensor(W, b, pi, self.shards))
+
+    def _usable_loss(self, loss: Any) -> losses.Loss:
+        """Raises TypeError for a loss that needs the logits."""
+        return _spherical(losses.get(loss))
 
     @property
     def conventions(self) -> Conventions:

@@ -75,8 +75,14 @@ class OutputLayer(nn.Module, ABC):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "loss":
-            value = losses.get(value)
+            value = self._usable_loss(value)
+        elif name == "sparse":
+            checks.flag(name, value)
         super().__setattr__(name, value)
+
+    def _usable_loss(self, loss: Any) -> losses.Loss:
+        """The loss that a caller assigns, or the error that it cannot be that of this layer."""
+        return losses.get(loss)
 
     @abstractmethod
     def _reader(self) -> Reader:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from softsphere import checks
+from softsphere import checks, losses
 from softsphere.engines import LinearSphericalOptions
 from softsphere.engines.repeated_rows import repeated_rows
 from softsphere.engines.row_statistics import accumulator
@@ -19,6 +19,7 @@ from softsphere.functional.conventions import Conventions, mixed_precision, mult
 from softsphere.heads.affine import made_dtype, start_as_linear, whole_layer
 from softsphere.heads.dense_reader import DenseReader
 from softsphere.heads.negatives import SAMPLES, Sampler, sampler_of
+from softsphere.heads.of_constructor import OfConstructor
 from softsphere.heads.prediction import OutputLayer
 from softsphere.losses import Softmax
 
@@ -105,6 +106,7 @@ class SampledSoftmaxLoss(OutputLayer):
 
     weight: nn.Parameter
     bias: nn.Parameter | None
+    counts = OfConstructor()
 
     def __init__(
         self,
@@ -170,6 +172,16 @@ class SampledSoftmaxLoss(OutputLayer):
     def base_measure(self) -> None:
         """None: π = 1."""
         return None
+
+    def _usable_loss(self, loss: Any) -> Softmax:
+        """Raises TypeError for another loss than softmax, whose Z alone is sampled."""
+        given = losses.get(loss)
+        if type(given) is not Softmax:
+            raise TypeError(
+                f"loss of a SampledSoftmaxLoss must be softmax, got {given}; use ClusteredLoss or "
+                "LinearSphericalLoss for another loss"
+            )
+        return given
 
     def reset_parameters(self) -> None:
         """Draws the initial values of `nn.Linear`, uniform within ±1/√d."""

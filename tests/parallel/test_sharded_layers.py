@@ -10,6 +10,7 @@ import _sharded_clustered
 import _sharded_dtensors
 import _sharded_factored
 import _sharded_linear
+import _wrapped_layers
 from _ranks import AVAILABLE, TIGHT, run
 from softsphere import LinearSphericalLoss
 
@@ -22,6 +23,7 @@ LAYERS = {
     "linear of DTensors": _sharded_dtensors,
     "factored": _sharded_factored,
     "clustered": _sharded_clustered,
+    "wrapped": _wrapped_layers,
 }
 
 

@@ -42,6 +42,7 @@ __all__ = [
     "hooks_of",
     "ignore_in_data_parallel",
     "ignored_in_data_parallel",
+    "integers",
     "is_dtensor",
     "is_recorded",
     "is_shared_with_others",
@@ -160,6 +161,12 @@ def untraced(function: Function) -> Function:
 def is_recorded(*given: Tensor | None) -> bool:
     """Whether autograd records a computation with these tensors."""
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
+
+
+def integers(x: Tensor) -> list[int]:
+    """The values of a vector of integers, also of one that was made in a torch.func transform."""
+    # Before torch 2.7 tolist() has no values there.
+    return [int(value) for value in x] if transforms_active() else x.tolist()
 
 
 def forward_mode_active() -> bool:

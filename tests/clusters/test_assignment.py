@@ -151,6 +151,14 @@ def test_rows_of_equal_vectors_are_finite():
     assert Clusters(torch.zeros(3).long(), torch.ones(3), torch.ones(3, 2)).rows(2).isfinite().all()
 
 
+def test_small_differences_of_wide_vectors_are_kept():
+    vectors = 1 + 3e-5 * torch.randn(6, 1024, generator=torch.Generator().manual_seed(1))
+    rows = Clusters(torch.zeros(6).long(), torch.ones(6), vectors).rows(1024)
+    unit = torch.nn.functional.normalize(vectors.double())
+    cosine = torch.cosine_similarity(rows.double(), unit - unit.mean(0))
+    assert cosine.min() > 0.99
+
+
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("factors", [torch.zeros(50), torch.linspace(0.1, 30, 50)])
 def test_vectors_without_differences_leave_all_rows_to_chance(factors):

@@ -13,7 +13,7 @@ from _twin import DenseTwin, every_class
 from softsphere import ClusteredLoss, FactoredSphericalLoss, losses
 from softsphere.optim import FactoredSGD
 
-D, d, m, C = 500, 16, 24, 4
+D, d, m = 500, 16, 24
 SCALES = [30.0, 1000.0]
 EPS = torch.finfo(torch.float32).eps
 
@@ -93,7 +93,9 @@ def test_a_factored_layer_keeps_its_digits_through_steps(scale, weights, momentu
 @pytest.mark.parametrize("engine", ["factored", "auto"])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("scale", SCALES)
-def test_leaves_have_the_digits_of_their_outputs(scale, bias, engine):
+# clusters of many leaves, of few and of one
+@pytest.mark.parametrize("C", [4, 120, D])
+def test_leaves_have_the_digits_of_their_outputs(C, scale, bias, engine):
     W, v = weight(scale)
     assignment = torch.arange(D) % C
     head = ClusteredLoss(d, D, assignment, engine=engine, bias=bias)
@@ -101,7 +103,7 @@ def test_leaves_have_the_digits_of_their_outputs(scale, bias, engine):
     given = {"weight": W[order], **({"bias": torch.randn(D)} if bias else {})}
     head.load_state_dict({**head.state_dict(), **given})
     b = given["bias"][order.argsort()].double() if bias else torch.zeros(D)
-    H, target = rows_beside(v, 40 * C), torch.randint(D, (40 * C,))
+    H, target = rows_beside(v, 160), torch.randint(D, (160,))
     ours, exact = H.clone().requires_grad_(), H.double().requires_grad_()
     f = 1 + (o := exact @ W.double().mT + b) + o.square() / 2
     sums = torch.zeros(len(H), C).double().index_add(1, assignment, f)

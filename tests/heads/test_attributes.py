@@ -6,6 +6,7 @@ import inspect
 
 import pytest
 import torch
+from torch import nn
 
 from softsphere import (
     ClusteredLoss,
@@ -135,3 +136,39 @@ def test_the_same_assignment_may_be_assigned():
     moved = LAYERS["clusters, auto"]().to("meta")
     moved.load_state_dict(head.state_dict(), assign=True)
     assert torch.equal(value(moved), value(head))
+
+
+@pytest.mark.parametrize(
+    ("layer", "name", "other"),
+    [
+        ("factored", "prior", nn.Parameter(OTHER["prior"])),
+        ("factored", "in_features", nn.Parameter(torch.ones(1))),
+        ("sampled", "counts", nn.Parameter(OTHER["counts"])),
+        ("clusters, auto", "counts", nn.Parameter(OTHER["counts"])),
+        ("clusters, auto", "leaf", nn.Identity()),
+        ("clusters, auto", "assignment", nn.Parameter(CLUSTERS.float())),
+        ("clusters, auto", "assignment", nn.Parameter(CLUSTERS, requires_grad=False)),
+    ],
+)
+def test_neither_a_parameter_nor_a_module_takes_its_place(layer, name, other):
+    head = LAYERS[layer]()
+    with pytest.raises(AttributeError, match=f"{name} of a .* cannot be changed"):
+        setattr(head, name, other)
+    assert name not in dict(head.named_parameters())
+    assert other not in list(head.modules())
+
+
+@pytest.mark.parametrize("layer", ["factored", "clusters, factored"])
+def test_a_subclass_may_keep_the_sizes_as_well(layer):
+    kind = type(LAYERS[layer]())
+
+    class Own(kind):
+        def __init__(self, in_features, num_classes, *given):
+            self.in_features = in_features
+            super().__init__(in_features, num_classes, *given)
+            self.num_classes = num_classes
+
+    head = Own(d, D, *([CLUSTERS] if kind is ClusteredLoss else []))
+    assert (head.in_features, head.num_classes) == (d, D)
+    with pytest.raises(AttributeError, match="in_features of a Own cannot be changed"):
+        del head.in_features

@@ -18,7 +18,8 @@ ASKED = {
     "predict": lambda head, hidden: head.predict(hidden),
     "topk": lambda head, hidden: head.topk(hidden, 3),
     "excluding": lambda head, hidden: head.topk(hidden, 3, SOME.expand(hidden.shape[0], -1)),
-    "rows": lambda head, hidden: head.rows((hidden[:, 0] > 0).long() * (D - 1)),
+    # torch 2.6 exports hidden[:, 0] for most numbers of rows, and not for all
+    "rows": lambda head, hidden: head.rows((hidden.select(1, 0) > 0).long() * (D - 1)),
 }
 
 

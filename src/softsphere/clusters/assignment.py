@@ -19,8 +19,6 @@ from softsphere.whole_files import write_bytes
 
 __all__ = ["Clusters", "directions", "from_tail"]
 
-# The spread of unit vectors that differ by float32 rounding.
-_ONE_DIRECTION = 1e-6
 _KIND = "softsphere.clusters "
 _FORMAT = f"{_KIND}1"
 
@@ -163,8 +161,9 @@ class Clusters:
         own = directions(self.vectors[known])[:, :width]
         own = own - own.mean(0)
         spread = own.std(correction=0)
-        # below that, vectors of one direction differ by rounding alone
-        if float(spread) > _ONE_DIRECTION:
+        # Entries of unit vectors are about 1/√w; those of one direction differ by rounding alone.
+        rounding = 8 * torch.finfo(own.dtype).eps / self.vectors.shape[1] ** 0.5
+        if float(spread) > rounding:
             drawn[known, : own.shape[1]] = own * (std / spread)
         return drawn
 

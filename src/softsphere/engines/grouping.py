@@ -14,7 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from softsphere._torch import untraced
+from softsphere._torch import integers, untraced
 
 __all__ = ["Group", "Grouping", "consecutive", "in_one_wait", "portions", "ranges"]
 
@@ -39,8 +39,7 @@ def portions(lengths: Tensor, size: int) -> Tensor:
 
 def in_one_wait(*numbers: Tensor) -> list[int]:
     """The values of integers (), for which a GPU is waited for once."""
-    values: list[int] = torch.stack(numbers).tolist()
-    return values
+    return integers(torch.stack(numbers))
 
 
 @dataclass(frozen=True, eq=False)

@@ -26,6 +26,11 @@ from softsphere.stats import Stats
 
 __all__ = ["stack_statistics"]
 
+# Matrices of so many rows are computed together, and larger ones one after another.
+_SMALL = 64
+# The numbers of rows of small matrices that are in memory at once.
+_NUMBERS = 1 << 22
+
 
 def stack_statistics(H: Tensor, weight: FactoredTensor, target: Tensor) -> Stats:
     """Statistics of rows H (n, w) over the matrices of their targets, in O(w²) a row.
@@ -66,14 +71,36 @@ def _from_outputs(W: StackArrays, H: Tensor, cluster: Tensor) -> tuple[Tensor, T
     """x̄·h (n), hᵀGh (n) and G h (n, w) of rows h from the outputs of their matrices."""
     mu, q = H.new_empty(2, len(H))
     P = torch.empty_like(H)
-    for c in cluster.unique():
+    small = W.sizes[cluster] <= _SMALL
+    order = cluster.argsort()
+    few, size = order[small[order]], max(1, _NUMBERS // (_SMALL * W.width))
+    for first in range(0, len(few), size):
+        some = few[first : first + size]
+        mu[some], q[some], P[some] = _of_small(W, H[some], cluster[some])
+    for c in cluster[~small].unique():
         own = cluster == c
         sums = SumsOfOutputs(H[own], W.mean(c.unsqueeze(0))[0])
         leaves = torch.arange(int(W.starts[c]), int(W.starts[c + 1]), device=H.device)
         for some in leaves.split(sums.chunk_size(W.V.chunk_size())):
             sums.add(W.rows(some), None if W.pi is None else W.pi[some])
-        mu[own], q[own], P[own] = sums.found(W.mass[c], lambda x: x)
+        mu[own], q[own], P[own] = sums.found(W.mass[c])
     return mu, q, P
+
+
+def _of_small(W: StackArrays, H: Tensor, cluster: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`_from_outputs` of rows whose matrices have few rows, each with its own copy of them."""
+    ids, slot = cluster.unique(return_inverse=True)
+    sizes = W.sizes[ids].unsqueeze(1)
+    offset = torch.arange(int(sizes.max()), device=H.device)
+    index = W.starts[ids].unsqueeze(1) + torch.minimum(offset, sizes - 1)
+    weight = (offset < sizes).double()
+    if W.pi is not None:
+        weight *= W.pi[index]
+    rows = W.rows(index.flatten()).view(*index.shape, W.width)
+    sums = SumsOfOutputs(H.unsqueeze(1), W.mean(cluster))
+    sums.add(rows[slot], weight[slot])
+    mu, q, P = sums.found(W.mass[cluster].unsqueeze(1))
+    return mu.squeeze(1), q.squeeze(1), P.squeeze(1)
 
 
 class _StackStatistics(torch.autograd.Function):

@@ -37,40 +37,45 @@ def lost_rows(W: Kept, q: Tensor, terms: Tensor) -> Tensor:
 
 
 class SumsOfOutputs:
-    """x̄·h, hᵀGh and G h of rows H (n, w), as sums in float64 over pieces of W.
+    """x̄·h, hᵀGh and G h of rows H (…, n, w), as sums in float64 over pieces of W.
 
-    r: (w) float64, about the mean row.
+    The leading dimensions are matrices W of their own.
+
+    r: (…, w) float64, about the mean row of each.
     """
 
     def __init__(self, H: Tensor, r: Tensor) -> None:
-        self.H, self.r, self.dtype = H.double(), r, H.dtype
-        n, w = H.shape
-        self.q, self.o = self.H.new_zeros(2, n)
-        self.P, self.x = self.H.new_zeros(n, w), self.H.new_zeros(w)
+        self.H, self.r, self.dtype = H.double(), r.unsqueeze(-2), H.dtype
+        self.q, self.o = self.H.new_zeros(2, *H.shape[:-1])
+        self.P, self.x = torch.zeros_like(self.H), torch.zeros_like(self.r)
 
     def chunk_size(self, most: int) -> int:
         """The number of rows of W in a piece, no more than `most`."""
-        return min(most, max(1, _PAIRS // len(self.H)))
+        return min(most, max(1, _PAIRS // self.H[..., 0].numel()))
 
     def add(self, rows: Tensor, pi: Tensor | None) -> None:
-        """Adds rows (p, w) of W with their π (p), or None for one everywhere."""
+        """Adds rows (…, p, w) of W with their π (…, p), or None for one everywhere."""
         X = rows.double() - self.r
         o = self.H @ X.mT
-        weighted = o if pi is None else o * pi
-        self.q += (weighted * o).sum(1)
-        self.o += weighted.sum(1)
-        self.P.addmm_(weighted, X)
-        self.x += X.sum(0) if pi is None else pi.double() @ X
+        weighted = o if pi is None else o * pi.unsqueeze(-2)
+        self.q += (weighted * o).sum(-1)
+        self.o += weighted.sum(-1)
+        self.P += weighted @ X
+        self.x += X.sum(-2, keepdim=True) if pi is None else pi.double().unsqueeze(-2) @ X
 
     def found(
-        self, mass: float | Tensor, total: Callable[[Tensor], Tensor]
+        self, mass: float | Tensor, total: Callable[[Tensor], Tensor] | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """x̄·h (n), hᵀGh (n) and the rows G h (n, w), in the dtype of H.
+        """x̄·h (…, n), hᵀGh (…, n) and the rows G h (…, n, w), in the dtype of H.
 
-        total: makes a sum over these pieces one over all of W.
+        Args:
+            mass: M, a number or (…, 1).
+            total: makes a sum over these pieces one over all of W, if they are not all.
         """
-        q, o, P, x = (total(part) for part in (self.q, self.o, self.P, self.x))
+        sums = self.q, self.o, self.P, self.x
+        q, o, P, x = sums if total is None else map(total, sums)
         mean = o / mass
-        mu = self.H @ self.r + mean
+        mu = (self.H * self.r).sum(-1) + mean
         q = (q - o * mean).clamp_min(0)
-        return mu.to(self.dtype), q.to(self.dtype), (P - torch.outer(mean, x)).to(self.dtype)
+        P = P - mean.unsqueeze(-1) * x
+        return mu.to(self.dtype), q.to(self.dtype), P.to(self.dtype)

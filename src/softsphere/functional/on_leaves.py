@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from softsphere import losses
-from softsphere._torch import transformed, values_on_cpu
+from softsphere._torch import integers, transformed, values_on_cpu
 from softsphere.engines.grouped_gram import cluster_statistics, target_outputs_of
 from softsphere.engines.grouped_products import group_outputs, group_statistics
 from softsphere.engines.grouping import Group, Grouping
@@ -152,7 +152,7 @@ def _parts(group: Group) -> Iterator[slice]:
         return
     last = group.lengths.cumsum(0)
     edges = torch.arange(1, group.pairs // _PAIRS + 1, device=last.device) * _PAIRS
-    cuts = torch.searchsorted(last, edges).clamp_min(1).unique().tolist()
+    cuts = integers(torch.searchsorted(last, edges).clamp_min(1).unique())
     for start, stop in itertools.pairwise([0, *(cut for cut in cuts if cut < n), n]):
         yield slice(start, stop)
 

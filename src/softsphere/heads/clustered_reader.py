@@ -121,7 +121,10 @@ class ClusteredReader(Reader):
         offset = clusters - self._log_normalisers(z)
         for part in self._leaf_parts(H.shape[0]):
             of_leaf = self.grouping.cluster_of_leaf[part]
-            yield self.grouping.leaves[part], self._numerators(z, part) + offset[:, of_leaf]
+            yield (
+                self.grouping.leaves[part],
+                self._numerators(z, part) + offset.index_select(1, of_leaf),
+            )
 
     def every_score(self, H: Tensor) -> Tensor:
         scores = torch.cat([scores for _, scores in self.chunks_of_scores(H)], 1)
@@ -138,7 +141,11 @@ class ClusteredReader(Reader):
         short, clusters, z = self._split(H)
         cluster, place = self.grouping.cluster[classes], self.grouping.place[classes]
         listed = cluster < 0
-        found = short[:, torch.where(listed, place, 0)] if self.S else H.new_zeros(len(H), 1)
+        found = (
+            short.index_select(1, torch.where(listed, place, 0))
+            if self.S
+            else H.new_zeros(len(H), 1)
+        )
         if bool(listed.all()):
             return found
         needed, slot = cluster.clamp_min(0).unique(return_inverse=True)
@@ -149,8 +156,8 @@ class ClusteredReader(Reader):
         for part, owner in zip(leaves.split(size), of_leaf.split(size), strict=True):
             sums = log_sums(self._numerators(z, part), owner, len(needed))
             total = torch.logaddexp(total, sums)
-        offset = clusters[:, needed] - self._finite(total)
-        own = self._numerators(z, torch.where(listed, 0, place)) + offset[:, slot]
+        offset = clusters.index_select(1, needed) - self._finite(total)
+        own = self._numerators(z, torch.where(listed, 0, place)) + offset.index_select(1, slot)
         return torch.where(listed, found, own)
 
     def log_normaliser(self, H: Tensor) -> Tensor:

@@ -58,12 +58,22 @@ class WithGrouping(ShardedLayer, FactoredLeaves):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "assignment" and "assignment" in self._buffers:
-            given = value.to("cpu") if isinstance(value, Tensor) and not value.is_meta else None
-            if given is None or not torch.equal(given, self._grouping.cluster.to("cpu")):
-                raise AttributeError(
-                    "assignment of a ClusteredLoss cannot be changed; make a new layer with it"
-                )
+            value = self._same_assignment(value)
         super().__setattr__(name, value)
+
+    def _same_assignment(self, given: Any) -> Tensor:
+        """The assignment of the layer as it is given. Raises AttributeError for another one."""
+        own = self._grouping.cluster
+        if (
+            isinstance(given, Tensor)
+            and not isinstance(given, nn.Parameter)
+            and not (given.is_meta or given.is_floating_point())
+            and torch.equal(given.to(own.device, own.dtype), own)
+        ):
+            return given.long()
+        raise AttributeError(
+            "assignment of a ClusteredLoss cannot be changed; make a new layer with it"
+        )
 
     def keep_grouping(self, assignment: Tensor, counts: Tensor | None, like: Tensor) -> None:
         """Registers the buffers, on the device of a tensor, for parameters of its dtype.
@@ -153,9 +163,9 @@ class WithGrouping(ShardedLayer, FactoredLeaves):
 
     def check_parameters(self) -> None:
         """Raises ValueError or TypeError for parameters that were replaced by unfit ones."""
+        check_engine(distribution(self.loss), self.engine, self.sparse)
         self.check_factored()
         self._check_values()
-        check_engine(distribution(self.loss), self.engine, self.sparse)
         L = self._clusters.number_of_leaves
         for name, x in (("weight", self.weight), ("bias", self.bias)):
             if x is not None and len(x) != L:

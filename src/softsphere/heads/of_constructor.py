@@ -12,11 +12,12 @@ __all__ = ["OfConstructor"]
 class OfConstructor:
     """An attribute with the name of an argument that only the constructor takes.
 
-    Assigning it raises AttributeError, where a module of PyTorch would keep the new value and go on
-    with the old one.
+    Assigning another value raises AttributeError, where a module of PyTorch would keep the new one
+    and go on with the old one. `OutputLayer` calls `__set__` by itself, since `nn.Module` keeps a
+    parameter or a module from descriptors.
 
     Args:
-        kept: whether the constructor keeps the argument under its name, which it may assign once.
+        kept: whether the constructor keeps the argument under its name.
         instead: how to have another value.
     """
 
@@ -30,12 +31,17 @@ class OfConstructor:
         if layer is None:
             return self
         if self.name not in layer.__dict__:
-            raise AttributeError(f"a {type(layer).__name__} does not keep {self.name}")
+            raise AttributeError(self.name)  # in the words of nn.Module
         return layer.__dict__[self.name]
 
     def __set__(self, layer: nn.Module, value: Any) -> None:
-        if not self.kept or self.name in layer.__dict__:
-            raise AttributeError(
-                f"{self.name} of a {type(layer).__name__} cannot be changed; {self.instead}"
-            )
+        known = layer.__dict__.get(self.name, value)
+        if not self.kept or type(known) is not type(value) or known != value:
+            raise AttributeError(self._refusal(layer))
         layer.__dict__[self.name] = value
+
+    def __delete__(self, layer: nn.Module) -> None:
+        raise AttributeError(self._refusal(layer))
+
+    def _refusal(self, layer: nn.Module) -> str:
+        return f"{self.name} of a {type(layer).__name__} cannot be changed; {self.instead}"

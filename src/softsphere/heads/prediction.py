@@ -15,6 +15,7 @@ from softsphere._torch import exporting, is_dtensor, transformed
 from softsphere.criteria import TopK
 from softsphere.functional.conventions import mixed_precision
 from softsphere.heads.computed_weights import compute_weights
+from softsphere.heads.of_constructor import OfConstructor
 from softsphere.heads.reader import Reader
 
 __all__ = ["OutputLayer"]
@@ -74,9 +75,12 @@ class OutputLayer(nn.Module, ABC):
         ) -> Tensor: ...
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(argument := getattr(type(self), name, None), OfConstructor):
+            argument.__set__(self, value)
+            return
         if name == "loss":
             value = self._usable_loss(value)
-        elif name == "sparse":
+        elif name == "sparse" and name in self.__dict__:
             checks.flag(name, value)
         super().__setattr__(name, value)
 

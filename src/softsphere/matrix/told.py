@@ -16,7 +16,8 @@ class Told:
     """
 
     def __init__(self, x: Tensor) -> None:
-        self.copy = x.to("cpu", non_blocking=True)
+        # Elsewhere there is no event to wait for, so the copy is made at once.
+        self.copy = x.to("cpu", non_blocking=x.is_cuda)
         self.event: torch.cuda.Event | None = None
         if x.is_cuda:
             self.event = torch.cuda.Event()

@@ -13,6 +13,8 @@ from _twin import DenseTwin, every_class
 from softsphere import ClusteredLoss, FactoredSphericalLoss, losses
 from softsphere.optim import FactoredSGD
 
+pytestmark = pytest.mark.once("lost digits are noticed on a CPU alone")
+
 D, d, m = 500, 16, 24
 SCALES = [30.0, 1000.0]
 EPS = torch.finfo(torch.float32).eps

@@ -58,6 +58,7 @@ def test_logits(scale, alpha, given):
         torch.testing.assert_close(found, want, rtol=1e-5, atol=0)
 
 
+@pytest.mark.once("lost digits are noticed on a CPU alone")
 @pytest.mark.parametrize("given", GIVEN)
 @pytest.mark.parametrize("alpha", [1.0, 0.5])
 @pytest.mark.parametrize("engine", ["auto", "dense"])
@@ -86,6 +87,7 @@ def test_linear_layers(scale, engine, alpha, given):
     torch.testing.assert_close(found, want, rtol=2e-2, atol=0)
 
 
+@pytest.mark.once("lost digits are noticed on a CPU alone")
 @pytest.mark.parametrize("noise", [1e-3, 1e-5])
 def test_class_indices_that_are_met(noise):
     """The outputs are nearly those of one class, with a bias in place of a weight."""
@@ -117,6 +119,7 @@ def met(layer):
     return H, TARGET, o.gather(1, TARGET) * (1 + 1e-5)
 
 
+@pytest.mark.once("lost digits are noticed on a CPU alone")
 @pytest.mark.parametrize("engine", ["gram", "chunked"])
 def test_a_named_engine_says_that_digits_are_lost(engine):
     layer = LinearSphericalLoss(
@@ -126,12 +129,14 @@ def test_a_named_engine_says_that_digits_are_lost(engine):
         layer(*met(layer))
 
 
+@pytest.mark.once("lost digits are noticed on a CPU alone")
 def test_a_factored_layer_says_that_digits_are_lost():
     layer = FactoredSphericalLoss(24, D, "squared_error", bias=False)
     with pytest.warns(UserWarning, match=r"lost its digits.*float64"):
         layer(*met(layer))
 
 
+@pytest.mark.once("lost digits are noticed on a CPU alone")
 def test_accumulation_refuses_squares_that_have_lost_their_digits():
     layer = LinearSphericalLoss(24, D, "squared_error", bias=False)
     H, target, y = met(layer)
@@ -142,6 +147,7 @@ def test_accumulation_refuses_squares_that_have_lost_their_digits():
     assert layer.weight.grad is not None
 
 
+@pytest.mark.once("values are looked at on a CPU alone")
 def test_an_infinite_bias_is_named():
     b = torch.zeros(D)
     b[3] = -torch.inf

@@ -114,6 +114,7 @@ def by_functional_call(module, arguments):
     torch.func.functional_call(module, {"prior": COUNTS}, arguments)
 
 
+@pytest.mark.once("values are checked on a CPU alone")
 @pytest.mark.parametrize("way", [in_place, as_a_buffer, as_data, by_functional_call])
 @every_module
 def test_a_buffer_that_is_not_normalised_is_refused_when_it_is_used(made, way):

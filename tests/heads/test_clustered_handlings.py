@@ -135,6 +135,7 @@ def test_what_makes_no_distribution_is_refused(name):
             call()
 
 
+@pytest.mark.once("values are checked on a CPU alone")
 def test_the_prior_is_checked_once_for_each_change(monkeypatch):
     calls = []
     monkeypatch.setattr(

@@ -31,7 +31,7 @@ def reloaded(head):
 CALLS = {
     "state_dict": saved,
     "load_state_dict": reloaded,
-    "to": lambda head: saved(head.to("cpu")),
+    "to": lambda head: saved(head.to(head.weight.device)),
     "deepcopy": lambda head: saved(copy.deepcopy(head)),
     "pickle": lambda head: saved(pickle.loads(pickle.dumps(head))),
     "detach": lambda head: head.weight.detach().norm(),

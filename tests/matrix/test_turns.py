@@ -24,6 +24,8 @@ from softsphere.matrix.stack_arrays import StackArrays
 from softsphere.matrix.turns import turn
 from softsphere.optim import FactoredSGD
 
+pytestmark = pytest.mark.once("turns are of Python, and other threads make tensors on the CPU")
+
 D, d = 60, 4
 ROWS = torch.linspace(-1, 1, 6 * d).view(6, d)
 TARGET = torch.tensor([0, 7, 7, 20, 41, 59])

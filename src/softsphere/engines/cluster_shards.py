@@ -45,6 +45,7 @@ class ClusterShards:
         root = Sharding(S + C, size, rank)
         return cls(grouping, root, Owners.balanced(shares[S:], size, rank))
 
+    @untraced
     def to(self, device: torch.device) -> ClusterShards:
         """The same on a device."""
         grouping = self.grouping.to(device)

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from _factored import NAMES
+from _matrix_units import float32_may_be, float32_rounded_to
 from _twin import DenseTwin, every_class
 from softsphere import ClusteredLoss, FactoredSphericalLoss, losses
+from softsphere.engines.factored_statistics import factored_statistics
 from softsphere.optim import FactoredSGD
 
 pytestmark = pytest.mark.once("lost digits are noticed on a CPU alone")
@@ -132,3 +134,17 @@ def test_only_rows_that_have_lost_them_read_all_of_the_weight():
     assert not read
     head(torch.cat([H, rows_beside(v)]), torch.arange(2 * m)).sum().backward()
     assert len(read) == 1
+
+
+@pytest.mark.parametrize("scale", [0.3, 1.0, 3.0, 10.0])
+@pytest.mark.parametrize(("precision", "bits"), [("high", 10), ("medium", 7)])
+def test_they_are_noticed_where_float32_products_are_rounded(monkeypatch, precision, bits, scale):
+    W, v = weight(scale)
+    H = torch.randn(400, d)
+    H -= torch.outer((1 - torch.linspace(0, 0.3, 400)) * (H @ v), v)
+    head = factored("squared_error", W, None, None)
+    o = H.double() @ W.double().mT
+    float32_may_be(monkeypatch, precision)
+    with float32_rounded_to(bits, outside=False):
+        x = factored_statistics(H, head.weight, torch.zeros(400, 1).long(), centred=False)
+    torch.testing.assert_close(x.q.double(), o.square().sum(1), rtol=1e-3, atol=0)

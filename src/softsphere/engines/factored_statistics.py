@@ -13,6 +13,7 @@ from torch import Tensor
 
 from softsphere._torch import values_on_cpu
 from softsphere.engines.products import times
+from softsphere.engines.quadratic_rows import error_of_parts
 from softsphere.engines.sums_of_outputs import SumsOfOutputs, lost_rows
 from softsphere.matrix import FactoredTensor, StructuredGradient
 from softsphere.matrix.arrays import Arrays
@@ -84,7 +85,8 @@ class _FactoredStatistics(torch.autograd.Function):
         at_rows = exact.to(H.dtype)
         c = (at_rows.view(*target.shape, d) * H.unsqueeze(1)).sum(-1)
         if values_on_cpu(q):
-            lost = lost_rows(W, q, H.square() @ G.diagonal())
+            terms = H.square() @ G.diagonal()
+            lost = lost_rows(W, q, terms, error_of_parts(H, G.dtype))
             if bool(lost.any()):
                 mu[lost], q[lost], P[lost] = _from_outputs(W, H[lost])
                 at_lost = exact.view(*target.shape, d)[lost]

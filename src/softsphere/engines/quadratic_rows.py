@@ -21,6 +21,7 @@ from softsphere.rounding import above_rounding
 
 __all__ = [
     "QuadraticRows",
+    "error_of_parts",
     "hidden_gradient",
     "is_lost",
     "loses_digits",
@@ -89,12 +90,17 @@ def _with_bias(H: Tensor, w: Tensor) -> Tensor:
 
 def loses_digits(H: Tensor, P: Tensor, S: Tensor) -> Tensor:
     """Whether hᵀSh has lost too many digits in some row of H: a boolean ()."""
-    error = _ERROR_OF_PARTS if number_of_parts(H, S.dtype) else 0.0
+    error = error_of_parts(H, S.dtype)
     H, d = H.detach().to(S.dtype), H.shape[1]
     with torch.autocast(H.device.type, enabled=False):
         size = S.diagonal()
         terms = H.square() @ size[:d] + size[d:].sum()
         return is_lost(_squares(H, P, S), terms, S.dtype, error).any()
+
+
+def error_of_parts(H: Tensor, dtype: torch.dtype) -> float:
+    """What parts leave out of a product of H with an S in dtype, relative to √(S_ii S_jj)."""
+    return _ERROR_OF_PARTS if number_of_parts(H, dtype) else 0.0
 
 
 def is_lost(q: Tensor, terms: Tensor, dtype: torch.dtype, error: float = 0.0) -> Tensor:

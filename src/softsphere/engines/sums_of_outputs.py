@@ -28,12 +28,14 @@ __all__ = ["SumsOfOutputs", "lost_rows"]
 _PAIRS = 1 << 22
 
 
-def lost_rows(W: Kept, q: Tensor, terms: Tensor) -> Tensor:
+def lost_rows(W: Kept, q: Tensor, terms: Tensor, error: float = 0.0) -> Tensor:
     """Whether too few digits are left of q = hᵀGh, from terms = Σ_j h_j² G_jj: boolean, as q.
 
     G is kept through steps, and computed again where it has drifted by more than a tolerance.
+
+    error: that of the product with G; see `is_lost`.
     """
-    return is_lost(q.detach(), terms, W.dtype, tolerance(W))
+    return is_lost(q.detach(), terms, W.dtype, tolerance(W) + error)
 
 
 class SumsOfOutputs:

@@ -18,7 +18,7 @@ from softsphere import (
 )
 
 D, d = 30, 3
-CLUSTERS = torch.arange(30) % 4 - 1
+CLUSTERS = torch.arange(D) % 4 - 1
 LAYERS = {
     "criterion": TaylorSoftmaxLoss,
     "linear": lambda **given: LinearSphericalLoss(d, D, **given),
@@ -31,7 +31,7 @@ LAYERS = {
         for engine in ("auto", "logits", "gram", "factored")
     },
 }
-# Another value of each argument of a constructor. Those of a tensor are made when they are used.
+# Another value of each argument of a constructor, by the name of its attribute.
 OTHER = {
     "in_features": 4,
     "num_classes": 31,
@@ -44,7 +44,6 @@ OTHER = {
     "prior": torch.arange(1.0, D + 1),
     "counts": torch.arange(1.0, D + 1),
     "class_weight": torch.arange(1.0, D + 1),
-    "weight": torch.arange(1.0, D + 1),
     "reduction": "sum",
     "ignore_index": 7,
     "label_smoothing": 0.3,

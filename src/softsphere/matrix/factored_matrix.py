@@ -153,7 +153,9 @@ class FactoredMatrix(Matrix):
             watch.note(update)
             if watch.undone is not None:
                 watch.undone.zero_()
-        watch.check(W)
+        # A refusal is told by the next measurement that is due, and not by whatever reads W first.
+        if watch.refused is None or not bool(watch.refused):
+            watch.check(W)
 
     def zero(self) -> GradientFactors:
         W = self.arrays

@@ -99,15 +99,23 @@ def test_a_factored_layer_keeps_its_digits_through_steps(scale, weights, momentu
 @pytest.mark.parametrize("scale", SCALES)
 # clusters of many leaves, of few and of one
 @pytest.mark.parametrize("C", [4, 120, D])
-def test_leaves_have_the_digits_of_their_outputs(C, scale, bias, engine):
+# by what W and the bias are multiplied after their sums are known, as weight decay does
+@pytest.mark.parametrize("factor", [1, 1 / 1024, 1024])
+def test_leaves_have_the_digits_of_their_outputs(factor, C, scale, bias, engine):
     W, v = weight(scale)
     assignment = torch.arange(D) % C
     head = ClusteredLoss(d, D, assignment, engine=engine, bias=bias)
     order = assignment.argsort(stable=True)
     given = {"weight": W[order], **({"bias": torch.randn(D)} if bias else {})}
-    head.load_state_dict({**head.state_dict(), **given})
-    b = given["bias"][order.argsort()].double() if bias else torch.zeros(D)
     H, target = rows_beside(v, 160), torch.randint(D, (160,))
+    small = {name: tensor / factor for name, tensor in given.items()}
+    head.load_state_dict({**head.state_dict(), **small})
+    if factor != 1:
+        head(H, target)
+        with torch.no_grad():
+            for name in given.keys() & dict(head.named_parameters()):
+                head.get_parameter(name).mul_(factor)
+    b = given["bias"][order.argsort()].double() if bias else torch.zeros(D)
     ours, exact = H.clone().requires_grad_(), H.double().requires_grad_()
     f = 1 + (o := exact @ W.double().mT + b) + o.square() / 2
     sums = torch.zeros(len(H), C).double().index_add(1, assignment, f)

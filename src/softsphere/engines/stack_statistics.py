@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softsphere._torch import values_on_cpu
+from softsphere._torch import values_readable
 from softsphere.engines.factored_statistics import TWICE_IN_CLUSTERS
 from softsphere.engines.sums_of_outputs import SumsOfOutputs, lost_rows
 from softsphere.matrix import FactoredTensor, StructuredGradient
@@ -118,7 +118,7 @@ class _StackStatistics(torch.autograd.Function):
         mu = (exact * r).sum(1)
         at_rows = W.rows(target).double() - r
         q = (P * exact).sum(1).clamp_min(0)
-        if values_on_cpu(q):
+        if values_readable(q):
             lost = lost_rows(W, q, _terms(W, exact, cluster))
             if bool(lost.any()):
                 mu[lost], q[lost], P[lost] = _from_outputs(W, exact[lost], cluster[lost])

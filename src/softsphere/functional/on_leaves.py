@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from softsphere import losses
-from softsphere._torch import integers, transformed, values_on_cpu
+from softsphere._torch import integers, transformed, values_readable
 from softsphere.engines.grouped_gram import cluster_statistics, target_outputs_of
 from softsphere.engines.grouped_products import group_outputs, group_statistics
 from softsphere.engines.grouping import Group, Grouping
@@ -123,7 +123,7 @@ def leaf_losses(
         # cast once, so that the two parts of a gradient are added before it is rounded
         W, b = leaves.W.to(Z.dtype), None if leaves.b is None else leaves.b.to(Z.dtype)
         s, q, error = cluster_statistics(Z, W, b, leaves.pi, group)
-        if not (careful and values_on_cpu(q) and bool((error > _LOST * q.detach()).any())):
+        if not (careful and values_readable(q) and bool((error > _LOST * q.detach()).any())):
             c = target_outputs_of(Z, W, b, group.target)
             return _of_statistics(loss, s, q, c, leaves.pi, group)
     parts = list(_parts(group))

@@ -152,7 +152,7 @@ def test_an_installed_wheel_works_with_torch_and_one_extra_alone(extra, built, m
         assert command.stdout == f"softsphere {softsphere.__version__}\n"
     else:
         assert command.returncode == 2
-        assert re.search("needs datasets, .*; pip install datasets .*", command.stderr)
+        assert re.search("needs matplotlib, .*; pip install matplotlib .*", command.stderr)
         assert len(command.stderr.splitlines()) == 1
 
 

@@ -15,7 +15,7 @@ from softsphere import ClusteredLoss, FactoredSphericalLoss, losses
 from softsphere.engines.factored_statistics import factored_statistics
 from softsphere.optim import FactoredSGD
 
-cpu = pytest.mark.once("such rows are computed from their outputs on a CPU alone")
+cpu = pytest.mark.once("a factored layer looks at its digits on a CPU alone")
 
 D, d, m = 500, 16, 24
 SCALES = [30.0, 1000.0]
@@ -160,27 +160,3 @@ def test_they_are_noticed_where_float32_products_are_rounded(monkeypatch, precis
     with float32_rounded_to(bits, outside=False):
         x = factored_statistics(H, head.weight, torch.zeros(400, 1).long(), centred=False)
     torch.testing.assert_close(x.q.double(), o.square().sum(1), rtol=1e-3, atol=0)
-
-
-@pytest.mark.parametrize("no_grad", [torch.no_grad, torch.inference_mode])
-def test_a_gpu_warns_of_them_at_the_next_check(monkeypatch, no_grad):
-    monkeypatch.setattr("softsphere.engines.factored_statistics.is_asynchronous", lambda _: True)
-    W, v = weight(1000.0)
-    head, target = factored("taylor_softmax", W, None, None), torch.arange(m)
-    optimizer = FactoredSGD(head.parameters(), lr=1e-3)
-
-    def step(H):
-        head(H, target).mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    with no_grad():
-        head(rows_beside(v), target)
-    with pytest.warns(UserWarning, match=f"{2 * m - 2} of the rows .* dtype=torch.float64"):
-        step(rows_beside(v))
-    for _ in range(4):  # which are told of once
-        step(torch.randn(m, d) + 3 * v)
-    with no_grad():
-        head(rows_beside(v), target)
-    head.load_state_dict(head.state_dict())  # what was lost was of another weight
-    step(torch.randn(m, d) + 3 * v)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softsphere._torch import values_readable
+from softsphere._torch import values_on_cpu
 from softsphere.engines.products import times
 from softsphere.engines.quadratic_rows import error_of_parts
 from softsphere.engines.sums_of_outputs import SumsOfOutputs, lost_rows
@@ -20,7 +20,6 @@ from softsphere.matrix.arrays import Arrays
 from softsphere.matrix.factored_matrix import single_matrix
 from softsphere.matrix.gradient import GradientFactors
 from softsphere.matrix.gradient_tensors import Content
-from softsphere.matrix.precision import is_asynchronous
 from softsphere.matrix.turns import in_turn
 from softsphere.stats import Stats
 
@@ -85,12 +84,10 @@ class _FactoredStatistics(torch.autograd.Function):
         exact = W.centred_rows(target.flatten())
         at_rows = exact.to(H.dtype)
         c = (at_rows.view(*target.shape, d) * H.unsqueeze(1)).sum(-1)
-        if values_readable(q):
+        if values_on_cpu(q):
             terms = H.square() @ G.diagonal()
             lost = lost_rows(W, q, terms, error_of_parts(H, G.dtype))
-            if is_asynchronous(q.device):
-                matrix.note_lost(lost)
-            elif bool(lost.any()):
+            if bool(lost.any()):
                 mu[lost], q[lost], P[lost] = _from_outputs(W, H[lost])
                 at_lost = exact.view(*target.shape, d)[lost]
                 c[lost] = (at_lost * H[lost].unsqueeze(1)).sum(-1).to(H.dtype)

@@ -173,21 +173,11 @@ class FactoredMatrix(Matrix):
     def forget_wear(self) -> None:
         self.watch.restart()
 
-    @in_full_precision
-    def note_lost(self, lost: Tensor) -> None:
-        """On a GPU, counts the rows of a loss that have lost their digits: boolean (m).
-
-        The next check warns of them. Looking at them now would mean waiting for the device.
-        """
-        watch, rows = self.watch, lost.sum()
-        watch.lost = rows if watch.lost is None else watch.lost.add_(rows)
-
     def reset_(self) -> None:
-        # what was refused, lost or left unfinished was of another weight
+        # what was refused, or left unfinished, was a step of another weight
         self.arrays.unfinished = None
-        for told in (self.watch.refused, self.watch.lost):
-            if told is not None:
-                told.zero_()
+        if self.watch.refused is not None:
+            self.watch.refused.zero_()
         super().reset_()
 
     @in_full_precision

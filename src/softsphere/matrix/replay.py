@@ -61,7 +61,7 @@ class Replay:
         W.sums()
         small = (W.U, W.U_inv, W.omega, W.centred_gram, W.colsum)
         maps = (W.generations.made, W.generations.maps)
-        known = (watch.refused, watch.undone, watch.deviation, watch.lost)
+        known = (watch.refused, watch.undone, watch.deviation)
         memory = [None if x is None else x.data_ptr() for x in (*W.V.blocks, *small, *maps, *known)]
         return *memory, watch.products, W.generations.now, len(maps[1]), float32_is_exact()
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 
 import torch
 from torch import Tensor
@@ -83,8 +82,6 @@ class Watch:
         # see `Update`; of the deviation the largest since the last check
         self.undone: Tensor | None = None
         self.deviation: Tensor | None = None
-        # how many rows of losses have lost their digits on a GPU since the last check
-        self.lost: Tensor | None = None
         # how many factors the inverse of a recorded step has; 0 stands for elimination
         self.products = 0
         # whether steps are recorded for later, so that nothing is to be read or mended now
@@ -153,7 +150,6 @@ class Watch:
             )
         start, steps = time.perf_counter(), max(self.steps, 1)
         self.checks += 1
-        self._tell_lost()
         if self.deviation is not None:
             self.products = products_for(float(self.deviation), W.V.width)
             self.deviation.zero_()
@@ -168,20 +164,6 @@ class Watch:
         ahead = min(2 * self.period, LONGEST, self.blocks.horizon(2 * CONDITION), min(left) / 2)
         self.period, self.steps = max(int(ahead), 1), 0
         self.seconds += time.perf_counter() - start
-
-    def _tell_lost(self) -> None:
-        """Warns of rows that a GPU has computed with too few digits since the last check."""
-        rows = 0 if self.lost is None else int(self.lost)
-        if self.lost is not None and rows:
-            self.lost.zero_()
-            warnings.warn(
-                f"{rows} of the rows that a factored weight was multiplied with since its last "
-                "check were nearly orthogonal to a very large direction of it, so that few or no "
-                "digits of their losses and gradients are right; make the layer with "
-                "dtype=torch.float64, which has more, or train it on a CPU, where such rows are "
-                "computed from their outputs",
-                stacklevel=2,
-            )
 
     def mend_gram(self, W: Arrays) -> None:
         """Has the Gram matrix computed again if it has drifted."""

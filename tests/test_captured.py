@@ -395,6 +395,39 @@ def test_a_step_that_was_left_out_is_told_when_it_is_asked_for(monkeypatch):
     step.check()
 
 
+def test_a_refused_step_of_one_weight_leaves_the_next_one_in_order(monkeypatch):
+    pretend_a_gpu(monkeypatch)
+    first, second = (FactoredSphericalLoss(WIDTH, D, dtype=torch.float64) for _ in range(2))
+    twin = copy.deepcopy(second)
+    scale = torch.ones((), dtype=torch.float64)
+
+    def step_of_heads(*heads):
+        parameters = [p for head in heads for p in head.parameters()]
+        rate = torch.tensor(0.1, dtype=torch.float64)
+        optimizer = FactoredSGD(parameters, lr=rate, capturable=True)
+
+        def train(hidden, target):
+            optimizer.zero_grad()
+            losses = [head(hidden, target) for head in heads]
+            if len(heads) == 2:
+                losses[0] = losses[0] * scale
+            sum(losses).backward()
+            optimizer.step()
+            return losses[-1]
+
+        return train, optimizer
+
+    step, alone = CapturedStep(*step_of_heads(first, second), *batch(0)), step_of_heads(twin)[0]
+    told = 0
+    for i in range(100):
+        scale.fill_(torch.nan if i == 20 else 1.0)
+        told += taken(step, *batch(i)) is None
+        alone(*batch(i))
+        torch.testing.assert_close(second.dense(), twin.dense(), rtol=1e-9, atol=1e-9)
+    assert told == 1
+    assert step.captures and first.dense().isfinite().all()
+
+
 @pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("while_", ["record", "replay"])
 def test_a_ctrl_c_waits_until_the_step_is_taken_as_a_whole(monkeypatch, while_):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softsphere.matrix import FactoredTensor
+from softsphere.matrix import FactoredTensor, SingularStepError
 from softsphere.matrix.factored_matrix import FactoredMatrix
 from softsphere.matrix.interrupts import uninterrupted
 from softsphere.matrix.replay import Replay
@@ -139,8 +139,14 @@ class CapturedStep:
         with uninterrupted():
             self.graph.replay()
             outputs = _copied(self.outputs)
+            refused = []
             for matrix, recorded in zip(matrices, self.recorded, strict=True):
-                Replay(matrix).after(*recorded)
+                try:
+                    Replay(matrix).after(*recorded)
+                except SingularStepError as error:
+                    refused.append(error)  # the graph has stepped the others all the same
+            if refused:
+                raise refused[0]
         return outputs
 
     def _capture(self, matrices: list[FactoredMatrix]) -> None:

@@ -395,6 +395,27 @@ def test_a_step_that_was_left_out_is_told_when_it_is_asked_for(monkeypatch):
     step.check()
 
 
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", ["lr", "momentum", "weight_decay"])
+def test_a_refused_first_step_leaves_the_weight_as_it_was(name, number, monkeypatch):
+    pretend_a_gpu(monkeypatch)
+    given = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}
+    given = {key: torch.tensor(value, dtype=torch.float64) for key, value in given.items()}
+    mine, plain = (model(**copy.deepcopy(given)) for _ in range(2))
+    before, trunk = mine[1].dense(), copy.deepcopy(mine[0].state_dict())
+    option = mine[2].param_groups[0][name]
+    right = option.item()
+    option.fill_(number)
+    assert taken(step_of(*mine), *batch(0)) is None
+    torch.testing.assert_close(mine[1].dense(), before)
+    option.fill_(right)
+    mine[0].load_state_dict(trunk)
+    for p in mine[0].parameters():
+        mine[2].state.pop(p, None)
+    many(step_of(*mine), 30), many(step_of(*plain), 30)
+    same(mine, plain)
+
+
 def test_a_refused_step_of_one_weight_leaves_the_next_one_in_order(monkeypatch):
     pretend_a_gpu(monkeypatch)
     first, second = (FactoredSphericalLoss(WIDTH, D, dtype=torch.float64) for _ in range(2))

@@ -75,13 +75,14 @@ class Blocks:
         """Returns the rows (1 0) and e, where e base = λ e.
 
         Momentum only scales what is written in the second coordinate. Without two real and distinct
-        λ the rows are those of the identity.
+        λ the rows are those of the identity. So they are with numbers that are not finite, since a
+        GPU refuses their step after these rows are used.
         """
         if len(self.base) == 1:
             return ((1.0,),)
         (a, b), (c, d) = (map(float, row) for row in self.base)
         under = (a - d) ** 2 / 4 + b * c
-        if under <= 1e-12:
+        if not 1e-12 < under < math.inf:
             return ((1.0, 0.0), (0.0, 1.0))
         half = under**0.5 if a >= d else -(under**0.5)
         return (1.0, 0.0), (c / ((d - a) / 2 - half), 1.0)

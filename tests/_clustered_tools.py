@@ -213,7 +213,7 @@ def _parametrized(model: Model) -> None:
     nn.utils.parametrize.remove_parametrizations(model.head, "weight")
 
 
-_ADAPTIVE = TypeError, "n optimizer that keeps numbers for each weight, such as Adam"
+_ADAPTIVE = TypeError, "keeps numbers for each (weight|entry)"
 
 TOOLS: dict[str, Tool] = {
     "SGD": Tool(_by(torch.optim.SGD, lr=0.5)),

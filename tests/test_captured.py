@@ -132,7 +132,7 @@ def test_captured_steps_are_those_that_python_takes(name, count, monkeypatch):
     same(mine, plain)
     assert mine[1].health().renewed == plain[1].health().renewed
     assert 0 < step.captures < 40
-    assert step.calls == count
+    assert step._calls == count
     assert len(told) == (count == 1000) and all(x[1:] == (None, None) for x in told)
     if told:
         assert told[0][0] < 600 and mine[1].health().renewed > 0
@@ -237,13 +237,13 @@ def test_calm_steps_are_taken_by_products_and_sudden_ones_by_elimination(monkeyp
     watch.products, watch.period = 0, 4
     replays = []
     monkeypatch.setattr(
-        step.graph, "replay", lambda: replays.append(i) or type(step.graph).replay(step.graph)
+        step._graph, "replay", lambda: replays.append(i) or type(step._graph).replay(step._graph)
     )
     for i in range(61, 70):
         eliminates = not watch.products
         torch.testing.assert_close(step(*batch(i)), train(*batch(i)).detach())
         # Whether a library allows a capture of elimination is not known, so no graph has it.
-        assert not any("lu_" in name for name in step.graph.counts)
+        assert not any("lu_" in name for name in step._graph.counts)
         assert not (eliminates and i in replays)
     assert watch.products and replays
     same(mine, plain)
@@ -260,7 +260,7 @@ def test_a_step_that_was_left_undone_is_finished_with_its_own_gradient(monkeypat
     for i in range(60):
         for step, rows in ((small, ROWS), (large, 2 * ROWS)):
             step(*batch(i, rows=rows)), train(*batch(i, rows=rows))
-    assert small.graph is not None and large.graph is not None
+    assert small._graph is not None and large._graph is not None
     mine[1].matrix.watch.period = 100  # no measurement finds it
     for rate in rates:
         rate.fill_(12.0)
@@ -478,7 +478,7 @@ def test_what_a_graph_returns_holds_no_graph_of_autograd(monkeypatch):
     mine = model()
     step = CapturedStep(step_of(*mine), mine[2], *batch(0))
     many(step, 6)
-    assert step.captures and not step.outputs.requires_grad
+    assert step.captures and not step._outputs.requires_grad
 
 
 def test_on_a_cpu_the_step_is_run_as_it_is():
@@ -603,7 +603,7 @@ def test_a_captured_step_has_few_launches(monkeypatch):
     step = CapturedStep(train, optimizer, *batch(0, torch.float32))
     for i in range(6):
         step(*batch(i, torch.float32))
-    assert step.graph.counts.total() <= 185
+    assert step._graph.counts.total() <= 185
 
 
 def test_the_rate_of_ordinary_parameters_is_in_the_dtype_that_fused_sgd_reads_on_a_gpu():

@@ -21,7 +21,7 @@ __all__ = ["CapturedStep", "captures", "check_taken"]
 
 # What a training step returns.
 Outputs = Tensor | tuple[Tensor, ...] | None
-# Steps that are taken as they are before one is captured, so that whatever is made once is made.
+# Eager steps before the first capture, so that whatever is made once is made.
 _WARM_UP = 3
 
 
@@ -32,12 +32,12 @@ class CapturedStep:
     all at once. This matters most for a factored layer, whose step is nearly 200 short operations;
     any other layer with a step of fixed shapes can be captured as well.
 
-    Where the memory or the numbers in a graph have changed, the next step is taken as it is, and
-    the one after it is captured again: when the factors were mended, when an option of an optimizer
+    If an address or a number that the graph holds has changed, the next step runs eagerly, and the
+    one after it is captured again: when the factors were mended, when an option of an optimizer
     was given another number, when a state was loaded. Options that are tensors on the device can
     change without that, as the learning rate does under a scheduler.
 
-    On a CPU the step is run as it is, with the same results. The optimizers need not be capturable
+    On a CPU every step runs eagerly, with the same results. The optimizers need not be capturable
     there, and PyTorch's own must not be, unless they are fused.
 
     Args:
@@ -50,8 +50,11 @@ class CapturedStep:
             every input.
 
     Calling it with inputs takes a step and returns copies of what `train` returned. The first three
-    calls run `train` as it is. A batch with fewer rows is padded by the caller: zeros for hidden,
+    calls run `train` eagerly. A batch with fewer rows is padded by the caller: zeros for hidden,
     and the layer's ignore_index for target.
+
+    Attributes:
+        captures: how many graphs have been captured so far; 0 on a CPU.
 
     Raises TypeError for an optimizer that cannot be captured, and for the factored leaves of a
     ClusteredLoss.
@@ -81,23 +84,24 @@ class CapturedStep:
         *examples: Tensor,
     ) -> None:
         given = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
-        self.train, self.optimizers = train, given
-        if not self.optimizers:
+        self._train, self._optimizers = train, given
+        if not self._optimizers:
             raise TypeError("optimizer must be an optimizer or several, got none")
-        for each in self.optimizers:
+        for each in self._optimizers:
             if "capturable" not in getattr(each, "defaults", ()):
                 raise TypeError(
                     "optimizer must be a softsphere.optim.FactoredSGD, which can step a whole "
                     "model, or one of PyTorch's with the option capturable, got "
                     f"{type(each).__name__}"
                 )
-        self.inputs = tuple(x.detach().clone() for x in examples)
-        self.outputs: Outputs = None
-        self.graph: Any = None
-        # what the last step left that was run as it is, and what the graph holds; see `_held`
-        self.left: tuple[Any, ...] = ()
-        self.captured: tuple[Any, ...] = ()
-        self.calls = self.captures = 0
+        self._inputs = tuple(x.detach().clone() for x in examples)
+        self._outputs: Outputs = None
+        self._graph: Any = None
+        # what the last eager step left, and what the graph holds; see `_held`
+        self._left: tuple[Any, ...] = ()
+        self._captured: tuple[Any, ...] = ()
+        self._recorded: list[Any] = []
+        self._calls = self.captures = 0
         self._matrices()
 
     def check(self) -> None:
@@ -106,41 +110,41 @@ class CapturedStep:
         Calls find this out at the next measurement of the factors. Check before you keep a state,
         and after the last step. It waits for the device.
         """
-        check_taken(self.optimizers)
+        check_taken(self._optimizers)
 
     def __call__(self, *inputs: Tensor) -> Outputs:
         """Takes a step with these inputs, and returns copies of what `train` returns."""
         self._check(inputs)
         matrices = self._matrices()
         with torch.no_grad():
-            for static, given in zip(self.inputs, inputs, strict=True):
+            for static, given in zip(self._inputs, inputs, strict=True):
                 static.copy_(given)
         if not captures(self._device):
-            return _copied(self.train(*self.inputs))
-        self.calls += 1
+            return _copied(self._train(*self._inputs))
+        self._calls += 1
         with turn():
             now = self._held(matrices)
-            if self.graph is not None and now == self.captured:
+            if self._graph is not None and now == self._captured:
                 return self._replayed(matrices)
         # Elimination asks a library that need not allow a capture. It is for few steps in a row.
         eliminates = any(not matrix.watch.products for matrix in matrices)
-        if self.calls <= _WARM_UP or now != self.left or eliminates:
-            outputs = _copied(_Graph.warmed_up(lambda: self.train(*self.inputs), self._device))
-            self.left = self._held(matrices)
+        if self._calls <= _WARM_UP or now != self._left or eliminates:
+            outputs = _copied(_Graph.warmed_up(lambda: self._train(*self._inputs), self._device))
+            self._left = self._held(matrices)
             return outputs
         with uninterrupted():
             self._capture(matrices)
             with turn():
-                self.captured = self._held(matrices)
+                self._captured = self._held(matrices)
                 return self._replayed(matrices)
 
     def _replayed(self, matrices: list[FactoredMatrix]) -> Outputs:
         """Runs the graph, and returns copies of what it filled."""
         with uninterrupted():
-            self.graph.replay()
-            outputs = _copied(self.outputs)
+            self._graph.replay()
+            outputs = _copied(self._outputs)
             refused = []
-            for matrix, recorded in zip(matrices, self.recorded, strict=True):
+            for matrix, recorded in zip(matrices, self._recorded, strict=True):
                 try:
                     Replay(matrix).after(*recorded)
                 except SingularStepError as error:
@@ -150,21 +154,21 @@ class CapturedStep:
         return outputs
 
     def _capture(self, matrices: list[FactoredMatrix]) -> None:
-        self.outputs, self.graph = None, None
+        self._outputs, self._graph = None, None
         graph = _Graph(self._device)
         with ExitStack() as stack:
             for matrix in matrices:
                 stack.enter_context(Replay(matrix).recorded())
             # an autograd graph that lives on would tie later steps to the stream of the capture
-            self.outputs = _each(Tensor.detach, graph.record(lambda: self.train(*self.inputs)))
-        self.recorded = [matrix.recorded_step for matrix in matrices]
-        self.graph = graph
+            self._outputs = _each(Tensor.detach, graph.record(lambda: self._train(*self._inputs)))
+        self._recorded = [matrix.recorded_step for matrix in matrices]
+        self._graph = graph
         self.captures += 1
 
     @property
     def _groups(self) -> list[tuple[torch.optim.Optimizer, dict[str, Any]]]:
         """The parameter groups of all optimizers; loading a state puts others in their place."""
-        return [(each, group) for each in self.optimizers for group in each.param_groups]
+        return [(each, group) for each in self._optimizers for group in each.param_groups]
 
     @property
     def _device(self) -> torch.device:
@@ -179,14 +183,14 @@ class CapturedStep:
         """
         found: dict[int, FactoredMatrix] = {}
         for optimizer, group in self._groups:
-            _check_capturable(optimizer, group, self._device)
+            _check_can_step(optimizer, group, self._device)
             for p in group["params"]:
                 if not isinstance(p, FactoredTensor):
                     continue
                 if p.matrix.arrays.shards is not None:
                     raise TypeError(
                         "a weight with a process_group cannot be captured, since its ranks compare "
-                        "their arguments at every call; take the steps as they are"
+                        "their arguments at every call; step it without CapturedStep"
                     )
                 if not isinstance(p.matrix, FactoredMatrix):
                     raise TypeError(
@@ -198,9 +202,9 @@ class CapturedStep:
 
     def _check(self, inputs: tuple[Tensor, ...]) -> None:
         """Raises ValueError if the inputs are not like the examples."""
-        if len(inputs) != len(self.inputs):
-            raise ValueError(f"expected {len(self.inputs)} inputs, got {len(inputs)}")
-        for i, (given, example) in enumerate(zip(inputs, self.inputs, strict=True)):
+        if len(inputs) != len(self._inputs):
+            raise ValueError(f"expected {len(self._inputs)} inputs, got {len(inputs)}")
+        for i, (given, example) in enumerate(zip(inputs, self._inputs, strict=True)):
             mine, wanted = (_described(x) for x in (given, example))
             if mine != wanted:
                 raise ValueError(
@@ -211,7 +215,7 @@ class CapturedStep:
     def _held(self, matrices: list[FactoredMatrix]) -> tuple[Any, ...]:
         """All that a graph would hold for ever: the place of each tensor, and numbers of Python."""
         held: list[Any] = []
-        for optimizer in self.optimizers:
+        for optimizer in self._optimizers:
             for group in optimizer.param_groups:
                 for name, value in group.items():
                     if name not in ("params", "initial_lr"):
@@ -285,7 +289,7 @@ def captures(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def _check_capturable(
+def _check_can_step(
     optimizer: torch.optim.Optimizer, group: dict[str, Any], device: torch.device
 ) -> None:
     """Raises TypeError if a group of an optimizer cannot be stepped as the device needs it."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from softsphere import checks, losses
-from softsphere.engines.row_statistics import accumulator
+from softsphere.engines.row_statistics import wide_dtype
 from softsphere.functional.base_measure import check_mask
 from softsphere.functional.conventions import Conventions
 from softsphere.functional.on_logits import loss_on_logits
@@ -176,7 +176,7 @@ class SphericalLoss(WithPrior):
         if self.loss.normalised:
             scores = normalise(torch.log_softmax, input, self.loss, dim, self.prior, mask)
         else:
-            scores = input.to(accumulator(input.dtype))
+            scores = input.to(wide_dtype(input.dtype))
             if mask is not None:
                 kept = check_mask(mask, input, dim)
                 scores = torch.where(kept, scores.movedim(dim, -1), -torch.inf).movedim(-1, dim)

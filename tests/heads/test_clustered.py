@@ -34,7 +34,6 @@ WAYS = {
 }
 
 every_assignment = pytest.mark.parametrize("name", ASSIGNMENTS)
-every_leaf = pytest.mark.parametrize("leaf", LEAVES)
 # every leaf with every assignment, and every way with the leaves that have it
 CASES = [(name, leaf, "auto") for name in ASSIGNMENTS for leaf in LEAVES] + [
     (name, leaf, way)

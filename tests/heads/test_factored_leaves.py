@@ -161,7 +161,7 @@ def drift(name: str, steps: int) -> tuple[float, float]:
     for _ in range(steps):
         hidden = torch.randn(16, d) * scale
         runs.step(hidden, (hidden @ mixing).argmax(1))
-    health = runs.factored.leaf_health()
+    health = runs.factored.health()
     assert health.condition < 8
     assert health.inverse_drift < 1e-10
     assert health.gram_drift < 1e-4

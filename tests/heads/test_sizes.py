@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
+from _output_layers import KINDS, every_kind
 from softsphere import (
     FactoredSphericalLoss,
     LinearSphericalLoss,
@@ -23,8 +24,6 @@ from softsphere.losses import REGISTRY
 from softsphere.matrix import FactoredTensor
 
 d, D, MORE = 6, 30, 40
-KINDS = [LinearSphericalLoss, FactoredSphericalLoss, SampledSoftmaxLoss]
-every_kind = pytest.mark.parametrize("kind", KINDS)
 both = pytest.mark.parametrize("kind", KINDS[:2])
 
 

@@ -43,6 +43,6 @@ def test_no_total_grows_while_a_search_goes_on(tmp_path, monkeypatch):
     assert totals["search"] == [None] * first + [end] * (len(totals["search"]) - first)
 
 
-def test_a_study_without_a_search_has_one_bar(tmp_path):
+def test_a_study_without_a_search_has_one_bar():
     phases = Phases(Console(file=io.StringIO()), searches=False)
     assert phases.search is None and len(phases.progress.tasks) == 1

@@ -22,7 +22,7 @@ from softsphere.engines.options import LinearSphericalOptions
 from softsphere.engines.pending import Share, shares_of, waiting, withdraw
 from softsphere.engines.quadratic_rows import loses_digits
 from softsphere.engines.target_rows import TargetRows, joined
-from softsphere.engines.weight import accumulator
+from softsphere.engines.weight import sum_dtype
 from softsphere.stats import Stats
 
 __all__ = ["Accumulation"]
@@ -46,7 +46,7 @@ class Accumulation:
         options: LinearSphericalOptions,
     ) -> None:
         self.W, self.b, self.centred, self.options = W, b, centred, options
-        self.dtype = accumulator(W, W, options.accumulate_dtype)
+        self.dtype = sum_dtype(W, W, options.accumulate_dtype)
         self.pi = None if pi is None else pi.to(self.dtype)
         self.given_pi = pi
         self.versions, self.samples = self.current_versions(), self.current_samples()

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from softsphere.engines.engine import Engine, Inputs, Settings, Workload, mass_of
 from softsphere.engines.row_statistics import output_statistics
-from softsphere.engines.weight import accumulator, spread_of_outputs
+from softsphere.engines.weight import spread_of_outputs, sum_dtype
 from softsphere.rounding import above_rounding
 
 __all__ = ["DENSE"]
@@ -22,7 +22,7 @@ def _statistics_of_outputs(x: Inputs, how: Settings) -> tuple[Tensor, Tensor, Te
     if not how.centred:
         return found.s, found.q, found.c
     # The outputs have the digits of their own dtype, even if they are summed in a wider one.
-    apart = spread_of_outputs(x, accumulator(x.H, x.W, torch.float32))
+    apart = spread_of_outputs(x, sum_dtype(x.H, x.W, torch.float32))
     q = above_rounding(found.q, apart, mass_of(x.pi, x.W.shape[0]))
     return found.s, q, found.c
 

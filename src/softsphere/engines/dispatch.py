@@ -14,7 +14,7 @@ from softsphere.engines.chunked import CHUNKED
 from softsphere.engines.dense import DENSE
 from softsphere.engines.engine import Engine, Inputs, Settings, Workload
 from softsphere.engines.gram import GRAM
-from softsphere.engines.weight import accumulator
+from softsphere.engines.weight import sum_dtype
 from softsphere.stats import Stats
 
 if TYPE_CHECKING:  # options.py reads the list of engines
@@ -71,7 +71,7 @@ def settings(x: Inputs, options: LinearSphericalOptions, *, centred: bool) -> Se
         centred,
         options.row_chunk,
         options.class_chunk,
-        accumulator(x.H, x.W, options.accumulate_dtype),
+        sum_dtype(x.H, x.W, options.accumulate_dtype),
         options.deterministic,
     )
 

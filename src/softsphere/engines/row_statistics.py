@@ -11,13 +11,13 @@ from softsphere._torch import forward_mode_active, transforms_active
 from softsphere.rounding import above_rounding, error_of_sum
 from softsphere.stats import Stats
 
-__all__ = ["accumulator", "dense_statistics", "output_statistics", "row_parts"]
+__all__ = ["dense_statistics", "output_statistics", "row_parts", "wide_dtype"]
 
 # The number of outputs whose copies in a wider dtype are in memory at once.
 ON_CPU, ON_DEVICE = 1 << 20, 1 << 24
 
 
-def accumulator(dtype: torch.dtype) -> torch.dtype:
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """Sums over classes are taken in float32 or wider."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -51,7 +51,7 @@ def dense_statistics(
     o: Tensor, pi: Tensor | None, *, centred: bool, y: Tensor | None, mass: Tensor | None = None
 ) -> Stats:
     """The same with every class a target, c = o: for class probabilities and label smoothing."""
-    o = o.to(accumulator(o.dtype))
+    o = o.to(wide_dtype(o.dtype))
     total = float(o.shape[-1]) if mass is None else mass
     if not centred:
         weighted = o if pi is None else o * pi
@@ -116,7 +116,7 @@ class _RowStatistics(torch.autograd.Function):
 def _forward(
     o: Tensor, target: Tensor, pi: Tensor | None, centred: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = accumulator(o.dtype)
+    dtype = wide_dtype(o.dtype)
     # a copy, since the compiler of torch 2.11 loses the gradient of one that .to() gives back
     c = o.gather(-1, target).to(dtype, copy=True)
     if pi is None and not centred:
@@ -154,7 +154,7 @@ def _backward(
 
 def _parts(o: Tensor, pi: Tensor | None, centred: bool) -> list[slice]:
     """`row_parts`, unless nothing is copied."""
-    copied = centred or pi is not None or accumulator(o.dtype) != o.dtype
+    copied = centred or pi is not None or wide_dtype(o.dtype) != o.dtype
     return row_parts(o) if copied else [slice(None)]
 
 
@@ -185,7 +185,7 @@ def _centre(o: Tensor, pi: Tensor | None) -> tuple[Tensor, Tensor]:
     If all o are equal, all of the rest is equal as well, and the second mean differs from it by
     rounding alone.
     """
-    d = o.to(accumulator(o.dtype))
+    d = o.to(wide_dtype(o.dtype))
     d = d - _average(d, pi)
     rest = _average(d, pi)
     apart = 2 * error_of_sum(o.shape[-1], d.dtype) * rest.detach().squeeze(-1).abs()

@@ -16,7 +16,6 @@ from softsphere.engines.engine import Inputs, mass_of
 from softsphere.rounding import spread_of_equals
 
 __all__ = [
-    "accumulator",
     "add_target_rows",
     "chunk_room",
     "chunks",
@@ -24,11 +23,12 @@ __all__ = [
     "read",
     "recorded_in",
     "spread_of_outputs",
+    "sum_dtype",
     "target_outputs",
 ]
 
 
-def accumulator(H: Tensor, W: Tensor, least: torch.dtype) -> torch.dtype:
+def sum_dtype(H: Tensor, W: Tensor, least: torch.dtype) -> torch.dtype:
     """The dtype of sums: `least`, or a wider one if a tensor has it."""
     return torch.promote_types(torch.promote_types(H.dtype, W.dtype), least)
 

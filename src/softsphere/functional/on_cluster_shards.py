@@ -23,7 +23,7 @@ from torch import Tensor
 
 from softsphere import losses
 from softsphere.engines.cluster_shards import ClusterShards
-from softsphere.engines.row_statistics import accumulator
+from softsphere.engines.row_statistics import wide_dtype
 from softsphere.functional.conventions import Conventions
 from softsphere.functional.on_leaves import Leaves, leaf_losses, root_scores
 from softsphere.functional.rows_over_ranks import checked_items, finish_over_ranks
@@ -89,7 +89,7 @@ class LossOnClusterShards:
         self.items = checked_items(num_items, conventions.reduction)
         H = hidden.reshape(len(entries.t), hidden.shape[-1])
         self.H = shards.hidden_for_average(H)
-        self.dtype = accumulator(layer.leaves.pi.dtype)
+        self.dtype = wide_dtype(layer.leaves.pi.dtype)
 
     def agree(self, agreed: Agreement) -> None:
         """Adds to an agreement what must be the same on all ranks."""

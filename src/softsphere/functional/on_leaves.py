@@ -19,7 +19,7 @@ from softsphere.engines.grouped_products import group_outputs, group_statistics
 from softsphere.engines.grouping import Group, Grouping
 from softsphere.engines.leaf_choice import leaf_costs
 from softsphere.engines.lines import Lines
-from softsphere.engines.row_statistics import accumulator
+from softsphere.engines.row_statistics import wide_dtype
 from softsphere.engines.stack_statistics import stack_statistics
 from softsphere.engines.weight import recorded_in
 from softsphere.matrix import FactoredTensor
@@ -82,7 +82,7 @@ def root_scores(logits: Tensor, grouping: Grouping, rows: slice | None = None) -
         logits: (m, S + C), or those of some rows of the root.
         rows: which rows of the root they are of; None for all.
     """
-    logits = logits.to(accumulator(logits.dtype))
+    logits = logits.to(wide_dtype(logits.dtype))
     empty = empty_entries(grouping)
     if empty is None:
         return logits

@@ -14,7 +14,7 @@ from softsphere import checks, losses
 from softsphere._torch import values_on_cpu
 from softsphere.engines.dispatch import linear_statistics
 from softsphere.engines.options import LinearSphericalOptions, options_or_default
-from softsphere.engines.weight import accumulator
+from softsphere.engines.weight import sum_dtype
 from softsphere.functional.base_measure import BaseMeasure, restrict
 from softsphere.functional.conventions import Conventions, mixed_precision, multiplied_dtype
 from softsphere.functional.on_logits import (
@@ -160,7 +160,7 @@ def loss_on_linear(
         o = torch.nn.functional.linear(H, W, b)
         result = loss_on_logits(o, target, loss, conventions, target_values=values)
         return result.view(leading) if conventions.reduction == "none" else result
-    dtype = accumulator(H, W, options.accumulate_dtype)
+    dtype = sum_dtype(H, W, options.accumulate_dtype)
     conventions = conventions.fit(num_classes, dtype, H)
     entries = conventions.entries(target, values, num_classes, dtype)
     base = BaseMeasure(conventions.pi)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from softsphere import checks, losses
 from softsphere._torch import values_on_cpu
-from softsphere.engines.row_statistics import accumulator, dense_statistics, output_statistics
+from softsphere.engines.row_statistics import dense_statistics, output_statistics, wide_dtype
 from softsphere.functional.base_measure import BaseMeasure, fill_masked, restrict
 from softsphere.functional.conventions import Conventions
 from softsphere.functional.row_parts import Part, in_parts
@@ -112,7 +112,7 @@ def loss_on_logits(
     """`spherical_loss` with conventions that are checked already."""
     dim = checks.logits_shape(input)
     o: Tensor = input.movedim(dim, -1)
-    num_classes, dtype = o.shape[-1], accumulator(o.dtype)
+    num_classes, dtype = o.shape[-1], wide_dtype(o.dtype)
     conventions = conventions.fit(num_classes, dtype, input)
     mask = conventions.mask
     for name, x in (("target", target), ("target_values", target_values), ("mask", mask)):
@@ -284,7 +284,7 @@ def _per_class(o: Tensor, loss: losses.Loss, base: BaseMeasure) -> Tensor:
         centred = loss.shift_invariant
         each = loss.each(dense_statistics(o, base.pi, centred=centred, y=None, mass=base.mass))
     else:
-        each = _on_logits(loss).per_class(o.to(accumulator(o.dtype)), base.pi)
+        each = _on_logits(loss).per_class(o.to(wide_dtype(o.dtype)), base.pi)
     # The loss of a masked class is infinite, and its product with a weight of 0 would be NaN.
     return each if base.mask is None else torch.where(base.mask, each, 0.0)
 

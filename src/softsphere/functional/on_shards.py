@@ -30,7 +30,7 @@ from softsphere.engines.accumulation import Accumulation
 from softsphere.engines.dispatch import linear_statistics
 from softsphere.engines.engine import mass_of
 from softsphere.engines.options import LinearSphericalOptions
-from softsphere.engines.weight import accumulator
+from softsphere.engines.weight import sum_dtype
 from softsphere.functional.conventions import Conventions, mixed_precision
 from softsphere.functional.on_linear import Affine, Statistics, autocast
 from softsphere.functional.on_logits import spherical_value
@@ -108,7 +108,7 @@ class ShardedStatistics:
         if not len(W):
             # zeros that depend on all inputs, so that every rank has the same graph
             nothing = H[:, :0].sum(1) + W.sum() + (0 if b is None else b.sum())
-            nothing = nothing.to(accumulator(H, W, self.options.accumulate_dtype))
+            nothing = nothing.to(sum_dtype(H, W, self.options.accumulate_dtype))
             return Stats(nothing, nothing, nothing.unsqueeze(1).expand(place.shape), 0.0)
         if self.statistics is not None:
             return self.statistics(H, place)
@@ -153,7 +153,7 @@ class LossOnShards:
     ) -> None:
         H, W, b = _rows(hidden, layer, kept is not None)
         self.H, self.given, self.weight = shards.hidden_for_average(H), hidden, layer.weight
-        dtype = accumulator(H, W, options.accumulate_dtype)
+        dtype = sum_dtype(H, W, options.accumulate_dtype)
         self.loss, self.shards = loss, shards
         self.conventions = _vectors_in(conventions, dtype)
         self.entries = entries_of_rank(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from softsphere import checks, losses
 from softsphere._torch import saveable_in_exports, values_on_cpu
-from softsphere.engines.row_statistics import accumulator
+from softsphere.engines.row_statistics import wide_dtype
 from softsphere.functional.base_measure import check_mask, fill_masked
 
 __all__ = [
@@ -203,7 +203,7 @@ def normalise(
 
 def _log_numerators(o: Tensor, loss: losses.Loss, pi: Tensor | None) -> Tensor:
     """log π_k t(o_k) of outputs (..., C), in float32 or wider."""
-    log_t = loss.log_numerator(o.to(accumulator(o.dtype)))
+    log_t = loss.log_numerator(o.to(wide_dtype(o.dtype)))
     if values_on_cpu(o):
         lost = log_t.isposinf() & ~o.isposinf()
         if bool(lost.any()):

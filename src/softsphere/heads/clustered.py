@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from softsphere import checks, losses
 from softsphere._torch import eager, exporting
-from softsphere.engines.row_statistics import accumulator
+from softsphere.engines.row_statistics import wide_dtype
 from softsphere.functional.conventions import Conventions, mixed_precision
 from softsphere.functional.on_cluster_shards import ClustersOfRank, LossOnClusterShards
 from softsphere.functional.on_leaves import Leaves, empty_entries, leaf_losses
@@ -29,8 +29,8 @@ from softsphere.heads.clustered_checks import (
 )
 from softsphere.heads.clustered_reader import ClusteredReader, Root, root_log_prob
 from softsphere.heads.clustered_state import WithGrouping
+from softsphere.heads.constructor_argument import ConstructorArgument
 from softsphere.heads.factored_leaves import factored_leaves
-from softsphere.heads.of_constructor import OfConstructor
 from softsphere.heads.prediction import OutputLayer
 from softsphere.heads.reader import Reader
 from softsphere.heads.sharded import ShardedLinear, making
@@ -135,12 +135,12 @@ class ClusteredLoss(WithGrouping, OutputLayer):
     project: nn.Linear | None
     weight: nn.Parameter
     bias: nn.Parameter | None
-    in_features: int = OfConstructor(kept=True)  # type: ignore[assignment]
-    num_classes: int = OfConstructor(kept=True)  # type: ignore[assignment]
-    leaf = OfConstructor(instead="assign the loss of the leaves to `loss`")
-    leaf_features = OfConstructor()
-    counts = OfConstructor()
-    label_smoothing = OfConstructor(
+    in_features: int = ConstructorArgument(kept=True)  # type: ignore[assignment]
+    num_classes: int = ConstructorArgument(kept=True)  # type: ignore[assignment]
+    leaf = ConstructorArgument(read="loss", instead="assign the loss of the leaves to `loss`")
+    leaf_features = ConstructorArgument()
+    counts = ConstructorArgument()
+    label_smoothing = ConstructorArgument(
         instead="it needs the outputs of all classes, so use LinearSphericalLoss"
     )
 
@@ -220,7 +220,7 @@ class ClusteredLoss(WithGrouping, OutputLayer):
         self.reduction = conventions.reduction
         self.ignore_index = conventions.ignore_index
         made: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.keep_grouping(assignment, counts, torch.empty(0, **made))
+        self._keep_grouping(assignment, counts, torch.empty(0, **made))
         L, rows = self._clusters.number_of_leaves, self._clusters.root.total
         self.root = (
             nn.Linear(self.in_features, rows, bias=bias, **made)
@@ -265,9 +265,9 @@ class ClusteredLoss(WithGrouping, OutputLayer):
                 shares = self.root_shares[self._clusters.root.slice]
                 self.root.bias.copy_(shares.log().clamp_min(_NO_SHARE))
             with undisturbed():
-                for block, reach in zip(self.leaf_blocks(), (bound, 0.0), strict=False):
+                for block, reach in zip(self._leaf_blocks(), (bound, 0.0), strict=False):
                     block.uniform_(-reach, reach)
-                self.leaves_written()
+                self._leaves_written()
 
     @eager(EAGER)
     def forward(
@@ -308,7 +308,7 @@ class ClusteredLoss(WithGrouping, OutputLayer):
     ) -> tuple[Targets, Conventions]:
         """The targets of the rows and their conventions, after checks of all that is given."""
         refuse_other_targets(target_values, mask)
-        self.check_parameters()
+        self._check_parameters()
         checks.hidden(hidden, self.in_features)
         checks.same_device("weight", self.weight, "hidden", hidden)
         checks.same_device("target", target, "hidden", hidden)
@@ -320,7 +320,7 @@ class ClusteredLoss(WithGrouping, OutputLayer):
                 if layer is not None:
                     names = "hidden", f"{name}.weight", f"{name}.bias"
                     checks.same_dtype(hidden, layer.weight, layer.bias, names)
-        dtype = accumulator(self.weight.dtype)
+        dtype = wide_dtype(self.weight.dtype)
         conventions = Conventions.checked(
             self.loss, reduction=self.reduction, ignore_index=self.ignore_index
         )
@@ -330,7 +330,7 @@ class ClusteredLoss(WithGrouping, OutputLayer):
     def _losses(self, H: Tensor, target: Tensor, ignored: Tensor) -> Tensor:
         """−log p of the target of each row H (m, d): (m), in float32 or wider."""
         grouping = self.grouping
-        dtype = accumulator(self.weight.dtype)
+        dtype = wide_dtype(self.weight.dtype)
         cluster = grouping.cluster.index_select(0, target)
         place = grouping.place.index_select(0, target)
         nll = self._root_losses(H, grouping.root_entry(cluster, place)).to(dtype)
@@ -377,7 +377,7 @@ class ClusteredLoss(WithGrouping, OutputLayer):
 
     def _part_of_rank(self) -> ClustersOfRank:
         """The weights and the clusters of this rank."""
-        dtype = accumulator(self.weight.dtype)
+        dtype = wide_dtype(self.weight.dtype)
         return ClustersOfRank(
             self.root.weight,
             self.root.bias,
@@ -392,8 +392,8 @@ class ClusteredLoss(WithGrouping, OutputLayer):
     def _reader(self) -> Reader:
         if exporting() and self.engine == "factored":
             raise RuntimeError(FACTORED_EXPORT)
-        self.check_parameters()
-        pi = self.prior.to(accumulator(self.weight.dtype))
+        self._check_parameters()
+        pi = self.prior.to(wide_dtype(self.weight.dtype))
         leaves = Leaves(self.weight, self.bias, pi)
         root = Root(self.root, self.project)
         if self.shards is not None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from softsphere import losses
 from softsphere._torch import exporting, is_recorded, values_on_cpu
 from softsphere.engines.grouping import Grouping
-from softsphere.engines.row_statistics import accumulator
+from softsphere.engines.row_statistics import wide_dtype
 from softsphere.functional.on_leaves import Leaves, leaf_losses, log_sums, root_scores
 from softsphere.functional.root_losses import is_plain_linear
 from softsphere.heads.reader import INFINITE, SCORES, Reader
@@ -49,7 +49,7 @@ class ClusteredReader(Reader):
     ) -> None:
         weight = root.scores.weight
         super().__init__(loss, weight.shape[1], num_classes, weight.device)
-        self.dtype = accumulator(weight.dtype)
+        self.dtype = wide_dtype(weight.dtype)
         self.root, self.grouping = root, grouping
         self.leaves = leaves.recorded_in(self.dtype)
         self.S = len(grouping.shortlist)

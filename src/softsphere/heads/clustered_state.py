@@ -17,7 +17,7 @@ from softsphere._torch import exporting, values_on_cpu, version_of
 from softsphere.engines.cluster_shards import ClusterShards
 from softsphere.engines.grouping import Grouping
 from softsphere.engines.repeated_rows import repeated_rows
-from softsphere.engines.row_statistics import accumulator
+from softsphere.engines.row_statistics import wide_dtype
 from softsphere.functional.loading import Loading
 from softsphere.heads.clustered_checks import (
     check_can_be_written,
@@ -75,7 +75,7 @@ class WithGrouping(ShardedLayer, FactoredLeaves):
             "assignment of a ClusteredLoss cannot be changed; make a new layer with it"
         )
 
-    def keep_grouping(self, assignment: Tensor, counts: Tensor | None, like: Tensor) -> None:
+    def _keep_grouping(self, assignment: Tensor, counts: Tensor | None, like: Tensor) -> None:
         """Registers the buffers, on the device of a tensor, for parameters of its dtype.
 
         Raises TypeError or ValueError for a wrong assignment, and for wrong counts (None: ones).
@@ -90,7 +90,7 @@ class WithGrouping(ShardedLayer, FactoredLeaves):
             checks.class_vector("counts", counts, self.num_classes)
             shares, pi = grouping.root_shares(counts), grouping.base_measure(counts)
             self._clusters = ClusterShards.of(grouping, shares, size, rank)
-        device, dtype = like.device, accumulator(like.dtype)
+        device, dtype = like.device, wide_dtype(like.dtype)
         narrow = pi.to(dtype)
         if not bool((narrow > 0).all()):
             raise ValueError(
@@ -161,10 +161,10 @@ class WithGrouping(ShardedLayer, FactoredLeaves):
                 "reset_parameters(), or load_state_dict(..., assign=True), and then use it"
             )
 
-    def check_parameters(self) -> None:
+    def _check_parameters(self) -> None:
         """Raises ValueError or TypeError for parameters that were replaced by unfit ones."""
         check_engine(distribution(self.loss), self.engine, self.sparse)
-        self.check_factored()
+        self._check_factored()
         self._check_values()
         L = self._clusters.number_of_leaves
         for name, x in (("weight", self.weight), ("bias", self.bias)):
@@ -217,7 +217,7 @@ class WithGrouping(ShardedLayer, FactoredLeaves):
         if of_root:
             check_can_be_written(self.root, "root.weight")
         rows = rows.to(self.weight.device)
-        self.write_leaves(rows[grouping.leaves[clusters.leaves()]])
+        self._write_leaves(rows[grouping.leaves[clusters.leaves()]])
         if of_root:
             listed = rows[grouping.shortlist[clusters.listed]]
             self.root.weight[: len(listed)] = listed.to(self.root.weight.dtype)
@@ -260,7 +260,7 @@ class WithGrouping(ShardedLayer, FactoredLeaves):
             return found.view(*wanted.shape, self.leaf_width)
         # Each table is asked for its own rows alone: a sparse gradient has no others.
         of_root, of_leaves = listed.nonzero().squeeze(1), (~listed).nonzero().squeeze(1)
-        wide = accumulator(self.weight.dtype)
+        wide = wide_dtype(self.weight.dtype)
         found = torch.cat(
             [
                 repeated_rows(self.root.weight, place[of_root], wide),
@@ -335,7 +335,7 @@ class WithGrouping(ShardedLayer, FactoredLeaves):
 
         A state may have been cast to half precision, and with assign=True become the buffers.
         """
-        dtype = accumulator(self.weight.dtype)
+        dtype = wide_dtype(self.weight.dtype)
         for name, L in (("prior", len(self.prior)), ("root_shares", len(self.root_shares))):
             x = state_dict.get(prefix + name)
             if not isinstance(x, Tensor) or x.is_meta or x.shape != (L,):

@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["OfConstructor"]
+__all__ = ["ConstructorArgument"]
 
 
-class OfConstructor:
+class ConstructorArgument:
     """An attribute with the name of an argument that only the constructor takes.
 
     Assigning another value raises AttributeError, where a module of PyTorch would keep the new one
@@ -18,11 +18,18 @@ class OfConstructor:
 
     Args:
         kept: whether the constructor keeps the argument under its name.
+        read: the attribute that has its value, if there is one under another name.
         instead: how to have another value.
     """
 
-    def __init__(self, *, kept: bool = False, instead: str = "make a new layer with it") -> None:
-        self.kept, self.instead = kept, instead
+    def __init__(
+        self,
+        *,
+        kept: bool = False,
+        read: str | None = None,
+        instead: str = "make a new layer with it",
+    ) -> None:
+        self.kept, self.read, self.instead = kept, read, instead
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
@@ -30,6 +37,8 @@ class OfConstructor:
     def __get__(self, layer: nn.Module | None, owner: type) -> Any:
         if layer is None:
             return self
+        if self.read is not None:
+            return getattr(layer, self.read)
         if self.name not in layer.__dict__:
             raise AttributeError(self.name)  # in the words of nn.Module
         return layer.__dict__[self.name]

@@ -15,7 +15,7 @@ from softsphere.engines.dispatch import settings
 from softsphere.engines.engine import Inputs
 from softsphere.engines.gram import guarded_statistics
 from softsphere.engines.repeated_rows import repeated_rows
-from softsphere.engines.row_statistics import accumulator
+from softsphere.engines.row_statistics import wide_dtype
 from softsphere.engines.weight import chunks, recorded_in
 from softsphere.functional.on_linear import Affine
 from softsphere.heads.row_keys import keys_of_rows
@@ -37,7 +37,7 @@ class DenseReader(WeightReader):
         W, b, _ = layer
         super().__init__(loss, W.shape[1], W.shape[0], pi, W.device)
         self.W, self.b, self.options = W, b, options
-        self.dtype = accumulator(W.dtype)
+        self.dtype = wide_dtype(W.dtype)
         self._recorded: tuple[Tensor, Tensor | None] | None = None
 
     def rows_of(self, hidden: Tensor) -> Tensor:

@@ -19,9 +19,10 @@ from softsphere.engines.factored_statistics import TWICE, factored_statistics
 from softsphere.functional.conventions import Conventions
 from softsphere.functional.on_factored_shards import FactoredLossOnShards
 from softsphere.functional.on_logits import spherical_value
+from softsphere.heads.constructor_argument import ConstructorArgument
+from softsphere.heads.factored_parameter import check_factored_dtype
 from softsphere.heads.factored_reader import EXPORT, FactoredReader
 from softsphere.heads.factored_state import FactoredState
-from softsphere.heads.of_constructor import OfConstructor
 from softsphere.heads.prediction import OutputLayer
 from softsphere.heads.reader import Reader
 from softsphere.heads.sharded import making
@@ -67,7 +68,7 @@ class FactoredSphericalLoss(FactoredState, OutputLayer):
     With a process_group a step sends O(m d) numbers for the m rows of all ranks. Every rank takes
     the same step of the small factors, from the same numbers by the same operations, so that they
     stay equal bit for bit; U, U⁻¹ and ω are compared at every call. All ranks must therefore run on
-    machines that round alike, and do with the layer the same in the same order.
+    machines that round alike, and call the same methods of the layer in the same order.
 
     Shapes: hidden (…, d); target (…), class indices of any integer dtype, or (…, K) with
     target_values (…, K).
@@ -90,9 +91,9 @@ class FactoredSphericalLoss(FactoredState, OutputLayer):
 
     loss: Spherical
     weight: nn.Parameter
-    in_features: int = OfConstructor(kept=True)  # type: ignore[assignment]
-    num_classes: int = OfConstructor(kept=True)  # type: ignore[assignment]
-    prior = OfConstructor()
+    in_features: int = ConstructorArgument(kept=True)  # type: ignore[assignment]
+    num_classes: int = ConstructorArgument(kept=True)  # type: ignore[assignment]
+    prior = ConstructorArgument(read="base_measure")
 
     def __init__(
         self,
@@ -137,23 +138,23 @@ class FactoredSphericalLoss(FactoredState, OutputLayer):
         self.in_features = checks.at_least_one("in_features", in_features)
         self.num_classes = checks.at_least_one("num_classes", num_classes)
         self.has_bias = checks.flag("bias", bias)
-        _check_dtype(dtype)
+        check_factored_dtype(torch.get_default_dtype() if dtype is None else dtype)
         self.loss = loss  # type: ignore[assignment]
         given = Conventions.checked(self.loss, reduction=reduction, ignore_index=ignore_index)
         self.reduction, self.ignore_index = given.reduction, given.ignore_index
-        W = torch.empty(self.own_classes, self.in_features, device=device, dtype=dtype)
+        W = torch.empty(self._own_classes, self.in_features, device=device, dtype=dtype)
         pi = None
         if prior is not None:
             pi = checks.prior(prior, W.dtype)
             checks.class_vector("prior", pi, self.num_classes)
             pi = pi if self.shards is None else pi[self.shards.sharding.slice].clone()
             pi = pi if W.is_meta else pi.to(W.device)
-        b = W.new_empty(self.own_classes) if bias else None
+        b = W.new_empty(self._own_classes) if bias else None
         self.weight = nn.Parameter(FactoredTensor(W, b, pi, self.shards))
 
     def _usable_loss(self, loss: Any) -> losses.Loss:
         """Raises TypeError for a loss that needs the logits."""
-        return _spherical(losses.get(loss))
+        return _spherical(losses.get(loss, Spherical))
 
     @property
     def conventions(self) -> Conventions:
@@ -275,7 +276,7 @@ class FactoredSphericalLoss(FactoredState, OutputLayer):
 
     def _local_reader(self) -> FactoredReader:
         kind = FactoredReader if self.shards is None else ReaderOfFactoredShard
-        return kind(self.factored_weight, self.in_features, self.loss)
+        return kind(self._factored_weight, self.in_features, self.loss)
 
     def _reader(self) -> Reader:
         reader = self._local_reader()
@@ -335,7 +336,7 @@ class FactoredSphericalLoss(FactoredState, OutputLayer):
             None,
             self.matrix.edition,
         ):
-            grad.content.block = self.factored_weight.block
+            grad.content.block = self._factored_weight.block
         return self
 
     def extra_repr(self) -> str:
@@ -345,21 +346,12 @@ class FactoredSphericalLoss(FactoredState, OutputLayer):
         )
 
 
-def _check_dtype(dtype: Any) -> None:
-    """Raises TypeError for a dtype in which there are no factored weights."""
-    if dtype is not None and dtype not in (torch.float32, torch.float64):
-        raise TypeError(
-            f"dtype must be torch.float32 or torch.float64, got {dtype!r}; a factored weight is "
-            "float32 or float64, and for half precision around it there is torch.autocast"
-        )
-
-
 def _spherical(loss: losses.Loss) -> Spherical:
     """Returns the loss if it depends on the outputs through (s, q, c) alone."""
     if not isinstance(loss, Spherical):
         raise TypeError(
-            f"loss must be spherical for a layer without logits, got {loss}; "
-            "use nn.Linear with SphericalLoss for this one"
+            f"loss must be spherical for a FactoredSphericalLoss, got {loss}; use one of "
+            f"{', '.join(losses.names(Spherical))}, or LinearSphericalLoss, which takes every loss"
         )
     return loss
 

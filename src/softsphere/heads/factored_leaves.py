@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from softsphere._torch import changed_in_place, transforms_active
 from softsphere.engines.factored_statistics import TWICE_IN_CLUSTERS
 from softsphere.functional.loading import Loading, LoadsEntries
-from softsphere.heads.factored_parameter import WithFactoredParameter
+from softsphere.heads.factored_parameter import WithFactoredParameter, check_factored_dtype
 from softsphere.matrix import FactoredTensor, Health, StructuredGradient
 from softsphere.matrix.factored_stack import FactoredStack
 from softsphere.matrix.interrupts import undisturbed
@@ -31,8 +31,7 @@ def factored_leaves(W: Tensor, b: Tensor | None, starts: Tensor, pi: Tensor) -> 
 
     Raises TypeError for a dtype in which there are no factored weights.
     """
-    if W.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"dtype must be torch.float32 or torch.float64, got {W.dtype}: {HALF}")
+    check_factored_dtype(W.dtype)
     columns = [W] if b is None else [W, b.unsqueeze(1)]
     return FactoredTensor.stack(columns, starts, pi.to(W.device, W.dtype))
 
@@ -64,7 +63,7 @@ class FactoredLeaves(WithFactoredParameter, LoadsEntries):
             )
         return weight.matrix
 
-    def check_factored(self) -> None:
+    def _check_factored(self) -> None:
         """Raises an error where factored leaves cannot be used, and where others are factored."""
         factored = isinstance(self.weight, FactoredTensor)
         if self.engine != "factored":
@@ -94,16 +93,16 @@ class FactoredLeaves(WithFactoredParameter, LoadsEntries):
                 "on the meta device; load it by load_state_dict, or call reset_parameters()"
             )
 
-    def leaf_blocks(self) -> list[Tensor]:
-        """The memory of weight (L, d') and bias, to be overwritten; then call `leaves_written`."""
+    def _leaf_blocks(self) -> list[Tensor]:
+        """The memory of weight (L, d') and bias, to be overwritten; then call `_leaves_written`."""
         if self.engine != "factored":
             return [self.weight] if self.bias is None else [self.weight, self.bias]
         W = self._stack().arrays
         W.V.own()
         return W.V.blocks
 
-    def leaves_written(self) -> None:
-        """Takes what was written into `leaf_blocks`, and the present base measure."""
+    def _leaves_written(self) -> None:
+        """Takes what was written into `_leaf_blocks`, and the present base measure."""
         if self.engine == "factored":
             W = self._stack().arrays
             W.pi = self.prior.to(W.device, W.dtype)
@@ -111,17 +110,17 @@ class FactoredLeaves(WithFactoredParameter, LoadsEntries):
             changed_in_place(self.weight)
 
     @torch.no_grad()
-    def write_leaves(self, *values: Tensor | None) -> None:
+    def _write_leaves(self, *values: Tensor | None) -> None:
         """Writes the weight (L, d') and the bias (L), or leaves what is None or not given."""
         with undisturbed():
             if self.engine == "factored":
                 self._stack().canonical_()
-            for block, new in zip(self.leaf_blocks(), values, strict=False):
+            for block, new in zip(self._leaf_blocks(), values, strict=False):
                 if new is not None:
                     block.copy_(new.view(block.shape))
-            self.leaves_written()
+            self._leaves_written()
 
-    def leaf_health(self, probes: int = 4) -> Health:
+    def health(self, probes: int = 4) -> Health:
         """Returns the numerical state of factored leaves, that of the worst cluster.
 
         See `softsphere.matrix.Health`. Raises TypeError for another engine.
@@ -184,7 +183,7 @@ class FactoredLeaves(WithFactoredParameter, LoadsEntries):
             self._adopt(weight, bias)
         elif given or f"{prefix}prior" in state_dict:
             # The base measure may have been loaded in any case.
-            self.write_leaves(weight, bias)
+            self._write_leaves(weight, bias)
         loading.error_msgs.extend(wrong)
 
     def _adopt(self, W: Tensor, b: Tensor | None = None) -> None:

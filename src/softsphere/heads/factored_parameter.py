@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from softsphere.matrix import FactoredTensor
 
-__all__ = ["WithFactoredParameter"]
+__all__ = ["WithFactoredParameter", "check_factored_dtype"]
+
+
+def check_factored_dtype(dtype: Any) -> None:
+    """Raises TypeError for a dtype in which there are no factored weights."""
+    if dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"dtype must be torch.float32 or torch.float64, got {dtype!r}; a factored weight is "
+            "float32 or float64, and for half precision around it there is torch.autocast"
+        )
 
 
 class WithFactoredParameter(nn.Module):

@@ -35,7 +35,7 @@ class FactoredState(ShardedLayer, WithFactoredParameter):
     weight: nn.Parameter
 
     @property
-    def factored_weight(self) -> FactoredTensor:
+    def _factored_weight(self) -> FactoredTensor:
         """The parameter `weight`.
 
         Raises TypeError or ValueError if it was replaced by one that this layer cannot use, and
@@ -50,20 +50,20 @@ class FactoredState(ShardedLayer, WithFactoredParameter):
                 f"got {type(weight).__name__}; load other values by load_state_dict, or use "
                 "LinearSphericalLoss, whose weight may be any tensor"
             )
-        wanted = (self.own_classes, self.in_features + self.has_bias)
+        wanted = (self._own_classes, self.in_features + self.has_bias)
         if tuple(weight.shape) != wanted:
             raise ValueError(f"weight must have shape {wanted}, got {tuple(weight.shape)}")
         return weight
 
     @property
-    def own_classes(self) -> int:
+    def _own_classes(self) -> int:
         """The number of classes of this rank, which are all without a process group."""
         return self.num_classes if self.shards is None else len(self.shards.sharding)
 
     @property
     def matrix(self) -> FactoredMatrix:
         """The matrix that holds [W b] in factors."""
-        return single_matrix(self.factored_weight.block)
+        return single_matrix(self._factored_weight.block)
 
     @in_turn
     def _saved(self) -> dict[str, Tensor]:
@@ -99,9 +99,9 @@ class FactoredState(ShardedLayer, WithFactoredParameter):
     def _load_local_entries(
         self, state_dict: dict[str, Any], prefix: str, loading: Loading
     ) -> None:
-        shapes: dict[str, tuple[int, ...]] = {"weight": (self.own_classes, self.in_features)}
+        shapes: dict[str, tuple[int, ...]] = {"weight": (self._own_classes, self.in_features)}
         if self.has_bias:
-            shapes["bias"] = (self.own_classes,)
+            shapes["bias"] = (self._own_classes,)
         own = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
         adopt = loading.assigns and "weight" in own
         dtype = own["weight"].dtype if adopt else self.weight.dtype

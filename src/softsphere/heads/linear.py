@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from softsphere import checks, losses
 from softsphere._torch import eager, is_wrapper
 from softsphere.engines.options import LinearSphericalOptions, options_or_default
-from softsphere.engines.row_statistics import accumulator
+from softsphere.engines.row_statistics import wide_dtype
 from softsphere.functional.conventions import Conventions
 from softsphere.functional.loading import Loading
 from softsphere.functional.on_linear import Affine, loss_on_linear, without_logits
@@ -65,16 +65,16 @@ class LinearSphericalLoss(ShardedLayer, AccumulatingLayer, OutputLayer, WithPrio
             rank gives rows of its own.
         averaged: with a process_group, whether the layers below average their gradients over the
             ranks, as DistributedDataParallel and fully_shard do. Then the gradient with respect to
-            hidden is n times as large, so that the average is right. None means that it is so
-            inside the forward of a DistributedDataParallel; elsewhere, hidden that comes from
-            layers below is refused then.
+            hidden is n times as large, so that the average is right. None, the default, stands
+            for True inside the forward of a DistributedDataParallel. Elsewhere it raises an error
+            if hidden comes from layers below, since the layer cannot know.
 
     With a process_group every rank must make the layer, call it, call backward and step the
     optimizer, all in the same order. The loss is that of the rows of all ranks together, and every
     rank returns it; with reduction "none" it is that of each rank's own rows. The gradient with
     respect to hidden is that of the rank's own rows. A step sends O(m d) numbers, whatever D is.
-    What one rank is given wrongly is an error on all. The loss must be spherical, and there are no
-    masks, no label smoothing and no class probabilities.
+    An invalid argument on one rank raises an error on every rank. The loss must be spherical, and
+    there are no masks, no label smoothing and no class probabilities.
 
     `softsphere.parallel` has what a model around the layer needs: `leave_out_of_ddp` before
     DistributedDataParallel wraps it as a whole, `clip_grad_norm_`, and `keep_whole_state` for the
@@ -161,7 +161,7 @@ class LinearSphericalLoss(ShardedLayer, AccumulatingLayer, OutputLayer, WithPrio
         own = slice(0, num_classes) if self.shards is None else self.shards.sharding.slice
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         self.weight = nn.Parameter(torch.empty(own.stop - own.start, in_features, **made))
-        pi = None if prior is None else checks.prior(prior, accumulator(self.weight.dtype))
+        pi = None if prior is None else checks.prior(prior, wide_dtype(self.weight.dtype))
         given = Conventions.checked(self.loss, weight=weight, pi=pi, **rest)
         self.reduction, self.ignore_index = given.reduction, given.ignore_index
         self.label_smoothing = given.label_smoothing

@@ -15,7 +15,7 @@ from softsphere._torch import exporting, is_dtensor, transformed
 from softsphere.criteria import TopK
 from softsphere.functional.conventions import mixed_precision
 from softsphere.heads.computed_weights import compute_weights
-from softsphere.heads.of_constructor import OfConstructor
+from softsphere.heads.constructor_argument import ConstructorArgument
 from softsphere.heads.reader import Reader
 
 __all__ = ["OutputLayer"]
@@ -75,7 +75,7 @@ class OutputLayer(nn.Module, ABC):
         ) -> Tensor: ...
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(argument := getattr(type(self), name, None), OfConstructor):
+        if isinstance(argument := getattr(type(self), name, None), ConstructorArgument):
             argument.__set__(self, value)
             return
         if name == "loss":

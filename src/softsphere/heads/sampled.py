@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from softsphere import checks, losses
 from softsphere.engines import LinearSphericalOptions
 from softsphere.engines.repeated_rows import repeated_rows
-from softsphere.engines.row_statistics import accumulator
+from softsphere.engines.row_statistics import wide_dtype
 from softsphere.engines.wide_outputs import wide_outputs
 from softsphere.functional.conventions import Conventions, mixed_precision, multiplied_dtype
 from softsphere.heads.affine import made_dtype, start_as_linear, whole_layer
+from softsphere.heads.constructor_argument import ConstructorArgument
 from softsphere.heads.dense_reader import DenseReader
 from softsphere.heads.negatives import SAMPLES, Sampler, sampler_of
-from softsphere.heads.of_constructor import OfConstructor
 from softsphere.heads.prediction import OutputLayer
 from softsphere.losses import Softmax
 
@@ -106,7 +106,7 @@ class SampledSoftmaxLoss(OutputLayer):
 
     weight: nn.Parameter
     bias: nn.Parameter | None
-    counts = OfConstructor()
+    counts = ConstructorArgument()
 
     def __init__(
         self,
@@ -215,7 +215,7 @@ class SampledSoftmaxLoss(OutputLayer):
         conventions = Conventions.checked(
             self.loss, reduction=self.reduction, ignore_index=self.ignore_index
         )
-        wide = accumulator(hidden.dtype)
+        wide = wide_dtype(hidden.dtype)
         entries = conventions.entries(target.reshape(-1), None, reader.num_classes, wide)
         t = entries.t.squeeze(-1)
         if self.training:
@@ -237,7 +237,7 @@ class SampledSoftmaxLoss(OutputLayer):
                 f"weight must have {known} rows, one for each class that can be drawn, got "
                 f"{len(W)}; make a new layer for them, with counts of these classes"
             )
-        wide = accumulator(H.dtype)
+        wide = wide_dtype(H.dtype)
         classes, log_expected = self._sampler.choose(target, ignored, wide)
         every, sizes = torch.cat([target, classes]), [m, len(classes)]
         own_rows, rows = repeated_rows(W, every, wide, sparse=self.sparse).split(sizes)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from softsphere import checks
 from softsphere._torch import is_dtensor
 from softsphere.functional.loading import Loading, LoadsEntries
-from softsphere.heads.of_constructor import OfConstructor
+from softsphere.heads.constructor_argument import ConstructorArgument
 from softsphere.parallel import (
     Agreement,
     Ranks,
@@ -195,9 +195,9 @@ class ShardedRows(LoadsEntries):
 class ShardedLayer(ShardedRows):
     """An output layer that may have a process group."""
 
-    process_group = OfConstructor()
-    replicated = OfConstructor()
-    averaged = OfConstructor()
+    process_group = ConstructorArgument()
+    replicated = ConstructorArgument()
+    averaged = ConstructorArgument()
 
     if TYPE_CHECKING:
         # the call of every output layer, with the argument that layers with a group have besides

@@ -31,6 +31,7 @@ __all__ = [
     "TaylorSoftmax",
     "ZLoss",
     "get",
+    "names",
 ]
 
 # The names that users write. A new loss is a file and a line here.
@@ -47,11 +48,21 @@ REGISTRY: dict[str, type[Loss]] = {
 }
 
 
-def get(loss: str | Loss) -> Loss:
+def names(kind: type[Loss] = Loss) -> list[str]:
+    """Returns the names of the losses of a kind.
+
+    >>> names(Normalised)
+    ['spherical_softmax', 'taylor_softmax']
+    """
+    return [name for name, value in REGISTRY.items() if issubclass(value, kind)]
+
+
+def get(loss: str | Loss, kind: type[Loss] = Loss) -> Loss:
     """Returns the loss of that name with its default hyper-parameters, or the given loss itself.
 
     Args:
         loss: a name of `REGISTRY`, or a loss.
+        kind: of which the error for an unknown name lists the names.
 
     Raises ValueError for an unknown name, with a list of the known ones, and TypeError for
     anything that is neither a name nor a loss.
@@ -66,7 +77,8 @@ def get(loss: str | Loss) -> Loss:
             f"loss must be a name or a softsphere.losses.Loss, got {loss!r}{_instead(loss)}"
         )
     if loss not in REGISTRY:
-        raise ValueError(f"loss must be one of {', '.join(REGISTRY)}, got {loss!r}{_instead(loss)}")
+        known = ", ".join(names(kind))
+        raise ValueError(f"loss must be one of {known}, got {loss!r}{_instead(loss)}")
     return REGISTRY[loss]()
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from softsphere.matrix.refusals import ADAPTIVE, MOMENTUM
+from softsphere.matrix.refusals import BY_SGD, MOMENTUM
 from softsphere.matrix.tensors import FactoredTensor
 
 __all__ = ["refuse_step"]
@@ -60,7 +60,7 @@ def _refuse(optimizer: torch.optim.Optimizer) -> None:
         if plain and not group["momentum"]:
             continue
         if any(isinstance(p, FactoredTensor) and p.grad is not None for p in group["params"]):
-            why = MOMENTUM if plain else ADAPTIVE
+            why = MOMENTUM if plain else f"it keeps numbers for each entry; {BY_SGD}"
             raise TypeError(f"torch.optim.{kind.__name__} cannot step a factored weight: {why}")
 
 

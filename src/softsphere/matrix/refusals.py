@@ -4,13 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["ADAPTIVE", "COMPILED", "DISTRIBUTED", "HALF", "MOMENTUM", "foreign", "refusal", "stale"]
+__all__ = [
+    "ADAPTIVE",
+    "BY_SGD",
+    "COMPILED",
+    "DISTRIBUTED",
+    "HALF",
+    "MOMENTUM",
+    "foreign",
+    "refusal",
+    "stale",
+]
 
 # What to use instead, for the PyTorch tools to which some operations belong.
-ADAPTIVE = (
-    "an optimizer that keeps numbers for each weight, such as Adam, cannot step it: use "
-    "torch.optim.SGD or softsphere.optim.FactoredSGD, or LinearSphericalLoss for such an "
+BY_SGD = (
+    "use torch.optim.SGD or softsphere.optim.FactoredSGD, or LinearSphericalLoss for such an "
     "optimizer"
+)
+ADAPTIVE = (
+    f"an optimizer that keeps numbers for each weight, such as Adam, cannot step it: {BY_SGD}"
 )
 MOMENTUM = (
     "the momentum of this optimizer is a gradient of an earlier weight, which means nothing for "

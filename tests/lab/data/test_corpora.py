@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
-import os
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 
+from _data_folder import FOLDER, needs_data
 from softsphere_lab.data import corpora, text
 from softsphere_lab.data import images as data
 from softsphere_lab.errors import LabError
 
-FOLDER = os.environ.get(data.VARIABLE)
-needs_data = pytest.mark.skipif(not FOLDER, reason=f"{data.VARIABLE} names no folder of data sets")
 PARTS = ("train", "validation", "test")
 
 

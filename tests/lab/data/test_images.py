@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import sys
 from pathlib import Path
 
@@ -11,12 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from _data_folder import needs_data
 from softsphere_lab.data import images as data
 from softsphere_lab.errors import LabError
-
-needs_data = pytest.mark.skipif(
-    not os.environ.get(data.VARIABLE), reason=f"{data.VARIABLE} names no folder of data sets"
-)
 
 
 def png(pixels: np.ndarray) -> dict:
@@ -145,7 +141,7 @@ def test_an_empty_file_is_named(tmp_path):
         data.load("mnist", tmp_path)
 
 
-def test_a_channel_that_never_changes_stays_finite(tmp_path, monkeypatch):
+def test_a_channel_that_never_changes_stays_finite(monkeypatch):
     x = torch.rand(40, 2, 4, 4)
     x[:, 1] = 0.3
     part = data.Split(x, torch.arange(40) % 10)
@@ -155,7 +151,7 @@ def test_a_channel_that_never_changes_stays_finite(tmp_path, monkeypatch):
     torch.testing.assert_close(images.test.x[:, 1], torch.zeros(40, 4, 4), atol=1e-4, rtol=0)
 
 
-def test_the_fingerprint_is_of_the_data_alone(tmp_path, monkeypatch):
+def test_the_fingerprint_is_of_the_data_alone(monkeypatch):
     one = data.load("digits").fingerprint()
     assert one == data.load("digits").fingerprint()
     assert (one["train"], one["test"], one["shape"]) == (1437, 360, [1, 8, 8])

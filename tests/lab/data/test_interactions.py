@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from itertools import pairwise
 
 import pytest
 import torch
 
+from _data_folder import needs_data
 from softsphere_lab.data import interactions, sources
 from softsphere_lab.data.interactions import Interactions, ItemLists
 from softsphere_lab.errors import LabError
-
-needs_data = pytest.mark.skipif(
-    not os.environ.get(sources.VARIABLE), reason=f"{sources.VARIABLE} names no folder of data sets"
-)
 
 
 def lists_of(lists: ItemLists) -> list[list[int]]:

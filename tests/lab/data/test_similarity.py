@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
+from _data_folder import needs_data
 from softsphere_lab.data import images as data
 from softsphere_lab.data import similarity, text
 from softsphere_lab.data.similarity import Similarity, load_pairs, spearman
 from softsphere_lab.errors import LabError
 
-needs_data = pytest.mark.skipif(
-    not os.environ.get(data.VARIABLE), reason=f"{data.VARIABLE} names no folder of data sets"
-)
 WORDS = ["the", "cat", "Dog", "<unk>", "car", "dog"]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections import Counter
 
@@ -12,11 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from softsphere_lab.data import corpora, text
-from softsphere_lab.data import images as data
 from softsphere_lab.errors import LabError
 
-FOLDER = os.environ.get(data.VARIABLE)
-needs_data = pytest.mark.skipif(not FOLDER, reason=f"{data.VARIABLE} names no folder of data sets")
 PARTS = ("train", "validation", "test")
 
 

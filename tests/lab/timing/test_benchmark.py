@@ -52,7 +52,7 @@ def test_there_is_a_script_for_every_committed_table():
 
 
 @pytest.mark.parametrize("question", QUESTIONS)
-def test_each_script_measures_a_tiny_case(question, monkeypatch, tmp_path, capsys):
+def test_each_script_measures_a_tiny_case(question, monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(FOLDER))
     module = importlib.import_module(question)
     # processes take seconds to start, and are tested on their own

@@ -54,7 +54,7 @@ def clusters_section(results: Results) -> Section:
     found = " ".join(
         [
             _beside_softmax(results, reference),
-            *_which_softmax(results, outputs, softmax),
+            *_which_softmax(outputs, softmax),
             *_beside_others(results, outputs),
         ]
     )
@@ -130,9 +130,7 @@ def _beside_softmax(results: Results, reference: Mapping[str, str]) -> str:
     )
 
 
-def _which_softmax(
-    results: Results, outputs: Mapping[str, Output], softmax: str | None
-) -> Iterable[str]:
+def _which_softmax(outputs: Mapping[str, Output], softmax: str | None) -> Iterable[str]:
     """Says which softmax is the reference, if there are several."""
     others = [name for name, output in outputs.items() if _is_softmax(output) and name != softmax]
     if softmax and others:

@@ -6,6 +6,14 @@ import pytest
 import torch
 
 from softsphere.matrix.factored_matrix import FactoredMatrix
+from softsphere.matrix.factored_stack import FactoredStack
+from softsphere.matrix.wear import probes_of
+
+d = 6
+MATRICES = {
+    "one matrix": FactoredMatrix,
+    "a stack": lambda V: FactoredStack(V, starts=torch.tensor([0, len(V)])),
+}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -27,3 +35,30 @@ def test_rows_that_are_all_equal_have_no_drift():
     matrix = FactoredMatrix(torch.full((40, 3), 1e4) + torch.tensor([0.1, 0.2, 0.3]))
     assert not matrix.arrays.centred_gram.any()
     assert matrix.health().gram_drift < 1e-12
+
+
+def across(vectors: torch.Tensor) -> torch.Tensor:
+    """A unit vector that is orthogonal to all columns."""
+    return torch.linalg.qr(vectors, mode="complete").Q[:, -1]
+
+
+@pytest.mark.parametrize("kind", MATRICES)
+@pytest.mark.parametrize("array", ["U_inv", "centred_gram"])
+def test_drift_that_the_first_random_vectors_do_not_see_is_mended(kind, array):
+    torch.manual_seed(0)
+    V = torch.randn(500, d, dtype=torch.float64)
+    matrix = MATRICES[kind](V)
+    W = matrix.arrays
+    W.sums()
+    kept = getattr(W, array)
+    unseen = across(probes_of(d, 2 if array == "U_inv" else 1, 0, torch.device("cpu")))
+    kept.view(d, d).add_(torch.outer(unseen, unseen), alpha=1e-3 * float(kept.max()))
+    if kind == "one matrix":
+        W.changed()
+        matrix.watch.since_gram = 1_000
+    else:
+        matrix.watch.since_gram.fill_(1_000.0)
+    matrix.mend_()
+    done = matrix.watch.done
+    assert done["regrammed"] == (array == "centred_gram")
+    assert done["renewed"] + done["reinverted"] == (array == "U_inv")

@@ -41,6 +41,7 @@ class StackWatch:
     bound: (C) an upper bound on the logarithm of its κ²: the one that was measured, and what the
         steps since may have added to it
     since_gram: (C) steps since its Gram matrix was compared with its rows
+    checks: how often some of them were measured
     """
 
     def __init__(self, W: StackArrays) -> None:
@@ -52,6 +53,7 @@ class StackWatch:
         """Forgets what was seen, so that the next step of a matrix is followed by a measurement."""
         ones = torch.ones(W.count, dtype=torch.float64, device=W.device)
         self.steps, self.since_gram, self.bound = ones * 0, ones * 0, ones * 0
+        self.checks = 0
 
     def after_step(self, W: StackArrays, ids: Tensor, share: Tensor) -> None:
         """Counts a step of some matrices, and measures those whose time has come."""
@@ -65,13 +67,14 @@ class StackWatch:
     def check(self, W: StackArrays, ids: Tensor) -> None:
         """Measures some matrices and mends those that need it."""
         start = time.perf_counter()
+        self.checks += 1
         for some in W.split(ids):
-            measured = measures(W, some)
+            measured = measures(W, some, self.checks)
             beyond = ~(measured <= torch.tensor(_LIMITS, device=W.device))
             if bool(beyond.any()):
                 self._mend(W, some, beyond)
                 mended = some[beyond.any(1)]
-                measured[beyond.any(1)] = measures(W, mended)
+                measured[beyond.any(1)] = measures(W, mended, self.checks)
             self.bound[some], self.steps[some] = measured[:, 0].log(), 0.0
         self._check_gram(W, ids)
         self.seconds += time.perf_counter() - start
@@ -97,7 +100,7 @@ class StackWatch:
         if not len(ids):
             return
         self.since_gram[ids] = 0.0
-        drifted = ids[stack_gram_drift(W, ids) > tolerance(W)]
+        drifted = ids[stack_gram_drift(W, ids, seed=self.checks) > tolerance(W)]
         if len(drifted):
             recompute_sums(W, drifted)
             self.done["regrammed"] += len(drifted)

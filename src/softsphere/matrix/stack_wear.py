@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from softsphere.matrix.stack_arrays import StackArrays
-from softsphere.matrix.wear import Health, tolerance
+from softsphere.matrix.wear import Health, probes_of, tolerance
 
 __all__ = ["measures", "square_conditions", "stack_gram_drift", "stack_health"]
 
@@ -23,12 +23,11 @@ def square_conditions(U: Tensor, U_inv: Tensor) -> Tensor:
     return amplified.square().mean(1)
 
 
-def measures(W: StackArrays, ids: Tensor) -> Tensor:
+def measures(W: StackArrays, ids: Tensor, seed: int = 0) -> Tensor:
     """κ², the drift of U⁻¹ in tolerances, the share of 1 ωᵀ and the length of U's rows: (k, 4)."""
     U, U_inv = W.of("U", ids), W.of("U_inv", ids)
     lengths = U.norm(dim=2, keepdim=True)
-    generator = torch.Generator().manual_seed(0)
-    z = torch.randn(W.width, 2, generator=generator, dtype=torch.float64, device="cpu").to(W.device)
+    z = probes_of(W.width, 2, seed, W.device)
     drift = (U @ (U_inv @ (z * lengths)) / lengths - z).norm(dim=(1, 2)) / z.norm()
     spread = W.centred_gram.diagonal(dim1=1, dim2=2)[ids].sum(1) * W.scale[ids].square()
     squares = spread.clamp_min(0) + W.of("colsum", ids).square().sum(1) / W.mass[ids]
@@ -43,13 +42,12 @@ def measures(W: StackArrays, ids: Tensor) -> Tensor:
     return torch.stack(each, 1)
 
 
-def stack_gram_drift(W: StackArrays, ids: Tensor, probes: int = 1) -> Tensor:
+def stack_gram_drift(W: StackArrays, ids: Tensor, probes: int = 1, seed: int = 0) -> Tensor:
     """The largest relative error of xᵀG_c x against ‖W_c x‖² under Π, over random x: (k).
 
     O(w probes) a row. A difference as small as the rounding of V can make does not count.
     """
-    x = torch.randn(W.width, probes, generator=torch.Generator().manual_seed(0), device="cpu")
-    x = x.to(W.device, torch.float64)
+    x = probes_of(W.width, probes, seed, W.device)
     mean, mass = W.mean(ids), W.mass[ids].unsqueeze(1)
     common = mean @ x
     squares, rest = torch.zeros_like(common), torch.zeros_like(common)

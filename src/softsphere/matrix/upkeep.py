@@ -167,7 +167,7 @@ class Watch:
 
     def mend_gram(self, W: Arrays) -> None:
         """Has the Gram matrix computed again if it has drifted."""
-        if gram_drift(W, 1) > tolerance(W):
+        if gram_drift(W, 1, self.checks) > tolerance(W):
             W.forget_gram()
             self.done["regrammed"] += 1
 

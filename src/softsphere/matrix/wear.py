@@ -33,6 +33,7 @@ __all__ = [
     "health",
     "kappa",
     "measures",
+    "probes_of",
     "tolerance",
 ]
 
@@ -67,7 +68,8 @@ class Health:
         generations: the number of generations in which rows of V are written.
         renewed: how often a new generation was begun.
         refactorised: how often all of V was written again.
-        reinverted: how often U⁻¹ was computed from U.
+        reinverted: how often U⁻¹ was computed from U. The leaves of a clustered layer begin a new
+            generation instead.
         regrammed: how often G was computed from W.
         seconds: the time spent on all of this.
     """
@@ -146,26 +148,34 @@ def _shift_share(W: Arrays) -> float:
     return float((W.omega / block_sizes(W))[: W.width].norm()) * math.sqrt(W.mass)
 
 
+def probes_of(width: int, count: int, seed: int, device: torch.device) -> Tensor:
+    """Random vectors (width, count) in float64, the same on every device.
+
+    A measurement that is repeated takes another seed each time, since one set of vectors may be
+    nearly orthogonal to what has drifted.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    vectors = torch.randn(width, count, generator=generator, dtype=torch.float64, device="cpu")
+    return vectors.to(device)
+
+
 def _inverse_drift(W: Arrays, seed: int = 0) -> float:
     """‖U U⁻¹ − I‖ / √w with the rows of U scaled to norm 1, estimated by two random vectors."""
     lengths = W.U.norm(dim=1, keepdim=True)
-    generator = torch.Generator().manual_seed(seed)
-    z = torch.randn(len(W.U), 2, generator=generator, dtype=torch.float64, device="cpu").to(
-        W.device
-    )
+    z = probes_of(len(W.U), 2, seed, W.device)
     back = W.U @ (W.U_inv @ (z * lengths)) / lengths
     return float((back - z).norm() / z.norm())
 
 
-def gram_drift(W: Arrays, probes: int) -> float:
+def gram_drift(W: Arrays, probes: int, seed: int = 0) -> float:
     """The largest relative error of xᵀGx against ‖W_c x‖² under Π, over random x. O(D w probes).
 
     A difference as small as the rounding of V can make in ‖W_c x‖² does not count.
     """
     if probes < 1:
         return math.nan
-    x = torch.randn(len(W.U), probes, generator=torch.Generator().manual_seed(0), device="cpu")
-    x = x.to(W.device, torch.float64) / _sizes_of_columns(W, W.centred_gram).unsqueeze(1)
+    x = probes_of(len(W.U), probes, seed, W.device)
+    x = x / _sizes_of_columns(W, W.centred_gram).unsqueeze(1)
     common = W.mean @ x
     squares, rest = torch.zeros_like(common), torch.zeros_like(common)
     for part, outputs in W.times(x):

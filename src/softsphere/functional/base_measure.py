@@ -11,7 +11,14 @@ from torch import Tensor
 from softsphere import checks
 from softsphere._torch import values_on_cpu
 
-__all__ = ["BaseMeasure", "check_mask", "fill_masked", "restrict"]
+__all__ = [
+    "BaseMeasure",
+    "check_mask",
+    "check_mask_of_all_rows",
+    "fill_masked",
+    "refuse_empty",
+    "restrict",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +58,7 @@ def restrict(
     """
     if ignored is not None:
         mask = mask | ignored.unsqueeze(-1)
-    _refuse_empty(mask)
+    refuse_empty(mask)
     mass = mask.sum(-1).to(dtype)
     if pi is None:
         return BaseMeasure(mask.to(dtype), mask, mass)
@@ -68,8 +75,28 @@ def check_mask(mask: Any, input: Tensor, dim: int) -> Tensor:
     """
     checks.same_device("mask", mask, "input", input)
     kept = checks.class_mask(mask, input.shape, dim)
-    _refuse_empty(kept)
+    refuse_empty(kept)
     return kept
+
+
+def check_mask_of_all_rows(mask: Any, num_classes: int, name: str, input: Tensor) -> Tensor:
+    """Returns a mask (C).
+
+    Raises ValueError or TypeError for anything else, and unless it is on the device of `input`,
+    which the caller knows as `name`.
+    """
+    checks.same_device("mask", mask, name, input)
+    shape = torch.Size([num_classes])
+    if isinstance(mask, Tensor) and mask.shape != shape:
+        of_rows = (
+            "; a mask for each row needs the logits: use spherical_loss or SphericalLoss on the "
+            "logits of an nn.Linear"
+        )
+        raise ValueError(
+            f"mask must have shape ({num_classes},), one entry per class for all rows, got "
+            f"{tuple(mask.shape)}{of_rows if mask.dim() > 1 else ''}"
+        )
+    return checks.class_mask(mask, shape, 0)
 
 
 def fill_masked(o: Tensor, mask: Tensor) -> Tensor:
@@ -77,7 +104,8 @@ def fill_masked(o: Tensor, mask: Tensor) -> Tensor:
     return o.masked_fill(~mask, 0.0)
 
 
-def _refuse_empty(mask: Tensor) -> None:
+def refuse_empty(mask: Tensor) -> None:
+    """Raises ValueError, on a CPU, for a row of a mask (..., C) without any class."""
     if values_on_cpu(mask) and not bool(mask.any(-1).all()):
         raise ValueError(
             "mask must be True for at least one class of each row, got a row where it is False "

@@ -15,7 +15,11 @@ from softsphere._torch import values_on_cpu
 from softsphere.engines.dispatch import linear_statistics
 from softsphere.engines.options import LinearSphericalOptions, options_or_default
 from softsphere.engines.weight import sum_dtype
-from softsphere.functional.base_measure import BaseMeasure, restrict
+from softsphere.functional.base_measure import (
+    BaseMeasure,
+    check_mask_of_all_rows,
+    restrict,
+)
 from softsphere.functional.conventions import Conventions, mixed_precision, multiplied_dtype
 from softsphere.functional.on_logits import (
     LOST_DIGITS,
@@ -138,8 +142,9 @@ def loss_on_linear(
     checks.linear(input, W, b, names)
     num_classes, leading = len(W), input.shape[:-1]
     soft = _check_target(input, num_classes, target, target_values, names[0])
-    mask = _check_mask(input, num_classes, conventions.mask, names[0])
+    mask = conventions.mask
     if mask is not None:
+        mask = check_mask_of_all_rows(mask, num_classes, names[0], input)
         W, b = _masked(W, b, mask, statistics)
     refusal = without_logits(loss, conventions.label_smoothing, soft)
     if refusal and statistics:
@@ -206,23 +211,6 @@ def _check_target(input: Tensor, num_classes: int, target: Any, values: Any, nam
         return True
     checks.rows_target(leading, target, name)
     return False
-
-
-def _check_mask(input: Tensor, num_classes: int, mask: Any, name: str) -> Tensor | None:
-    if mask is None:
-        return None
-    checks.same_device("mask", mask, name, input)
-    shape = torch.Size([num_classes])
-    if isinstance(mask, Tensor) and mask.shape != shape:
-        of_rows = (
-            "; a mask for each row needs the logits: use spherical_loss or SphericalLoss on the "
-            "logits of an nn.Linear"
-        )
-        raise ValueError(
-            f"mask must have shape ({num_classes},), one entry per class for all rows, got "
-            f"{tuple(mask.shape)}{of_rows if mask.dim() > 1 else ''}"
-        )
-    return checks.class_mask(mask, shape, 0)
 
 
 def _refuse_infinite_bias(rows: Tensor, b: Tensor | None, name: str) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from softsphere.engines.gram import guarded_statistics
 from softsphere.engines.repeated_rows import repeated_rows
 from softsphere.engines.row_statistics import wide_dtype
 from softsphere.engines.weight import chunks, recorded_in
+from softsphere.functional.base_measure import check_mask_of_all_rows, refuse_empty
 from softsphere.functional.on_linear import Affine
 from softsphere.heads.row_keys import keys_of_rows
 from softsphere.heads.weight_reader import WeightReader
@@ -40,6 +43,13 @@ class DenseReader(WeightReader):
         self.dtype = wide_dtype(W.dtype)
         self._recorded: tuple[Tensor, Tensor | None] | None = None
 
+    def masked(self, mask: Any, hidden: Tensor) -> DenseReader:
+        mask = check_mask_of_all_rows(mask, self.num_classes, "hidden", hidden)
+        refuse_empty(mask)
+        reader = copy.copy(self)
+        reader.mask = mask
+        return reader
+
     def rows_of(self, hidden: Tensor) -> Tensor:
         H = hidden.reshape(-1, self.in_features).to(self.dtype)
         return H if self.b is None else nn.functional.pad(H, (0, 1), value=1.0)
@@ -53,7 +63,11 @@ class DenseReader(WeightReader):
     def weight_rows(self, classes: Tensor | slice) -> Tensor:
         W, b = self._read_from()
         rows = self._read(W, classes)
-        return rows if b is None else torch.cat([rows, self._read(b, classes).unsqueeze(-1)], -1)
+        rows = rows if b is None else torch.cat([rows, self._read(b, classes).unsqueeze(-1)], -1)
+        if self.mask is None:
+            return rows
+        # masked entries of weight and bias may hold anything
+        return rows.masked_fill(~self.mask[classes].unsqueeze(-1), 0.0)
 
     def _read(self, x: Tensor, classes: Tensor | slice) -> Tensor:
         if isinstance(classes, slice):
@@ -73,6 +87,9 @@ class DenseReader(WeightReader):
             return H @ self.weight_rows(classes).mT
         W, b = self._read_from()
         W, b = W.to(self.dtype), None if b is None else b.to(self.dtype)
+        if self.mask is not None:
+            W = W.masked_fill(~self.mask.unsqueeze(1), 0.0)
+            b = None if b is None else b.masked_fill(~self.mask, 0.0)
         # Narrowed, since the export of torch 2.6 compares the rows of a slice with its open end.
         return nn.functional.linear(H.narrow(1, 0, self.in_features), W, b)
 
@@ -84,15 +101,16 @@ class DenseReader(WeightReader):
 
         It is computed from (s, q) by the gram engine, which looks at its digits on a CPU, or by the
         chunked one for few rows. All the outputs are used for a comparator, for a derivative with
-        engine="dense", inside torch.func transforms and in an exported program.
+        engine="dense", inside torch.func transforms, in an exported program and with a mask.
         """
         if not self.loss.normalised:
             return H.new_zeros(H.shape[0])
-        by_engine = isinstance(self.loss, losses.Normalised) and self.options.engine != "dense"
+        spherical = isinstance(self.loss, losses.Normalised) and self.mask is None
+        by_engine = spherical and self.options.engine != "dense"
         recorded = self.is_differentiated(H) and not by_engine
         if recorded or exporting() or transformed():
             return self.every_score(H).logsumexp(1)
-        if not isinstance(self.loss, losses.Normalised):
+        if not isinstance(self.loss, losses.Normalised) or self.mask is not None:
             return self.log_normaliser_of_outputs(H)
         H = H[:, : self.in_features]
         statistics = guarded_statistics if len(H) > self.in_features else CHUNKED.statistics

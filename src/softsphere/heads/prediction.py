@@ -110,7 +110,9 @@ class OutputLayer(nn.Module, ABC):
         """π (D), or None for π = 1."""
 
     @_without_autocast
-    def log_prob(self, hidden: Tensor, classes: Tensor | None = None) -> Tensor:
+    def log_prob(
+        self, hidden: Tensor, classes: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
         """Returns log f_k of every class, or of the given ones, in float32 or wider.
 
         It has gradients with respect to hidden and the weight, as
@@ -122,6 +124,9 @@ class OutputLayer(nn.Module, ABC):
             classes: (n) class indices of any integer dtype, the same for every row, or None for
                 all D classes. For the target of each row call the layer in evaluation mode with
                 reduction "none".
+            mask: (D), boolean, True for classes that take part, as in the forward of a
+                `LinearSphericalLoss` without a process_group; no other layer takes one.
+                Classes that are masked out have log f_k = −∞.
 
         Returns (…, D) or (…, n).
 
@@ -132,6 +137,7 @@ class OutputLayer(nn.Module, ABC):
         reader = self._present_reader()
         with reader.checked("log_prob") as checked:
             reader.check(hidden)
+            reader = reader if mask is None else reader.masked(mask, hidden)
             if not self.loss.normalised:
                 self.loss.log_numerator(hidden)  # raises, since there is none
             if classes is not None:
@@ -158,7 +164,13 @@ class OutputLayer(nn.Module, ABC):
 
     @_without_gradient
     @_without_autocast
-    def topk(self, hidden: Tensor, k: int, exclude: Tensor | None = None) -> TopK:
+    def topk(
+        self,
+        hidden: Tensor,
+        k: int,
+        exclude: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> TopK:
         """Returns the k best classes of each row, best first, without a gradient.
 
         The values are log-probabilities, or the outputs for a loss that is not a distribution. The
@@ -170,6 +182,8 @@ class OutputLayer(nn.Module, ABC):
             exclude: (…, n) class indices of any integer dtype that each row leaves out, padded with
                 −1: the items that a user knows already, for example. k + n ≤ D, so that every row
                 has k classes left. It changes no probability.
+            mask: as in `log_prob`. The probabilities are those among the classes that take part;
+                the others come last, with −∞.
 
         Returns `TopK` of values and indices, (…, k) each.
 
@@ -179,6 +193,7 @@ class OutputLayer(nn.Module, ABC):
         reader = self._present_reader()
         with reader.checked("topk") as checked:
             reader.check(hidden)
+            reader = reader if mask is None else reader.masked(mask, hidden)
             k = checks.number_of_best("k", k, reader.num_classes)
             if exclude is not None:
                 exclude = checks.excluded(exclude, hidden.shape[:-1], reader.num_classes, k)
@@ -194,11 +209,12 @@ class OutputLayer(nn.Module, ABC):
 
     @_without_gradient
     @_without_autocast
-    def predict(self, hidden: Tensor) -> Tensor:
+    def predict(self, hidden: Tensor, mask: Tensor | None = None) -> Tensor:
         """Returns the best class of each row.
 
         Args:
             hidden: (…, d), floating-point.
+            mask: as in `log_prob`.
 
         Returns (…), int64.
 
@@ -211,13 +227,14 @@ class OutputLayer(nn.Module, ABC):
         reader = self._present_reader()
         with reader.checked("predict") as checked:
             reader.check(hidden)
+            reader = reader if mask is None else reader.masked(mask, hidden)
             checked.found(hidden)
         _, index = reader.topk(reader.rows_of(hidden), 1)
         return index.view(hidden.shape[:-1])
 
     @_without_gradient
     @_without_autocast
-    def rank(self, hidden: Tensor, target: Tensor) -> Tensor:
+    def rank(self, hidden: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
         """Returns 1 + the number of classes with a better score than the target.
 
         NaN scores rank last: they are never better, and a target with one has rank D.
@@ -225,6 +242,7 @@ class OutputLayer(nn.Module, ABC):
         Args:
             hidden: (…, d), floating-point.
             target: (…) class indices of any integer dtype, every one in [0, D).
+            mask: as in `log_prob`. Every target must be one of its classes.
 
         Returns (…), int64.
 
@@ -234,9 +252,12 @@ class OutputLayer(nn.Module, ABC):
         reader = self._present_reader()
         with reader.checked("rank") as checked:
             reader.check(hidden)
+            reader = reader if mask is None else reader.masked(mask, hidden)
             checks.rows_target(hidden.shape[:-1], target)
             target = checks.classes(target, reader.num_classes, "target")
             checks.same_device("target", target, "hidden", hidden)
+            if mask is not None:
+                checks.masked_targets(~mask[target])
             checked.found(hidden, target.unsqueeze(-1))
         return reader.rank(reader.rows_of(hidden), target.reshape(-1)).view(target.shape)
 

@@ -32,8 +32,7 @@ SCORES = 8 << 20
 INFINITE = (
     "the outputs of the layer must be finite for this loss, but one is infinite or its square "
     "overflows; a −inf in bias or weight does not forbid a class here, since t(o) grows again: "
-    "keep them finite, pass mask=… to the loss, and take predictions among the classes that "
-    "take part from log_prob(hidden, classes)"
+    "keep them finite, and pass mask=… to the loss and the predictions of a LinearSphericalLoss"
 )
 
 
@@ -81,6 +80,16 @@ class Reader(ABC):
                 f"hidden must be on the device of the weight, {self.device}, got {hidden.device}; "
                 "use hidden.to(head.weight.device)"
             )
+
+    def masked(self, mask: Any, hidden: Tensor) -> Reader:
+        """A reader of the classes where mask (D) is True, after a check of it.
+
+        Raises TypeError for a layer whose loss takes no mask either.
+        """
+        raise TypeError(
+            "mask cannot be used with this layer; use a LinearSphericalLoss without a "
+            "process_group, whose loss and predictions take a mask of classes"
+        )
 
     @abstractmethod
     def rows_of(self, hidden: Tensor) -> Tensor:

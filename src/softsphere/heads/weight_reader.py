@@ -36,6 +36,8 @@ class WeightReader(Reader):
     ) -> None:
         super().__init__(loss, in_features, num_classes, device)
         self.pi = pi
+        # (D), True for classes that take part; None if all do
+        self.mask: Tensor | None = None
 
     @abstractmethod
     def weight_rows(self, classes: Tensor) -> Tensor:
@@ -68,11 +70,16 @@ class WeightReader(Reader):
         wide = torch.promote_types(pi.dtype, log_t.dtype)
         return log_t + pi.to(wide).log().to(log_t.dtype)
 
+    def _scores_at(self, o: Tensor, classes: Tensor | slice) -> Tensor:
+        """The scores of classes (n) from their outputs (m, n); −∞ for those masked out."""
+        scores = self.scores(o, None if self.pi is None else self.pi[classes])
+        return scores if self.mask is None else scores.masked_fill(~self.mask[classes], -torch.inf)
+
     def scores_of(self, H: Tensor, classes: Tensor) -> Tensor:
-        return self.scores(self.outputs(H, classes), None if self.pi is None else self.pi[classes])
+        return self._scores_at(self.outputs(H, classes), classes)
 
     def every_score(self, H: Tensor) -> Tensor:
-        return self.scores(self.outputs(H), self.pi)
+        return self._scores_at(self.outputs(H), slice(None))
 
     def chunks_of_scores(self, H: Tensor) -> Iterator[tuple[slice, Tensor]]:
         if exporting():
@@ -81,13 +88,15 @@ class WeightReader(Reader):
             return
         size = max(1, min(self.num_classes, SCORES // max(*H.shape, 1)))
         for part, rows in self.weight_chunks(size):
-            yield part, self.scores(H @ rows.mT, None if self.pi is None else self.pi[part])
+            yield part, self._scores_at(H @ rows.mT, part)
 
     def rank(self, H: Tensor, target: Tensor) -> Tensor:
         o = (H * self.weight_rows(target)).sum(-1)
         pi = self.pi if self.loss.normalised else None
         own_pi = None if pi is None else pi[target].unsqueeze(1)
         own = self.ranked(self.scores(o.unsqueeze(1), own_pi))
+        if self.mask is not None:
+            own = own.masked_fill(~self.mask[target].unsqueeze(1), -torch.inf)
         # PyTorch 2.6 has no rule for bits of rows that vmap maps over.
         every = transformed()
         own_key = self.row_keys(slice(None))[target] if every else self.row_keys(target)
@@ -97,6 +106,8 @@ class WeightReader(Reader):
             better = (self.ranked(scores) > own) & ~twin
             if pi is not None and own_pi is not None:
                 better = better | (twin & (pi[part] > own_pi))
+            if self.mask is not None:
+                better = better & self.mask[part]
             above = above + better.sum(1)
         return torch.where(own.squeeze(1).isnan(), self.num_classes, above + 1)
 

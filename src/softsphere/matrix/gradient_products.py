@@ -30,11 +30,16 @@ def at_entries(gradient: GradientFactors, values: Tensor) -> Tensor:
 
 def _to_columns(gradient: GradientFactors, values: Tensor, deterministic: bool) -> Tensor:
     """Eᵀ times values (n, …) that are given at the entries, one value for each: (r, …)."""
-    weighted = values * gradient.x.reshape(-1, *[1] * (values.dim() - 1))
+    x = gradient.x.reshape(-1, *[1] * (values.dim() - 1))
+    return _column_sums(gradient, values * x, deterministic)
+
+
+def _column_sums(gradient: GradientFactors, values: Tensor, deterministic: bool) -> Tensor:
+    """The sums of values (n, …) that are given at the entries over each column of E: (r, …)."""
     if gradient.cols is None:
-        return weighted
-    out = weighted.new_zeros(gradient.rank, *values.shape[1:])
-    return add_at(out, gradient.cols, weighted, deterministic=deterministic)
+        return values
+    out = values.new_zeros(gradient.rank, *values.shape[1:])
+    return add_at(out, gradient.cols, values, deterministic=deterministic)
 
 
 def _entries_times(
@@ -106,7 +111,7 @@ class EntryProducts:
         pi = None if pi is None else pi.to(dtype)
         same = W.shards is not None and is_asynchronous(W.device)
         of_weight = _to_columns(g, at_rows if pi is None else at_rows * pi.unsqueeze(1), same)
-        e = _to_columns(g, torch.ones_like(g.x) if pi is None else pi, same)
+        e = _column_sums(g, g.x if pi is None else g.x * pi, same)
         return cls(of_weight, e, pi, W.mass, same)
 
     def gram(self, gradient: GradientFactors) -> Tensor:

@@ -114,4 +114,5 @@ def _lasts(W: Arrays, update: Update, solved: Tensor | None) -> Tensor:
 def _largest_square(W: Arrays, update: Update) -> Tensor:
     """The largest Σ_k π_k W_kj² of a column of W after the step, in float64."""
     spread = update.after(W, "centred_gram", diagonal=True)
-    return (spread + update.after(W, "colsum").square() / W.mass).max()
+    colsum = update.after(W, "colsum")
+    return torch.addcmul(spread, colsum, colsum, value=1 / W.mass).max()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from softsphere import checks
+from softsphere.overflow import factors
 
 __all__ = ["PADDING", "Targets", "from_indices", "from_sparse"]
 
@@ -32,9 +33,14 @@ class Targets:
     ignored: Tensor
     counted: Tensor
 
-    def weigh(self, rows: Tensor) -> Tensor:
-        """The losses of the rows times their factors; 0 for ignored rows."""
-        return (self.counted * rows).masked_fill(self.ignored, 0.0)
+    def weigh(self, rows: Tensor, *, overflows: bool = True) -> Tensor:
+        """The losses of the rows times their factors; 0 for ignored rows.
+
+        overflows: whether a loss that is not finite is an overflow. With softmax it may be that of
+            a class that −∞ leaves out, whose gradient is finite.
+        """
+        rows = rows.masked_fill(self.ignored, 0.0)
+        return rows * (factors(rows, self.counted) if overflows else self.counted)
 
     def part(self, rows: slice | EllipsisType) -> Targets:
         """The targets of some rows, or of all."""

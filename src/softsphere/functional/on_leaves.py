@@ -25,6 +25,7 @@ from softsphere.engines.weight import recorded_in
 from softsphere.matrix import FactoredTensor
 from softsphere.matrix.stack_arrays import StackArrays
 from softsphere.matrix.turns import turn
+from softsphere.overflow import with_its_gradient
 from softsphere.stats import Stats
 
 __all__ = ["Leaves", "empty_entries", "leaf_losses", "log_sums", "root_scores"]
@@ -112,7 +113,7 @@ def leaf_losses(
     if engine == "factored":
         assert isinstance(loss, losses.Normalised) and isinstance(leaves.W, FactoredTensor)
         H = F.pad(Z, (0, leaves.W.shape[1] - Z.shape[1]), value=1.0)
-        return loss.value(stack_statistics(H, leaves.W, group.target))
+        return with_its_gradient(loss.value(stack_statistics(H, leaves.W, group.target)))
     if engine == "auto":
         engine = _cheapest(loss, Z, leaves, group, sparse)
         careful = True
@@ -180,7 +181,7 @@ def _of_statistics(
 ) -> Tensor:
     mass = group.lengths.to(s.dtype)
     own = pi.index_select(0, group.target).unsqueeze(1)
-    return loss.value(Stats(s, q, c.unsqueeze(1), mass, pi=own))
+    return with_its_gradient(loss.value(Stats(s, q, c.unsqueeze(1), mass, pi=own)))
 
 
 def log_sums(scores: Tensor, segment: Tensor, count: int) -> Tensor:

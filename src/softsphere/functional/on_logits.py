@@ -15,6 +15,7 @@ from softsphere.engines.row_statistics import dense_statistics, output_statistic
 from softsphere.functional.base_measure import BaseMeasure, fill_masked, restrict
 from softsphere.functional.conventions import Conventions
 from softsphere.functional.row_parts import Part, in_parts
+from softsphere.overflow import with_its_gradient
 from softsphere.stats import Stats
 from softsphere.targets import Targets
 
@@ -174,11 +175,11 @@ def _entry_rows(
         return entries.weigh(value)
     o, kind = o.to(entries.counted.dtype), _on_logits(loss)
     if entries.y is None:
-        return entries.weigh(kind.at(o, entries.t.squeeze(-1), base.pi))
+        return entries.weigh(kind.at(o, entries.t.squeeze(-1), base.pi), overflows=False)
     each = _per_class(o, kind, base).gather(-1, entries.t)
     # A loss that is infinite counts for nothing where its value is 0, as at padding.
     each = torch.where((entries.y == 0) & ~each.isfinite(), 0.0, each)
-    return entries.weigh((each * entries.y).sum(-1))
+    return entries.weigh((each * entries.y).sum(-1), overflows=False)
 
 
 def _sparse_squares(
@@ -241,6 +242,8 @@ def _smoothed_rows(
     uniform = base.mean(each if w is None else each * w)
     hit = each.gather(-1, entries.t).squeeze(-1)
     rows = (1 - alpha) * entries.counted * hit + alpha * uniform
+    if isinstance(loss, losses.Spherical):
+        return with_its_gradient(rows.masked_fill(entries.ignored, 0.0))
     return torch.where(entries.ignored, 0.0, rows)
 
 
@@ -264,11 +267,13 @@ def _soft_rows(
         y = _smoothed(p, alpha, base)
         o = o.to(y.dtype)
         if loss.unobserved != 1:
-            return loss.of_vector(o, y, base.pi)
+            return with_its_gradient(loss.of_vector(o, y, base.pi))
         none = torch.empty(*o.shape[:-1], 0, dtype=torch.long, device=o.device)
-        return output_statistics(o - y, none, base.pi, centred=False, mass=base.mass).q
+        x = output_statistics(o - y, none, base.pi, centred=False, mass=base.mass)
+        return with_its_gradient(x.q)
     p = _smoothed(p, alpha, base)
-    return base.sum(_per_class(o, loss, base) * (p if w is None else p * w))
+    rows = base.sum(_per_class(o, loss, base) * (p if w is None else p * w))
+    return with_its_gradient(rows) if isinstance(loss, losses.Spherical) else rows
 
 
 def _smoothed(p: Tensor, alpha: float, base: BaseMeasure) -> Tensor:

@@ -42,6 +42,10 @@ RUNS = {
         )
         for name in ("softmax", "adaptive_softmax div_value=1.0")
     },
+    "an LSTM under SGD": (
+        replace(TEXT, setup=replace(ON_STREAMS, optimizer="sgd", clip=0.25, warm_up=0.02)),
+        "softmax lstm tied",
+    ),
     "tied clusters": (replace(TEXT, outputs=(TIED,), setup=ON_STREAMS), str(TIED)),
     **{
         name: (TEXT, name)

@@ -337,8 +337,19 @@ def test_the_gradient_of_hidden_for_a_trunk_outside(monkeypatch):
         torch.testing.assert_close(step(*batch(i))[1], hidden.grad)
 
 
-def test_a_step_without_a_factored_weight_and_one_of_two_optimizers(monkeypatch):
-    """PyTorch's AdamW steps a layer with a dense weight, then the trunk below a factored one.
+# PyTorch's optimizers that can be captured, by the learning rate.
+OF_PYTORCH = {
+    "AdamW": lambda p, lr: torch.optim.AdamW(p, lr=lr, fused=True, capturable=True),
+    "SGD": lambda p, lr: torch.optim.SGD(p, lr=lr, fused=True),
+    "SGD with momentum": lambda p, lr: torch.optim.SGD(
+        p, lr=lr, momentum=0.9, nesterov=True, weight_decay=0.01, fused=True
+    ),
+}
+
+
+@pytest.mark.parametrize("optimizer", OF_PYTORCH)
+def test_a_step_without_a_factored_weight_and_one_of_two_optimizers(optimizer, monkeypatch):
+    """PyTorch's optimizer steps a layer with a dense weight, then the trunk below a factored one.
 
     Its rate is a tensor that changes, or a number, and an earlier state is loaded in between.
     """
@@ -351,19 +362,19 @@ def test_a_step_without_a_factored_weight_and_one_of_two_optimizers(monkeypatch)
         head = kind(WIDTH, D, dtype=torch.float64)
         below = [*trunk.parameters(), *([] if factored else head.parameters())]
         rate = torch.tensor(0.01) if factored else 0.01
-        adamw = torch.optim.AdamW(below, lr=rate, fused=True, capturable=True)
+        all_below = OF_PYTORCH[optimizer](below, rate)
         sgd = [FactoredSGD(head.parameters(), lr=1.0, capturable=True)] if factored else []
 
         def train(hidden, target):
-            for each in (adamw, *sgd):
+            for each in (all_below, *sgd):
                 each.zero_grad()
             loss = head(trunk(hidden), target)
             loss.backward()
-            for each in (adamw, *sgd):
+            for each in (all_below, *sgd):
                 each.step()
             return loss
 
-        return trunk, head, [adamw, *sgd], train
+        return trunk, head, [all_below, *sgd], train
 
     for factored in (False, True):
         mine, plain = made(factored), made(factored)
@@ -550,8 +561,12 @@ def test_what_cannot_be_captured_is_said(monkeypatch):
     pretend_a_gpu(monkeypatch)
     trunk, head, optimizer = model()
     train = step_of(trunk, head, optimizer)
-    with pytest.raises(TypeError, match=r"FactoredSGD.*got SGD"):
-        CapturedStep(train, torch.optim.SGD(head.parameters()), *batch(0))
+    with pytest.raises(TypeError, match=r"factored weight .* by FactoredSGD, got SGD"):
+        CapturedStep(train, torch.optim.SGD(head.parameters(), fused=True), *batch(0))
+    with pytest.raises(TypeError, match="fused=True"):
+        CapturedStep(train, [optimizer, torch.optim.SGD(trunk.parameters())], *batch(0))
+    with pytest.raises(TypeError, match=r"FactoredSGD.*got SparseAdam"):
+        CapturedStep(train, torch.optim.SparseAdam(trunk.parameters()), *batch(0))
     with pytest.raises(TypeError, match="capturable=True"):
         CapturedStep(train, FactoredSGD(head.parameters(), lr=1.0), *batch(0))
     with pytest.raises(TypeError, match=r"optimizer must be .* got Linear"):

@@ -44,8 +44,9 @@ class CapturedStep:
         train: does a step: it sets the gradients to None, computes the loss, calls backward and
             steps the optimizers. It is called with tensors of the shapes of the examples, and
             returns a tensor, a tuple of tensors, or None. It must not read a value on the device.
-        optimizer: made with capturable=True on a GPU, or several such optimizers as a list or
-            tuple. They step whatever `train` steps, a factored weight by FactoredSGD.
+        optimizer: made with capturable=True on a GPU, torch.optim.SGD with fused=True, or several
+            such optimizers as a list or tuple. They step whatever `train` steps, a factored weight
+            by FactoredSGD.
         examples: tensors that stand for the inputs; their shapes, dtypes and device are those of
             every input.
 
@@ -88,11 +89,11 @@ class CapturedStep:
         if not self._optimizers:
             raise TypeError("optimizer must be an optimizer or several, got none")
         for each in self._optimizers:
-            if "capturable" not in getattr(each, "defaults", ()):
+            if "capturable" not in getattr(each, "defaults", ()) and not _is_sgd(each):
                 raise TypeError(
                     "optimizer must be a softsphere.optim.FactoredSGD, which can step a whole "
-                    "model, or one of PyTorch's with the option capturable, got "
-                    f"{type(each).__name__}"
+                    "model, torch.optim.SGD with fused=True, or one of PyTorch's with the option "
+                    f"capturable, got {type(each).__name__}"
                 )
         self._inputs = tuple(x.detach().clone() for x in examples)
         self._outputs: Outputs = None
@@ -187,6 +188,11 @@ class CapturedStep:
             for p in group["params"]:
                 if not isinstance(p, FactoredTensor):
                     continue
+                if not isinstance(optimizer, FactoredSGD):
+                    raise TypeError(
+                        "a factored weight must be stepped by FactoredSGD, got "
+                        f"{type(optimizer).__name__}"
+                    )
                 if p.matrix.arrays.shards is not None:
                     raise TypeError(
                         "a weight with a process_group cannot be captured, since its ranks compare "
@@ -293,16 +299,21 @@ def _check_can_step(
     optimizer: torch.optim.Optimizer, group: dict[str, Any], device: torch.device
 ) -> None:
     """Raises TypeError if a group of an optimizer cannot be stepped as the device needs it."""
-    if captures(device) and not group["capturable"]:
-        raise TypeError(
-            "optimizer must be made with capturable=True, and so must all of its groups"
-        )
-    fused = isinstance(optimizer, FactoredSGD) or group.get("fused")
-    if not captures(device) and group["capturable"] and not fused:
+    fused, capturable = group.get("fused"), group.get("capturable")
+    if captures(device) and not (fused if _is_sgd(optimizer) else capturable):
+        option = "fused" if _is_sgd(optimizer) else "capturable"
+        raise TypeError(f"optimizer must be made with {option}=True, and so must all of its groups")
+    fused = fused or isinstance(optimizer, FactoredSGD)
+    if not captures(device) and capturable and not fused:
         raise TypeError(
             f"optimizer is an {type(optimizer).__name__} with capturable=True, which PyTorch does "
             f"not step on a {device.type}; make it with capturable=False there, or with fused=True"
         )
+
+
+def _is_sgd(optimizer: Any) -> bool:
+    """Whether it is PyTorch's SGD, which reads nothing from the device if it is fused."""
+    return isinstance(optimizer, torch.optim.SGD)
 
 
 def _place(x: Any) -> Any:

@@ -97,7 +97,8 @@ class Steps:
             dtype = torch.float64 if isinstance(optimizer, FactoredSGD) else torch.float32
             for group in optimizer.param_groups:
                 group["lr"] = torch.tensor(float(group["lr"]), dtype=dtype, device=self.device)
-                group["capturable"] = True
+                if "capturable" in group:
+                    group["capturable"] = True
 
     def states(self, rates: Sequence[Sequence[float]]) -> list[dict[str, Any]]:
         """Returns the states of the optimizers as if no step was captured.
@@ -111,7 +112,7 @@ class Steps:
             {
                 **state,
                 "param_groups": [
-                    {**group, "lr": rate, "capturable": False}
+                    group | {"lr": rate} | ({"capturable": False} if "capturable" in group else {})
                     for group, rate in zip(state["param_groups"], its, strict=True)
                 ],
             }

@@ -15,7 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from _engines import OPERATORS
 from softsphere.engines import (
     bfloat16_parts,
-    chunk_sums,
     fused_rows,
     moment_gradients,
     moments,
@@ -40,13 +39,12 @@ def as_on_a_gpu(
 
     def product(x, y, out_dtype, out=None):
         used.append(x.dtype)
-        return torch.mm(x.to(out_dtype), y.to(out_dtype), out=out)
+        return torch.matmul(x.to(out_dtype), y.to(out_dtype), out=out)
 
     def multiplies(x, dtype):
         return x.dtype in HALVES and dtype == torch.float32
 
     monkeypatch.setattr(moments, "multiplies", multiplies)
-    monkeypatch.setattr(chunk_sums, "product", product)
     for module in (products, moment_gradients):
         monkeypatch.setattr(module, "multiplies", multiplies)
         monkeypatch.setattr(module, "product", product)

@@ -30,7 +30,11 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["above_rounding", "error_of_sum", "is_rounding", "spread_of_equals"]
+__all__ = ["MOST_TERMS", "above_rounding", "error_of_sum", "is_rounding", "spread_of_equals"]
+
+# The terms that a sum within a product in float32 has at most where a large result is relied on.
+# More of them, one after another, add up more errors than `quadratic_rows` reckons with.
+MOST_TERMS = 1 << 15
 
 
 def spread_of_equals(terms: int, dtype: torch.dtype) -> float:

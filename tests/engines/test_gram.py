@@ -83,14 +83,18 @@ def test_the_choice_notices_lost_digits(case, loss):
         assert (x - y).norm() <= 1e-3 * y.norm()
 
 
-def test_long_sums_of_short_rows_keep_the_digits_that_the_look_reckons_with():
+@pytest.mark.parametrize("chunk", [None, 700_000])
+@pytest.mark.parametrize("bias", [False, True])
+def test_long_sums_of_short_rows_keep_the_digits_that_the_look_reckons_with(bias, chunk):
     """A million rows of length 2 with a common part, which hidden states of mean 0 take off."""
     torch.manual_seed(0)
     classes = 1_000_000
     H, W = torch.randn(ROWS, 2), torch.randn(classes, 1) + 0.1 * torch.randn(classes, 2)
     H, t = H - H.mean(1, keepdim=True), torch.randint(classes, (ROWS,))
-    x = Inputs(H, W, None, t.unsqueeze(1), None)
-    found = GRAM.guarded(x, Settings(True, None, None, torch.float32, False))
+    x = Inputs(H, W, torch.randn(classes) if bias else None, t.unsqueeze(1), None)
+    found = GRAM.guarded(x, Settings(True, None, chunk, torch.float32, False))
+    if bias:
+        x = x._replace(b=x.b.double())
     wanted = GRAM.guarded(
         Inputs(H.double(), W.double(), *x[2:]), Settings(True, None, None, torch.float64, False)
     )

@@ -62,3 +62,12 @@ def test_drift_that_the_first_random_vectors_do_not_see_is_mended(kind, array):
     done = matrix.watch.done
     assert done["regrammed"] == (array == "centred_gram")
     assert done["renewed"] + done["reinverted"] == (array == "U_inv")
+
+
+@pytest.mark.parametrize("kind", MATRICES)
+def test_the_gram_matrix_of_a_million_short_rows_keeps_its_digits(kind):
+    torch.manual_seed(0)
+    V = torch.randn(1_000_000, 1) + 0.1 * torch.randn(1_000_000, 2)
+    found = MATRICES[kind](V.clone()).arrays.sums()[0].view(2, 2)
+    centred = V.double() - V.double().mean(0)
+    torch.testing.assert_close(found, centred.mT @ centred, rtol=1e-5, atol=0)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from softsphere.engines.bfloat16_parts import parts
-from softsphere.engines.products import column_sums, product, sums_by_parts
+from softsphere.engines.products import column_sums, over_rows, sums_by_parts
 from softsphere.engines.weight import chunks
 
 __all__ = ["chunk_sums", "chunk_sums_by_parts", "upper_product"]
@@ -28,7 +28,7 @@ def chunk_sums(
     if w1 is None:
         return upper, row, None
     y1 = w1 if weight is None else w1 * weight
-    return upper, row, product(w.mT, y1.unsqueeze(1), dtype).squeeze(1)
+    return upper, row, over_rows(w, y1.unsqueeze(1), dtype).squeeze(1)
 
 
 def chunk_sums_by_parts(
@@ -58,9 +58,9 @@ def upper_product(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
     """
     d, block = x.shape[1], _BLOCK_ON_GPU if x.is_cuda else _BLOCK
     if d < 2 * block:
-        return product(x.mT, y, dtype)
+        return over_rows(x, y, dtype)
     out = x.new_zeros(d, y.shape[1], dtype=dtype)
     for part in chunks(d, block):
         upper = out[part, part.start :]
-        product(x[:, part].mT, y[:, part.start :], dtype, out=upper)
+        over_rows(x[:, part], y[:, part.start :], dtype, out=upper)
     return out

@@ -39,6 +39,7 @@ from softsphere.engines.chunk_sums import chunk_sums, chunk_sums_by_parts
 from softsphere.engines.engine import Gradients, Inputs
 from softsphere.engines.products import multiplies
 from softsphere.engines.weight import chunk_room, chunks, mean_row, read
+from softsphere.rounding import MOST_TERMS
 
 __all__ = [
     "Moments",
@@ -54,9 +55,6 @@ _SAMPLE = 1024
 # chunk stays in the cache. What is multiplied as it is has no copy, and fewer chunks are fewer
 # additions of a d × d matrix in float64.
 _CHUNK, _CHUNK_ON_GPU, _CHUNK_AS_IS = 1 << 21, 1 << 25, 1 << 27
-# Rows of a chunk at most, since a product of more of them adds up more rounding errors than
-# `quadratic_rows.loses_digits` reckons with.
-_MOST_ROWS = 1 << 15
 
 
 class Moments(NamedTuple):
@@ -87,7 +85,7 @@ def chunk_size(x: Inputs, given: int | None, dtype: torch.dtype) -> int:
     if read_as_is(x, dtype):
         numbers = _CHUNK_AS_IS
     rows = max(256, numbers // max(x.W.shape[1], 1))
-    return given or (rows if x.W.is_cuda else min(rows, _MOST_ROWS))
+    return given or (rows if x.W.is_cuda else min(rows, MOST_TERMS))
 
 
 def moments(x: Inputs, centred: bool, size: int, dtype: torch.dtype) -> Moments:

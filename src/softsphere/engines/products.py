@@ -9,12 +9,14 @@ from torch import Tensor
 
 from softsphere._torch import products_have_out_dtype
 from softsphere.engines.bfloat16_parts import number_of_parts, parts, parts_dtype, parts_room
+from softsphere.rounding import MOST_TERMS
 
 __all__ = [
     "column_sums",
     "in_parts",
     "largest",
     "multiplies",
+    "over_rows",
     "product",
     "rounded",
     "sums_by_parts",
@@ -38,10 +40,33 @@ def multiplies(x: Tensor, dtype: torch.dtype) -> bool:
 
 
 def product(a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """a b in dtype, for factors in dtype or factors that `multiplies` allows."""
+    """a b in dtype, for factors in dtype or factors that `multiplies` allows.
+
+    a, b: (m, n) and (n, p), or batches of them.
+    """
+    multiply = torch.mm if a.dim() == 2 else torch.bmm
     if a.dtype == dtype:
-        return torch.mm(a, b, out=out)
-    return torch.mm(a, b, out_dtype=dtype, out=out)
+        return multiply(a, b, out=out)
+    return multiply(a, b, out_dtype=dtype, out=out)
+
+
+def over_rows(x: Tensor, y: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """Σ_k x_k y_kᵀ (d, p) in dtype, of many rows x_k of x (n, d) and y_k of y (n, p).
+
+    Runs of at most `MOST_TERMS` rows are multiplied side by side, and their sums are added in
+    float64.
+    """
+    n = len(x)
+    if n <= MOST_TERMS:
+        return product(x.mT, y, dtype, out=out)
+    runs = -(-n // MOST_TERMS)
+    size = n // runs
+    whole = runs * size
+    a, b = (z[:whole].unflatten(0, (runs, size)) for z in (x, y))
+    total = product(a.mT, b, dtype).sum(0, dtype=torch.float64)
+    if whole < n:
+        total += product(x[whole:].mT, y[whole:], dtype)
+    return total.to(dtype) if out is None else out.copy_(total)
 
 
 def largest(A: Tensor) -> Tensor:
@@ -128,7 +153,7 @@ def column_sums(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Σ_k x_k (d) of rows x_k of x (D, d), in dtype."""
     if not multiplies(x, dtype):
         return x.sum(0, dtype=dtype)
-    return product(x.new_ones(_ROWS, len(x)), x, dtype)[0]
+    return over_rows(x.new_ones(_ROWS, len(x)).mT, x, dtype)[0]
 
 
 def sums_by_parts(V: Tensor, x: Tensor, d: int) -> Tensor:
@@ -138,5 +163,5 @@ def sums_by_parts(V: Tensor, x: Tensor, d: int) -> Tensor:
     # not by the kernel, which goes through a row in order
     rows[:k] = V.bfloat16()
     rows[k : 2 * k] = (V - rows[:k]).bfloat16()
-    found = product(rows, x, V.dtype)
+    found = over_rows(rows.mT, x, V.dtype)
     return (found[:k] + found[k : 2 * k]).view(k, -1, d).sum(1)

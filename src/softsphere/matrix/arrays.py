@@ -11,6 +11,7 @@ from softsphere.matrix.abstract import Kept
 from softsphere.matrix.generations import Generations
 from softsphere.matrix.precision import Rounded, float32_is_exact, in_full_precision, product
 from softsphere.matrix.rows import Rows
+from softsphere.rounding import MOST_TERMS
 
 __all__ = ["Arrays"]
 
@@ -122,7 +123,7 @@ class Arrays(Kept):
         """
         gram, rest = torch.zeros_like(self.U), torch.zeros_like(self.omega)
         near_mean = self.near_mean()
-        for part, rows in self.chunks():
+        for part, rows in self.chunks(min(self.V.chunk_size(), MOST_TERMS)):
             shifted = self.split(rows - near_mean)
             pi = None if self.pi is None else self.pi[part].unsqueeze(1)
             weighted = shifted if pi is None else [x * pi for x in shifted]

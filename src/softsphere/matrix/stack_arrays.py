@@ -11,6 +11,7 @@ from softsphere.matrix.abstract import POWER, Kept
 from softsphere.matrix.precision import in_full_precision, product
 from softsphere.matrix.rows import Rows
 from softsphere.matrix.segments import Segments
+from softsphere.rounding import MOST_TERMS
 
 __all__ = ["StackArrays"]
 
@@ -210,7 +211,7 @@ class StackArrays(Kept):
         rest = gram.new_zeros(len(ids), w)
         near = torch.cat([self._near_mean(some) for some in ids.split(1024)])
         local = self.local(ids)
-        for piece in self.segments(ids).pieces(w, self.V.chunk_size()):
+        for piece in self.segments(ids).pieces(w, min(self.V.chunk_size(), MOST_TERMS)):
             at, flat = local[piece.ids], piece.index.flatten()
             V = self.V[flat].view(*piece.index.shape, w)
             shifted = self.outputs(piece.ids, V, self.old[piece.index]) - near[at].unsqueeze(1)

@@ -134,6 +134,11 @@ def with_kernels(monkeypatch) -> dict[str, int]:
     return launched
 
 
+def without_kernels(monkeypatch) -> None:
+    """Has PyTorch's operations make the passes over rows, also on a GPU."""
+    monkeypatch.setattr(fused_rows, "usable", lambda x: False)
+
+
 def _counted(function: Callable, counts: dict[str, int]) -> Callable:
     def call(*args):
         counts[function.__name__] = counts.get(function.__name__, 0) + 1

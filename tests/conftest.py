@@ -17,7 +17,7 @@ if not torch.cuda.is_available():
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 from _devices import GPU, Placed, capability, constants_moved, lacking, modules_of_tests, moved
-from _stand_in import LIMITS, load_stand_in
+from _stand_in import LIMITS, answer_as_a_gpu, load_stand_in
 
 # What these folders and modules test is done on a CPU wherever it is used.
 ON_CPU = {
@@ -40,12 +40,21 @@ def pytest_addoption(parser):
         action="store_true",
         help="run the tests on a device that stands in for a GPU as well (needs a C++ compiler)",
     )
+    parser.addoption(
+        "--stand-in-as-gpu",
+        action="store_true",
+        help="the same, where its tensors say that they are a GPU's, so that code for GPUs runs",
+    )
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "once(reason): the test does not run on each device")
-    if config.getoption("stand_in"):
+    as_gpu = config.getoption("stand_in_as_gpu")
+    if as_gpu or config.getoption("stand_in"):
+        config.option.stand_in = True
         load_stand_in()  # the first backward of a process counts the devices that there are
+    if as_gpu:
+        answer_as_a_gpu()
 
 
 def pytest_generate_tests(metafunc):

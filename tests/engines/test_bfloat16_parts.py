@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from _bytes import Bytes
 from _engines import ENGINES, OPERATORS, SPHERICAL, layer, with_gradients
 from _matrix_units import as_on_a_gpu, float32_may_be, float32_rounded_to, nearest, needs_triton
-from softsphere.engines import bfloat16_parts, gram, products
+from softsphere.engines import bfloat16_parts, chunk_sums, gram, products
 from softsphere.engines.dispatch import linear_statistics
 from softsphere.engines.engine import Gradients, Inputs, Settings
 from softsphere.engines.moments import moments
@@ -226,6 +226,7 @@ def flops_forward(d, D, m):
 def test_the_products_of_a_gram_matrix_are_counted(monkeypatch):
     """Two at "high" and one at "medium"; where they are symmetric by blocks, 1.5 and 0.5."""
     found = {}
+    monkeypatch.setattr(chunk_sums, "_BLOCK_ON_GPU", chunk_sums._BLOCK)
     for precision in ("highest", *BITS):
         float32_may_be(monkeypatch, precision)
         for d in (64, 1024):

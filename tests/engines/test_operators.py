@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from _engines import ENGINES, OPERATORS, Largest, flops_of_calls, layer
 from softsphere import checks
+from softsphere.engines import chunk_sums
 from softsphere.engines.engine import Gradients, Inputs, Settings
 from softsphere.functional import linear_spherical_loss
 
@@ -126,7 +127,8 @@ def test_a_gradient_that_is_not_asked_for_is_not_computed(name, leaf, backward_f
         assert rest[:2] == [alone, with_bias] and rest[2] > with_bias >= alone
 
 
-def test_the_work_of_gram_where_products_are_symmetric():
+def test_the_work_of_gram_where_products_are_symmetric(monkeypatch):
+    monkeypatch.setattr(chunk_sums, "_BLOCK_ON_GPU", chunk_sums._BLOCK)
     d, D, m = 1024, 300, 40
     full = flops("gram", m=m, D=D, d=d, bias=False, prior=False)
     assert full < 3.4 * (D + m) * d * d

@@ -5,16 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from _matrix_units import needs_triton, with_kernels
+from _matrix_units import needs_triton, with_kernels, without_kernels
 from softsphere.engines import target_rows
 from softsphere.engines.target_rows import TargetRows, joined
 
 m, K, D, d = 7, 3, 20, 5
-WAYS = {
-    "by values": lambda _: None,
-    "without values": lambda patch: patch.setattr(target_rows, "values_on_cpu", lambda _: False),
-    "by a kernel": with_kernels,
-}
+# How rows are added, and whether a kernel adds them.
+WAYS = [("by values", False), ("without values", False), ("by a kernel", True)]
 CLASSES = {
     "all": slice(0, D),
     "a part": slice(4, 11),
@@ -44,10 +41,15 @@ def explicitly(rows):
 @needs_triton
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("classes", CLASSES)
-@pytest.mark.parametrize("way", WAYS)
-def test_rows_of_classes(way, classes, deterministic, monkeypatch):
+@pytest.mark.parametrize(("way", "kernels"), WAYS)
+def test_rows_of_classes(way, kernels, classes, deterministic, monkeypatch):
     rows, some = given(), CLASSES[classes]
-    WAYS[way](monkeypatch)
+    if kernels:
+        with_kernels(monkeypatch)
+    else:
+        without_kernels(monkeypatch)
+    if way == "without values":
+        monkeypatch.setattr(target_rows, "values_on_cpu", lambda _: False)
     every = torch.arange(D)[some] if isinstance(some, slice) else some
     found = torch.ones(len(every), d)
     rows.add_to(found, some, deterministic=deterministic)

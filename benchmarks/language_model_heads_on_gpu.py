@@ -37,7 +37,7 @@ HEADS = {
     "recommendation": Setting(m=25600, D=1_000_000, d=128),
 }
 TINY = {"tiny": Setting(m=256, D=1000, d=64)}
-PATIENCE = 60.0
+PATIENCE = 120.0  # the compiler begins with an empty cache
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

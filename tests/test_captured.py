@@ -18,6 +18,7 @@ from softsphere import (
     optim,
 )
 from softsphere.matrix import SingularStepError
+from softsphere.matrix.replay import Replay
 from softsphere.optim import FactoredSGD
 
 pytestmark = pytest.mark.once("the stand-in for CUDA graphs is one of a CPU")
@@ -633,3 +634,13 @@ def test_the_stand_in_for_graphs_refuses_what_waits_for_a_device():
     for waiting in (lambda: x[x > 0], lambda: x.nonzero(), lambda: float(x.sum())):
         with pytest.raises(RuntimeError, match=r"which no graph can hold|by a mask"):
             RecordedGraph(x.device).record(waiting)
+
+
+def test_no_copy_of_a_small_array_that_is_made_while_recording_counts_afterwards():
+    """It has no values before the record is run, and never if the recording fails."""
+    matrix = FactoredSphericalLoss(WIDTH, D).matrix
+    matrix.renew_()
+    with Replay(matrix).recorded():
+        matrix.arrays.rows(torch.tensor([3]))
+        assert "maps" in matrix.arrays.rounded.fresh
+    assert not matrix.arrays.rounded.fresh

@@ -245,10 +245,11 @@ class _Graph:
         """Runs a function on a side stream, as it must have been before it is recorded."""
         stream, current = _side_stream(device), torch.cuda.current_stream(device)
         stream.wait_stream(current)
-        with torch.cuda.stream(stream):
-            outputs = function()
-        current.wait_stream(stream)
-        return outputs
+        try:
+            with torch.cuda.stream(stream):
+                return function()
+        finally:
+            current.wait_stream(stream)  # also where a step was refused
 
     def record(self, function: Callable[[], Outputs]) -> Outputs:
         """Records what a function launches, and returns the tensors that a replay will fill."""

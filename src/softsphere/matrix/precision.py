@@ -87,3 +87,7 @@ class Rounded:
     def forget(self, *names: str) -> None:
         """Notes that these arrays have changed."""
         self.fresh.difference_update(names)
+
+    def forget_all(self) -> None:
+        """Notes that no copy has the values of its array."""
+        self.fresh.clear()

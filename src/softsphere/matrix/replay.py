@@ -41,13 +41,13 @@ class Replay:
         """
         W, watch = self.matrix.arrays, self.matrix.watch
         W.sums()
-        W.changed()
+        W.rounded.forget_all()
         watch.recording = True
         try:
             yield
         finally:
             watch.recording = False
-            W.changed()
+            W.rounded.forget_all()
 
     @in_full_precision
     def before(self) -> tuple[Any, ...]:

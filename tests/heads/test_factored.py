@@ -410,7 +410,8 @@ def test_training_that_diverges_ends_before_the_weight_overflows(prior, momentum
         except SingularStepError as error:
             told = str(error)
             break
-    assert "squares overflow" in told and "lower lr" in told
+    # the squares of the outputs overflow before those of the weight, or after them
+    assert "lower lr" in told and ("squares overflow" in told or "not finite" in told)
     assert before.isfinite().all() and before.abs().max() > 1e6
     torch.testing.assert_close(head.dense(), before)
 

@@ -321,9 +321,7 @@ class ClusteredLoss(WithGrouping, OutputLayer):
                     names = "hidden", f"{name}.weight", f"{name}.bias"
                     checks.same_dtype(hidden, layer.weight, layer.bias, names)
         dtype = wide_dtype(self.weight.dtype)
-        conventions = Conventions.checked(
-            self.loss, reduction=self.reduction, ignore_index=self.ignore_index
-        )
+        conventions = self.conventions
         entries = conventions.entries(target.reshape(-1), None, self.num_classes, dtype)
         return entries, conventions
 

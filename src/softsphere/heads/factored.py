@@ -6,7 +6,6 @@ The file is long for its docstrings, and for its loss with and without a process
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -28,7 +27,7 @@ from softsphere.heads.reader import Reader
 from softsphere.heads.sharded import making
 from softsphere.heads.sharded_reader import ReaderOfFactoredShard, ShardedWeightReader
 from softsphere.losses import Spherical
-from softsphere.matrix import FactoredTensor, Health, StructuredGradient
+from softsphere.matrix import FactoredTensor, Health
 from softsphere.matrix.interrupts import undisturbed
 from softsphere.parallel import Agreement, checksum
 
@@ -155,13 +154,6 @@ class FactoredSphericalLoss(FactoredState, OutputLayer):
     def _usable_loss(self, loss: Any) -> losses.Loss:
         """Raises TypeError for a loss that needs the logits."""
         return _spherical(losses.get(loss, Spherical))
-
-    @property
-    def conventions(self) -> Conventions:
-        """The attributes, checked as they are now. The weight holds the prior."""
-        return Conventions.checked(
-            self.loss, reduction=self.reduction, ignore_index=self.ignore_index
-        )
 
     def reset_parameters(self) -> None:
         """Draws the initial values of `nn.Linear`, uniform within ±1/√d.
@@ -327,17 +319,6 @@ class FactoredSphericalLoss(FactoredState, OutputLayer):
     def health(self, probes: int = 4) -> Health:
         """Returns the numerical state of the factors; see `softsphere.matrix.Health`."""
         return self.matrix.health(probes)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FactoredSphericalLoss:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        grad = self.weight.grad
-        # The gradient belongs to the converted weight. It would keep the old one alive otherwise.
-        if isinstance(grad, StructuredGradient) and grad.content.edition in (
-            None,
-            self.matrix.edition,
-        ):
-            grad.content.block = self._factored_weight.block
-        return self
 
     def extra_repr(self) -> str:
         return (

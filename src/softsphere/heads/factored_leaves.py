@@ -11,8 +11,13 @@ from torch import Tensor, nn
 from softsphere._torch import changed_in_place, transforms_active
 from softsphere.engines.factored_statistics import TWICE_IN_CLUSTERS
 from softsphere.functional.loading import Loading, LoadsEntries
-from softsphere.heads.factored_parameter import WithFactoredParameter, check_factored_dtype
-from softsphere.matrix import FactoredTensor, Health, StructuredGradient
+from softsphere.heads.factored_parameter import (
+    WithFactoredParameter,
+    check_factored_dtype,
+    lent_columns,
+    size_errors,
+)
+from softsphere.matrix import FactoredTensor, Health
 from softsphere.matrix.factored_stack import FactoredStack
 from softsphere.matrix.interrupts import undisturbed
 from softsphere.matrix.refusals import HALF
@@ -133,16 +138,7 @@ class FactoredLeaves(WithFactoredParameter, LoadsEntries):
             dtype = fn(torch.empty(0, dtype=self.weight.dtype, device=self.weight.device)).dtype
             if dtype not in (torch.float32, torch.float64):
                 raise TypeError(f"{HALF}; got {dtype}")
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        weight: Tensor = self.weight
-        grad = weight.grad
-        if (
-            isinstance(weight, FactoredTensor)
-            and isinstance(grad, StructuredGradient)
-            and grad.content.edition in (None, weight.matrix.edition)
-        ):
-            # The gradient belongs to the converted weight. It would keep the old one otherwise.
-            grad.content.block = weight.block
+        super()._apply(fn, recurse)
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -151,10 +147,8 @@ class FactoredLeaves(WithFactoredParameter, LoadsEntries):
             return
         with turn():
             self._stack().canonical_()
-            V = self._stack().arrays.V
-            destination[f"{prefix}weight"] = V.lend(0)
-            if self.has_bias:
-                destination[f"{prefix}bias"] = V.lend(1).squeeze(1)
+            lent = lent_columns(self._stack().arrays.V, bias=self.has_bias)
+            destination.update({prefix + name: x for name, x in lent.items()})
 
     def _load_entries(self, state_dict: dict[str, Any], prefix: str, loading: Loading) -> None:
         """Loads weight and bias into the factors, and the rest as every module does."""
@@ -166,12 +160,7 @@ class FactoredLeaves(WithFactoredParameter, LoadsEntries):
             shapes["bias"] = (len(self.prior),)
         given = {name: state_dict[prefix + name] for name in shapes if prefix + name in state_dict}
         loading.missing_keys.extend(prefix + name for name in shapes if name not in given)
-        wrong = [
-            f"size mismatch for {prefix}{name}: copying a param with shape "
-            f"{tuple(x.shape)}, the shape in current model is {shapes[name]}."
-            for name, x in given.items()
-            if tuple(x.shape) != shapes[name]
-        ]
+        wrong = size_errors(prefix, given, shapes)
         mine = {prefix + name for name in shapes}
         rest = {key: x for key, x in state_dict.items() if key not in mine}
         rest[f"{prefix}weight"] = self.weight
@@ -193,7 +182,4 @@ class FactoredLeaves(WithFactoredParameter, LoadsEntries):
                 self._stack().canonical_()
                 b = self._stack().arrays.V.blocks[1].squeeze(1).clone()
         b = None if b is None else b.to(W.device, W.dtype)
-        made = factored_leaves(W, b, self._stack().arrays.starts, self.prior)
-        for j in range(1 + self.has_bias):
-            made.matrix.arrays.V.lend(j)
-        self.weight = nn.Parameter(made, self.weight.requires_grad)
+        self._take(factored_leaves(W, b, self._stack().arrays.starts, self.prior))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from softsphere import checks
 from softsphere._torch import changed_in_place, exporting, is_wrapper
 from softsphere.functional.loading import Loading
-from softsphere.heads.factored_parameter import WithFactoredParameter
+from softsphere.heads.factored_parameter import WithFactoredParameter, lent_columns, size_errors
 from softsphere.heads.factored_reader import EXPORT
 from softsphere.heads.sharded import ShardedLayer
 from softsphere.matrix import FactoredTensor
@@ -67,16 +67,10 @@ class FactoredState(ShardedLayer, WithFactoredParameter):
 
     @in_turn
     def _saved(self) -> dict[str, Tensor]:
-        """Returns weight (D, d), bias (D) and prior (D), ordinary tensors.
-
-        Weight and bias are the memory of the layer itself. When the layer is stepped they become
-        copies, if somebody still holds them.
-        """
+        """Returns weight (D, d), bias (D) and prior (D); see `lent_columns`."""
         self.matrix.canonical_()
         W = self.matrix.arrays
-        state = {"weight": W.V.lend(0)}
-        if self.has_bias:
-            state["bias"] = W.V.lend(1).squeeze(1)
+        state = lent_columns(W.V, bias=self.has_bias)
         if W.pi is not None:
             state["prior"] = W.pi.clone()
         return state
@@ -126,10 +120,7 @@ class FactoredState(ShardedLayer, WithFactoredParameter):
         )
         bias = [x.to(weight.device, weight.dtype) for x in bias]
         pi = None if pi is None else pi.to(weight.device, weight.dtype)
-        made = FactoredTensor(weight, bias[0] if bias else None, pi, self.shards)
-        for j in range(len(columns)):
-            made.matrix.arrays.V.lend(j)
-        self.weight = nn.Parameter(made, self.weight.requires_grad)
+        self._take(FactoredTensor(weight, bias[0] if bias else None, pi, self.shards))
 
     def _assign(self, columns: list[Tensor | None], pi: Tensor | None) -> None:
         """Writes weight (D, d) and bias (D) into the parameter, or leaves what is None.
@@ -189,12 +180,7 @@ class _Entries:
 
     def errors(self, prefix: str) -> list[str]:
         """What does not fit, in PyTorch's words where it has some."""
-        wrong = [
-            f"size mismatch for {prefix}{name}: copying a param with shape "
-            f"{tuple(self.given[name].shape)}, the shape in current model is {shape}."
-            for name, shape in self.shapes.items()
-            if name in self.given and tuple(self.given[name].shape) != shape
-        ]
+        wrong = size_errors(prefix, self.given, self.shapes)
         if self.dtype not in (torch.float32, torch.float64):
             wrong.append(
                 f"{prefix}weight must be float32 or float64 to be assigned, got {self.dtype}."

@@ -201,7 +201,7 @@ class LinearSphericalLoss(ShardedLayer, AccumulatingLayer, OutputLayer, WithPrio
 
     @property
     def conventions(self) -> Conventions:
-        """The attributes, checked as they are now."""
+        """Those of all attributes, checked as they are now."""
         return Conventions.checked(
             self.loss,
             weight=self.vectors["class_weight"],

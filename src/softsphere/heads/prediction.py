@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from softsphere import checks, losses
 from softsphere._torch import exporting, is_dtensor, transformed
 from softsphere.criteria import TopK
-from softsphere.functional.conventions import mixed_precision
+from softsphere.functional.conventions import Conventions, mixed_precision
 from softsphere.heads.computed_weights import compute_weights
 from softsphere.heads.constructor_argument import ConstructorArgument
 from softsphere.heads.reader import Reader
@@ -63,6 +63,8 @@ class OutputLayer(nn.Module, ABC):
     """
 
     loss: losses.Loss
+    reduction: str
+    ignore_index: int | None
 
     if TYPE_CHECKING:
         # nn.Module promises Any, which hides a wrong argument from a type checker
@@ -87,6 +89,13 @@ class OutputLayer(nn.Module, ABC):
     def _usable_loss(self, loss: Any) -> losses.Loss:
         """The loss that a caller assigns, or the error that it cannot be that of this layer."""
         return losses.get(loss)
+
+    @property
+    def conventions(self) -> Conventions:
+        """Reduction and ignored rows, checked as the attributes are now."""
+        return Conventions.checked(
+            self.loss, reduction=self.reduction, ignore_index=self.ignore_index
+        )
 
     @abstractmethod
     def _reader(self) -> Reader:

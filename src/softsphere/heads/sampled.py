@@ -212,9 +212,7 @@ class SampledSoftmaxLoss(OutputLayer):
         reader.check(hidden)
         checks.same_device("target", target, "hidden", hidden)
         checks.rows_target(hidden.shape[:-1], target)
-        conventions = Conventions.checked(
-            self.loss, reduction=self.reduction, ignore_index=self.ignore_index
-        )
+        conventions = self.conventions
         wide = wide_dtype(hidden.dtype)
         entries = conventions.entries(target.reshape(-1), None, reader.num_classes, wide)
         t = entries.t.squeeze(-1)

@@ -6,15 +6,16 @@ Criteria on logits, in place of `nn.CrossEntropyLoss`: `TaylorSoftmaxLoss`, `Sph
 Output layers, which take hidden states and targets and return the loss: `LinearSphericalLoss`
 without logits for any optimizer, `FactoredSphericalLoss` whose step does not depend on the number
 of classes, `ClusteredLoss` near softmax in quality, and `SampledSoftmaxLoss` to compare with.
-`optim.FactoredSGD` steps factored weights, `clusters` makes clusters, and `CapturedStep` makes a
-CUDA graph of a training step.
+`optim.FactoredSGD` steps factored weights, `clusters` makes clusters, `engines` chooses how outputs
+are computed, `matrix` has the factored weight, `parallel` helps a model around a layer with a
+process_group, and `CapturedStep` makes a CUDA graph of a training step.
 
 >>> import torch
 >>> head = LinearSphericalLoss(8, 1000, "taylor_softmax")
 >>> head(torch.randn(4, 8), torch.randint(1000, (4,))).backward()
 """
 
-from softsphere import clusters, functional, losses, optim
+from softsphere import clusters, engines, functional, losses, matrix, optim, parallel
 from softsphere.captured import CapturedStep
 from softsphere.criteria import (
     SoftMarginSoftmaxLoss,
@@ -44,7 +45,10 @@ __all__ = [
     "SphericalSoftmaxLoss",
     "TaylorSoftmaxLoss",
     "clusters",
+    "engines",
     "functional",
     "losses",
+    "matrix",
     "optim",
+    "parallel",
 ]

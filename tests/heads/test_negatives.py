@@ -103,13 +103,15 @@ def test_the_rarest_classes_may_be_always_negatives_and_the_last_one_drawn():
 def test_a_class_without_any_count_is_like_the_rarest_one(name):
     tables = []
     for zero in (0, int(COUNTS.sort().values[1])):
-        made = sampler_of(name, D, SAMPLES, COUNTS.masked_fill(COUNTS == 1, zero), 1.0)
+        made = sampler_of(
+            name, D, 50 if name == "frequency" else None, COUNTS.masked_fill(COUNTS == 1, zero), 1.0
+        )
         tables.append(made.log_share if name == "in_batch" else made.log_expected)
     assert torch.equal(*tables)
 
 
 def test_negatives_of_the_batch_are_its_targets():
-    made = sampler_of("in_batch", D, SAMPLES, COUNTS, 1.0)
+    made = sampler_of("in_batch", D, None, COUNTS, 1.0)
     ignored = torch.tensor([False, True, False, False, False])
     classes, log_expected = made.choose(TARGET, ignored, torch.float64)
     assert torch.equal(classes, TARGET)
@@ -117,7 +119,7 @@ def test_negatives_of_the_batch_are_its_targets():
     want = [math.log(3 * x) for x in share]  # three other rows that are not ignored
     want[1] = math.inf
     torch.testing.assert_close(log_expected, torch.tensor(want).double(), rtol=1e-6, atol=0)
-    classes, log_expected = sampler_of("in_batch", D, SAMPLES, None, 1.0).choose(
+    classes, log_expected = sampler_of("in_batch", D, None, None, 1.0).choose(
         TARGET, ignored, torch.float64
     )
     assert torch.equal(classes, TARGET)
@@ -145,7 +147,7 @@ def test_a_draw_makes_as_little_for_many_classes_as_for_few():
         samplers = (
             sampler_of("log_uniform", many, 50, None, 1.0),
             sampler_of("frequency", many, 50, counts, 1.0),
-            sampler_of("in_batch", many, SAMPLES, counts, 1.0),
+            sampler_of("in_batch", many, None, counts, 1.0),
         )
         with Work() as seen:
             for each in samplers:
@@ -190,5 +192,5 @@ def test_what_a_sampler_cannot_do_is_refused(message):
 
 def test_a_sampler_of_the_batch_alone_is_for_any_number_of_classes():
     assert InBatch(None).num_classes is None
-    assert sampler_of("in_batch", D, SAMPLES, COUNTS, 1.0).num_classes == D
+    assert sampler_of("in_batch", D, None, COUNTS, 1.0).num_classes == D
     assert drawn("log_uniform", 3).num_classes == D

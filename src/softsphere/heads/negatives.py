@@ -137,14 +137,15 @@ class InBatch(Sampler):
 
 
 def sampler_of(
-    name: str, num_classes: int, num_samples: int, counts: Tensor | None, power: float
+    name: str, num_classes: int, num_samples: int | None, counts: Tensor | None, power: float
 ) -> Sampler:
-    """The sampler of this name.
+    """The sampler of this name; num_samples is None for "in_batch" alone.
 
     Raises ValueError or TypeError for arguments that are wrong or have no meaning for it.
     """
     checks.one_of("sampler", name, _SAMPLERS)
-    num_samples = checks.at_least_one("num_samples", num_samples)
+    if num_samples is not None:
+        num_samples = checks.at_least_one("num_samples", num_samples)
     checks.non_negative("power", power)
     if name != "frequency" and power != 1.0:
         raise ValueError(
@@ -154,12 +155,13 @@ def sampler_of(
         counts = checks.class_counts(counts)
         checks.class_vector("counts", counts, num_classes)
     if name == "in_batch":
-        if num_samples != SAMPLES:
+        if num_samples is not None:
             raise ValueError(
                 f"num_samples has no meaning for sampler='in_batch', got {num_samples}; the "
                 "negatives of a row are the targets of the other rows, so make the batch larger"
             )
         return InBatch(None if counts is None else (counts / counts.sum()).log())
+    assert num_samples is not None
     if name == "log_uniform":
         if counts is not None:
             raise ValueError(

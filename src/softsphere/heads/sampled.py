@@ -62,7 +62,8 @@ class SampledSoftmaxLoss(OutputLayer):
     Args:
         in_features: d.
         num_classes: D.
-        num_samples: n, the number of negatives of a step. It must be left out for "in_batch".
+        num_samples: n, the number of negatives of a step; None stands for 1024. "in_batch" takes
+            none.
         sampler: "log_uniform", "frequency" or "in_batch".
         counts: (D), how often each class is a target in training, which "frequency" needs. A class
             with a count of 0 is given that of the rarest one.
@@ -112,7 +113,7 @@ class SampledSoftmaxLoss(OutputLayer):
         self,
         in_features: int,
         num_classes: int,
-        num_samples: int = SAMPLES,
+        num_samples: int | None = None,
         *,
         sampler: str = "log_uniform",
         counts: Tensor | None = None,
@@ -131,8 +132,11 @@ class SampledSoftmaxLoss(OutputLayer):
         self.sparse = checks.flag("sparse", sparse)
         made_dtype(dtype)
         self.loss = Softmax()
+        if num_samples is None and sampler != "in_batch":
+            num_samples = SAMPLES
         self._sampler: Sampler = sampler_of(sampler, num_classes, num_samples, counts, power)
-        self._settings = sampler, checks.integer("num_samples", num_samples), power
+        n = None if num_samples is None else checks.integer("num_samples", num_samples)
+        self._settings = sampler, n, power
         given = Conventions.checked(self.loss, reduction=reduction, ignore_index=ignore_index)
         self.reduction, self.ignore_index = given.reduction, given.ignore_index
         made: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -159,8 +163,8 @@ class SampledSoftmaxLoss(OutputLayer):
         return self._settings[0]
 
     @property
-    def num_samples(self) -> int:
-        """n, the number of negatives of a step."""
+    def num_samples(self) -> int | None:
+        """n, the number of negatives of a step; None where they are the targets of the batch."""
         return self._settings[1]
 
     @property

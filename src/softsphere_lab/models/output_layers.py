@@ -33,8 +33,6 @@ class Ranks(Protocol):
     def rank(self, hidden: Tensor, target: Tensor) -> Tensor: ...
 
 
-# The negatives of sampled softmax, if an output does not name their number.
-SAMPLES = 1024
 # The initial weights of a loss, as a multiple of those of nn.Linear. The outputs that minimise
 # squared error are about 1/D. From the usual weights, its first steps would shrink the hidden layer
 # until no ReLU is active.
@@ -211,8 +209,7 @@ def _sampled(output: Output, width: int, counts: Tensor) -> nn.Module:
     """Softmax, trained on negatives that are drawn by frequency unless a sampler is named."""
     sampler = output.sampler or "frequency"
     known = None if sampler == "log_uniform" else counts
-    samples = SAMPLES if output.samples is None else output.samples
-    head = SampledSoftmaxLoss(width, len(counts), samples, sampler=sampler, counts=known)
+    head = SampledSoftmaxLoss(width, len(counts), output.samples, sampler=sampler, counts=known)
     if output.prior and head.bias is not None:
         with torch.no_grad():
             head.bias.copy_((counts / counts.sum()).log())

@@ -10,7 +10,7 @@ from torch import nn
 
 from softsphere import ClusteredLoss, SampledSoftmaxLoss
 from softsphere_lab.errors import LabError
-from softsphere_lab.models.output_layers import SAMPLES, SMALLER, Output, layer, tied_rows
+from softsphere_lab.models.output_layers import SMALLER, Output, layer, tied_rows
 
 COUNTS = torch.arange(1, 31)
 
@@ -76,7 +76,7 @@ def test_sampled_softmax_may_begin_with_the_frequencies(prior, sampler):
 def test_sampled_softmax_has_the_samples_of_its_name():
     head, _ = layer(Output.parse("sampled_softmax samples=7"), 8, COUNTS, "cpu")
     assert head.num_samples == 7
-    assert layer(Output("sampled_softmax"), 8, COUNTS, "cpu")[0].num_samples == SAMPLES == 1024
+    assert layer(Output("sampled_softmax"), 8, COUNTS, "cpu")[0].num_samples == 1024
 
 
 def test_adaptive_softmax_has_the_cutoffs_and_widths_of_its_name():

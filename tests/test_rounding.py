@@ -62,20 +62,20 @@ def make_machine_round_differently(monkeypatch):
     linear, outputs = torch.nn.functional.linear, chunked._outputs
     monkeypatch.setattr(torch.nn.functional, "linear", as_on_another_machine(linear))
     monkeypatch.setattr(chunked, "_outputs", as_on_another_machine(outputs))
-    mean_row, shift, product = chunked.mean_row, moments._shift, chunk_sums.product
+    mean_row, shift, over_rows = chunked.mean_row, moments._shift, chunk_sums.over_rows
 
     def away(x):
         return x * (1 + 4 * torch.finfo(x.dtype).eps)
 
     def rounded(a, b, dtype, out=None):
-        o = product(a, b, dtype, out)
+        o = over_rows(a, b, dtype, out)
         generator = torch.Generator().manual_seed(o.shape[1])
         noise = torch.rand(o.shape, generator=generator, dtype=o.dtype).to(o.device) - 0.5
         return o * (1 + 3.7 * torch.finfo(o.dtype).eps * noise)
 
     monkeypatch.setattr(chunked, "mean_row", lambda *args: away(mean_row(*args)))
     monkeypatch.setattr(moments, "_shift", lambda *args: away(shift(*args)))
-    monkeypatch.setattr(chunk_sums, "product", rounded)
+    monkeypatch.setattr(chunk_sums, "over_rows", rounded)
 
 
 @pytest.mark.parametrize("sums", DTYPES)

@@ -84,6 +84,7 @@ def test_a_row_that_is_ignored_may_be_large(layer, loss):
     assert head.weight.grad.norm().isfinite()
 
 
+@pytest.mark.once("a GPU refuses a step without a word, and reports it later")
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("loss", SPHERICAL)
 def test_the_step_of_a_loss_that_overflows_is_refused(loss, momentum):

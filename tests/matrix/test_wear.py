@@ -51,7 +51,7 @@ def test_drift_that_the_first_random_vectors_do_not_see_is_mended(kind, array):
     W = matrix.arrays
     W.sums()
     kept = getattr(W, array)
-    unseen = across(probes_of(d, 2 if array == "U_inv" else 1, 0, torch.device("cpu")))
+    unseen = across(probes_of(d, 2 if array == "U_inv" else 1, 0, V.device))
     kept.view(d, d).add_(torch.outer(unseen, unseen), alpha=1e-3 * float(kept.max()))
     if kind == "one matrix":
         W.changed()

@@ -10,6 +10,7 @@ from softsphere import (
     FactoredSphericalLoss,
     LinearSphericalLoss,
     LinearSphericalOptions,
+    SampledSoftmaxLoss,
     SphericalLoss,
 )
 from softsphere.losses import REGISTRY, Normalised, Spherical
@@ -120,3 +121,17 @@ def test_criteria_have_no_finite_gradient_either(loss, way):
     value.backward()
     assert not value.isfinite()
     assert not logits.grad[0].isfinite().any() and logits.grad[1:].isfinite().all()
+
+
+def test_the_gradient_of_softmax_is_that_of_pytorch_where_a_target_is_left_out():
+    """A bias of −∞ makes the loss infinite, and leaves the gradients finite."""
+    torch.manual_seed(0)
+    head = SampledSoftmaxLoss(d, D).eval()
+    with torch.no_grad():
+        head.bias[3] = -torch.inf
+    hidden = torch.randn(m, d, requires_grad=True)
+    logits = torch.nn.functional.linear(hidden, head.weight, head.bias)
+    got, want = head(hidden, TARGET), torch.nn.functional.cross_entropy(logits, TARGET)
+    torch.testing.assert_close(got, want)
+    slopes = [torch.autograd.grad(x, hidden)[0] for x in (got, want)]
+    torch.testing.assert_close(*slopes)

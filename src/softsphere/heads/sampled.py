@@ -225,7 +225,7 @@ class SampledSoftmaxLoss(OutputLayer):
             rows = self._estimate(reader, H, t, entries.ignored)
         else:
             rows = _exact(reader, hidden, t)
-        rows = entries.weigh(rows)
+        rows = entries.weigh(rows, overflows=False)
         return conventions.finish(rows.view(target.shape), entries.counted, hidden)
 
     def _estimate(self, reader: DenseReader, H: Tensor, target: Tensor, ignored: Tensor) -> Tensor:

@@ -36,8 +36,8 @@ class Targets:
     def weigh(self, rows: Tensor, *, overflows: bool = True) -> Tensor:
         """The losses of the rows times their factors; 0 for ignored rows.
 
-        overflows: whether a loss that is not finite is an overflow. With softmax it may be that of
-            a class that −∞ leaves out, whose gradient is finite.
+        overflows: whether a loss that is not finite is an overflow that nothing has marked yet.
+            With softmax it may be that of a class that −∞ leaves out, whose gradient is finite.
         """
         rows = rows.masked_fill(self.ignored, 0.0)
         return rows * (factors(rows, self.counted) if overflows else self.counted)

@@ -112,7 +112,7 @@ class LossOnClusterShards:
     def value(self, batch: Batch) -> Tensor:
         """The loss, reduced over the rows of all ranks; with "none", of the rows of this one."""
         entries, reduction = self.entries, self.conventions.reduction
-        rows = entries.weigh(self._losses(batch))
+        rows = entries.weigh(self._losses(batch), overflows=False)
         return finish_over_ranks(rows, entries.counted, reduction, self.items, batch, self.given)
 
     def _losses(self, batch: Batch) -> Tensor:

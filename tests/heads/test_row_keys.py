@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from softsphere import ClusteredLoss, FactoredSphericalLoss, LinearSphericalLoss, SampledSoftmaxLoss
+from softsphere.heads import row_keys
 from softsphere.heads.row_keys import keys_of_rows
 
 
@@ -78,3 +79,11 @@ def test_ranks_among_the_rows_of_a_hadamard_matrix(name):
     wanted = 1 + (scores > scores.gather(1, target[:, None])).sum(1)
     # a rank of rounded scores may be another one where two scores are nearly equal
     assert (layer.rank(hidden, target) - wanted).abs().float().mean() < 0.05
+
+
+def test_keys_are_those_of_all_rows_at_once_however_they_are_cut(monkeypatch):
+    W, b = torch.randn(50, 7), torch.randn(50, 1)
+    want = keys_of_rows(W, b)
+    monkeypatch.setattr(row_keys, "_ROWS", 3)
+    monkeypatch.setattr(row_keys, "_NUMBERS", 35)
+    assert torch.equal(keys_of_rows(W, b), want)

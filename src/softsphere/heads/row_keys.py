@@ -9,6 +9,8 @@ from softsphere._torch import exporting
 
 __all__ = ["keys_of_rows"]
 
+# Rows of a piece that stays in the cache of a processor, and the numbers of a piece elsewhere.
+_ROWS, _NUMBERS = 1024, 1 << 25
 # Odd numbers without a pattern.
 _FIRST, _SECOND = 0x5851F42D4C957F2D, 0x14057B7EF767814F
 
@@ -20,10 +22,10 @@ def keys_of_rows(*blocks: Tensor) -> Tensor:
     """
     device = blocks[0].device
     key = torch.zeros(blocks[0].shape[0], dtype=torch.long, device=device)
-    # Pieces stay in the cache of a processor. Their number would be part of an export.
-    whole = exporting() or device.type != "cpu"
     for x in blocks:
-        pieces = [x] if whole else x.split(1024)
+        rows = _ROWS if device.type == "cpu" else max(_ROWS, _NUMBERS // max(x.shape[1], 1))
+        # the number of pieces would be part of an export
+        pieces = [x] if exporting() else x.split(rows)
         key = key * _FIRST + torch.cat([_keys(piece) for piece in pieces])
     return key
 

@@ -26,6 +26,8 @@ from _sharded_linear import (
     below_fully_sharded,
     d,
     frozen,
+    heads_in_another_order,
+    integers_for_predictions,
     on_one,
     raises,
     refuses_another,
@@ -554,7 +556,12 @@ def differs(rank, size, folder, fact):
     refuses_another(fact, OTHERS[fact], pair()[1], rank)
 
 
+OF_EVERY_LAYER = {
+    case.__name__: partial(case, pair=pair)
+    for case in (integers_for_predictions, heads_in_another_order)
+}
 REFUSED = {
+    **OF_EVERY_LAYER,
     **{f"other {fact}": partial(differs, fact=fact) for fact in OTHERS},
     **{
         f"skipped step of {part}": partial(skipped_step, part=part)

@@ -16,6 +16,8 @@ from _sharded_linear import (
     below_data_parallel,
     d,
     frozen,
+    heads_in_another_order,
+    integers_for_predictions,
     raises,
     refuses_another,
     step_both,
@@ -284,14 +286,22 @@ def differs(rank, size, folder, fact):
     refuses_another(fact, OTHERS[fact], pair()[1], rank)
 
 
-REFUSED = {f"other {fact}": partial(differs, fact=fact) for fact in OTHERS} | {
-    case.__name__: case
-    for case in (
-        skipped_step,
-        other_step,
-        unowned_target,
-        other_prior,
-        one_linear_layer,
-        pickled,
-    )
+OF_EVERY_LAYER = {
+    case.__name__: partial(case, pair=pair)
+    for case in (integers_for_predictions, heads_in_another_order)
 }
+REFUSED = (
+    OF_EVERY_LAYER
+    | {f"other {fact}": partial(differs, fact=fact) for fact in OTHERS}
+    | {
+        case.__name__: case
+        for case in (
+            skipped_step,
+            other_step,
+            unowned_target,
+            other_prior,
+            one_linear_layer,
+            pickled,
+        )
+    }
+)

@@ -17,6 +17,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 from _ranks import TIGHT, Adam, rows_of, world
@@ -281,6 +282,27 @@ def clipped_shared(rank, size, folder):
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=0)
 
 
+def clipped_weight_norm(rank, size, folder):
+    """What a parametrization computes the rows from are rows of one rank, too."""
+    one, many = pair()
+    for head in (one, many):
+        nn.utils.parametrizations.weight_norm(head, "weight", dim=0)
+    H, t = torch.randn(4, d).double(), torch.arange(4)
+    one(H, t).backward()
+    own = rows_of(rank, [4, *[0] * (size - 1)])
+    many(H[own], t[own]).backward()
+    want = nn.utils.clip_grad_norm_(one.parameters(), 0.01)
+    torch.testing.assert_close(clip_grad_norm_(many, 0.01).double(), want, rtol=1e-5, atol=0)
+    rows = many.shards.sharding.slice
+    for x, y in zip(many.parameters(), one.parameters(), strict=True):
+        torch.testing.assert_close(x.grad, y.grad[rows], **TIGHT)
+    adam = Adam(many.parameters(), lr=0.1)
+    keep_whole_state(adam, many)
+    adam.step()
+    states = adam.state_dict()["state"].values()
+    assert all(len(state["exp_avg"]) == 23 for state in states)
+
+
 def converted(rank, size, folder):
     """A prior in float32 is normalised again in float64, as without a group."""
     given = {"prior": torch.rand(1001) + 0.1, "dtype": torch.float32}
@@ -378,6 +400,7 @@ RIGHT = {
     "fully sharded below": below_fully_sharded,
     "clipped": clipped,
     "clipped, one weight in two layers": clipped_shared,
+    "clipped under a weight norm": clipped_weight_norm,
     "converted": converted,
     "narrowed": narrowed,
     "prior loaded": loaded_prior,
@@ -460,6 +483,55 @@ def other_action(rank, size, folder):
     H, t = torch.randn(2, d).double(), torch.arange(2)
     call = (lambda: many.predict(H)) if rank == 0 else (lambda: many(H, t))
     raises(RuntimeError, "same, but they began predict on rank 0, a loss on rank 1", call)
+
+
+def integers_for_predictions(rank, size, folder, pair=pair):
+    """What every layer refuses at once is an error on all ranks in predictions, too."""
+    _, many = pair()
+    H, t = torch.randn(2, d).double(), torch.arange(2)
+    given = {"log_prob": (), "topk": (1,), "predict": (), "rank": (t,)}
+    for name, rest in given.items():
+        for wrong in (H.long(), H[0, 0], [1.0]):
+            mine = wrong if rank == 0 else H
+            others = RuntimeError, "rank 0 of the process group refused.*hidden must"
+            with torch.no_grad():
+                call = partial(getattr(many, name), mine, *rest)
+                on_one(rank, ((TypeError, ValueError), "hidden must"), others, call)
+                getattr(many, name)(H, *rest)
+
+
+def wrong_weight_for_predictions(rank, size, folder):
+    _, many = pair()
+    H = torch.randn(2, d).double()
+    if rank == 0:
+        many.bias = nn.Parameter(many.bias.detach().float())
+    others = RuntimeError, "rank 0 of the process group refused.*bias"
+    on_one(rank, (TypeError, "bias"), others, lambda: many.predict(H))
+
+
+def heads_in_another_order(rank, size, folder, pair=pair):
+    heads = [pair()[1], pair()[1]]
+    H, t = torch.randn(2, d).double(), torch.arange(2)
+    words = "layer_that_is_called must be the same on all ranks"
+    raises(ValueError, words, lambda: heads[int(rank == 0)](H, t))
+    for head in heads:
+        head(H, t).backward()
+
+
+def state_of_computed_rows(rank, size, folder):
+    """Neither saved nor loaded, since the state would have the rows of one rank alone."""
+    for change, undo in (
+        (nn.utils.parametrizations.weight_norm, nn.utils.parametrize.remove_parametrizations),
+        (partial(prune.l1_unstructured, amount=0.5), prune.remove),
+    ):
+        one, many = pair()
+        change(many, "weight")
+        raises(RuntimeError, "cannot be saved for all ranks.*permanent", many.state_dict)
+        load = partial(many.load_state_dict, one.state_dict())
+        raises(RuntimeError, "cannot be loaded for all ranks.*permanent", load)
+        undo(many, "weight")
+        assert many.state_dict()["weight"].shape == (23, d)
+        load()
 
 
 def skipped_step(rank, size, folder):
@@ -699,7 +771,7 @@ DIFFERENT = {
     "target_values": lambda many, rank: (
         many(H, TWO[:, :1], VALUES[:, :1]) if rank == 0 else many(H, T)
     ),
-    "records_a_gradient_of_hidden": lambda many, rank: many(H.clone().requires_grad_(rank == 0), T),
+    "hidden_requires_grad": lambda many, rank: many(H.clone().requires_grad_(rank == 0), T),
     "replicated": lambda many, rank: (
         set_on_one(many.shards, rank, replicated=True),
         many(H, T),
@@ -732,6 +804,10 @@ REFUSED = {f"other {fact}": partial(differs, fact=fact) for fact in (*DIFFERENT,
         wrong_on_one,
         late_error,
         other_action,
+        integers_for_predictions,
+        wrong_weight_for_predictions,
+        heads_in_another_order,
+        state_of_computed_rows,
         skipped_step,
         unknown_average,
         other_rows_replicated,

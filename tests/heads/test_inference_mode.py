@@ -59,3 +59,17 @@ def test_inside_inference_mode_it_is_as_outside(head, call):
     layer(torch.ones(2, d), torch.tensor([3, 6])).backward()
     optimizer.step()
     assert layer.weight.isfinite().all()
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_layer_that_is_made_inside_can_be_trained_outside(head):
+    with torch.inference_mode():
+        made = HEADS[head]()
+        before = made.predict(torch.ones(2, d))
+    assert before.shape == (2,)
+    optimizer = torch.optim.SGD(made.parameters(), 1.0)
+    for _ in range(3):
+        optimizer.zero_grad()
+        made(torch.randn(5, d), torch.arange(5) * 7).backward()
+        optimizer.step()
+    assert all(x.isfinite().all() for x in saved(made).values())

@@ -104,7 +104,7 @@ class LossOnClusterShards:
             reduction=self.conventions.reduction,
             ignore_index=self.conventions.ignore_index,
             num_items=self.items,
-            records_a_gradient_of_hidden=records and self.H.requires_grad,
+            hidden_requires_grad=records and self.H.requires_grad,
             trained=[records and x is not None and x.requires_grad for x in weights],
             bits_of_the_projection=checksum(layer.project),
         )

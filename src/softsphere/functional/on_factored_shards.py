@@ -70,7 +70,7 @@ class FactoredLossOnShards:
             ignore_index=self.conventions.ignore_index,
             num_items=self.items,
             target_values=self.entries.y is not None,
-            records_a_gradient_of_hidden=records and self.H.requires_grad,
+            hidden_requires_grad=records and self.H.requires_grad,
             trains_the_weight=records and self.weight.requires_grad,
             small_arrays_of_the_weight=small_bits(self.arrays),
         )

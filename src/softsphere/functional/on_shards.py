@@ -179,7 +179,7 @@ class LossOnShards:
             class_weights=self.conventions.weight is not None,
             prior=parts.pi is not None,
             accumulates=parts.kept is not None,
-            records_a_gradient_of_hidden=records and self.H.requires_grad,
+            hidden_requires_grad=records and self.H.requires_grad,
             trained=[records and x is not None and x.requires_grad for x in parts.layer[:2]],
             ignore_index=self.conventions.ignore_index,
         )

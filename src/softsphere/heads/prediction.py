@@ -17,6 +17,7 @@ from softsphere.functional.conventions import Conventions, mixed_precision
 from softsphere.heads.computed_weights import compute_weights
 from softsphere.heads.constructor_argument import ConstructorArgument
 from softsphere.heads.reader import Reader
+from softsphere.parallel import Agreement
 
 __all__ = ["OutputLayer"]
 
@@ -28,9 +29,9 @@ def _without_autocast(method: _Method) -> _Method:
     """A prediction with the same digits inside autocast as outside."""
 
     @functools.wraps(method)
-    def run(self: OutputLayer, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        checks.floating("hidden", hidden)
-        if not mixed_precision(hidden):
+    def run(self: OutputLayer, hidden: Any, *args: Any, **kwargs: Any) -> Any:
+        # the method refuses what is no tensor, on all ranks of a process group together
+        if not isinstance(hidden, Tensor) or not mixed_precision(hidden):
             # An exported program would keep a context even if it changes nothing.
             return method(self, hidden, *args, **kwargs)
         with torch.autocast(hidden.device.type, enabled=False):
@@ -44,7 +45,6 @@ def _without_gradient(method: _Method) -> _Method:
 
     @functools.wraps(method)
     def run(self: OutputLayer, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        checks.floating("hidden", hidden)
         if exporting():
             return method(self, hidden.detach(), *args, **kwargs)
         with torch.no_grad():
@@ -101,8 +101,19 @@ class OutputLayer(nn.Module, ABC):
     def _reader(self) -> Reader:
         """The weight as it is now, read once."""
 
-    def _present_reader(self) -> Reader:
-        """The reader of a prediction, which runs no hooks."""
+    def _present_reader(self, action: str) -> Reader:
+        """The reader of a prediction. An error on one rank of a process group is one on all."""
+        shards: Any = getattr(self, "shards", None)
+        if shards is None:
+            return self._read()
+        try:
+            return self._read()
+        except Exception:
+            with Agreement(shards.ranks, action):
+                raise
+
+    def _read(self) -> Reader:
+        """The reader of the present weight, since a prediction runs no hooks."""
         compute_weights(self)
         sharded = [name for name, x in self.named_parameters() if is_dtensor(x)]
         if sharded and getattr(self, "shards", None) is None:
@@ -143,7 +154,7 @@ class OutputLayer(nn.Module, ABC):
         arguments of a wrong shape or kind, ValueError for infinite outputs (on a CPU), and
         RuntimeError in a backward that asks for second derivatives where they do not exist.
         """
-        reader = self._present_reader()
+        reader = self._present_reader("log_prob")
         with reader.checked("log_prob") as checked:
             reader.check(hidden)
             reader = reader if mask is None else reader.masked(mask, hidden)
@@ -199,7 +210,7 @@ class OutputLayer(nn.Module, ABC):
         Raises ValueError or TypeError for arguments of a wrong shape or kind, ValueError if
         k + n > D, and for infinite outputs as described at the class.
         """
-        reader = self._present_reader()
+        reader = self._present_reader("topk")
         with reader.checked("topk") as checked:
             reader.check(hidden)
             reader = reader if mask is None else reader.masked(mask, hidden)
@@ -233,7 +244,7 @@ class OutputLayer(nn.Module, ABC):
         Raises ValueError or TypeError for hidden states of a wrong shape or kind, and for infinite
         outputs as described at the class.
         """
-        reader = self._present_reader()
+        reader = self._present_reader("predict")
         with reader.checked("predict") as checked:
             reader.check(hidden)
             reader = reader if mask is None else reader.masked(mask, hidden)
@@ -258,7 +269,7 @@ class OutputLayer(nn.Module, ABC):
         Raises ValueError or TypeError for arguments of a wrong shape or kind, and for infinite
         outputs as described at the class.
         """
-        reader = self._present_reader()
+        reader = self._present_reader("rank")
         with reader.checked("rank") as checked:
             reader.check(hidden)
             reader = reader if mask is None else reader.masked(mask, hidden)

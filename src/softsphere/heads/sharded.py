@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from softsphere import checks
 from softsphere._torch import is_dtensor
 from softsphere.functional.loading import Loading, LoadsEntries
+from softsphere.heads.computed_weights import has_computed_weights
 from softsphere.heads.constructor_argument import ConstructorArgument
 from softsphere.parallel import (
     Agreement,
@@ -33,8 +35,18 @@ def making(
 ) -> Iterator[tuple[Shards | None, Agreement | None]]:
     """Yields the shards of a new layer, and an agreement on what it is; None without a group.
 
-    An error in the context is one on every rank.
+    An error in the context is one on every rank. Tensors that are made in it can be trained, also
+    inside torch.inference_mode.
     """
+    with torch.inference_mode(False), _agreement_on(group, num_classes, replicated, averaged) as it:
+        yield it
+
+
+@contextmanager
+def _agreement_on(
+    group: Any, num_classes: int, replicated: Any, averaged: Any
+) -> Iterator[tuple[Shards | None, Agreement | None]]:
+    """See `making`."""
     if group is None:
         if _flags(replicated, averaged):
             raise ValueError(
@@ -47,7 +59,11 @@ def making(
         _flags(replicated, averaged)
         num_classes = checks.at_least_one("num_classes", num_classes)
         agreed.same(num_classes=num_classes, replicated=replicated, averaged=averaged)
-        yield Shards(ranks, num_classes, replicated, averaged), agreed
+        # that of the first rank tells this layer from all others that the ranks make
+        agreed.each(drawn_number=secrets.randbits(62))
+        shards = Shards(ranks, num_classes, replicated, averaged)
+        yield shards, agreed
+    shards.layer = agreed.found["drawn_number"][0]
 
 
 def _flags(replicated: Any, averaged: Any) -> bool:
@@ -118,6 +134,8 @@ class ShardedRows(LoadsEntries):
         return self.in_features
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        if self.shards is not None:
+            self._refuse_computed_weights("saved")
         self._local_state(destination, prefix, keep_vars)
         if self.shards is None:
             return
@@ -133,6 +151,7 @@ class ShardedRows(LoadsEntries):
         """
         if self.shards is not None:
             with Agreement(self.shards.ranks, "the loading of a state_dict") as agreed:
+                self._refuse_computed_weights("loaded")
                 self._check_state(state_dict, prefix)
                 whole = self._entries_of_all(state_dict, prefix)
                 agreed.same(entries=[(k, x.dtype, is_dtensor(x)) for k, x in whole.items()])
@@ -168,6 +187,8 @@ class ShardedRows(LoadsEntries):
             if key not in state_dict:
                 continue
             x, width = state_dict[key], self._row_width()
+            if not isinstance(x, Tensor):
+                raise TypeError(f"{key} must be a tensor, got {type(x).__name__}")
             if name == "weight" and x.shape[1:] != (width,):
                 raise ValueError(
                     f"{key} must have {width} columns, the width of the weight of the layer, got "
@@ -183,6 +204,16 @@ class ShardedRows(LoadsEntries):
         held = self.shards.ranks, self.rows_of_ranks(name)
         rows = own_rows(name, x, *held)
         return whole_tensor(rows, *held) if is_dtensor(getattr(self, name, None)) else rows
+
+    def _refuse_computed_weights(self, done: str) -> None:
+        """Raises RuntimeError where what the weight is computed from would be that of one rank."""
+        if getattr(self, "parametrizations", None) or has_computed_weights(self):
+            raise RuntimeError(
+                f"the rows of a sharded layer with a parametrization or pruning cannot be {done} "
+                "for all ranks, since what they are computed from has no names there; make it "
+                "permanent first, by torch.nn.utils.parametrize.remove_parametrizations(head, "
+                "'weight') or torch.nn.utils.prune.remove(head, 'weight')"
+            )
 
     def _check_state(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Raises ValueError for a state that the layers of this one cannot load."""

@@ -59,6 +59,9 @@ class Shards:
         # whether the ranks were seen to have rows of their own
         self._apart = False
 
+        # a number that the ranks gave this layer when they made it; see `making`
+        self.layer: int | None = None
+
     def of_rows(self, number: int) -> Shards:
         """The shards of another tensor of the layer, with a number of rows in all."""
         return Shards(self.ranks, number, self.replicated, self.averaged)
@@ -89,7 +92,7 @@ class Shards:
         for i, (before, now) in enumerate(zip(seen, versions, strict=True)):
             known = before is not None and now is not None
             agreed.each(**{f"{_STEPPED}{i}": int(now != before) if known else -1})
-        agreed.same(num_classes=self.sharding.num_classes)
+        agreed.same(num_classes=self.sharding.num_classes, layer_that_is_called=self.layer)
         agreed.same(dtype_of_rows=rows.dtype, shape_of_a_row=tuple(rows.shape[1:]))
         agreed.same(shape_of_targets=[tuple(x.shape[1:]) for x in integers])
         agreed.same(replicated=self.replicated)
@@ -255,10 +258,16 @@ def leave_out_of_ddp(model: nn.Module) -> nn.Module:
 def rows_of_one_rank(layer: nn.Module) -> dict[str, nn.Parameter]:
     """By name, the parameters of a sharded layer that hold the rows of this rank alone.
 
+    Those that a parametrization computes its weight from are among them, if they have its rows.
     A DTensor knows of the rows of all ranks, as optimizers and torch.distributed.checkpoint do.
     """
-    named = layer.named_parameters(recurse=False)
-    return {name: p for name, p in named if not is_dtensor(p)}
+    named = dict(layer.named_parameters(recurse=False))
+    rows = {len(p) for p in named.values()} | {len(getattr(layer, "weight", ()))}
+    for tensor, computed in getattr(layer, "parametrizations", {}).items():
+        for name, p in computed.named_parameters(recurse=False):
+            if p.dim() and len(p) in rows:
+                named[f"parametrizations.{tensor}.{name}"] = p
+    return {name: p for name, p in named.items() if not is_dtensor(p)}
 
 
 class Bits(int):

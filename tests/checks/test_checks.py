@@ -17,6 +17,9 @@ WRONG = {
     "prior must be positive.*0 to 0": lambda: call(prior=torch.zeros(3)),
     r"target must be in \[0, 3\) or ignore_index = -100, got 3": lambda: call(target=TARGET + 1),
     r"must have shape \(4,\).*got \(3,\)$": lambda: call(target=TARGET[:3]),
+    r"got \(2, 7\); classes are expected at dimension 1, so use logits.movedim\(-1, 1\)": lambda: (
+        functional.spherical_loss(torch.ones(2, 7, 5), torch.ones(2, 7).long(), "taylor_softmax")
+    ),
     r"must have shape \(4,\).*got \(4, 1\); use target.squeeze\(-1\)": lambda: call(
         target=TARGET[:, None]
     ),

@@ -34,6 +34,14 @@ def test_momentum_takes_its_share_of_it():
     assert rates(few, momentum=0.5, nesterov=True) == pytest.approx([0.25])
 
 
+@pytest.mark.parametrize("momentum", [1.0, 1.5])
+def test_momentum_that_leaves_no_rate_is_named(momentum):
+    (few,) = weights(50)
+    with pytest.raises(ValueError, match=f"momentum must be below 1 .*got {momentum:g}; give lr"):
+        FactoredSGD([few], momentum=momentum)
+    assert FactoredSGD([few], 0.1, momentum=momentum).param_groups[0]["lr"] == 0.1
+
+
 def test_no_rate_suits_a_factored_weight_and_ordinary_parameters():
     (few,) = weights(50)
     mixed = [few, nn.Linear(2, 2).weight]

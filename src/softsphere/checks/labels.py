@@ -33,7 +33,8 @@ def target_shape(logits: Tensor, dim: int, target: Any) -> None:
     if target.shape != rows:
         raise ValueError(
             f"target of class indices must have shape {tuple(rows)} for logits of shape "
-            f"{tuple(logits.shape)}, got {tuple(target.shape)}{_without_last(target, rows)}"
+            f"{tuple(logits.shape)}, got {tuple(target.shape)}"
+            f"{_without_last(target, rows) or _classes_last(logits, target)}"
         )
 
 
@@ -145,6 +146,16 @@ def rows_target(rows: torch.Size, target: Any, name: str = "hidden") -> None:
 def _without_last(target: Tensor, rows: torch.Size) -> str:
     """How to mend class indices (…, 1) for rows (…)."""
     return "; use target.squeeze(-1)" if target.shape == (*rows, 1) else ""
+
+
+def _classes_last(logits: Tensor, target: Tensor) -> str:
+    """How to mend logits (…, C) of several dimensions, whose classes are expected at 1."""
+    if target.shape != logits.shape[:-1]:
+        return ""
+    return (
+        "; classes are expected at dimension 1, so use logits.movedim(-1, 1), or flatten both to "
+        "logits of shape (N, C) and a target of shape (N,)"
+    )
 
 
 def classes(

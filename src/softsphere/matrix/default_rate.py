@@ -22,7 +22,7 @@ def default_rate(params: Iterable[Tensor], momentum: float | Tensor = 0.0) -> fl
 
     It is that of `torch.optim.SGD`, 0.001, for a group of ordinary parameters.
 
-    Raises ValueError for a group that needs different rates.
+    Raises ValueError for a group that needs different rates, and for a momentum of 1 or more.
     """
     given = list(params)
     classes = {p.matrix.arrays.all_rows for p in given if isinstance(p, FactoredTensor)}
@@ -39,5 +39,10 @@ def default_rate(params: Iterable[Tensor], momentum: float | Tensor = 0.0) -> fl
         raise ValueError(
             f"lr must be given for a group with factored weights of {listed} classes, since good "
             "rates grow with the number of classes; give lr, or each weight a group of its own"
+        )
+    if not float(momentum) < 1:
+        raise ValueError(
+            f"momentum must be below 1 for a factored weight without lr, got {float(momentum):g}; "
+            "give lr"
         )
     return PER_CLASS * classes.pop() * (1 - float(momentum))

@@ -14,7 +14,7 @@ from rich.console import Console
 from softsphere_lab.ctrl_c import raise_interrupts
 from softsphere_lab.errors import LabError
 from softsphere_lab.experiments.experiment import Prepared
-from softsphere_lab.experiments.page import Report, report_of
+from softsphere_lab.experiments.page import SMOKE, Report, report_of
 from softsphere_lab.progress import print_plain, print_stopped, standard_console
 from softsphere_lab.records.folder import Record
 from softsphere_lab.report.grids import terminal_table
@@ -129,7 +129,8 @@ def _print_report(found: Report, console: Console) -> None:
     else:
         print_plain(console, section.table)
     unfinished = found.experiment.unfinished(found.record)
-    for line in filter(None, (section.note, unfinished)):
+    smoke = SMOKE if found.is_smoke else ""
+    for line in filter(None, (section.note, unfinished, smoke)):
         print_plain(console, line)
     for picture in found.pictures.values():
         print_plain(console, f"Picture: {picture}")

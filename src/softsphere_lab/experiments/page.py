@@ -12,7 +12,7 @@ from softsphere_lab.experiments.earlier import EarlierRecord, record_at
 from softsphere_lab.experiments.experiment import BUDGETS, Experiment, Reproduction
 from softsphere_lab.experiments.registry import REPRODUCTIONS, experiment_of
 from softsphere_lab.records.files import write
-from softsphere_lab.records.folder import Record
+from softsphere_lab.records.folder import ENVIRONMENT, Record
 from softsphere_lab.report.paper import SOURCE
 from softsphere_lab.report.results import Section
 
@@ -20,6 +20,7 @@ __all__ = [
     "PAGE",
     "README",
     "RECORDS",
+    "SMOKE",
     "Report",
     "best_records",
     "rebuild",
@@ -29,6 +30,11 @@ __all__ = [
 
 RECORDS = Path("records")
 README, PAGE = "README.md", "results.md"
+# What is said of a record with the budget smoke.
+SMOKE = (
+    "A test of the program on small data that come with it. The numbers say nothing about the "
+    "claim of the experiment, nor about its data set."
+)
 HEAD = f"""\
 # Results
 
@@ -65,19 +71,28 @@ class Report:
     def markdown(self, heading: str, folder: Path) -> str:
         """Returns the section with what it is about. folder: that of the page, for its links."""
         claim = differences = ""
-        if isinstance(self.experiment, Reproduction):
+        title = self.experiment.title
+        if self.is_smoke:
+            title += ", smoke test"
+            claim = f"*{SMOKE}*\n\n"
+        elif isinstance(self.experiment, Reproduction):
             claim = f"*Claim.* {self.experiment.claim}\n\n"
             differences = f"\n*Differences from the paper.* {self.experiment.differences}\n"
         unfinished = self.experiment.unfinished(self.record)
         pictures = "".join(
-            f"\n![{self.experiment.title}: {name}]({_link(path, folder)})\n"
-            for name, path in self.pictures.items()
+            f"\n![{title}: {name}]({_link(path, folder)})\n" for name, path in self.pictures.items()
         )
         return (
-            f"{heading} {self.experiment.title}\n\n{claim}"
+            f"{heading} {title}\n\n{claim}"
             f"{_environment_sentence(self.record)}{f'; **{unfinished}**' if unfinished else ''}"
             f"\n\n{self.section.text}{pictures}{differences}"
         )
+
+    @property
+    def is_smoke(self) -> bool:
+        """Whether it is of a reproduction that only shows that the program works."""
+        reproduced = isinstance(self.experiment, Reproduction)
+        return reproduced and _place_of_budget(self.record) == 0
 
     @property
     def pictures(self) -> dict[str, Path]:
@@ -130,6 +145,11 @@ def _environment_sentence(record: Record) -> str:
 def _all_reports(records: Path) -> Iterator[Report]:
     """Returns the report of each record that has a final run, in order of name."""
     for folder in sorted(records.glob("*/")):
+        if (folder / ENVIRONMENT).exists() and not (folder / "config.json").exists():
+            raise LabError(
+                f"{folder} has no config.json, so that its runs cannot be told; restore the file, "
+                "or remove the folder"
+            )
         found = report_of(record_at(folder))
         if found:
             yield found

@@ -21,6 +21,8 @@ __all__ = ["Line", "Record"]
 Line = dict[str, Any]
 # The file with a line for each start.
 ENVIRONMENT = "environment.jsonl"
+# What to do about a spoiled line.
+_REMOVE = "restore the file, or remove the line, whose run is then done again by --resume"
 
 
 class Record:
@@ -44,6 +46,11 @@ class Record:
             raise LabError(
                 f"--out {folder} cannot be a run folder ({error.strerror}); take another"
             ) from error
+        if not empty and not (folder / "config.json").exists():
+            raise LabError(
+                f"--out {folder} is not empty and no run folder, since it has no config.json; take "
+                "another"
+            )
         if not empty:
             raise LabError(
                 f"--out {folder} is not empty; pass --resume to do only what is missing there"
@@ -69,9 +76,9 @@ class Record:
         another process works there.
         """
         if not (folder / "config.json").exists():
-            raise LabError(
-                f"--resume: {folder} has no config.json; leave --resume out to begin there"
-            )
+            filled = folder.is_dir() and not all(is_leftover(path) for path in folder.iterdir())
+            mend = "take another --out" if filled else "leave --resume out to begin there"
+            raise LabError(f"--resume: {folder} has no config.json; {mend}")
         with _locked(folder):
             old = cls(folder).config() or {}
             for key in grows:
@@ -158,7 +165,7 @@ class Record:
             line = _parse_line(text, path, number)
             wrong = flaw(line)
             if wrong is not None:
-                raise LabError(f"{path}, line {number}: {wrong}")
+                raise LabError(f"{path}, line {number}: {wrong}; {_REMOVE}")
             lines.append(line)
         return lines
 
@@ -188,9 +195,9 @@ def _parse_line(text: bytes, path: Path, number: int) -> Line:
     try:
         line = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise LabError(f"{path}, line {number}: not JSON ({error})") from error
+        raise LabError(f"{path}, line {number}: not JSON; {_REMOVE}") from error
     if not isinstance(line, dict):
-        raise LabError(f"{path}, line {number}: not a JSON object")
+        raise LabError(f"{path}, line {number}: not a JSON object; {_REMOVE}")
     return line
 
 

@@ -71,7 +71,7 @@ def _learning_curves(
             low, high = list(curve.lows.values()), list(curve.highs.values())
             axes.fill_between(x, low, high, color=colours[row.loss], alpha=0.1, linewidth=0)
     ranges = "mean and range over the seeds" if len(rows) <= MOST_RANGES else "mean over the seeds"
-    axes.set(xlabel="epoch", ylabel=f"validation error, %  ({ranges})")
+    axes.set(xlabel="epoch", ylabel=f"validation error, %\n({ranges})")
     canvas.integers(axes.xaxis)
 
 

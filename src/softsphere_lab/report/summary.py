@@ -171,6 +171,13 @@ def csv_text(rows: Sequence[Row]) -> str:
     return text.getvalue()
 
 
+# What the tests leave out.
+_CHANCE = (
+    "The tests cover chance from the seeds, which set initialisation and order, and not from the "
+    "choice of test images."
+)
+
+
 def finding(rows: Sequence[Row], named: Callable[[str], str] = str) -> str:
     """Returns sentences that say what was found, and no more than was.
 
@@ -201,9 +208,9 @@ def _test_sentences(rows: Sequence[Row], reference: Row, named: Callable[[str], 
     """Returns a sentence for each outcome of the tests that some loss had."""
     softmax = f"softmax ({reference.error:.2f} %)"
     groups: dict[str, list[str]] = {
-        f"Better than {softmax}": [],
-        f"Worse than {softmax}": [],
-        f"Not shown to differ from {softmax}": [],
+        f"Better in test error than {softmax}": [],
+        f"Worse in test error than {softmax}": [],
+        f"Not shown to differ in test error from {softmax}": [],
         "Not tested, with too few common seeds": [],
     }
     better, worse, alike, untested = groups.values()
@@ -226,4 +233,4 @@ def _test_sentences(rows: Sequence[Row], reference: Row, named: Callable[[str], 
             f"All losses had the same learning rate, {reference.lr:g}. It was not searched for, "
             "and a search for each loss, by --tune, may change the order."
         )
-    return [*sentences, "Chance is that of the seeds: initialisation and order."]
+    return [*sentences, _CHANCE]

@@ -12,7 +12,7 @@ from _lab_results import DATA, STUDIES, text_end
 from softsphere_lab.cli import app as cli
 from softsphere_lab.errors import LabError
 from softsphere_lab.experiments.earlier import record_at
-from softsphere_lab.experiments.page import best_records, report_of, results_page
+from softsphere_lab.experiments.page import SMOKE, best_records, report_of, results_page
 from softsphere_lab.records.files import write
 from softsphere_lab.records.folder import Record
 
@@ -72,6 +72,24 @@ def test_a_record_in_part_says_how_much_of_it_there_is(tmp_path):
     last = Record.create(tmp_path / "2029-01-01-ptb", {**config, "budget": "full"})
     last.add("metrics.jsonl", [text_end("softmax", 0, 4.6)])
     assert [each.record.folder for each in best_records(tmp_path)] == [last.folder]
+
+
+def test_a_record_without_its_configuration_is_not_left_out_in_silence(tmp_path):
+    record = Record.create(tmp_path / "r", {"experiment": "ptb"})
+    (record.folder / "config.json").unlink()
+    (tmp_path / "notes").mkdir()  # a folder of another kind
+    with pytest.raises(LabError, match=r"r has no config\.json.*restore the file"):
+        best_records(tmp_path)
+
+
+def test_a_smoke_test_says_that_its_numbers_mean_nothing(tmp_path):
+    small = STUDIES["ptb"].studies["small"]
+    config = {"experiment": "ptb", "budget": "smoke", **small.config(), "data": DATA}
+    record = Record.create(tmp_path / "r", config)
+    record.add("metrics.jsonl", [text_end("softmax", 0, 4.0)])
+    page = report_of(record).markdown("#", record.folder)
+    assert page.startswith(f"# Penn Treebank, smoke test\n\n*{SMOKE}*")
+    assert "Claim" not in page and "Differences from the paper" not in page
 
 
 def test_a_budget_that_is_none_is_named(tmp_path):

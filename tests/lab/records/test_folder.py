@@ -155,8 +155,10 @@ def test_what_a_kill_left_of_a_file_is_in_nobodys_way(tmp_path):
 @pytest.mark.parametrize("name", ["a file", ".gitignore"])
 def test_a_folder_that_holds_anything_is_not_begun_in(tmp_path, name):
     (tmp_path / name).write_text("")
-    with pytest.raises(LabError, match="not empty"):
+    with pytest.raises(LabError, match=r"not empty and no run folder.*take another"):
         Record.create(tmp_path, {"losses": []})
+    with pytest.raises(LabError, match=r"has no config\.json; take another --out"):
+        Record.reopen(tmp_path, {"losses": []}, ("losses",))
     assert (tmp_path / name).exists()
 
 

@@ -48,11 +48,17 @@ def test_a_row_pairs_by_seed_not_by_order():
 @pytest.mark.parametrize(
     ("errors", "words"),
     [
-        ({"softmax": (0.10, 0.11, 0.12), "z_loss": (0.02, 0.031, 0.04)}, "Better than softmax"),
-        ({"softmax": (0.02, 0.031, 0.04), "z_loss": (0.10, 0.11, 0.12)}, "Worse than softmax"),
+        (
+            {"softmax": (0.10, 0.11, 0.12), "z_loss": (0.02, 0.031, 0.04)},
+            "Better in test error than softmax",
+        ),
+        (
+            {"softmax": (0.02, 0.031, 0.04), "z_loss": (0.10, 0.11, 0.12)},
+            "Worse in test error than softmax",
+        ),
         (
             {"softmax": (0.02, 0.04, 0.03), "z_loss": (0.03, 0.02, 0.031)},
-            "Not shown to differ from softmax",
+            "Not shown to differ in test error from softmax",
         ),
         ({"softmax": (0.02,), "z_loss": (0.03,)}, "No loss was tested"),
         ({"softmax": (0.02, 0.03), "z_loss": (0.03, 0.04)}, "at least 3 seeds"),
@@ -98,11 +104,14 @@ def test_losses_with_other_seeds_are_told_apart_from_those_with_the_same():
         "bohning_bound": "–",
     }
     sentence = summary.finding(list(rows.values()))
-    assert "Worse than softmax (11.50 %): squared_error (21.55 %, p < 0.001)." in sentence
-    assert "Not shown to differ from softmax (11.50 %): taylor_softmax." in sentence
+    assert (
+        "Worse in test error than softmax (11.50 %): squared_error (21.55 %, p < 0.001)."
+        in sentence
+    )
+    assert "Not shown to differ in test error from softmax (11.50 %): taylor_softmax." in sentence
     assert "Not tested, with too few common seeds: z_loss, bohning_bound." in sentence
     assert "The tests are of 3 to 4 common seeds." in sentence
-    assert sentence.endswith("Chance is that of the seeds: initialisation and order.")
+    assert sentence.endswith("not from the choice of test images.")
 
 
 def test_a_run_that_diverged_is_counted_and_is_in_no_mean_and_no_test():

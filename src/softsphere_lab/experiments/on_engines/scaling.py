@@ -111,7 +111,8 @@ def markdown(lines: Lines) -> str:
         return f"{milliseconds(seconds)} ({_ratio(seconds / ours[D])})"
 
     rows = [[name, *(cell(name, D) for D in classes)] for name in times]
-    return tables.markdown(["milliseconds a step", *(f"D = {D:,}" for D in classes)], rows)
+    head = "milliseconds a step (times the factored layer's)"
+    return tables.markdown([head, *(f"D = {D:,}" for D in classes)], rows)
 
 
 def finding(lines: Lines) -> str:
@@ -192,7 +193,7 @@ class Scaling(Reproduction):
     differences = (
         "Here d and m are 128, so that ten million classes fit in memory. Targets are drawn as "
         "words are, hidden rows at random; everything is counted: forward, backward, update, "
-        "mending. The settings of the paper are in the README."
+        "mending. Sizes of the papers are in docs/costs.md."
     )
 
     def prepare(self, budget: str, device: str, data_dir: Path | None) -> Prepared:

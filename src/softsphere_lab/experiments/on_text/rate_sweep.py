@@ -193,6 +193,11 @@ def _sentence(name: str, found: Plateau | None, below: float, classes: int) -> s
     ends = {"below": "lower", "above": "higher"}
     beyond = " or ".join(ends[each] for each in found.open_ends)
     more = f"; a {beyond} rate was not tried and may be better" if beyond else ""
+    if not beyond and found.low == min(found.badness):
+        more = (
+            "; all lower rates are about as good, so the training may be too short to tell them "
+            "apart: give more --words or --epochs"
+        )
     return f"{label(name)}: begin with {rate}{more}."
 
 

@@ -20,9 +20,9 @@ def test_it_says_which_losses_differ_and_no_more():
         ends.append(image_end("z_loss", seed, 0.101 - wobble))
     found = image_section(results_of(ends)).finding
     assert found.startswith(
-        "Better than softmax (10.05 %): log-Taylor softmax (8.07 %, p < 0.001)."
+        "Better in test error than softmax (10.05 %): log-Taylor softmax (8.07 %, p < 0.001)."
     )
-    assert "Not shown to differ from softmax (10.05 %): Z-loss." in found
+    assert "Not shown to differ in test error from softmax (10.05 %): Z-loss." in found
     few = image_section(results_of([line for line in ends if line["seed"] < 2])).finding
     assert few.startswith("No loss was tested")
 
@@ -37,4 +37,4 @@ def test_better_and_worse_are_of_the_seeds_that_p_is_of():
         for loss, own in errors.items()
         for seed, error in enumerate(own)
     ]
-    assert image_section(results_of(ends)).finding.startswith("Better than softmax")
+    assert image_section(results_of(ends)).finding.startswith("Better in test error than softmax")

@@ -5,7 +5,7 @@ They are those of `F.cross_entropy`, with a base measure added.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -69,7 +69,9 @@ class Conventions:
 
     def masked(self, mask: Any) -> Conventions:
         """The same for the classes where `mask` is True."""
-        return replace(self, mask=mask)
+        # not dataclasses.replace, which the compiler of torch 2.6 cannot trace
+        rest = self.reduction, self.ignore_index, self.label_smoothing, mask
+        return Conventions(self.weight, self.pi, *rest)
 
     def fit(self, num_classes: int, dtype: torch.dtype, input: Tensor) -> Conventions:
         """The same with vectors in `dtype`, for an input of `num_classes` classes.
@@ -85,7 +87,8 @@ class Conventions:
             checks.normalised_prior(self.pi)
         w = None if self.weight is None else self.weight.to(dtype)
         pi = None if self.pi is None else checks.narrowed_prior(self.pi, dtype)
-        return replace(self, weight=w, pi=pi)
+        rest = self.reduction, self.ignore_index, self.label_smoothing, self.mask
+        return Conventions(w, pi, *rest)
 
     def entries(
         self, target: Tensor, values: Tensor | None, num_classes: int, dtype: torch.dtype

@@ -59,7 +59,7 @@ class Example:
 # Those with fewer needs come first, since what one imports stays in the process.
 QUICK = {
     "recommender.py": Example(r"the ten best new items have it for [2-9]\d\.\d % of the users"),
-    "cuda_graphs.py": Example(r"a step captured: .* ms, loss \d"),
+    "cuda_graphs.py": Example(r"a step taken by CapturedStep: .* ms, loss \d"),
     "rerank.py": Example(r"the sentence itself is the best of 10 for [2-9]\d % of them"),
     "digits.py": Example(r"CrossEntropyLoss +test error \d.*\nTaylorSoftmaxLoss", "`scikit-learn`"),
     "language_model.py": Example(r"epoch 3: test perplexity [12]\d\d\nafter “", "`scikit-learn`"),

@@ -132,6 +132,15 @@ def lacking(device: str, gpu: tuple[int, int] | None, given: dict[str, Any]) -> 
     return None
 
 
+def check_repeated(got: Tensor, want: Tensor) -> None:
+    """Checks that the same steps gave the same bits twice.
+
+    On a GPU the additions at equal targets come in any order, so that the last digits may differ.
+    """
+    least = 1e3 * torch.finfo(got.dtype).eps if got.is_cuda else 0.0
+    torch.testing.assert_close(got, want, rtol=least, atol=least)
+
+
 @contextmanager
 def without_gpus() -> Iterator[None]:
     """Processes that are begun meanwhile see no GPU, which PyTorch would choose for them."""

@@ -262,10 +262,10 @@ def rows_of_one_rank(layer: nn.Module) -> dict[str, nn.Parameter]:
     A DTensor knows of the rows of all ranks, as optimizers and torch.distributed.checkpoint do.
     """
     named = dict(layer.named_parameters(recurse=False))
-    rows = {len(p) for p in named.values()} | {len(getattr(layer, "weight", ()))}
     for tensor, computed in getattr(layer, "parametrizations", {}).items():
+        rows = len(getattr(layer, tensor))
         for name, p in computed.named_parameters(recurse=False):
-            if p.dim() and len(p) in rows:
+            if p.dim() and len(p) == rows:
                 named[f"parametrizations.{tensor}.{name}"] = p
     return {name: p for name, p in named.items() if not is_dtensor(p)}
 

@@ -36,12 +36,12 @@ class Replay:
     def recorded(self) -> Iterator[None]:
         """Inside it, a step is recorded rather than taken: nothing is measured or mended.
 
-        Copies of small arrays that were made before are forgotten, and those made meanwhile too,
-        since they have no values until the record is run.
+        Copies of what a step changes are forgotten, so that the record makes them. All that were
+        made meanwhile are forgotten afterwards, since they have no values until the record is run.
         """
         W, watch = self.matrix.arrays, self.matrix.watch
         W.sums()
-        W.rounded.forget_all()
+        W.changed()
         watch.recording = True
         try:
             yield

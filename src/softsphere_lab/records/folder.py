@@ -22,7 +22,7 @@ Line = dict[str, Any]
 # The file with a line for each start.
 ENVIRONMENT = "environment.jsonl"
 # What to do about a spoiled line.
-_REMOVE = "restore the file, or remove the line, whose run is then done again by --resume"
+_REMOVE = "restore the file, or remove the line; --resume then does what is missing"
 
 
 class Record:

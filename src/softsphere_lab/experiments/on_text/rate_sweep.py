@@ -181,6 +181,9 @@ def _sentence(name: str, found: Plateau | None, below: float, classes: int) -> s
     >>> found = plateau_of({0.01: 5.0, 0.1: 7.0})
     >>> _sentence("softmax", found, 0.003, 340)
     'softmax: begin with 0.01; a lower rate was not tried and may be better.'
+    >>> found = plateau_of({0.001: 5.01, 0.01: 5.0, 0.1: 7.0})
+    >>> _sentence("softmax", found, 0.003, 340).partition("; ")[2].partition(":")[0]
+    'the lowest rate that was tried is about as good'
     """
     factored = Output.parse(name).factored
     if found is None:
@@ -194,9 +197,10 @@ def _sentence(name: str, found: Plateau | None, below: float, classes: int) -> s
     beyond = " or ".join(ends[each] for each in found.open_ends)
     more = f"; a {beyond} rate was not tried and may be better" if beyond else ""
     if not beyond and found.low == min(found.badness):
+        lower = "--layer-rates" if factored else "--rates"
         more = (
-            "; all lower rates are about as good, so the training may be too short to tell them "
-            "apart: give more --words or --epochs"
+            "; the lowest rate that was tried is about as good: with more --words or --epochs, or "
+            f"lower {lower}, they may be told apart"
         )
     return f"{label(name)}: begin with {rate}{more}."
 

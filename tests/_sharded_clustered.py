@@ -26,10 +26,9 @@ from _sharded_linear import (
     below_fully_sharded,
     d,
     frozen,
-    heads_in_another_order,
-    integers_for_predictions,
     on_one,
     raises,
+    refused_by_every_layer,
     refuses_another,
     set_on_one,
     step_both,
@@ -556,12 +555,8 @@ def differs(rank, size, folder, fact):
     refuses_another(fact, OTHERS[fact], pair()[1], rank)
 
 
-OF_EVERY_LAYER = {
-    case.__name__: partial(case, pair=pair)
-    for case in (integers_for_predictions, heads_in_another_order)
-}
 REFUSED = {
-    **OF_EVERY_LAYER,
+    **refused_by_every_layer(pair),
     **{f"other {fact}": partial(differs, fact=fact) for fact in OTHERS},
     **{
         f"skipped step of {part}": partial(skipped_step, part=part)

@@ -16,9 +16,8 @@ from _sharded_linear import (
     below_data_parallel,
     d,
     frozen,
-    heads_in_another_order,
-    integers_for_predictions,
     raises,
+    refused_by_every_layer,
     refuses_another,
     step_both,
 )
@@ -286,12 +285,8 @@ def differs(rank, size, folder, fact):
     refuses_another(fact, OTHERS[fact], pair()[1], rank)
 
 
-OF_EVERY_LAYER = {
-    case.__name__: partial(case, pair=pair)
-    for case in (integers_for_predictions, heads_in_another_order)
-}
 REFUSED = (
-    OF_EVERY_LAYER
+    refused_by_every_layer(pair)
     | {f"other {fact}": partial(differs, fact=fact) for fact in OTHERS}
     | {
         case.__name__: case

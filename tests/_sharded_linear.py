@@ -485,7 +485,7 @@ def other_action(rank, size, folder):
     raises(RuntimeError, "same, but they began predict on rank 0, a loss on rank 1", call)
 
 
-def integers_for_predictions(rank, size, folder, pair=pair):
+def integers_for_predictions(rank, size, folder, pair):
     """What every layer refuses at once is an error on all ranks in predictions, too."""
     _, many = pair()
     H, t = torch.randn(2, d).double(), torch.arange(2)
@@ -509,13 +509,19 @@ def wrong_weight_for_predictions(rank, size, folder):
     on_one(rank, (TypeError, "bias"), others, lambda: many.predict(H))
 
 
-def heads_in_another_order(rank, size, folder, pair=pair):
+def heads_in_another_order(rank, size, folder, pair):
     heads = [pair()[1], pair()[1]]
     H, t = torch.randn(2, d).double(), torch.arange(2)
     words = "layer_that_is_called must be the same on all ranks"
     raises(ValueError, words, lambda: heads[int(rank == 0)](H, t))
     for head in heads:
         head(H, t).backward()
+
+
+def refused_by_every_layer(pair):
+    """Cases that each kind of layer has, by their names."""
+    cases = integers_for_predictions, heads_in_another_order
+    return {case.__name__: partial(case, pair=pair) for case in cases}
 
 
 def state_of_computed_rows(rank, size, folder):
@@ -795,39 +801,41 @@ def differs(rank, size, folder, fact):
     refuses_another(fact, {**DIFFERENT, **OF_LINEAR}[fact], pair()[1], rank)
 
 
-REFUSED = {f"other {fact}": partial(differs, fact=fact) for fact in (*DIFFERENT, *OF_LINEAR)} | {
-    case.__name__: case
-    for case in (
-        unowned_target,
-        other_number_of_classes,
-        other_prior,
-        wrong_on_one,
-        late_error,
-        other_action,
-        integers_for_predictions,
-        wrong_weight_for_predictions,
-        heads_in_another_order,
-        state_of_computed_rows,
-        skipped_step,
-        unknown_average,
-        other_rows_replicated,
-        not_left_out,
-        rows_sent_to_all,
-        fully_sharded,
-        rows_of_one_rank,
-        state_of_another_rank,
-        replicated_loaded,
-        other_width_loaded,
-        wrong_flag,
-        not_in_the_group,
-        mesh_of_two_dimensions,
-        vector_assigned,
-        infinite,
-        state_of_columns,
-        lost_digits,
-        mask_given,
-        logits_wanted,
-        second_derivative,
-        gradient_of_prediction,
-    )
-}
+REFUSED = (
+    refused_by_every_layer(pair)
+    | {f"other {fact}": partial(differs, fact=fact) for fact in (*DIFFERENT, *OF_LINEAR)}
+    | {
+        case.__name__: case
+        for case in (
+            unowned_target,
+            other_number_of_classes,
+            other_prior,
+            wrong_on_one,
+            late_error,
+            other_action,
+            wrong_weight_for_predictions,
+            state_of_computed_rows,
+            skipped_step,
+            unknown_average,
+            other_rows_replicated,
+            not_left_out,
+            rows_sent_to_all,
+            fully_sharded,
+            rows_of_one_rank,
+            state_of_another_rank,
+            replicated_loaded,
+            other_width_loaded,
+            wrong_flag,
+            not_in_the_group,
+            mesh_of_two_dimensions,
+            vector_assigned,
+            infinite,
+            state_of_columns,
+            lost_digits,
+            mask_given,
+            logits_wanted,
+            second_derivative,
+            gradient_of_prediction,
+        )
+    }
+)

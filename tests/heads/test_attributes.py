@@ -17,6 +17,7 @@ from softsphere import (
     SampledSoftmaxLoss,
     TaylorSoftmaxLoss,
 )
+from softsphere.losses import SphericalSoftmax
 
 D, d = 30, 3
 CLUSTERS = torch.arange(D) % 4 - 1
@@ -177,3 +178,19 @@ def test_a_subclass_may_keep_the_sizes_as_well(layer):
     assert (head.in_features, head.num_classes) == (d, D)
     with pytest.raises(AttributeError, match="in_features of a Own cannot be changed"):
         del head.in_features
+
+
+def test_an_argument_that_is_kept_under_another_name_is_read_by_its_own():
+    prior = torch.arange(1.0, D + 1)
+    head = LAYERS["factored"](prior=prior)
+    torch.testing.assert_close(head.prior, prior * D / prior.sum())
+    assert LAYERS["factored"]().prior is None
+    clustered = LAYERS["clusters, auto"](leaf="spherical_softmax")
+    assert clustered.leaf == clustered.loss == SphericalSoftmax()
+
+
+@pytest.mark.parametrize(("loss", "error"), [("taylor", ValueError), ("softmax", TypeError)])
+def test_an_error_of_a_factored_layer_lists_the_losses_that_it_takes(loss, error):
+    with pytest.raises(error, match=r"one of squared_error, .*z_loss") as raised:
+        LAYERS["factored"](loss=loss)
+    assert "higher_taylor_softmax" not in str(raised.value)

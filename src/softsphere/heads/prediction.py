@@ -144,8 +144,8 @@ class OutputLayer(nn.Module, ABC):
             classes: (n) class indices of any integer dtype, the same for every row, or None for
                 all D classes. For the target of each row call the layer in evaluation mode with
                 reduction "none".
-            mask: (D), boolean, True for classes that take part, as in the forward of a
-                `LinearSphericalLoss` without a process_group; no other layer takes one.
+            mask: (D), boolean, True for classes that take part. A `LinearSphericalLoss` without a
+                process_group takes one, as its forward does, and a `SampledSoftmaxLoss`.
                 Classes that are masked out have log f_k = −∞.
 
         Returns (…, D) or (…, n).

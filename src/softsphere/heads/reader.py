@@ -84,7 +84,7 @@ class Reader(ABC):
     def masked(self, mask: Any, hidden: Tensor) -> Reader:
         """A reader of the classes where mask (D) is True, after a check of it.
 
-        Raises TypeError for a layer whose loss takes no mask either.
+        Raises TypeError for a layer that takes none.
         """
         raise TypeError(
             "mask cannot be used with this layer; use a LinearSphericalLoss without a "

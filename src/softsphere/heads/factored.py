@@ -72,7 +72,7 @@ class FactoredSphericalLoss(FactoredState, OutputLayer):
     Shapes: hidden (…, d); target (…), class indices of any integer dtype, or (…, K) with
     target_values (…, K).
 
-    A step takes about 7 m d² + 5 m² d multiply-adds for m < d rows, whatever D is. It takes 2 m d²
+    A step takes about 7 m d² + 4 m² d multiply-adds for m < d rows, whatever D is. It takes 2 m d²
     more after U has been replaced (`health().renewed`), and about four times as many with momentum.
     Good learning rates grow with D: begin at 0.001·D to 0.1·D with the mean reduction.
 

@@ -10,7 +10,7 @@ for T⁻¹, (·)₊ for the new values, and J_c, W_c, G, e as in `gradient_produ
     G₊ = κᵀGκ + Rᵀ Z + Zᵀ R,        Z = (J_cᵀΠW_c) κ + ½ (J_cᵀΠJ_c) R
     w̄₊ = κᵀw̄ + Rᵀ (Jᵀπ)
 
-A step of r factors is five products of r w² and five of r² w. With r above a share of w the pair
+A step of r factors is five products of r w² and four of r² w. With r above a share of w the pair
 (L̂, R) is replaced by (I, L̂ᵀR) wherever T alone is meant. Increments are computed in the dtype of V
 and added to float64, so only the change is rounded.
 """
@@ -35,6 +35,7 @@ __all__ = ["HARSH", "THIN", "plan"]
 THIN = 0.75
 # A step whose smallest pivot of S is below this is harsh, and float32 loses digits of it.
 HARSH = 0.8
+_PAD = 16
 
 
 def plan(
@@ -95,21 +96,21 @@ def _compute(
     minus_LN = blocks.columns(L_T.mT @ -N if thin else -N)
 
     if thin:
-        half = _half_of_gram(W, g, R, entries, blocks)
+        gram = _and_transpose(R, _right_of_gram(W, g, R, entries, blocks))
         to_rows = g.x.unsqueeze(1) * at_entries(g, N)
     else:
-        half = _half_of_gram_from_map(W, g, R, R_T, entries, blocks)
+        gram = _gram_from_map(W, g, R, R_T, entries, blocks)
         after = blocks.times(U_inv, inverse=True, left=True) + minus_LN
         to_rows = (g.x.unsqueeze(1) * at_entries(g, R)) @ after
     to_small = {
         "U": (U[:, :d] @ L_T.mT if thin else U[:, :d]) @ R_T,
         "U_inv": minus_LN,
-        "centred_gram": half + half.mT,
+        "centred_gram": gram,
         "omega": (g.L @ W.small("omega", dtype)[:d] + g.s) @ R,
         "colsum": entries.sums(W, g) @ R,
     }
     scaled = _scaled(blocks, W) if W.blocks > 1 else {}
-    seen = (N, half, to_rows, to_small["omega"], to_small["colsum"])
+    seen = (N, gram, to_rows, to_small["omega"], to_small["colsum"])
     update = Update(g.rows, to_rows, to_small, scaled, blocks, carried)
     return guarded(W, g, update, seen, inverse, flag, final)
 
@@ -124,22 +125,25 @@ def _inverse(S: Tensor, products: int) -> Inverse:
     return by_elimination(S) if found is None else found
 
 
-def _half_of_gram(
+def _right_of_gram(
     W: Arrays, gradient: GradientFactors, R: Tensor, entries: EntryProducts, blocks: Blocks
 ) -> Tensor:
-    """Rᵀ Z by products with the r factors."""
+    """Z (r, w), where RᵀZ + ZᵀR is added to G, by products with the r factors.
+
+    RᵀZ needs to be right only but for a skew matrix, so that of J_cᵀΠJ_c, which is symmetric, one
+    product suffices: with X = J_cᵀΠW_c + EᵀΠW_c, it is E_cᵀΠE_c and the mean of X Lᵀ and L Xᵀ.
+    """
     g, d = gradient, W.width
-    back, of_weight = entries.centred_back(W, g), entries.of_weight[:, :d]
+    back = entries.centred_back(W, g)
+    both = back[:, :d] + entries.of_weight[:, :d]
     if len(g.rows) <= 2 * R.shape[1]:
-        own = torch.addmm(entries.gram(g), g.L, of_weight.mT).addmm_(back[:, :d], g.L.mT)
-        of_gradient = own @ R
+        own = torch.addmm(entries.gram(g), both, g.L.mT) @ R
     else:
-        own = torch.addmm(g.L @ of_weight.mT, back[:, :d], g.L.mT)
-        of_gradient = torch.addmm(entries.times(g, R), own, R)
-    return R.mT @ blocks.times(back).add(of_gradient, alpha=0.5)
+        own = torch.addmm(entries.times(g, R), both @ g.L.mT, R)
+    return blocks.times(back).add(own, alpha=0.5)
 
 
-def _half_of_gram_from_map(
+def _gram_from_map(
     W: Arrays,
     gradient: GradientFactors,
     R: Tensor,
@@ -147,12 +151,26 @@ def _half_of_gram_from_map(
     entries: EntryProducts,
     blocks: Blocks,
 ) -> Tensor:
-    """Rᵀ Z by products with the w × w matrix R_T = LᵀR, for many factors."""
+    """RᵀZ + ZᵀR by products with the w × w matrix R_T = LᵀR, for many factors.
+
+    As in `_right_of_gram`, one product with R_T stands for two.
+    """
     d = W.width
-    across = entries.of_weight.mT @ R
-    back = R_T.mT @ W.small("centred_gram", R.dtype)[:d] + across.mT
-    own = back[:, :d] @ R_T + R_T.mT @ across[:d] + R.mT @ entries.times(gradient, R)
-    return blocks.times(back) + 0.5 * own
+    across = R.mT @ entries.of_weight
+    back = R_T.mT @ W.small("centred_gram", R.dtype)[:d] + across
+    own = (back + across)[:, :d] @ R_T + R.mT @ entries.times(gradient, R)
+    half = blocks.times(back) + 0.5 * own
+    return half + half.mT
+
+
+def _and_transpose(a: Tensor, b: Tensor) -> Tensor:
+    """aᵀb + bᵀa (w, w) for a, b (r, w)."""
+    w = a.shape[1]
+    # The first numbers of rows of 2ⁿ numbers compete for a few lines of a CPU's cache, so that
+    # reading the transpose would take as long as the product. These rows are a bit longer.
+    half = a.new_empty(w, w + _PAD)[:, :w]
+    torch.mm(a.mT, b, out=half)
+    return half + half.mT
 
 
 def _scaled(blocks: Blocks, W: Arrays) -> dict[str, Tensor]:

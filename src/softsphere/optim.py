@@ -235,7 +235,7 @@ class FactoredSGD(torch.optim.Optimizer):
         content = grad.content
         if content.edition not in (None, matrix.edition):
             raise stale()
-        gradient = content.value.to(p.dtype, p.device)
+        gradient = content.value.to(matrix.arrays.dtype, matrix.device)
         state = self.state[p] if mu or p in self.state else {}
         buffer = state.get(_BUFFER)
         started = buffer is not None

@@ -81,15 +81,14 @@ class _FactoredStatistics(torch.autograd.Function):
         # μ may be a small difference of large numbers; in float64 it costs next to nothing.
         mu = (H.double() @ W.mean[:d]).to(H.dtype)
         q = (P * H).sum(-1).clamp_min(0)
-        exact = W.centred_rows(target.flatten())
-        at_rows = exact.to(H.dtype)
+        at_rows = W.centred_rows(target.flatten())
         c = (at_rows.view(*target.shape, d) * H.unsqueeze(1)).sum(-1)
         if values_on_cpu(q):
             terms = H.square() @ G.diagonal()
             lost = lost_rows(W, q, terms, error_of_parts(H, G.dtype))
             if bool(lost.any()):
                 mu[lost], q[lost], P[lost] = _from_outputs(W, H[lost])
-                at_lost = exact.view(*target.shape, d)[lost]
+                at_lost = at_rows.view(*target.shape, d)[lost].double()
                 c[lost] = (at_lost * H[lost].unsqueeze(1)).sum(-1).to(H.dtype)
         ctx.save_for_backward(H, target, P, mu, at_rows, pi)
         if centred:
@@ -113,8 +112,10 @@ class _FactoredStatistics(torch.autograd.Function):
             )
         W, d = matrix.arrays, matrix.arrays.width
         twice, by_target = 2 * gq.unsqueeze(1), gc.sum(1)
-        of_targets = gc.unsqueeze(2) * at_rows.view(*target.shape, d)
-        back = torch.addcmul(of_targets.sum(1), twice, P)
+        m, K = target.shape
+        of_targets = gc.reshape(m, K, 1) * at_rows.view(m, K, d)
+        of_targets = of_targets.squeeze(1) if K == 1 else of_targets.sum(1)
+        back = torch.addcmul(of_targets, twice, P)
         by_hidden = None
         if ctx.needs_input_grad[0]:
             by_mean = W.mass * (gs + 2 * gq * mu) + by_target
@@ -126,7 +127,6 @@ class _FactoredStatistics(torch.autograd.Function):
         rows, x = target.flatten().clone(), gc.flatten().clone()
         if pi is not None:
             x = x / pi.flatten()
-        m, K = target.shape
         cols = None if K == 1 else torch.arange(m, device=H.device).repeat_interleave(K)
         by_one = -by_target / W.mass - 2 * gq * mu if ctx.centred else gs.clone()
         value = GradientFactors(H.clone(), twice * H, by_one, rows, cols, x, back, at_rows)

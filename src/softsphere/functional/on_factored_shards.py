@@ -74,7 +74,7 @@ class FactoredLossOnShards:
             trains_the_weight=records and self.weight.requires_grad,
             small_arrays_of_the_weight=small_bits(self.arrays),
         )
-        agreed.each(sums_known=int(self.arrays.known is not None))
+        agreed.each(sums_known=int(self.arrays.sums_known))
 
     def value(self, agreed: Agreement) -> Tensor:
         """The loss, reduced over the rows of all ranks; with "none", of the rows of this one."""

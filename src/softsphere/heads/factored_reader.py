@@ -32,7 +32,8 @@ class FactoredReader(WeightReader):
     """A reader of a factored [W b] (D, w)."""
 
     def __init__(self, weight: FactoredTensor, in_features: int, loss: losses.Loss) -> None:
-        super().__init__(loss, in_features, weight.shape[0], weight.matrix.arrays.pi, weight.device)
+        W = weight.matrix.arrays
+        super().__init__(loss, in_features, W.num_rows, W.pi, W.device)
         self.weight = weight
 
     @property
@@ -51,8 +52,9 @@ class FactoredReader(WeightReader):
 
     def rows_of(self, hidden: Tensor) -> Tensor:
         """See `Reader.rows_of`."""
-        H = hidden.reshape(-1, self.in_features).to(self.weight.dtype)
-        has_bias = self.weight.shape[1] > self.in_features
+        W = self.weight.matrix.arrays
+        H = hidden.reshape(-1, self.in_features).to(W.dtype)
+        has_bias = W.width > self.in_features
         return nn.functional.pad(H, (0, 1), value=1.0) if has_bias else H
 
     def weight_rows(self, classes: Tensor) -> Tensor:

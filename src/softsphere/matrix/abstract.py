@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import uuid
+import os
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -74,7 +74,7 @@ class Kept(ABC):
 
     def renamed(self) -> None:
         """Notes that W has changed."""
-        self.edition = uuid.uuid4().hex
+        self.edition = os.urandom(16).hex()
 
     def begin_change(self) -> None:
         """Prepares for writing: tensors that were handed out keep their values."""

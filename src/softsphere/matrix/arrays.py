@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
+from softsphere._torch import add_each
 from softsphere.matrix.abstract import Kept
 from softsphere.matrix.generations import Generations
-from softsphere.matrix.precision import Rounded, float32_is_exact, in_full_precision, product
+from softsphere.matrix.precision import (
+    Rounded,
+    float32_is_exact,
+    in_full_precision,
+    is_asynchronous,
+    product,
+)
 from softsphere.matrix.rows import Rows
+from softsphere.matrix.small_matrix import SmallMatrix
 from softsphere.rounding import MOST_TERMS
 
 __all__ = ["Arrays"]
 
 _SMALL = ("U", "U_inv", "omega", "centred_gram", "colsum")
+_MATRICES = ("U", "U_inv", "centred_gram")
 # The number of rows from which the mean row is estimated before W is read.
 _SAMPLE = 256
 
@@ -72,8 +81,9 @@ class Arrays(Kept):
 
     def reset_(self) -> None:
         """Takes V for W: U = I and ω = 0. G and w̄ are computed when they are next needed."""
-        self.U = torch.eye(self.V.width, dtype=torch.float64, device=self.device)
-        self.U_inv, self.omega = self.U.clone(), torch.zeros_like(self.U[0])
+        eye = torch.eye(self.V.width, dtype=torch.float64, device=self.device)
+        self.matrices = {"U": SmallMatrix(eye), "U_inv": SmallMatrix(eye.clone())}
+        self.omega = torch.zeros_like(eye[0])
         self.generations.forget(self.V.width)
         self.is_written = True
         self.renamed()
@@ -81,12 +91,22 @@ class Arrays(Kept):
 
     def forget_gram(self) -> None:
         """Has G and w̄ computed again when they are next needed."""
-        self.known: tuple[Tensor, Tensor] | None = None
+        self.matrices.pop("centred_gram", None)
         self.changed()
 
     def changed(self) -> None:
         """Notes that the small arrays have changed, so that they are rounded again."""
         self.rounded.forget(*_SMALL, "mean")
+
+    @property
+    def U(self) -> Tensor:
+        """U (w, w); it may be a new tensor, so write it by `put`."""
+        return self.matrices["U"].value
+
+    @property
+    def U_inv(self) -> Tensor:
+        """U⁻¹ (w, w), as U."""
+        return self.matrices["U_inv"].value
 
     @property
     def gram(self) -> Tensor:
@@ -95,24 +115,34 @@ class Arrays(Kept):
 
     @property
     def centred_gram(self) -> Tensor:
-        """G (w, w), the Gram matrix under π of the rows less their mean row."""
-        return self.sums()[0]
+        """G (w, w), the Gram matrix under π of the rows less their mean row, as U."""
+        self.know_sums()
+        return self.matrices["centred_gram"].value
 
     @property
     def colsum(self) -> Tensor:
         """w̄ = Wᵀ π (w)."""
-        return self.sums()[1]
+        self.know_sums()
+        return self._colsum
 
     @property
     def mean(self) -> Tensor:
         """r = w̄ / M (w), the mean row under π, as a new tensor."""
         return self.colsum / self.mass
 
-    def sums(self) -> tuple[Tensor, Tensor]:
-        """Returns G and w̄. They cost O(D w²) the first time, and are kept through steps."""
-        if self.known is None:
-            self.known = self.computed_sums()
-        return self.known
+    @property
+    def sums_known(self) -> bool:
+        """Whether G and w̄ are known."""
+        return "centred_gram" in self.matrices
+
+    def know_sums(self) -> None:
+        """Computes G and w̄ unless they are known: O(D w²). They are kept through steps."""
+        if not self.sums_known:
+            self.set_sums(*self.computed_sums())
+
+    def set_sums(self, gram: Tensor, colsum: Tensor) -> None:
+        """Takes these for G and w̄."""
+        self.matrices["centred_gram"], self._colsum = SmallMatrix(gram), colsum
 
     @in_full_precision
     def computed_sums(self) -> tuple[Tensor, Tensor]:
@@ -121,7 +151,8 @@ class Arrays(Kept):
         A large common row would cost G its digits. An estimate of the mean row is therefore taken
         off before the rows are multiplied, and the rest of the mean row afterwards.
         """
-        gram, rest = torch.zeros_like(self.U), torch.zeros_like(self.omega)
+        rest = torch.zeros_like(self.omega)
+        gram = rest.new_zeros(len(rest), len(rest))
         near_mean = self.near_mean()
         for part, rows in self.chunks(min(self.V.chunk_size(), MOST_TERMS)):
             shifted = self.split(rows - near_mean)
@@ -159,7 +190,64 @@ class Arrays(Kept):
         if dtype == torch.float64:
             exact: Tensor = getattr(self, name)
             return exact
-        return self.rounded.get(name, self.dtype, lambda: getattr(self, name))
+        return self.rounded.get(name, self.dtype, lambda: self._near(name))
+
+    def _near(self, name: str) -> Tensor:
+        """A small array in float64 or in the dtype of V, whichever is known."""
+        if name not in _MATRICES:
+            exact: Tensor = getattr(self, name)
+            return exact
+        if name == "centred_gram":
+            self.know_sums()
+        return self.matrices[name].rounded(self.dtype)
+
+    def diagonal(self, name: str) -> Tensor:
+        """The diagonal of U, U⁻¹ or G (w)."""
+        if name == "centred_gram":
+            self.know_sums()
+        return self.matrices[name].diagonal
+
+    def put(self, name: str, value: Tensor) -> None:
+        """Sets a small array, in the memory that it has."""
+        if name in _MATRICES:
+            self.matrices[name].put(value)
+        else:
+            getattr(self, name).copy_(value)
+
+    def scale(self, name: str, factor: float | Tensor) -> None:
+        """Multiplies a small array by a number."""
+        if name in _MATRICES:
+            self.matrices[name].settle()
+        getattr(self, name).mul_(factor)
+
+    def add(self, increments: dict[str, Tensor], *, apart: bool) -> None:
+        """Adds to the small arrays.
+
+        apart: whether increments in float32 are summed apart, see `SmallMatrix`. It does not pay
+            where the arrays are multiplied in every step.
+        """
+        now = {}
+        for name, x in increments.items():
+            if name in _MATRICES and apart and x.dtype != torch.float64:
+                self.matrices[name].add(x)
+            else:
+                now[name] = x
+        self.settle(now)
+        add_each([getattr(self, name) for name in now], list(now.values()))
+
+    def widen(self, basis: Tensor) -> None:
+        """U ← basis ⊗ U for basis (2, 2), with 0 as ω of the new columns."""
+        back = torch.linalg.inv(basis).contiguous()
+        for name, map_of_blocks in (("U", basis), ("U_inv", back)):
+            old = self.matrices[name].value.contiguous()
+            self.matrices[name] = SmallMatrix(torch.kron(map_of_blocks, old))
+        self.omega = torch.nn.functional.pad(self.omega, (0, self.width))
+
+    def settle(self, names: Iterable[str] = _MATRICES) -> None:
+        """Adds what was summed apart."""
+        for name in names:
+            if name in self.matrices:
+                self.matrices[name].settle()
 
     @in_full_precision
     def rows(self, index: Tensor | slice, columns: slice = slice(None)) -> Tensor:
@@ -168,9 +256,15 @@ class Arrays(Kept):
 
     @in_full_precision
     def centred_rows(self, index: Tensor) -> Tensor:
-        """W at targets (n), of the first block, less the mean row: (n, d) in float64."""
+        """W at targets (n), of the first block, less the mean row: (n, d)."""
         rows = self.outputs(self.target_coordinates(index), self.block(0))
-        return rows - self.mean[: self.width]
+        mean = self.mean[: self.width]
+        if rows.dtype == mean.dtype or is_asynchronous(self.device):
+            return (rows - mean).to(rows.dtype)
+        # On a CPU this takes less time, and has the same digits: what rounding takes off the mean
+        # row is subtracted too.
+        near = self.small("mean")[: self.width]
+        return (rows - near).sub_(mean - near)
 
     @in_full_precision
     def outputs(self, coordinates: Tensor, columns: slice = slice(None)) -> Tensor:
@@ -207,13 +301,12 @@ class Arrays(Kept):
                 pi *= self.mass / self.total(pi.sum())
         other = self.like(Rows(*self.V.to(device, dtype)), pi)
         other.generations = self.generations.copied(device, other.rounded)
-        for name in ("U", "U_inv", "omega"):
-            setattr(other, name, getattr(self, name).to(device, copy=True))
-        if self.known is not None and dtype == self.dtype and device.type != "meta":
-            other.known = (
-                self.known[0].to(device, copy=True),
-                self.known[1].to(device, copy=True),
-            )
+        for name, matrix in self.matrices.items():
+            if name != "centred_gram" or (dtype == self.dtype and device.type != "meta"):
+                other.matrices[name] = matrix.copied(device)
+        other.omega = self.omega.to(device, copy=True)
+        if other.sums_known:
+            other._colsum = self._colsum.to(device, copy=True)
         other.edition, other.is_written = self.edition, self.is_written
         return other
 

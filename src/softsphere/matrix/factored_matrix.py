@@ -216,7 +216,7 @@ class FactoredMatrix(Matrix):
         if values is None:
             basis = torch.tensor(blocks.eigenbasis(), dtype=torch.float64, device=W.device)
             values = torch.zeros(W.num_rows, size, dtype=W.dtype, device=W.device)
-            known = W.sums()
+            known = W.centred_gram, W.colsum
         else:
             # Steps write into it: the caller's own, as in a state that was loaded, stays as it is.
             values = values.to(W.device, W.dtype, copy=True).contiguous()
@@ -228,13 +228,10 @@ class FactoredMatrix(Matrix):
             W.V.blocks.append(values)
             W.V.note()
             W.generations.widen(2 * size)
-            W.U = torch.kron(basis, W.U.contiguous())
-            W.U_inv = torch.kron(torch.linalg.inv(basis).contiguous(), W.U_inv.contiguous())
-            W.omega = pad(W.omega, (0, size))
-            W.known = None
+            W.widen(basis)
+            W.forget_gram()
             if known is not None:
-                W.known = pad(known[0], (0, size, 0, size)), pad(known[1], (0, size))
-            W.changed()
+                W.set_sums(pad(known[0], (0, size, 0, size)), pad(known[1], (0, size)))
             self.beside = weakref.ref(block)
             block.matrix, block.j = self, 1
         self.watch.restart()

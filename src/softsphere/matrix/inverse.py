@@ -42,7 +42,7 @@ class Inverse(NamedTuple):
     """
 
     value: Tensor
-    share: Tensor
+    share: Tensor | float
     solved: Tensor | None = None
     deviation: Tensor | None = None
 
@@ -81,7 +81,7 @@ def by_few_products(S: Tensor, share: float) -> Inverse | None:
         power = power @ power
         value = torch.addmm(value, value, power)
         size = float(torch.linalg.vector_norm(power))
-    return Inverse(value, S.new_tensor(known))
+    return Inverse(value, known)
 
 
 def by_products(S: Tensor, count: int) -> Inverse:

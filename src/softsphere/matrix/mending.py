@@ -17,7 +17,7 @@ def reinvert(W: Arrays) -> None:
     U_inv = _inverse(W.U)
     with uninterrupted():
         W.begin_change()
-        W.U_inv.copy_(U_inv)
+        W.put("U_inv", U_inv)
         W.changed()
 
 
@@ -38,8 +38,8 @@ def renew(W: Arrays, U: Tensor) -> None:
     with uninterrupted():
         W.begin_change()
         W.generations.begin(step)
-        W.U.copy_(U)
-        W.U_inv.copy_(U_inv)
+        W.put("U", U)
+        W.put("U_inv", U_inv)
         W.changed()
         W.generations.bound(W.V)
 
@@ -53,8 +53,8 @@ def rebase(W: Arrays, U: Tensor) -> None:
         for part in W.V.chunks():
             W.V[part] = product(W.coordinates(part), step).add_(shift)
         W.generations.forget(len(U))
-        W.U.copy_(U)
-        W.U_inv.copy_(U_inv)
+        W.put("U", U)
+        W.put("U_inv", U_inv)
         W.omega.zero_()
         W.changed()
 

@@ -40,7 +40,7 @@ class Replay:
         made meanwhile are forgotten afterwards, since they have no values until the record is run.
         """
         W, watch = self.matrix.arrays, self.matrix.watch
-        W.sums()
+        W.know_sums()
         W.changed()
         watch.recording = True
         try:
@@ -58,7 +58,7 @@ class Replay:
         """
         W, watch = self.matrix.arrays, self.matrix.watch
         W.begin_change()
-        W.sums()
+        W.know_sums()
         small = (W.U, W.U_inv, W.omega, W.centred_gram, W.colsum)
         maps = (W.generations.made, W.generations.maps)
         known = (watch.refused, watch.undone, watch.deviation)

@@ -77,6 +77,6 @@ class ShardedArrays(Arrays):
 
 
 def small_bits(W: Arrays) -> list[int]:
-    """A number for the bits of U, U⁻¹ and ω, which tell whether ranks have the same."""
-    small = [W.U, W.U_inv, W.omega]
-    return [int(x.contiguous().view(torch.int64).sum()) for x in small]
+    """Numbers for the bits of U, U⁻¹ and ω, which tell whether ranks have the same."""
+    small = [*W.matrices["U"].parts, *W.matrices["U_inv"].parts, W.omega]
+    return [int(x.contiguous().view(torch.int32).sum()) for x in small]

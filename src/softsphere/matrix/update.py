@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from softsphere._torch import add_each
 from softsphere.matrix.abstract import POWER
 from softsphere.matrix.arrays import Arrays
 from softsphere.matrix.blocks import Blocks
@@ -62,22 +61,24 @@ class Update:
             W.V[rows] = self.carried[which]
             W.generations.made.index_fill_(0, rows, W.generations.now)
         W.V.add(rows, self.to_rows[which])
-        for name in self.to_small:
-            array: Tensor = getattr(W, name)
-            if name in self.scaled:
-                array.copy_(self.scaled[name])
-            elif not self.blocks.is_identity:
-                array.mul_(self.blocks.base[0][0] ** POWER[name])
-        add_each([getattr(W, name) for name in self.to_small], list(self.to_small.values()))
+        if not self.blocks.is_identity:
+            for name in self.to_small:
+                if name in self.scaled:
+                    W.put(name, self.scaled[name])
+                else:
+                    W.scale(name, self.blocks.base[0][0] ** POWER[name])
+        W.add(self.to_small, apart=self.blocks.is_identity)
         W.renamed()
         W.changed()
 
     def after(self, W: Arrays, name: str, diagonal: bool = False) -> Tensor:
         """Returns the value that a small array, or its diagonal, will have after the step."""
-        before: Tensor = getattr(W, name)
-        before, change = self.scaled.get(name, before), self.to_small[name]
-        if diagonal:
-            before, change = before.diagonal(), change.diagonal()
-        if name in self.scaled or self.blocks.is_identity:
+        change = self.to_small[name]
+        if name in self.scaled:
+            after = self.scaled[name] + change
+            return after.diagonal() if diagonal else after
+        before: Tensor = W.diagonal(name) if diagonal else getattr(W, name)
+        change = change.diagonal() if diagonal else change
+        if self.blocks.is_identity:
             return before + change
         return before * self.blocks.base[0][0] ** POWER[name] + change

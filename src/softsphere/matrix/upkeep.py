@@ -149,6 +149,7 @@ class Watch:
                 "those after it; lower lr, or look for an overflow in the layers below"
             )
         start, steps = time.perf_counter(), max(self.steps, 1)
+        W.settle()
         self.checks += 1
         if self.deviation is not None:
             self.products = products_for(float(self.deviation), W.V.width)

@@ -190,16 +190,15 @@ class Arrays(Kept):
         if dtype == torch.float64:
             exact: Tensor = getattr(self, name)
             return exact
-        return self.rounded.get(name, self.dtype, lambda: self._near(name))
+        return self.rounded.get(name, self.dtype, lambda: self._parts(name))
 
-    def _near(self, name: str) -> Tensor:
-        """A small array in float64 or in the dtype of V, whichever is known."""
+    def _parts(self, name: str) -> tuple[Tensor, ...]:
+        """A small array in float64, or two in the dtype of V whose sum it is."""
         if name not in _MATRICES:
-            exact: Tensor = getattr(self, name)
-            return exact
+            return (getattr(self, name),)
         if name == "centred_gram":
             self.know_sums()
-        return self.matrices[name].rounded(self.dtype)
+        return self.matrices[name].rounded_parts(self.dtype)
 
     def diagonal(self, name: str) -> Tensor:
         """The diagonal of U, U⁻¹ or G (w)."""

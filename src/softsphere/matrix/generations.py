@@ -47,7 +47,7 @@ class Generations:
 
     def maps_in(self, dtype: torch.dtype) -> Tensor:
         """Returns `maps` in the dtype of V."""
-        return self.rounded.get(_MAPS, dtype, lambda: self.maps)
+        return self.rounded.get(_MAPS, dtype, lambda: (self.maps,))
 
     def set(self, maps: Tensor, now: int) -> None:
         """Replaces the maps and the number of the current generation."""

@@ -7,7 +7,7 @@ parameter, would stay there.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
@@ -84,17 +84,20 @@ class Rounded:
         self.kept: dict[str, Tensor] = {}
         self.fresh: set[str] = set()
 
-    def get(self, name: str, dtype: torch.dtype, make: Callable[[], Tensor]) -> Tensor:
-        """Returns the array that `make` returns, rounded to `dtype`."""
+    def get(self, name: str, dtype: torch.dtype, parts: Callable[[], Sequence[Tensor]]) -> Tensor:
+        """Returns an array rounded to `dtype`, or two arrays in it added up, which `parts` finds."""
         old = self.kept.get(name)
         if old is not None and (old.dtype != dtype or not usable_now(old)):
             old = None
         if old is None or name not in self.fresh:
-            array = make()
-            if array.dtype != dtype and old is not None and old.shape == array.shape:
-                old.copy_(array)
+            first, *rest = parts()
+            reused = old is not None and old.shape == first.shape
+            if rest:
+                self.kept[name] = torch.add(first, rest[0], out=old if reused else None)
+            elif first.dtype != dtype and old is not None and reused:
+                old.copy_(first)
             else:
-                self.kept[name] = array.to(dtype)
+                self.kept[name] = first.to(dtype)
             self.fresh.add(name)
         return self.kept[name]
 

@@ -24,8 +24,8 @@ class SmallMatrix:
     >>> S = SmallMatrix(torch.zeros(1, 1, dtype=torch.float64))
     >>> for _ in range(3):
     ...     S.add(torch.full((1, 1), 0.5))
-    >>> S.value, S.rounded(torch.float32)
-    (tensor([[1.5000]], dtype=torch.float64), tensor([[1.5000]]))
+    >>> S.parts
+    (tensor([[0.]], dtype=torch.float64), tensor([[1.5000]]))
     """
 
     def __init__(self, S: Tensor) -> None:
@@ -53,13 +53,13 @@ class SmallMatrix:
         diagonal = self.S.diagonal()
         return diagonal if self.L is None else diagonal + self.L.diagonal()
 
-    def rounded(self, dtype: torch.dtype) -> Tensor:
-        """S + L, in float64 or in the dtype of L."""
+    def rounded_parts(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """S + L in float64, or where L has that dtype, S rounded to it and L."""
         if self.L is None or self.L.dtype != dtype:
-            return self.value
+            return (self.value,)
         if self._rounded_S is None:
             self._rounded_S = self.S.to(dtype)
-        return self._rounded_S + self.L
+        return self._rounded_S, self.L
 
     def add(self, increment: Tensor) -> None:
         """Adds an increment, which is kept. Of a dtype other than float64 it goes to L."""

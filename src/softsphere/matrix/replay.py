@@ -41,6 +41,7 @@ class Replay:
         """
         W, watch = self.matrix.arrays, self.matrix.watch
         W.know_sums()
+        W.settle()  # or the record would do it each time
         W.changed()
         watch.recording = True
         try:
@@ -59,6 +60,7 @@ class Replay:
         W, watch = self.matrix.arrays, self.matrix.watch
         W.begin_change()
         W.know_sums()
+        W.settle()
         small = (W.U, W.U_inv, W.omega, W.centred_gram, W.colsum)
         maps = (W.generations.made, W.generations.maps)
         known = (watch.refused, watch.undone, watch.deviation)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from softsphere import FactoredSphericalLoss
@@ -16,6 +16,7 @@ STEPS = ["float32", "float64", "settle", "put", "copy", "round"]
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.sampled_from(STEPS), max_size=60), st.integers(0, 1000))
+@example(["float32", "round", "put", "float32", "round", "settle", "float32", "round"], 0)
 def test_it_is_the_sum_whatever_is_done_to_it(steps, seed):
     generator = torch.Generator().manual_seed(seed)
 

@@ -2,7 +2,7 @@
 
     python benchmarks/factored_vs_its_products.py
 
-Those are seven products of m d² and five of m² d.
+Those are seven products of m d² and four of m² d.
 """
 
 from __future__ import annotations

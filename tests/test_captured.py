@@ -639,10 +639,10 @@ def test_the_stand_in_for_graphs_refuses_what_waits_for_a_device():
 def test_a_record_begins_with_matrices_that_nothing_has_to_be_added_to():
     """What was summed apart in eager steps would be added whenever the record is run."""
     matrix = FactoredSphericalLoss(WIDTH, D).matrix
-    matrix.arrays.matrices["U"].add(torch.full((WIDTH + 1, WIDTH + 1), 1e-3))
+    matrix.arrays.matrix("U").add(torch.full((WIDTH + 1, WIDTH + 1), 1e-3))
     with Replay(matrix).recorded():
-        assert matrix.arrays.matrices["U"].L is None
-    matrix.arrays.matrices["U"].add(torch.full((WIDTH + 1, WIDTH + 1), 1e-3))
+        assert matrix.arrays.matrix("U").L is None
+    matrix.arrays.matrix("U").add(torch.full((WIDTH + 1, WIDTH + 1), 1e-3))
     assert Replay(matrix).before() == Replay(matrix).before()
 
 

@@ -138,7 +138,7 @@ def test_only_rows_that_have_lost_them_read_all_of_the_weight():
     W, v = weight(1000.0)
     head, H = factored("taylor_softmax", W, None, None), torch.randn(m, d)
     H += 3 * v * torch.sign(H @ v).unsqueeze(1)
-    head.matrix.arrays.sums()
+    head.matrix.arrays.know_sums()
     chunks, read = head.matrix.arrays.chunks, []
     head.matrix.arrays.chunks = lambda *given: read.append(given) or chunks(*given)
     head(H, torch.arange(m)).sum().backward()

@@ -50,7 +50,7 @@ def test_drift_that_the_first_random_vectors_do_not_see_is_mended(kind, array):
     matrix = MATRICES[kind](V)
     W = matrix.arrays
     assert W.centred_gram.any()  # which computes the sums
-    kept = W.matrices[array].S if kind == "one matrix" else getattr(W, array)
+    kept = W.matrix(array).S if kind == "one matrix" else getattr(W, array)
     unseen = across(probes_of(d, 2 if array == "U_inv" else 1, 0, V.device))
     kept.view(d, d).add_(torch.outer(unseen, unseen), alpha=1e-3 * float(kept.max()))
     if kind == "one matrix":

@@ -88,8 +88,10 @@ class _FactoredStatistics(torch.autograd.Function):
             lost = lost_rows(W, q, terms, error_of_parts(H, G.dtype))
             if bool(lost.any()):
                 mu[lost], q[lost], P[lost] = _from_outputs(W, H[lost])
-                at_lost = at_rows.view(*target.shape, d)[lost].double()
-                c[lost] = (at_lost * H[lost].unsqueeze(1)).sum(-1).to(H.dtype)
+                # Outputs that cancel need every digit of the rows as well.
+                t = target[lost]
+                exact = W.centred_rows(t.flatten(), rounded=False).view(*t.shape, d)
+                c[lost] = (exact * H[lost].unsqueeze(1)).sum(-1).to(H.dtype)
         ctx.save_for_backward(H, target, P, mu, at_rows, pi)
         if centred:
             return torch.zeros_like(mu), q, c

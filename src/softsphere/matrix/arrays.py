@@ -32,7 +32,8 @@ _SAMPLE = 256
 class Arrays(Kept):
     """V, U, U⁻¹, ω, G, w̄ and M of a D × w matrix W = V U + 1 ωᵀ.
 
-    V is (D, w) and large. U, U⁻¹, G (w, w), ω and w̄ (w) are small and always float64. With the base
+    V is (D, w) and large. U, U⁻¹, G (w, w), ω and w̄ (w) are small and always float64; what steps
+    add to the first three may be summed apart for a while, see `SmallMatrix`. With the base
     measure Π = diag(π), the identity if none is given, M = Σ π, w̄ = Wᵀπ, r = w̄/M is the mean row,
     and G = (W − 1rᵀ)ᵀ Π (W − 1rᵀ), so that a large common row costs G no digits. G and w̄ are
     computed from V when they are first needed.
@@ -101,12 +102,12 @@ class Arrays(Kept):
     @property
     def U(self) -> Tensor:
         """U (w, w); it may be a new tensor, so write it by `put`."""
-        return self.matrices["U"].value
+        return self.matrix("U").value
 
     @property
     def U_inv(self) -> Tensor:
         """U⁻¹ (w, w), as U."""
-        return self.matrices["U_inv"].value
+        return self.matrix("U_inv").value
 
     @property
     def gram(self) -> Tensor:
@@ -116,8 +117,7 @@ class Arrays(Kept):
     @property
     def centred_gram(self) -> Tensor:
         """G (w, w), the Gram matrix under π of the rows less their mean row, as U."""
-        self.know_sums()
-        return self.matrices["centred_gram"].value
+        return self.matrix("centred_gram").value
 
     @property
     def colsum(self) -> Tensor:
@@ -196,27 +196,29 @@ class Arrays(Kept):
         """A small array in float64, or two in the dtype of V whose sum it is."""
         if name not in _MATRICES:
             return (getattr(self, name),)
+        return self.matrix(name).rounded_parts(self.dtype)
+
+    def matrix(self, name: str) -> SmallMatrix:
+        """U, U⁻¹ or G, as it is kept."""
         if name == "centred_gram":
             self.know_sums()
-        return self.matrices[name].rounded_parts(self.dtype)
+        return self.matrices[name]
 
     def diagonal(self, name: str) -> Tensor:
         """The diagonal of U, U⁻¹ or G (w)."""
-        if name == "centred_gram":
-            self.know_sums()
-        return self.matrices[name].diagonal
+        return self.matrix(name).diagonal
 
     def put(self, name: str, value: Tensor) -> None:
         """Sets a small array, in the memory that it has."""
         if name in _MATRICES:
-            self.matrices[name].put(value)
+            self.matrix(name).put(value)
         else:
             getattr(self, name).copy_(value)
 
     def scale(self, name: str, factor: float | Tensor) -> None:
         """Multiplies a small array by a number."""
         if name in _MATRICES:
-            self.matrices[name].settle()
+            self.matrix(name).settle()
         getattr(self, name).mul_(factor)
 
     def add(self, increments: dict[str, Tensor], *, apart: bool) -> None:
@@ -228,7 +230,7 @@ class Arrays(Kept):
         now = {}
         for name, x in increments.items():
             if name in _MATRICES and apart and x.dtype != torch.float64:
-                self.matrices[name].add(x)
+                self.matrix(name).add(x)
             else:
                 now[name] = x
         self.settle(now)
@@ -254,12 +256,15 @@ class Arrays(Kept):
         return self.outputs(self.coordinates(index), columns)
 
     @in_full_precision
-    def centred_rows(self, index: Tensor) -> Tensor:
-        """W at targets (n), of the first block, less the mean row: (n, d)."""
+    def centred_rows(self, index: Tensor, *, rounded: bool = True) -> Tensor:
+        """W at targets (n), of the first block, less the mean row: (n, d).
+
+        rounded: whether it is in the dtype of V rather than in float64.
+        """
         rows = self.outputs(self.target_coordinates(index), self.block(0))
         mean = self.mean[: self.width]
-        if rows.dtype == mean.dtype or is_asynchronous(self.device):
-            return (rows - mean).to(rows.dtype)
+        if not rounded or rows.dtype == mean.dtype or is_asynchronous(self.device):
+            return (rows - mean).to(rows.dtype if rounded else mean.dtype)
         # On a CPU this takes less time, and has the same digits: what rounding takes off the mean
         # row is subtracted too.
         near = self.small("mean")[: self.width]

@@ -49,7 +49,9 @@ def _nothing_to_switch_off(kind: str) -> bool:
     Asking takes a fraction of the time that switching them off does, which shows in small steps.
     """
     return not (
-        torch.is_grad_enabled() or torch.is_inference_mode_enabled() or torch.is_autocast_enabled(kind)
+        torch.is_grad_enabled()
+        or torch.is_inference_mode_enabled()
+        or torch.is_autocast_enabled(kind)
     )
 
 
@@ -85,7 +87,7 @@ class Rounded:
         self.fresh: set[str] = set()
 
     def get(self, name: str, dtype: torch.dtype, parts: Callable[[], Sequence[Tensor]]) -> Tensor:
-        """Returns an array rounded to `dtype`, or two arrays in it added up, which `parts` finds."""
+        """Returns an array rounded to `dtype`: the one, or the sum of two, that `parts` returns."""
         old = self.kept.get(name)
         if old is not None and (old.dtype != dtype or not usable_now(old)):
             old = None

@@ -78,5 +78,5 @@ class ShardedArrays(Arrays):
 
 def small_bits(W: Arrays) -> list[int]:
     """Numbers for the bits of U, U⁻¹ and ω, which tell whether ranks have the same."""
-    small = [*W.matrices["U"].parts, *W.matrices["U_inv"].parts, W.omega]
+    small = [*W.matrix("U").parts, *W.matrix("U_inv").parts, W.omega]
     return [int(x.contiguous().view(torch.int32).sum()) for x in small]

@@ -219,8 +219,8 @@ def products(
 ) -> Callable[[Tensor, Tensor], None]:
     """The matrix products that a step of the factored layer cannot do without.
 
-    Those are seven of m d² (H Q, V_t U, U Lᵀ, (U Lᵀ) R, R U⁻¹, Lᵀ N, Rᵀ Z) and five of m² d, or for
-    many rows, whose gradient is taken as a map of d × d, six of m d² and seven of d³.
+    Those are seven of m d² (H Q, V_t U, U Lᵀ, (U Lᵀ) R, R U⁻¹, Lᵀ N, Rᵀ Z) and four of m² d, or for
+    many rows, whose gradient is taken as a map of d × d, six of m d² and six of d³.
     """
     Q = torch.randn(setting.d, setting.d, dtype=dtype)
     thin = setting.m <= THIN * setting.d
@@ -230,11 +230,11 @@ def products(
         H = hidden.to(dtype)
         if not thin:
             H @ Q, H @ Q, H @ Q, H.T @ H, H.T @ H, H.T @ H
-            Q @ Q, Q @ Q, Q @ Q, Q @ Q, Q @ Q, Q @ Q, Q @ Q
+            Q @ Q, Q @ Q, Q @ Q, Q @ Q, Q @ Q, Q @ Q
             return
         H @ Q, H @ Q, Q @ H.T, H @ Q
         H.T @ H, H.T @ H, H.T @ H
-        H @ H.T, H @ H.T, H @ H.T, K @ H, K @ H
+        H @ H.T, H @ H.T, K @ H, K @ H
 
     return multiply
 

@@ -59,6 +59,20 @@ def test_small_increments_are_not_lost_beside_a_large_matrix():
     assert float(matrix.value) - 1e6 == pytest.approx(0.1, rel=1e-6)
 
 
+@pytest.mark.parametrize("same", [False, True], ids=["new batches", "one batch"])
+def test_a_sum_has_no_larger_errors_than_its_increments_have(same):
+    generator = torch.Generator().manual_seed(0)
+    matrix = SmallMatrix(torch.eye(64, dtype=torch.float64))
+    summed, exact = 0, 0
+    for i in range(15):
+        if i == 0 or not same:
+            a, b = torch.randn(2, 64, 16, generator=generator)
+        increment = a @ b.mT
+        summed, exact = summed + increment.double(), exact + a.double() @ b.double().mT
+        matrix.add(increment.clone())
+    assert (matrix.L - summed).norm() <= 3 * (summed - exact).norm()
+
+
 def test_looking_at_a_layer_changes_none_of_its_steps():
     """Reading the matrices must not change which of their increments are summed apart."""
     found = []

@@ -7,8 +7,8 @@ from torch import Tensor
 
 __all__ = ["SmallMatrix"]
 
-# The most increments that are summed apart. The rounding errors of their sum stay below those that
-# they have themselves, as products of float32 matrices.
+# The most increments that are summed apart. Up to here the rounding errors of the sum are about as
+# large as those that the increments have themselves, as products of float32 matrices.
 _MOST = 16
 
 
@@ -16,8 +16,8 @@ class SmallMatrix:
     """S + L: a matrix S (w, w) in float64, and the sum L of the latest increments, in float32.
 
     Adding float32 to float64, and rounding the sum for the next step, moves several times the
-    memory that a sum in float32 does. So L is added to S only once in a while. L is much smaller
-    than S, hence so are its rounding errors.
+    memory that a sum in float32 does. So L is added to S only once in a while. Rounding errors are
+    in proportion to L, what a few steps have changed, and not to S.
 
     Increments in float64, as on a GPU, are added to S itself.
 

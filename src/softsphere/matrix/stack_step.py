@@ -144,12 +144,14 @@ def _increments(
     U, U_inv = W.of("U", ids), W.of("U_inv", ids)
     L, factors = piece.take(x.gradient.L), piece.take(R)
     thin = L.shape[1] <= THIN * w
-    eye = torch.eye(L.shape[1] if thin else w, dtype=R.dtype, device=R.device)
-    L_T, R_T = (L, factors) if thin else (eye.expand(len(ids), w, w), L.mT @ factors)
+    R_T = factors if thin else L.mT @ factors
 
     # Woodbury's identity, as in `step`
-    LU, pivots, _ = torch.linalg.lu_factor_ex(torch.baddbmm(eye, R_T, L_T.mT, alpha=1 / kappa))
+    S = (R_T @ L.mT if thin else R_T) / kappa
+    S.diagonal(dim1=1, dim2=2).add_(1)
+    LU, pivots, _ = torch.linalg.lu_factor_ex(S)
     N = torch.linalg.lu_solve(LU, pivots, R_T @ U_inv / kappa)
+    back = L.mT if thin else torch.eye(w, dtype=R.dtype, device=R.device).expand(len(ids), w, w)
     N_rows = N if thin else factors @ (U_inv - N) / kappa
 
     Z = kappa * piece.take(x.back) + 0.5 * x.times(piece, R, own)
@@ -158,7 +160,7 @@ def _increments(
     size = LU.diagonal(dim1=1, dim2=2).abs()
     part = Increments(
         ids,
-        {"U": (U @ L_T.mT, R_T), "U_inv": (L_T.mT / -kappa, N)},
+        {"U": (U @ L.mT if thin else U, R_T), "U_inv": (back / -kappa, N)},
         (factors.mT, Z),
         {name: (v.unsqueeze(1) @ factors).squeeze(1) for name, v in vectors.items()},
         size.amin(1) / size.amax(1).clamp_min(1),

@@ -84,16 +84,15 @@ def _compute(
     carried = None if W.generations.alone else W.target_coordinates(g.rows)
     entries = EntryProducts.of(W, g, w, carried)
     thin = g.rank <= THIN * w
-    L_T = g.L if thin else torch.eye(d, dtype=dtype, device=R.device)
     R_T = R if thin else g.L.mT @ R
 
     # Woodbury's identity. S is small and near I, so its inverse is as accurate as a solve.
     R_back = blocks.times(R_T, inverse=True)
-    S = R_back[:, :d] @ L_T.mT
+    S = R_back[:, :d] @ g.L.mT if thin else R_back[:, :d].clone()
     S.diagonal().add_(1)
     inverse = _inverse(S, products)
     N = inverse.value @ (R_back @ U_inv)
-    minus_LN = blocks.columns(L_T.mT @ -N if thin else -N)
+    minus_LN = blocks.columns(g.L.mT @ -N if thin else -N)
 
     if thin:
         gram = _and_transpose(R, _right_of_gram(W, g, R, entries, blocks))
@@ -103,7 +102,7 @@ def _compute(
         after = blocks.times(U_inv, inverse=True, left=True) + minus_LN
         to_rows = (g.x.unsqueeze(1) * at_entries(g, R)) @ after
     to_small = {
-        "U": (U[:, :d] @ L_T.mT if thin else U[:, :d]) @ R_T,
+        "U": (U[:, :d] @ g.L.mT if thin else U[:, :d]) @ R_T,
         "U_inv": minus_LN,
         "centred_gram": gram,
         "omega": (g.L @ W.small("omega", dtype)[:d] + g.s) @ R,

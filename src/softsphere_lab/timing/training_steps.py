@@ -220,7 +220,7 @@ def products(
     """The matrix products that a step of the factored layer cannot do without.
 
     Those are seven of m d² (H Q, V_t U, U Lᵀ, (U Lᵀ) R, R U⁻¹, Lᵀ N, Rᵀ Z) and four of m² d, or for
-    many rows, whose gradient is taken as a map of d × d, six of m d² and six of d³.
+    many rows, whose gradient is taken as a map of d × d, six of m d² and five of d³.
     """
     Q = torch.randn(setting.d, setting.d, dtype=dtype)
     thin = setting.m <= THIN * setting.d
@@ -230,7 +230,7 @@ def products(
         H = hidden.to(dtype)
         if not thin:
             H @ Q, H @ Q, H @ Q, H.T @ H, H.T @ H, H.T @ H
-            Q @ Q, Q @ Q, Q @ Q, Q @ Q, Q @ Q, Q @ Q
+            Q @ Q, Q @ Q, Q @ Q, Q @ Q, Q @ Q
             return
         H @ Q, H @ Q, Q @ H.T, H @ Q
         H.T @ H, H.T @ H, H.T @ H

@@ -98,6 +98,7 @@ def test_outputs_as_a_tuple_and_shifted_labels():
     given = batch()
     want = model(**given).loss
     near(model(**given, return_dict=False)[0], want)
+    near(model(**given, return_dict=None).loss, want)
     shifted = nn.functional.pad(given["labels"], (0, 1), value=-100)[:, 1:]
     near(model(**given, shift_labels=shifted).loss, want)
     loss, logits, *_ = model.eval()(**given, return_dict=False)

@@ -81,6 +81,16 @@ def test_probabilities_and_steps_are_those_of_a_loop_by_hand(name):
     np.testing.assert_allclose(again.predict_proba(X), probabilities, rtol=1e-12)
 
 
+@pytest.mark.parametrize("name", CRITERIA)
+def test_a_compiled_net_has_the_same_probabilities(name):
+    found = []
+    for compiles in (False, True):
+        torch.manual_seed(0)
+        options = {"compile": compiles, "compile__backend": "eager"} if compiles else {}
+        found.append(made(name, **options).fit(X, y).predict_proba(X))
+    np.testing.assert_allclose(*found, rtol=1e-9)
+
+
 def test_a_search_and_clones():
     net = clone(made("taylor"))
     search = GridSearchCV(net, {"lr": [0.01, 0.1]}, cv=2, scoring="neg_log_loss").fit(X, y)

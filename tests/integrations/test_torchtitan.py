@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import subprocess
 import sys
+import types
 import venv
 from pathlib import Path
 
@@ -123,6 +125,33 @@ def test_an_output_layer_of_another_kind_is_refused():
     for layer in (nn.Identity(), Scaled(2, 3)):
         with pytest.raises(TypeError, match=r"lm_head must be a plain nn\.Linear, got"):
             built().set_lm_head(layer)
+
+
+def test_the_output_layer_computes_outputs_again_after_a_loss(monkeypatch):
+    """Also where torchtitan is not installed: of its wrapper this needs the name alone."""
+    if not HERE:
+        wrapper = type("ChunkedLossWrapper", (), {"Config": type("Config", (), {"__slots__": ()})})
+        loss_module = types.SimpleNamespace(ChunkedLossWrapper=wrapper)
+        for name in ("torchtitan", "torchtitan.components"):
+            monkeypatch.setitem(sys.modules, name, types.SimpleNamespace())
+        monkeypatch.setitem(sys.modules, "torchtitan.components.loss", loss_module)
+    module = importlib.import_module("softsphere.integrations.torchtitan")
+    if not HERE:
+        monkeypatch.delitem(sys.modules, module.__name__)
+    loss = module.LinearLoss(module.LinearLoss.Config())
+    layer, hidden = nn.Linear(4, 7), torch.randn(6, 4)
+    loss.set_lm_head(layer)
+    found, _ = loss(hidden, torch.arange(6))
+    want = softsphere.SphericalLoss("taylor_softmax", reduction="sum")(
+        layer(hidden), torch.arange(6)
+    )
+    torch.testing.assert_close(found, want)
+    with pytest.raises(ValueError, match="target must be in"):
+        loss(hidden, torch.arange(6) + 5)
+    assert layer(hidden).shape == (6, 7)
+    layer.forward = lambda x: x
+    with pytest.raises(TypeError, match=r"lm_head must be a plain nn\.Linear"):
+        loss.set_lm_head(layer)
 
 
 @installed

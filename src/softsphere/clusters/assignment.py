@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import os
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +12,7 @@ from torch.nn import functional as F
 
 from softsphere import checks
 from softsphere.clusters.placement import on_cpu
+from softsphere.packed_states import DamagedError, packed, unpacked
 from softsphere.whole_files import write_bytes
 
 __all__ = ["Clusters", "directions", "from_tail"]
@@ -185,7 +183,7 @@ class Clusters:
             "counts": self.counts,
             "vectors": self.vectors if vectors else None,
         }
-        write_bytes(Path(path), _with_checksums(state))
+        write_bytes(Path(path), packed(state))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Clusters:
@@ -198,16 +196,14 @@ class Clusters:
         """
         content = Path(path).read_bytes()
         try:
-            # torch.load looks at no checksum
-            spoiled = zipfile.ZipFile(io.BytesIO(content)).testzip()
-            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            state = unpacked(content)
+        except DamagedError as error:
+            raise ValueError(
+                f"{os.fspath(path)} is damaged: {error}; make the clusters again, or take a copy "
+                "of the file"
+            ) from error
         except Exception as error:  # torch.load has many, and the file itself was read
             raise _not_ours(path) from error
-        if spoiled is not None:
-            raise ValueError(
-                f"{os.fspath(path)} is damaged: its numbers do not fit their checksum; make the "
-                "clusters again, or take a copy of the file"
-            )
         known = {"format", "assignment", "counts", "vectors"}
         written = str(state.get("format")) if isinstance(state, dict) else ""
         if written.startswith(_KIND) and written != _FORMAT:
@@ -232,17 +228,6 @@ class Clusters:
         if self.vectors is not None:
             words.append(f"vectors={tuple(self.vectors.shape)}")
         return f"Clusters({', '.join(words)})"
-
-
-def _with_checksums(state: dict[str, Any]) -> bytes:
-    """What torch.save writes, with the checksums that it may have been told to leave out."""
-    content, wanted = io.BytesIO(), torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(True)
-    try:
-        torch.save(state, content)
-    finally:
-        torch.serialization.set_crc32_options(wanted)
-    return content.getvalue()
 
 
 def directions(vectors: Tensor) -> Tensor:

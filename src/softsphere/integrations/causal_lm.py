@@ -76,13 +76,15 @@ class CausalLM(_Model):
 
     def _with_labels(self, forward: Any, *args: Any, **options: Any) -> Any:
         """The outputs of a call with labels, whose logits are hidden states on their way."""
-        as_tuple = not options.pop("return_dict", getattr(self.config, "return_dict", True))
+        as_dict = options.pop("return_dict", None)  # None stands for that of the config
+        if as_dict is None:
+            as_dict = getattr(self.config, "return_dict", True)
         head = self._causal_head()
         with head.passing():
             outputs = forward(self, *args, return_dict=True, **options)
         logits = None if self.training else head(outputs.logits)
         outputs = type(outputs)(**{**outputs, "logits": logits})
-        return outputs.to_tuple() if as_tuple else outputs
+        return outputs if as_dict else outputs.to_tuple()
 
     def _causal_head(self) -> CausalHead:
         head = self.get_output_embeddings()

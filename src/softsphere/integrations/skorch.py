@@ -98,6 +98,7 @@ class SphericalClassifier(NeuralNetClassifier):  # type: ignore[misc, unused-ign
 
     def _get_predict_nonlinearity(self) -> Callable[[Tensor], Tensor]:
         criterion = getattr(self, "criterion_", None)  # none before the first fit
+        criterion = getattr(criterion, "_orig_mod", criterion)  # with compile=True
         if self.predict_nonlinearity != "auto" or not isinstance(
             criterion, (SphericalLoss, OutputLayer)
         ):

@@ -34,7 +34,8 @@ class LinearLoss(ChunkedLossWrapper):  # type: ignore[misc, unused-ignore]
         self.loss = losses.get(config.loss)
 
     def set_lm_head(self, lm_head: nn.Module) -> None:
-        if not isinstance(lm_head, nn.Linear) or type(lm_head).forward is not nn.Linear.forward:
+        forward = getattr(getattr(lm_head, "forward", None), "__func__", None)
+        if not isinstance(lm_head, nn.Linear) or forward is not nn.Linear.forward:
             raise TypeError(f"lm_head must be a plain nn.Linear, got {type(lm_head).__name__}")
         self.lm_head = lm_head
 
@@ -43,7 +44,10 @@ class LinearLoss(ChunkedLossWrapper):  # type: ignore[misc, unused-ignore]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         # inside its forward, since fully_shard has the whole weight there alone
         self.lm_head.forward = partial(self._sum, labels=labels)  # type: ignore[method-assign]
-        loss = self.lm_head(pred)
+        try:
+            loss = self.lm_head(pred)
+        finally:
+            del self.lm_head.forward  # the layer computes outputs again, as for an evaluation
         return loss if global_valid_tokens is None else loss / global_valid_tokens, {}
 
     def _sum(self, hidden: Tensor, labels: Tensor) -> Tensor:

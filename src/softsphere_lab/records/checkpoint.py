@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from softsphere.packed_states import packed, unpacked
 from softsphere.whole_files import write_bytes
 from softsphere_lab.errors import LabError
 
@@ -31,7 +31,7 @@ class Checkpoint:
         if self.path is None or not self.path.exists():
             return None
         try:
-            state: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
+            state: dict[str, Any] = unpacked(self.path.read_bytes())
             torch.set_rng_state(state["random"])
             if "random on the GPU" in state:
                 # there may be fewer devices than where it was saved
@@ -51,10 +51,8 @@ class Checkpoint:
         state = {**state, "random": torch.get_rng_state()}
         if torch.cuda.is_initialized():  # by a run on a GPU
             state["random on the GPU"] = torch.cuda.get_rng_state_all()
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
         self.path.parent.mkdir(exist_ok=True)
-        write_bytes(self.path, buffer.getvalue())
+        write_bytes(self.path, packed(state))
 
     def remove(self) -> None:
         """Removes the state."""

@@ -21,8 +21,11 @@ __all__ = ["Line", "Record"]
 Line = dict[str, Any]
 # The file with a line for each start.
 ENVIRONMENT = "environment.jsonl"
-# What to do about a spoiled line.
-_REMOVE = "restore the file, or remove the line; --resume then does what is missing"
+# What to do about a spoiled line. A run counts as finished as long as the line of its end is there.
+_REMOVE = (
+    "restore the file, or remove the line and all others of its run; --resume then does what is "
+    "missing"
+)
 
 
 class Record:

@@ -18,6 +18,23 @@ def test_a_spoiled_state_is_named_and_what_would_do(tmp_path):
         Checkpoint(file).load()
 
 
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_state_in_which_one_number_is_another_is_not_taken(tmp_path, wanted):
+    """Also where PyTorch was told to write no checksums."""
+    file, weights = tmp_path / "run.pt", torch.linspace(1, 2, 1000)
+    torch.serialization.set_crc32_options(wanted)
+    try:
+        Checkpoint(file).save({"weights": weights})
+    finally:
+        torch.serialization.set_crc32_options(True)
+    content = bytearray(file.read_bytes())
+    at = content.index(weights.numpy().tobytes()[:64])
+    content[at + 100] ^= 1
+    file.write_bytes(bytes(content))
+    with pytest.raises(LabError, match=r"run\.pt cannot be read .* delete it"):
+        Checkpoint(file).load()
+
+
 def test_states_of_several_runs_come_and_go_without_minding_each_other(tmp_path):
     states = [Checkpoint(tmp_path / "unfinished" / f"{i}.pt") for i in range(2)]
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from softsphere import losses
+from softsphere._torch import values_on_cpu
 from softsphere.functional.conventions import mixed_precision
 from softsphere.heads import ClusteredLoss, FactoredSphericalLoss, LinearSphericalLoss
 from softsphere.heads.prediction import OutputLayer
@@ -243,8 +244,13 @@ def causal_lm_loss(
     target = shift_labels.to(hidden.device)
     if ignore_index != _IGNORED:
         # The layer ignores −100 alone, which is now the label of no class, such as −1.
-        ignored = target == ignore_index
-        target = target.masked_fill(target == _IGNORED, -1).masked_fill(ignored, _IGNORED)
+        ignored, unknown = target == ignore_index, target == _IGNORED
+        if values_on_cpu(target) and bool(unknown.any()):
+            raise ValueError(
+                f"{name} must be in [0, {head.num_classes}) or ignore_index = {ignore_index}, got "
+                f"{_IGNORED}"
+            )
+        target = target.masked_fill(unknown, -1).masked_fill(ignored, _IGNORED)
     if num_items is None:
         return _in_wide_digits(head, hidden, target)
     with head.summing():

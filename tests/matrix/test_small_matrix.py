@@ -8,6 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from softsphere import FactoredSphericalLoss
+from softsphere.matrix import small_matrix
 from softsphere.matrix.small_matrix import SmallMatrix
 from softsphere.optim import FactoredSGD
 
@@ -71,6 +72,30 @@ def test_a_sum_has_no_larger_errors_than_its_increments_have(same):
         summed, exact = summed + increment.double(), exact + a.double() @ b.double().mT
         matrix.add(increment.clone())
     assert (matrix.L - summed).norm() <= 3 * (summed - exact).norm()
+
+
+def test_a_matrix_that_shrinks_keeps_its_digits(monkeypatch):
+    """Rounding errors are in proportion to the matrix as it was when L began."""
+    found = []
+    for most in (small_matrix._MOST, 1):
+        monkeypatch.setattr(small_matrix, "_MOST", most)
+        torch.manual_seed(0)
+        head = FactoredSphericalLoss(16, 50, "squared_error", bias=False)
+        # every step takes about a seventh of all directions away
+        optimizer, Q = (
+            FactoredSGD(head.parameters(), lr=0.07),
+            torch.linalg.qr(torch.randn(16, 16)).Q,
+        )
+        worst, W = 0.0, head.weight.matrix.arrays
+        for _ in range(200):
+            optimizer.zero_grad()
+            head(4 * Q + 0.02 * torch.randn(16, 16), torch.randint(50, (16,))).backward()
+            optimizer.step()
+            lengths = W.U.norm(dim=1, keepdim=True)
+            back = W.U / lengths @ (W.U_inv * lengths.mT)
+            worst = max(worst, float((back - torch.eye(16)).norm()))
+        found.append(worst)
+    assert found[0] <= 2.5 * found[1]
 
 
 def test_looking_at_a_layer_changes_none_of_its_steps():

@@ -142,7 +142,8 @@ class Arrays(Kept):
 
     def set_sums(self, gram: Tensor, colsum: Tensor) -> None:
         """Takes these for G and w̄."""
-        self.matrices["centred_gram"], self._colsum = SmallMatrix(gram), colsum
+        self._colsum = colsum
+        self.matrices["centred_gram"] = SmallMatrix(gram)
 
     @in_full_precision
     def computed_sums(self) -> tuple[Tensor, Tensor]:
@@ -221,8 +222,8 @@ class Arrays(Kept):
             self.matrix(name).settle()
         getattr(self, name).mul_(factor)
 
-    def add(self, increments: dict[str, Tensor], *, apart: bool) -> None:
-        """Adds to the small arrays.
+    def add(self, increments: dict[str, Tensor], share: float, *, apart: bool) -> None:
+        """Adds to the small arrays what a step of this smallest pivot adds.
 
         apart: whether increments in float32 are summed apart, see `SmallMatrix`. It does not pay
             where the arrays are multiplied in every step.
@@ -230,7 +231,7 @@ class Arrays(Kept):
         now = {}
         for name, x in increments.items():
             if name in _MATRICES and apart and x.dtype != torch.float64:
-                self.matrix(name).add(x)
+                self.matrix(name).add(x, share)
             else:
                 now[name] = x
         self.settle(now)
@@ -265,8 +266,8 @@ class Arrays(Kept):
         mean = self.mean[: self.width]
         if not rounded or rows.dtype == mean.dtype or is_asynchronous(self.device):
             return (rows - mean).to(rows.dtype if rounded else mean.dtype)
-        # On a CPU this takes less time, and has the same digits: what rounding takes off the mean
-        # row is subtracted too.
+        # On a CPU this takes less time, and is as good: what rounding takes off the mean row is
+        # subtracted too.
         near = self.small("mean")[: self.width]
         return (rows - near).sub_(mean - near)
 

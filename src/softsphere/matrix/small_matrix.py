@@ -10,14 +10,16 @@ __all__ = ["SmallMatrix"]
 # The most increments that are summed apart. Up to here the rounding errors of the sum are about as
 # large as those that the increments have themselves, as products of float32 matrices.
 _MOST = 16
+# S + L may shrink to this share of S, to whose size the rounding errors are in proportion.
+_LEAST = 0.7
 
 
 class SmallMatrix:
     """S + L: a matrix S (w, w) in float64, and the sum L of the latest increments, in float32.
 
     Adding float32 to float64, and rounding the sum for the next step, moves several times the
-    memory that a sum in float32 does. So L is added to S only once in a while. Rounding errors are
-    in proportion to L, what a few steps have changed, and not to S.
+    memory that a sum in float32 does. So L is added to S only once in a while: after some
+    increments, or before they have taken much of S away.
 
     Increments in float64, as on a GPU, are added to S itself.
 
@@ -34,7 +36,7 @@ class SmallMatrix:
 
     def _forget(self) -> None:
         self.L: Tensor | None = None
-        self.count = 0
+        self.count, self.left = 0, 1.0
         self._rounded_S: Tensor | None = None
 
     @property
@@ -54,15 +56,18 @@ class SmallMatrix:
         return diagonal if self.L is None else diagonal + self.L.diagonal()
 
     def rounded_parts(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """S + L in float64, or where L has that dtype, S rounded to it and L."""
+        """(S + L) in float64, or if L has this dtype, S rounded to it and L."""
         if self.L is None or self.L.dtype != dtype:
             return (self.value,)
         if self._rounded_S is None:
             self._rounded_S = self.S.to(dtype)
         return self._rounded_S, self.L
 
-    def add(self, increment: Tensor) -> None:
-        """Adds an increment, which is kept. Of a dtype other than float64 it goes to L."""
+    def add(self, increment: Tensor, share: float = 1.0) -> None:
+        """Adds an increment. Of a dtype other than float64 it goes to L, or becomes L.
+
+        share: of S + L in some direction, what the increment may leave.
+        """
         if increment.dtype == self.S.dtype:
             self.settle()
             self.S.add_(increment)
@@ -71,8 +76,8 @@ class SmallMatrix:
             self.L = increment
         else:
             self.L.add_(increment)
-        self.count += 1
-        if self.count == _MOST:
+        self.count, self.left = self.count + 1, self.left * share
+        if self.count == _MOST or self.left < _LEAST:
             self.settle()
 
     def settle(self) -> None:
@@ -90,5 +95,6 @@ class SmallMatrix:
         """A copy whose sums will be rounded as those of this one."""
         other = SmallMatrix(self.S.to(device, copy=True))
         if self.L is not None:
-            other.L, other.count = self.L.to(device, copy=True), self.count
+            other.L = self.L.to(device, copy=True)
+            other.count, other.left = self.count, self.left
         return other

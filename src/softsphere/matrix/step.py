@@ -35,6 +35,7 @@ __all__ = ["HARSH", "THIN", "plan"]
 THIN = 0.75
 # A step whose smallest pivot of S is below this is harsh, and float32 loses digits of it.
 HARSH = 0.8
+# The numbers between two rows of a matrix whose transpose is read.
 _PAD = 16
 
 
@@ -158,18 +159,24 @@ def _gram_from_map(
     across = R.mT @ entries.of_weight
     back = R_T.mT @ W.small("centred_gram", R.dtype)[:d] + across
     own = (back + across)[:, :d] @ R_T + R.mT @ entries.times(gradient, R)
-    half = blocks.times(back) + 0.5 * own
+    half = torch.add(blocks.times(back), own, alpha=0.5, out=_transposable(R))
     return half + half.mT
 
 
 def _and_transpose(a: Tensor, b: Tensor) -> Tensor:
     """aᵀb + bᵀa (w, w) for a, b (r, w)."""
-    w = a.shape[1]
-    # The first numbers of rows of 2ⁿ numbers compete for a few lines of a CPU's cache, so that
-    # reading the transpose would take as long as the product. These rows are a bit longer.
-    half = a.new_empty(w, w + _PAD)[:, :w]
-    torch.mm(a.mT, b, out=half)
+    half = torch.mm(a.mT, b, out=_transposable(a))
     return half + half.mT
+
+
+def _transposable(like: Tensor) -> Tensor:
+    """Memory for a matrix (w, w) in the dtype of another (…, w), whose transpose is read fast.
+
+    The first numbers of rows of 2ⁿ numbers compete for a few lines of a CPU's cache, so that
+    reading the transpose would take as long as a product. These rows are a bit longer.
+    """
+    w = like.shape[1]
+    return like.new_empty(w, w + _PAD)[:, :w]
 
 
 def _scaled(blocks: Blocks, W: Arrays) -> dict[str, Tensor]:

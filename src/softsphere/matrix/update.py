@@ -67,7 +67,7 @@ class Update:
                     W.put(name, self.scaled[name])
                 else:
                     W.scale(name, self.blocks.base[0][0] ** POWER[name])
-        W.add(self.to_small, apart=self.blocks.is_identity)
+        W.add(self.to_small, self.share, apart=self.blocks.is_identity)
         W.renamed()
         W.changed()
 

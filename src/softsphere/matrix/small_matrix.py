@@ -66,7 +66,7 @@ class SmallMatrix:
     def add(self, increment: Tensor, share: float = 1.0) -> None:
         """Adds an increment. Of a dtype other than float64 it goes to L, or becomes L.
 
-        share: of S + L in some direction, what the increment may leave.
+        share: what the increment leaves of S + L in the direction of which it takes most.
         """
         if increment.dtype == self.S.dtype:
             self.settle()

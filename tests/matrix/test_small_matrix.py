@@ -13,9 +13,11 @@ from softsphere.matrix.small_matrix import SmallMatrix
 from softsphere.optim import FactoredSGD
 
 w = 3
+apart = pytest.mark.once("increments are summed apart on a CPU alone")
 STEPS = ["float32", "float64", "settle", "put", "copy", "round"]
 
 
+@apart
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.sampled_from(STEPS), max_size=60), st.integers(0, 1000))
 @example(["float32", "round", "put", "float32", "round", "settle", "float32", "round"], 0)
@@ -53,6 +55,7 @@ def test_it_is_the_sum_whatever_is_done_to_it(steps, seed):
         torch.testing.assert_close(matrix.diagonal, matrix.value.diagonal(), rtol=0, atol=0)
 
 
+@apart
 def test_small_increments_are_not_lost_beside_a_large_matrix():
     matrix = SmallMatrix(torch.full((1, 1), 1e6, dtype=torch.float64))
     for _ in range(1000):
@@ -60,6 +63,7 @@ def test_small_increments_are_not_lost_beside_a_large_matrix():
     assert float(matrix.value) - 1e6 == pytest.approx(0.1, rel=1e-6)
 
 
+@apart
 @pytest.mark.parametrize("same", [False, True], ids=["new batches", "one batch"])
 def test_a_sum_has_no_larger_errors_than_its_increments_have(same):
     generator = torch.Generator().manual_seed(0)
@@ -74,6 +78,7 @@ def test_a_sum_has_no_larger_errors_than_its_increments_have(same):
     assert (matrix.L - summed).norm() <= 3 * (summed - exact).norm()
 
 
+@apart
 def test_a_matrix_that_shrinks_keeps_its_digits(monkeypatch):
     """Rounding errors are in proportion to the matrix as it was when L began."""
     found = []
@@ -119,6 +124,7 @@ def test_looking_at_a_layer_changes_none_of_its_steps():
         assert torch.equal(one, found[1][name]), name
 
 
+@apart
 def test_increments_of_a_step_are_summed_apart_unless_all_is_scaled():
     for decay in (0.0, 0.01):
         head = FactoredSphericalLoss(6, 50)

@@ -73,12 +73,13 @@ class Update:
 
     def after(self, W: Arrays, name: str, diagonal: bool = False) -> Tensor:
         """Returns the value that a small array, or its diagonal, will have after the step."""
-        change = self.to_small[name]
-        if name in self.scaled:
-            after = self.scaled[name] + change
-            return after.diagonal() if diagonal else after
-        before: Tensor = W.diagonal(name) if diagonal else getattr(W, name)
-        change = change.diagonal() if diagonal else change
-        if self.blocks.is_identity:
+        change, scaled = self.to_small[name], self.scaled.get(name)
+        before: Tensor
+        if diagonal:
+            before = W.diagonal(name) if scaled is None else scaled.diagonal()
+            change = change.diagonal()
+        else:
+            before = getattr(W, name) if scaled is None else scaled
+        if scaled is not None or self.blocks.is_identity:
             return before + change
         return before * self.blocks.base[0][0] ** POWER[name] + change

@@ -21,8 +21,6 @@ class SmallMatrix:
     memory that a sum in float32 does. So L is added to S only once in a while: after some
     increments, or before they have taken much of S away.
 
-    Increments in float64, as on a GPU, are added to S itself.
-
     >>> S = SmallMatrix(torch.zeros(1, 1, dtype=torch.float64))
     >>> for _ in range(3):
     ...     S.add(torch.full((1, 1), 0.5))
@@ -64,14 +62,10 @@ class SmallMatrix:
         return self._rounded_S, self.L
 
     def add(self, increment: Tensor, share: float = 1.0) -> None:
-        """Adds an increment. Of a dtype other than float64 it goes to L, or becomes L.
+        """Adds an increment in float32 to L. The first one becomes L, and is written later.
 
         share: what the increment leaves of S + L in the direction of which it takes most.
         """
-        if increment.dtype == self.S.dtype:
-            self.settle()
-            self.S.add_(increment)
-            return
         if self.L is None:
             self.L = increment
         else:

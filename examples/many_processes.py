@@ -122,7 +122,12 @@ def load(model: Model, options: argparse.Namespace) -> int:
                 f"{getattr(options, name)}; pass the same arguments, or another --out"
             )
     state = model.state()
-    dcp.load(state, checkpoint_id=newest)
+    try:
+        dcp.load(state, checkpoint_id=newest)
+    except dcp.CheckpointException as error:
+        raise UseError(
+            f"--resume: {newest} cannot be read; remove it to go on from the checkpoint before it"
+        ) from error
     model.load(state)
     return int(newest.name.removeprefix("step-"))
 

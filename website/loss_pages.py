@@ -27,6 +27,8 @@ from softsphere_lab.report.paper import LABELS
 
 REFERENCE = "../reference/losses.md#softsphere.losses"
 PAGES = Path(__file__).parents[1] / "docs" / "losses"
+# Where tables name a loss with its numbers alone.
+TITLES = {"higher_taylor_softmax": "Taylor softmax of higher order"}
 # How the paragraphs of a docstring begin that have a place of their own on the page.
 LABELLED = ("Args:", "Partials", "Domain:", "Convention:", "Use it", "Raises", "Source:", ">>>")
 
@@ -44,8 +46,13 @@ There are ten classes, and the other nine outputs are spread evenly from −1 to
 
 def title(name: str) -> str:
     """The name of a loss as the heading of its page."""
-    known = LABELS.get(name, name.replace("_", " "))
+    known = in_words(name)
     return known[0].upper() + known[1:]
+
+
+def in_words(name: str) -> str:
+    """The name of a loss in a sentence."""
+    return LABELS.get(name, TITLES.get(name, name.replace("_", " ")))
 
 
 def page(name: str) -> str:
@@ -102,13 +109,22 @@ def drawn(text: str) -> str:
 
 def properties(kind: type[losses.Loss]) -> str:
     spherical, loss = issubclass(kind, losses.Spherical), kind()
+
+    def answer(name: str) -> str:
+        """Yes or no, also for an order of the Taylor polynomial where the default is none."""
+        said = "yes" if getattr(loss, name) else "no"
+        if getattr(loss, "order", 0) is not None:
+            return said
+        other = "yes" if getattr(kind(order=2), name) else "no"
+        return said if other == said else f"{said}; with an `order`, {other}"
+
     rows = [
         ("Is it a distribution?", "yes" if kind.normalised else "no, it ranks the classes"),
         ("Does it need the D outputs?", "no, s, q and c are enough" if spherical else "yes"),
         ("Which output layers take it?", ", ".join(layers(loss))),
-        ("Does a shift of all outputs change it?", "no" if loss.shift_invariant else "yes"),
-        ("Does a positive scale change it?", "no" if loss.scale_invariant else "yes"),
-        ("Is it an upper bound of −log softmax?", "yes" if loss.upper_bound else "no"),
+        ("Is it the same after a shift of all outputs?", answer("shift_invariant")),
+        ("Is it the same after a positive scale of all outputs?", answer("scale_invariant")),
+        ("Is it an upper bound of −log softmax?", answer("upper_bound")),
     ]
     return markdown(("question", "answer"), rows).rstrip()
 
@@ -170,7 +186,7 @@ def linked(text: str) -> str:
 
 
 def picture_in_words(name: str) -> str:
-    return f"Two curves over the output of the target: {LABELS.get(name, name)} and its gradient"
+    return f"Two curves over the output of the target: {in_words(name)} and its gradient"
 
 
 if __name__ == "__main__":

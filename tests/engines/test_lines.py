@@ -7,7 +7,7 @@ import torch
 
 from softsphere.engines import grouped_products
 from softsphere.engines.grouped_products import group_outputs, group_statistics
-from softsphere.engines.grouping import Grouping
+from softsphere.engines.grouping import Group, Grouping
 from softsphere.engines.lines import Lines
 
 d = 3
@@ -39,8 +39,7 @@ def made(name):
     cluster = torch.arange(len(rows)).repeat_interleave(rows)
     within = torch.rand(len(cluster), generator=draw) * sizes[cluster]
     place = grouping.starts[cluster] + within.long()
-    order, group = grouping.group(cluster, place)
-    assert torch.equal(order, torch.arange(len(cluster)))
+    group = Group(cluster, place, grouping)
     Z, W = (torch.randn(len(x), d, generator=draw).double() for x in (cluster, grouping.leaves))
     b, pi = torch.randn(len(W), generator=draw).double(), torch.rand(len(W), generator=draw)
     return Lines.of(group), [x.requires_grad_() for x in (Z, W, b)], pi.double()

@@ -102,6 +102,10 @@ def test_a_run_that_cannot_go_on_says_why(tmp_path, example, capsys):
     assert "Nothing is left to do" in capsys.readouterr().out
     (tmp_path / "run" / "step-00000009").mkdir()
     assert "step-00000009 is not a checkpoint of this program" in refused("--resume")
+    (tmp_path / "run" / "step-00000009").rmdir()
+    for path in (tmp_path / "run" / "step-00000001").glob("*.distcp"):
+        path.write_bytes(path.read_bytes()[:100])
+    assert "step-00000001 cannot be read; remove it" in refused("--resume", "--steps", "2")
 
 
 # What is said of arguments. FILE is an empty file, and FOLDER an empty folder.

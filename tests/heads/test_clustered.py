@@ -278,6 +278,7 @@ def test_predictions_are_those_of_log_prob(name, leaf, way):
     assert torch.equal(head.predict(rows(M)), log_p.argmax(1))
     some = torch.tensor([D - 1, 3, 3, 0])
     torch.testing.assert_close(head.log_prob(rows(M), some), log_p[:, some], **CLOSE)
+    assert head.log_prob(rows(M), some[:0]).shape == (M, 0)
     above = log_p > log_p.gather(1, TARGET.unsqueeze(1))
     assert torch.equal(head.rank(rows(M), TARGET), above.sum(1) + 1)
 
@@ -393,6 +394,20 @@ def test_another_assignment_is_not_loaded(engine):
     with pytest.raises(RuntimeError, match="assignment is not the one that the layer was made"):
         other.load_state_dict(state)
     torch.testing.assert_close(dict(other.state_dict()), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("engine", ["auto", "factored"])
+def test_rows_in_the_order_of_the_classes_are_not_loaded_as_those_of_clusters(engine):
+    state = torch.nn.Linear(d, D).double().state_dict()
+    head = layer(ASSIGNMENTS["no shortlist"], engine=engine)
+    before = {key: value.clone() for key, value in head.state_dict().items()}
+    with pytest.raises(RuntimeError, match=r"weight has no assignment beside it.*copy_rows\(\)"):
+        head.load_state_dict(state, strict=False)
+    torch.testing.assert_close(dict(head.state_dict()), before, rtol=0, atol=0)
+    head.load_state_dict({k: x for k, x in before.items() if k != "assignment"}, strict=False)
+    in_order = layer(torch.arange(D) // 10, engine=engine)
+    in_order.load_state_dict(state, strict=False)
+    assert torch.equal(in_order.state_dict()["weight"], state["weight"])
 
 
 @pytest.mark.once("it names its devices")

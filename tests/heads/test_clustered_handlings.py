@@ -135,6 +135,35 @@ def test_what_makes_no_distribution_is_refused(name):
             call()
 
 
+# Every way to another base measure, whose sums are right.
+OTHER_PRIORS: dict[str, Callable[[ClusteredLoss], object]] = {
+    "written": lambda head: head.prior.fill_(1.0),
+    "assigned": lambda head: setattr(head, "prior", torch.ones_like(head.prior)),
+}
+
+
+@pytest.mark.parametrize("way", OTHER_PRIORS)
+def test_factored_leaves_are_not_used_with_another_prior_than_they_are_kept_for(way):
+    head = layer(MIXED, engine="factored")
+    head(rows(M), TARGET)
+    ones = {"prior": torch.ones_like(head.prior)}
+    for call in (lambda: head(rows(M), TARGET), lambda: head.log_prob(rows(M))):
+        other = layer(MIXED, engine="factored", counts=None)
+        want = {name: x.clone() for name, x in head.state_dict().items()}
+        OTHER_PRIORS[way](head)
+        with pytest.raises(RuntimeError, match="the buffer prior has been changed"):
+            call()
+        head.load_state_dict(want)  # which writes the leaves anew, for the prior in it
+        torch.testing.assert_close(dict(head.state_dict()), dict(want))
+        call()
+    with pytest.raises(RuntimeError, match="the buffer prior has been changed"):
+        torch.func.functional_call(head, ones, (rows(M), TARGET))
+    other.load_state_dict({**want, **ones})
+    dense = layer(MIXED, engine="logits")
+    dense.load_state_dict({**want, **ones})
+    torch.testing.assert_close(other(rows(M), TARGET), dense(rows(M), TARGET))
+
+
 @pytest.mark.once("values are checked on a CPU alone")
 def test_the_prior_is_checked_once_for_each_change(monkeypatch):
     calls = []

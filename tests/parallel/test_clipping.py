@@ -37,3 +37,10 @@ def test_sparse_gradients_are_clipped_as_dense_ones(name, max_norm):
         torch.testing.assert_close(a, b)
     length = torch.cat([x.flatten() for x in mine]).norm()
     assert float(length) == pytest.approx(min(max_norm, float(norm)), rel=1e-3)
+
+
+def test_parameters_are_no_model():
+    model = nn.Linear(2, 2)
+    for given in (model.parameters(), list(model.parameters()), model.weight):
+        with pytest.raises(TypeError, match=r"model must be an nn\.Module, got a "):
+            clip_grad_norm_(given, 1.0)

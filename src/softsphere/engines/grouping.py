@@ -102,6 +102,16 @@ class Grouping:
         """Whether there are clusters without any class."""
         return bool((self.sizes == 0).any())
 
+    @cached_property
+    @untraced
+    def _undecided(self) -> Tensor | None:
+        """Whether each cluster (C), and a last one, which −1 names, has classes to choose from.
+
+        None if all have.
+        """
+        several = self.sizes > 1
+        return None if bool(several.all()) else torch.cat([several, several.new_zeros(1)])
+
     def base_measure(self, counts: Tensor) -> Tensor:
         """π of the leaves (L) by counts (D): its sum over a cluster is its number of classes."""
         return self.normalised(counts[self.leaves])
@@ -140,8 +150,14 @@ class Grouping:
     def group(self, cluster: Tensor, place: Tensor) -> tuple[Tensor, Group]:
         """The rows whose cluster (m) is not −1, in the order of their clusters, and their group.
 
+        The only class of a cluster has the probability 1 in it, whatever its row of the weight is.
+        Rows with such a cluster are left out, since their loss in it would be a difference of
+        numbers that need not be equal where sums are kept in factors.
+
         place: (m) the target of each row among the leaves.
         """
+        if self._undecided is not None:
+            cluster = cluster.masked_fill(~self._undecided[cluster], -1)
         ordered, rows = cluster.sort(stable=True)
         first = int((ordered < 0).sum())
         rows = rows[first:]

@@ -1,4 +1,4 @@
-"""Output layers that own their weight and never make the logits."""
+"""Output layers that own their weight and compute the loss themselves."""
 
 from softsphere.heads.clustered import ClusteredLoss
 from softsphere.heads.factored import FactoredSphericalLoss

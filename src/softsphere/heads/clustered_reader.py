@@ -144,7 +144,7 @@ class ClusteredReader(Reader):
         found = (
             short.index_select(1, torch.where(listed, place, 0))
             if self.S
-            else H.new_zeros(len(H), 1)
+            else H.new_zeros(len(H), len(classes))
         )
         if bool(listed.all()):
             return found

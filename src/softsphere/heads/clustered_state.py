@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from softsphere import checks, losses
-from softsphere._torch import exporting, values_on_cpu, version_of
+from softsphere._torch import exporting, values_readable, version_of
 from softsphere.engines.cluster_shards import ClusterShards
 from softsphere.engines.grouping import Grouping
 from softsphere.engines.repeated_rows import repeated_rows
@@ -36,6 +36,10 @@ __all__ = ["WithGrouping"]
 _OTHER_ASSIGNMENT = (
     "assignment is not the one that the layer was made with; make the layer with the assignment "
     "that was saved, and load again"
+)
+_NO_ASSIGNMENT = (
+    "weight has no assignment beside it, as that of a layer without clusters, whose rows are in "
+    "the order of the classes; copy them by copy_rows()"
 )
 
 
@@ -190,7 +194,8 @@ class WithGrouping(ShardedLayer, FactoredLeaves):
         pi, (known, version) = self.prior, self._checked_prior
         if known is None or known is not pi or version != version_of(pi):
             check_prior(pi, self.clusters.own)
-            if values_on_cpu(pi):
+            self._check_measure_of_factors()
+            if values_readable(pi):
                 self._checked_prior = (pi, version_of(pi))
 
     @torch.no_grad()
@@ -307,20 +312,31 @@ class WithGrouping(ShardedLayer, FactoredLeaves):
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _check_state(self, state_dict: dict[str, Any], prefix: str) -> None:
-        if not self._has_assignment_of(state_dict, prefix):
-            raise ValueError(prefix + _OTHER_ASSIGNMENT)
+        refusal = self._refusal(state_dict, prefix)
+        if refusal is not None:
+            raise ValueError(prefix + refusal)
         if isinstance(self.root, ShardedLinear):
             self.root._entries_of_all(state_dict, f"{prefix}root.")
 
-    def _has_assignment_of(self, state_dict: dict[str, Any], prefix: str) -> bool:
-        """Whether a state has the assignment of this layer, or none."""
-        loaded, own = state_dict.get(f"{prefix}assignment"), self._grouping.cluster
-        return loaded is None or torch.equal(loaded.to(own.device), own)
+    def _refusal(self, state_dict: dict[str, Any], prefix: str) -> str | None:
+        """Why the rows of a state are not in the order of this layer; None if they may be.
+
+        A part of a state of such a layer may have no assignment, as the parameters alone have none.
+        """
+        loaded, own = state_dict.get(f"{prefix}assignment"), self._grouping
+        if loaded is not None:
+            same = torch.equal(loaded.to(own.cluster.device), own.cluster)
+            return None if same else _OTHER_ASSIGNMENT
+        if f"{prefix}weight" not in state_dict or f"{prefix}root.weight" in state_dict:
+            return None
+        in_order = torch.arange(self.num_classes, device=own.leaves.device)
+        return None if torch.equal(own.leaves, in_order) else _NO_ASSIGNMENT
 
     def _load_entries(self, state_dict: dict[str, Any], prefix: str, loading: Loading) -> None:
         """Loads as every module does, but refuses the weights of another assignment."""
-        if self.shards is None and not self._has_assignment_of(state_dict, prefix):
-            loading.error_msgs.append(prefix + _OTHER_ASSIGNMENT)
+        refusal = self._refusal(state_dict, prefix) if self.shards is None else None
+        if refusal is not None:
+            loading.error_msgs.append(prefix + refusal)
             # The layers below load after this one: nothing changes.
             state_dict.update({prefix + key: x for key, x in self.state_dict().items()})
             return

@@ -152,8 +152,14 @@ class FactoredSphericalLoss(FactoredState, OutputLayer):
         self.weight = nn.Parameter(FactoredTensor(W, b, pi, self.shards))
 
     def _usable_loss(self, loss: Any) -> losses.Loss:
-        """Raises TypeError for a loss that needs the logits."""
-        return _spherical(losses.get(loss, Spherical))
+        """Raises TypeError for a loss that needs the logits, and ValueError for one that is 0."""
+        found = _spherical(losses.get(loss, Spherical))
+        if self.num_classes == 1 and found.normalised:
+            raise ValueError(
+                f"num_classes must be at least 2 for loss={found}, got 1: the only class has the "
+                "probability 1, so that there is nothing to train"
+            )
+        return found
 
     def reset_parameters(self) -> None:
         """Draws the initial values of `nn.Linear`, uniform within ±1/√d.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softsphere._torch import changed_in_place, transforms_active
+from softsphere._torch import changed_in_place, transforms_active, values_readable
 from softsphere.engines.factored_statistics import TWICE_IN_CLUSTERS
 from softsphere.functional.loading import Loading, LoadsEntries
 from softsphere.heads.factored_parameter import (
@@ -32,13 +32,13 @@ def factored_leaves(W: Tensor, b: Tensor | None, starts: Tensor, pi: Tensor) -> 
     Args:
         W, b: (L, d) and (L) or None, which are not copied.
         starts: (C + 1) the first leaf of each cluster, and L.
-        pi: (L) the base measure.
+        pi: (L) the base measure, which is copied.
 
     Raises TypeError for a dtype in which there are no factored weights.
     """
     check_factored_dtype(W.dtype)
     columns = [W] if b is None else [W, b.unsqueeze(1)]
-    return FactoredTensor.stack(columns, starts, pi.to(W.device, W.dtype))
+    return FactoredTensor.stack(columns, starts, pi.to(W.device, W.dtype, copy=True))
 
 
 class FactoredLeaves(WithFactoredParameter, LoadsEntries):
@@ -98,6 +98,19 @@ class FactoredLeaves(WithFactoredParameter, LoadsEntries):
                 "on the meta device; load it by load_state_dict, or call reset_parameters()"
             )
 
+    def _check_measure_of_factors(self) -> None:
+        """Raises RuntimeError if the factored leaves were made for other values of `prior`."""
+        if self.engine != "factored":
+            return
+        W, pi = self._stack().arrays, self.prior
+        assert W.pi is not None
+        # not equal to the last digit: factors that were made wider have normalised it again
+        if values_readable(pi) and not torch.allclose(pi.to(W.device, W.dtype), W.pi, 1e-5, 0.0):
+            raise RuntimeError(
+                "the buffer prior has been changed, but factored leaves are kept for the values "
+                "that it had; load a state_dict() with another prior, which writes the leaves anew"
+            )
+
     def _leaf_blocks(self) -> list[Tensor]:
         """The memory of weight (L, d') and bias, to be overwritten; then call `_leaves_written`."""
         if self.engine != "factored":
@@ -110,7 +123,7 @@ class FactoredLeaves(WithFactoredParameter, LoadsEntries):
         """Takes what was written into `_leaf_blocks`, and the present base measure."""
         if self.engine == "factored":
             W = self._stack().arrays
-            W.pi = self.prior.to(W.device, W.dtype)
+            W.pi = self.prior.to(W.device, W.dtype, copy=True)
             self._stack().reset_()
             changed_in_place(self.weight)
 

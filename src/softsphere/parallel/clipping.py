@@ -29,12 +29,18 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
     Returns the norm before clipping, on the CPU, in the default dtype.
 
     Sparse gradients are clipped as well. A collective raises RuntimeError if a rank does not call.
+    Raises TypeError for parameters in place of the model.
 
     >>> model = nn.Linear(2, 1, bias=False)
     >>> model.weight.grad = torch.tensor([[3.0, 4.0]])
     >>> clip_grad_norm_(model, 1.0), model.weight.grad
     (tensor(5.), tensor([[0.6000, 0.8000]]))
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model must be an nn.Module, got a {type(model).__name__}; give it the model, which "
+            "knows the rows of which parameters are those of one rank"
+        )
     layers: list[Any] = [x for x in model.modules() if getattr(x, "shards", None) is not None]
     sharded = {id(p) for x in layers for p in rows_of_one_rank(x).values()}
     rest = [p for p in model.parameters() if id(p) not in sharded and p.grad is not None]

@@ -23,6 +23,7 @@ from softsphere_lab.errors import LabError
 from softsphere_lab.experiments.experiment import BUDGETS, Reproduction, StudyReproduction
 from softsphere_lab.experiments.page import RECORDS
 from softsphere_lab.experiments.registry import REPRODUCTIONS
+from softsphere_lab.records.folder import Record
 
 __all__ = ["reproduce"]
 
@@ -40,7 +41,9 @@ def reproduce(
     ] = "small",
     device: Device = "cpu",
     data_dir: DataDir = None,
-    out: Annotated[Path | None, out_option("records/DATE-NAME-BUDGET")] = None,
+    out: Annotated[
+        Path | None, out_option("records/DATE-NAME-BUDGET, without -BUDGET for full")
+    ] = None,
     resume: Resume = False,
     jobs: Jobs = 1,
     nproc: Annotated[
@@ -59,10 +62,19 @@ def reproduce(
         experiment = _over_processes(experiment, nproc, jobs)
     if budget == "smoke" and data_dir is not None:
         raise LabError("--data-dir has no meaning with --budget smoke, whose data is built in")
+    if resume and out is not None:
+        _check_resumed(Record(out), name, budget)
     share_cores(jobs, nproc)
     prepared = experiment.prepare(budget, usable(device), data_dir)
     ending = name if budget == "full" else f"{name}-{budget}"
     run_and_report(prepared, Place(RECORDS, "%Y-%m-%d", ending), out, resume, jobs)
+
+
+def _check_resumed(record: Record, name: str, budget: str) -> None:
+    """Raises LabError for a record of something else, before its data is loaded."""
+    old = record.config() or {}
+    given = {"experiment": name, "budget": budget}
+    record.check_made_with({**old, **{key: x for key, x in given.items() if key in old}})
 
 
 def _over_processes(experiment: Reproduction, nproc: int, jobs: int) -> Reproduction:

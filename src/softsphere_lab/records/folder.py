@@ -90,12 +90,7 @@ class Record:
                     raise LabError(
                         f"{folder / 'config.json'} has no list of {key}; take another --out"
                     )
-            for key in differing_keys(old, config, grows):
-                path, before, now = deepest_difference(key, old.get(key), config.get(key))
-                raise LabError(
-                    f"--resume: {folder} was made with {path} = {before!r}, not {now!r}; give the "
-                    "same, or another --out"
-                )
+            cls(folder).check_made_with(config, grows)
             cls(folder).lines(ENVIRONMENT, _flaw_of_start)
             union = {key: list(dict.fromkeys([*old[key], *config[key]])) for key in grows}
             return cls(folder).begun({**config, **union}, nproc, device)
@@ -117,6 +112,19 @@ class Record:
                 if is_leftover(path):
                     path.unlink()
             yield
+
+    def check_made_with(self, config: Line, grows: tuple[str, ...] = ()) -> None:
+        """Raises LabError for a record that was made with another configuration.
+
+        grows: the lists of it that may grow. A folder without a record passes.
+        """
+        old = self.config() or config
+        for key in differing_keys(old, config, grows):
+            path, before, now = deepest_difference(key, old.get(key), config.get(key))
+            raise LabError(
+                f"--resume: {self.folder} was made with {path} = {before!r}, not {now!r}; give the "
+                "same, or another --out"
+            )
 
     def matches(self, config: Line, grows: tuple[str, ...]) -> bool:
         """Returns whether it was made with this configuration, apart from what may grow."""

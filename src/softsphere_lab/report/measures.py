@@ -10,7 +10,6 @@ from softsphere_lab.records.folder import Line
 from softsphere_lab.report.inference import FEWEST_PAIRS, LEVEL, holm, interval, paired_p
 
 __all__ = [
-    "NOTE",
     "REFERENCE",
     "Ends",
     "Metric",
@@ -18,6 +17,7 @@ __all__ = [
     "estimate",
     "estimate_cell",
     "mean",
+    "note_on",
     "number_cell",
     "p_cell",
     "p_equation",
@@ -29,14 +29,15 @@ __all__ = [
     "seeds_cell",
     "shown_below",
     "values",
+    "with_note",
 ]
 
 # The loss that all others are compared with.
 REFERENCE = "softmax"
 # A smaller p is not written out, so that none is printed as zero.
 SMALLEST_P = 0.001
-# What stands under every table of means.
-NOTE = (
+# What stands under a table of means over several seeds.
+_NOTE = (
     "A number after ± is half of a 95 % interval (Student's t) of the mean over the seeds; p is of "
     "a paired t-test against softmax, after Holm's correction for all tests of its column."
 )
@@ -70,6 +71,20 @@ class Metric:
         if value == 0 or not math.isfinite(value):
             return self.digits
         return max(self.digits, self.figures - 1 - math.floor(math.log10(abs(value))))
+
+
+def note_on(table: str) -> str:
+    """Returns what the signs of a table mean, or nothing where all its rows have one seed.
+
+    >>> note_on("| softmax | 0.70 ± 0.04 |")[:29], note_on("| softmax | 0.70 |")
+    ('A number after ± is half of a', '')
+    """
+    return _NOTE if "±" in table else ""
+
+
+def with_note(table: str) -> str:
+    """Returns a table in Markdown, and under it what its signs mean."""
+    return f"{table}\n{_NOTE}\n" if note_on(table) else table
 
 
 def _recorded(runs: Mapping[int, Line], key: str) -> dict[int, float]:

@@ -25,7 +25,7 @@ LABELS = {
     "bohning_bound": "Böhning's bound",
     "bouchard_bound": "Bouchard's bound",
     "soft_margin_softmax": "soft-margin softmax",
-    "soft_margin_softmax:order=2": "SM-Taylor softmax",
+    "soft_margin_softmax:order=2": "soft-margin Taylor softmax",
     "adaptive_softmax": "adaptive softmax",
     "hierarchical_softmax": "hierarchical softmax",
     "sampled_softmax": "sampled softmax",

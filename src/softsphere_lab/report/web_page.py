@@ -10,7 +10,7 @@ from typing import Any
 from softsphere_lab.records.folder import Line
 from softsphere_lab.report import summary
 from softsphere_lab.report.learning_curves import Curve, curves_of
-from softsphere_lab.report.measures import NOTE, values
+from softsphere_lab.report.measures import note_on, values
 from softsphere_lab.report.results import Results
 from softsphere_lab.report.summary import ERROR, Row
 from softsphere_lab.report.web_charts import draw_curves, draw_seeds
@@ -92,7 +92,8 @@ def _results_table(rows: Sequence[Row]) -> str:
     columns = summary.columns_with_differences(rows)
     header = [title for title, _ in columns]
     lines = [[cell(row) for _, cell in columns] for row in rows]
-    return f'{_table("Means over the seeds", header, lines)}<p class="note">{escape(NOTE)}</p>'
+    table = _table("Means over the seeds", header, lines)
+    return f'{table}<p class="note">{escape(note_on(table))}</p>'
 
 
 def _curves_figure(curves: Sequence[Curve]) -> str:

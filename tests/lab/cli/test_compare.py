@@ -20,7 +20,7 @@ from softsphere_lab.data import images as data
 from softsphere_lab.experiments.on_images import classification
 from softsphere_lab.experiments.page import Report
 from softsphere_lab.records.folder import Record
-from softsphere_lab.report.measures import NOTE
+from softsphere_lab.report.measures import note_on
 from softsphere_lab.study import protocol as study
 from softsphere_lab.training import image_run as training
 
@@ -83,7 +83,8 @@ def test_a_run_leaves_a_whole_folder_and_says_what_was_found(tmp_path, capsys):
     assert str(out / "comparison.png") in said.replace("\n", "")
     assert "softmax (" in said.splitlines()[-2] and said.splitlines()[-1] == f"Page: {page}"
     assert said.splitlines()[-2] in html.unescape(page.read_text("utf-8"))
-    assert NOTE in said and NOTE in (out / "README.md").read_text()
+    note = note_on("1 ± 2")
+    assert note in said and note in (out / "README.md").read_text()
 
 
 def test_same_seeds_give_the_same_numbers_and_different_seeds_others(tmp_path):

@@ -127,6 +127,17 @@ def test_wrong_options_are_one_line_and_exit_code_2(case, tmp_path, monkeypatch,
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_record_of_something_else_is_not_resumed(tmp_path, monkeypatch, capsys):
+    record = Record.create(tmp_path / "run", {"experiment": "mnist", "budget": "smoke"})
+    given = ("--out", str(record.folder), "--resume")
+    # data would come from the network
+    monkeypatch.setattr(socket, "socket", lambda *_, **__: pytest.fail("it opens a connection"))
+    assert command("reproduce", "mnist", "--budget", "small", *given) == 2
+    assert "was made with budget = 'smoke', not 'small'" in capsys.readouterr().err
+    assert command("reproduce", "ptb", "--budget", "smoke", *given) == 2
+    assert "was made with experiment = 'mnist', not 'ptb'" in capsys.readouterr().err
+
+
 def test_a_text_that_is_too_small_is_refused_before_a_folder_is_made(tmp_path, monkeypatch, capsys):
     datasets = pytest.importorskip("datasets")
     monkeypatch.chdir(tmp_path)

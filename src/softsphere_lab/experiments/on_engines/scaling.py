@@ -193,7 +193,8 @@ class Scaling(Reproduction):
     differences = (
         "Here d and m are 128, so that ten million classes fit in memory. Targets are drawn as "
         "words are, hidden rows at random; everything is counted: forward, backward, update, "
-        "mending. Sizes of the papers are in docs/costs.md."
+        "mending. Sizes of the papers are in docs/costs.md. Softmax, core fused, is "
+        "`torch.nn.functional.linear_cross_entropy`."
     )
 
     def prepare(self, budget: str, device: str, data_dir: Path | None) -> Prepared:

@@ -9,7 +9,7 @@ from softsphere_lab.experiments.experiment import Experiment, Prepared, prepare_
 from softsphere_lab.experiments.on_images.classification import Classification
 from softsphere_lab.records.folder import Record
 from softsphere_lab.report import figures, summary
-from softsphere_lab.report.measures import NOTE
+from softsphere_lab.report.measures import note_on, with_note
 from softsphere_lab.report.results import Results, Section
 from softsphere_lab.report.summary import Row
 from softsphere_lab.report.web_page import comparison_page
@@ -43,10 +43,10 @@ class Comparison(Experiment):
         table = summary.markdown_table(rows, summary.columns_with_differences(rows))
         found = summary.finding(rows)
         return Section(
-            text=f"{table}\n{NOTE}\n\n{found}\n",
+            text=f"{with_note(table)}\n{found}\n",
             table=table,
             finding=found,
-            note=NOTE,
+            note=note_on(table),
             pictures={"comparison": partial(_draw_comparison, results, rows)},
             csv=summary.csv_text(rows),
         )

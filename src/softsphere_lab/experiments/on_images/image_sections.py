@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from softsphere_lab.report import figures, summary
-from softsphere_lab.report.measures import NOTE, p_cell, search_cells, seeds_cell
+from softsphere_lab.report.measures import note_on, p_cell, search_cells, seeds_cell, with_note
 from softsphere_lab.report.paper import REPORTED, label, reported_cell
 from softsphere_lab.report.results import Results, Section
 from softsphere_lab.report.summary import ERROR, NLL, SECONDS, Column, Row
@@ -40,10 +40,10 @@ def image_section(results: Results) -> Section:
     table = summary.markdown_table(rows, _image_columns(results))
     found = summary.finding(rows, label)
     return Section(
-        text=f"{_images_and_network(results)}\n{table}\n{NOTE}\n\n{found}\n",
+        text=f"{_images_and_network(results)}\n{with_note(table)}\n{found}\n",
         table=table,
         finding=found,
-        note=NOTE,
+        note=note_on(table),
         pictures={"errors": partial(_draw_errors, results, rows)},
     )
 

@@ -10,15 +10,16 @@ from softsphere_lab.models.output_layers import Output
 from softsphere_lab.records.folder import Line
 from softsphere_lab.report.grids import markdown
 from softsphere_lab.report.measures import (
-    NOTE,
     REFERENCE,
     Metric,
     estimate_cell,
     mean,
+    note_on,
     p_cell,
     p_values,
     search_cells,
     seeds_cell,
+    with_note,
 )
 from softsphere_lab.report.paper import label
 from softsphere_lab.report.results import Results, Section
@@ -45,10 +46,10 @@ def item_section(results: Results) -> Section:
     """Returns a table of quality and seconds, and a sentence about the best layer."""
     table, found = _table(results), _best_beside_published(results)
     return Section(
-        text=f"{_setup_in_words(results)}\n\n{table}\n{NOTE}\n\n{found}\n",
+        text=f"{_setup_in_words(results)}\n\n{with_note(table)}\n{found}\n",
         table=table,
         finding=found,
-        note=NOTE,
+        note=note_on(table),
         pictures={"recall": partial(_draw_recall, results)},
     )
 

@@ -18,7 +18,14 @@ from softsphere_lab.experiments.on_text.text_sections import (
 )
 from softsphere_lab.models.output_layers import Output
 from softsphere_lab.models.text_networks import ACTIVATIONS
-from softsphere_lab.report.measures import NOTE, REFERENCE, p_values, ratio, shown_below
+from softsphere_lab.report.measures import (
+    REFERENCE,
+    note_on,
+    p_values,
+    ratio,
+    shown_below,
+    with_note,
+)
 from softsphere_lab.report.paper import label
 from softsphere_lab.report.results import Results, Section
 from softsphere_lab.study.search import Axis
@@ -53,10 +60,10 @@ def ablation_section(results: Results) -> Section:
     words = {name: _loss_and_network(output) for name, output in outputs.items()}
     found = _range_of_ratios(results, reference, p, words)
     return Section(
-        text=f"{text_setup(results)}\n{table}\n{NOTE}\n\n{found}\n",
+        text=f"{text_setup(results)}\n{with_note(table)}\n{found}\n",
         table=table,
         finding=found,
-        note=NOTE,
+        note=note_on(table),
         pictures={"networks": partial(_draw_networks, results, outputs)},
     )
 

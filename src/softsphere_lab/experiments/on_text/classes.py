@@ -18,7 +18,7 @@ from softsphere_lab.experiments.on_text.text_sections import (
 )
 from softsphere_lab.models.output_layers import Output
 from softsphere_lab.report.inference import LEVEL
-from softsphere_lab.report.measures import NOTE, REFERENCE, p_values, ratio
+from softsphere_lab.report.measures import REFERENCE, note_on, p_values, ratio, with_note
 from softsphere_lab.report.paper import label
 from softsphere_lab.report.results import Results, Section
 from softsphere_lab.study.search import Axis
@@ -53,10 +53,10 @@ def classes_section(results: Results) -> Section:
     curves = _curves(results, outputs)
     found = _where_the_order_turns(curves, p)
     return Section(
-        text=f"{text_setup(results)}\n{table}\n{NOTE}\n\n{found}\n",
+        text=f"{text_setup(results)}\n{with_note(table)}\n{found}\n",
         table=table,
         finding=found,
-        note=NOTE,
+        note=note_on(table),
         pictures={"ratios": partial(_draw_ratios, curves, results.config["dataset"])},
     )
 

@@ -18,14 +18,15 @@ from softsphere_lab.experiments.on_text.text_sections import (
 )
 from softsphere_lab.models.output_layers import Output
 from softsphere_lab.report.measures import (
-    NOTE,
     REFERENCE,
     estimate,
     mean,
+    note_on,
     number_cell,
     p_equation,
     p_values,
     ratio,
+    with_note,
 )
 from softsphere_lab.report.paper import label
 from softsphere_lab.report.results import Draw, Results, Section
@@ -59,10 +60,10 @@ def clusters_section(results: Results) -> Section:
         ]
     )
     return Section(
-        text=f"{text_setup(results)}\n{table}\n{NOTE}\n\n{found}\n",
+        text=f"{text_setup(results)}\n{with_note(table)}\n{found}\n",
         table=table,
         finding=found,
-        note=NOTE,
+        note=note_on(table),
         pictures=_pictures(results, outputs, softmax),
     )
 

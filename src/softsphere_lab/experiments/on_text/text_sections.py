@@ -12,17 +12,18 @@ from softsphere_lab.models.output_layers import Output
 from softsphere_lab.records.folder import Line
 from softsphere_lab.report.grids import markdown
 from softsphere_lab.report.measures import (
-    NOTE,
     REFERENCE,
     Metric,
     estimate_cell,
     mean,
+    note_on,
     p_cell,
     p_values,
     ratio,
     ratio_cell,
     search_cells,
     seeds_cell,
+    with_note,
 )
 from softsphere_lab.report.paper import label, reported_cell
 from softsphere_lab.report.results import Results, Section
@@ -74,12 +75,12 @@ def text_section(results: Results) -> Section:
     found = ratios_to_softmax(results, reference)
     return Section(
         text=(
-            f"{text_setup(results)}\n{quality}\n{NOTE}\n\n{_pairs_covered(results)}\n\n{cost}\n"
+            f"{text_setup(results)}\n{with_note(quality)}\n{_pairs_covered(results)}\n\n{cost}\n"
             f"{found}\n"
         ),
         table=quality,
         finding=found,
-        note=NOTE,
+        note=note_on(quality),
         pictures={"curves": partial(pictures.learning_curves, results)},
     )
 

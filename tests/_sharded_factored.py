@@ -278,7 +278,7 @@ def pickled(rank, size, folder):
     raises(TypeError, "cannot be pickled", lambda: pickle.dumps(pair()[1].weight))
 
 
-OTHERS = {**DIFFERENT, "trains_the_weight": trained_on_one}
+OTHERS = {**DIFFERENT, "trained": trained_on_one}
 
 
 def differs(rank, size, folder, fact):

@@ -26,7 +26,7 @@ from softsphere.engines.cluster_shards import ClusterShards
 from softsphere.engines.row_statistics import wide_dtype
 from softsphere.functional.conventions import Conventions
 from softsphere.functional.on_leaves import Leaves, leaf_losses, root_scores
-from softsphere.functional.rows_over_ranks import checked_items, finish_over_ranks
+from softsphere.functional.rows_over_ranks import LossOverRanks, WeightsOfRank
 from softsphere.parallel import (
     Agreement,
     Batch,
@@ -62,16 +62,12 @@ class ClustersOfRank(NamedTuple):
     sparse: bool
 
 
-class LossOnClusterShards:
-    """The loss of the rows of all ranks: first what this rank can check alone, then `value`.
+class LossOnClusterShards(LossOverRanks):
+    """See `LossOverRanks`.
 
     Args:
         hidden: (…, d), of this rank, already checked.
         entries: its targets.
-        num_items: what the mean divides by; None stands for the number of rows that are not
-            ignored.
-
-    Raises ValueError or TypeError for num_items that cannot be.
     """
 
     def __init__(
@@ -84,36 +80,26 @@ class LossOnClusterShards:
         shards: Shards,
         num_items: Any,
     ) -> None:
-        self.given, self.entries, self.layer, self.loss = hidden, entries, layer, loss
-        self.conventions, self.shards = conventions, shards
-        self.items = checked_items(num_items, conventions.reduction)
         H = hidden.reshape(len(entries.t), hidden.shape[-1])
-        self.H = shards.hidden_for_average(H)
-        self.dtype = wide_dtype(layer.leaves.pi.dtype)
+        super().__init__(H, hidden, entries, loss, conventions, shards, num_items)
+        self.layer, self.dtype = layer, wide_dtype(layer.leaves.pi.dtype)
 
-    def agree(self, agreed: Agreement) -> None:
-        """Adds to an agreement what must be the same on all ranks."""
-        layer, records = self.layer, torch.is_grad_enabled()
-        weights = layer.root, layer.root_bias, layer.project, *layer.leaves[:2]
+    def weights(self) -> WeightsOfRank:
+        layer = self.layer
         own = (layer.root, layer.leaves.W) if layer.engine != "factored" else (layer.root,)
-        self.shards.begin(agreed, layer.versions, self.H, self.entries.t, weights=own)
-        agreed.same(
-            loss=self.loss,
-            engine=layer.engine,
-            sparse=layer.sparse,
-            reduction=self.conventions.reduction,
-            ignore_index=self.conventions.ignore_index,
-            num_items=self.items,
-            hidden_requires_grad=records and self.H.requires_grad,
-            trained=[records and x is not None and x.requires_grad for x in weights],
-            bits_of_the_projection=checksum(layer.project),
-        )
+        trained = layer.root, layer.root_bias, layer.project, *layer.leaves[:2]
+        return WeightsOfRank(layer.versions, own, trained)
 
-    def value(self, batch: Batch) -> Tensor:
-        """The loss, reduced over the rows of all ranks; with "none", of the rows of this one."""
-        entries, reduction = self.entries, self.conventions.reduction
-        rows = entries.weigh(self._losses(batch), overflows=False)
-        return finish_over_ranks(rows, entries.counted, reduction, self.items, batch, self.given)
+    def of_layer(self) -> dict[str, Any]:
+        layer = self.layer
+        return {
+            "engine": layer.engine,
+            "sparse": layer.sparse,
+            "bits_of_the_projection": checksum(layer.project),
+        }
+
+    def losses_of_rank(self, batch: Batch, agreed: Agreement) -> tuple[Tensor, Tensor]:
+        return self.entries.weigh(self._losses(batch), overflows=False), self.entries.counted
 
     def _losses(self, batch: Batch) -> Tensor:
         """−log p of the target of each row of this rank: (m)."""

@@ -17,7 +17,7 @@ from softsphere import losses
 from softsphere.engines.factored_statistics import factored_statistics
 from softsphere.functional.conventions import Conventions
 from softsphere.functional.on_logits import spherical_value
-from softsphere.functional.rows_over_ranks import checked_items, entries_of_rank, reduce_over_ranks
+from softsphere.functional.rows_over_ranks import LossOverRanks, WeightsOfRank, entries_of_rank
 from softsphere.matrix import FactoredTensor
 from softsphere.matrix.sharded_arrays import ShardedArrays, small_bits
 from softsphere.parallel import Agreement, Batch, own_part, same_on_all
@@ -26,17 +26,19 @@ from softsphere.stats import Stats
 __all__ = ["FactoredLossOnShards"]
 
 
-class FactoredLossOnShards:
-    """The loss of the rows of all ranks: first what this rank can check alone, then `value`.
+class FactoredLossOnShards(LossOverRanks):
+    """See `LossOverRanks`.
 
     Args:
         H: (m, w), the hidden rows of this rank, with a column of ones for a bias.
         leading: the shape of the rows that were given, which H has flat.
         weight: the rows of [W b] of this rank.
-        target, target_values, num_items: see `LossOnShards`.
+        target, target_values: of this rank.
 
     Raises ValueError or TypeError for arguments that are wrong.
     """
+
+    loss: losses.Spherical
 
     def __init__(
         self,
@@ -52,42 +54,29 @@ class FactoredLossOnShards:
     ) -> None:
         W = weight.matrix.arrays
         assert isinstance(W, ShardedArrays)
-        self.arrays, self.shards = W, W.shards
-        self.weight, self.leading, self.loss, self.conventions = weight, leading, loss, conventions
-        D = W.shards.sharding.num_classes
+        self.arrays, self.weight, D = W, weight, W.shards.sharding.num_classes
         hidden = H.view(*leading, H.shape[1])
-        self.entries = entries_of_rank(hidden, target, target_values, conventions, D, H.dtype)
-        self.items = checked_items(num_items, conventions.reduction)
-        self.H = W.shards.hidden_for_average(H)
+        entries = entries_of_rank(hidden, target, target_values, conventions, D, H.dtype)
+        super().__init__(H, hidden, entries, loss, conventions, W.shards, num_items)
+
+    def weights(self) -> WeightsOfRank:
+        # a step of the factors is the same on all ranks, whose small arrays are compared
+        return WeightsOfRank((self.weight.matrix.edition,), (), [self.weight])
+
+    def of_layer(self) -> dict[str, Any]:
+        return {"small_arrays_of_the_weight": small_bits(self.arrays)}
 
     def agree(self, agreed: Agreement) -> None:
-        """Adds to an agreement what must be the same on all ranks."""
-        records = torch.is_grad_enabled()
-        self.shards.begin(agreed, (self.weight.matrix.edition,), self.H, self.entries.t)
-        agreed.same(
-            loss=self.loss,
-            reduction=self.conventions.reduction,
-            ignore_index=self.conventions.ignore_index,
-            num_items=self.items,
-            target_values=self.entries.y is not None,
-            hidden_requires_grad=records and self.H.requires_grad,
-            trains_the_weight=records and self.weight.requires_grad,
-            small_arrays_of_the_weight=small_bits(self.arrays),
-        )
+        super().agree(agreed)
         agreed.each(sums_known=int(self.arrays.sums_known))
 
-    def value(self, agreed: Agreement) -> Tensor:
-        """The loss, reduced over the rows of all ranks; with "none", of the rows of this one."""
-        batch = self.shards.batch(agreed)
+    def losses_of_rank(self, batch: Batch, agreed: Agreement) -> tuple[Tensor, Tensor]:
         if not all(agreed.found["sums_known"]):
             # the rows of one rank were changed in place, as by a hand that wrote a few of them
             self.arrays.forget_gram()
         x, entries = self._statistics(batch), self.entries
         rows = entries.weigh(spherical_value(self.loss, x, entries, self.conventions))
-        reduction = self.conventions.reduction
-        if reduction == "none":
-            return rows.view(self.leading)
-        return reduce_over_ranks(rows, entries.counted, reduction, self.items, batch)
+        return rows, entries.counted
 
     def _statistics(self, batch: Batch) -> Stats:
         """The statistics of the rows of this rank."""

@@ -34,7 +34,7 @@ from softsphere.engines.weight import sum_dtype
 from softsphere.functional.conventions import Conventions, mixed_precision
 from softsphere.functional.on_linear import Affine, Statistics, autocast
 from softsphere.functional.on_logits import spherical_value
-from softsphere.functional.rows_over_ranks import checked_items, entries_of_rank, finish_over_ranks
+from softsphere.functional.rows_over_ranks import LossOverRanks, WeightsOfRank, entries_of_rank
 from softsphere.parallel import (
     Agreement,
     Batch,
@@ -123,19 +123,18 @@ class ShardedStatistics:
         return compute() if self.kept is None or not len(W) else self.kept.total_row(compute)
 
 
-class LossOnShards:
-    """The loss of the rows of all ranks: first what this rank can check alone, then `value`.
+class LossOnShards(LossOverRanks):
+    """See `LossOverRanks`.
 
     Args:
         hidden, target, target_values: of this rank.
         layer: the rows of W and b of this rank.
-        conventions: with the vectors of its classes.
-        num_items: what the mean divides by; None stands for the number of rows that are not
-            ignored.
         kept: see `ShardedStatistics`.
 
     Raises ValueError or TypeError for arguments that are wrong.
     """
+
+    loss: losses.Spherical
 
     def __init__(
         self,
@@ -152,44 +151,32 @@ class LossOnShards:
         kept: Accumulation | None = None,
     ) -> None:
         H, W, b = _rows(hidden, layer, kept is not None)
-        self.H, self.given, self.weight = shards.hidden_for_average(H), hidden, layer.weight
-        dtype = sum_dtype(H, W, options.accumulate_dtype)
-        self.loss, self.shards = loss, shards
-        self.conventions = _vectors_in(conventions, dtype)
-        self.entries = entries_of_rank(
-            hidden, target, target_values, self.conventions, shards.sharding.num_classes, dtype
-        )
-        self.items = checked_items(num_items, conventions.reduction)
-        own = Affine(W, b)
-        pi, centred = self.conventions.pi, loss.shift_invariant
+        dtype, D = sum_dtype(H, W, options.accumulate_dtype), shards.sharding.num_classes
+        vectors = _vectors_in(conventions, dtype)
+        entries = entries_of_rank(hidden, target, target_values, vectors, D, dtype)
+        super().__init__(H, hidden, entries, loss, vectors, shards, num_items)
+        self.weight, own = layer.weight, Affine(W, b)
         statistics = None if kept is None else kept.statistics_of_batch
-        self.statistics = ShardedStatistics(own, pi, shards, centred, options, statistics, kept)
+        given = own, vectors.pi, shards, loss.shift_invariant, options, statistics, kept
+        self.statistics = ShardedStatistics(*given)
 
-    def agree(self, agreed: Agreement) -> None:
-        """Adds to an agreement what must be the same on all ranks."""
-        parts, records = self.statistics, torch.is_grad_enabled()
+    def weights(self) -> WeightsOfRank:
         version = version_of(self.weight) if len(self.weight) else None
-        self.shards.begin(agreed, (version,), self.H, self.entries.t, weights=(self.weight,))
-        agreed.same(
-            loss=self.loss,
-            options=parts.options,
-            reduction=self.conventions.reduction,
-            num_items=self.items,
-            target_values=self.entries.y is not None,
-            class_weights=self.conventions.weight is not None,
-            prior=parts.pi is not None,
-            accumulates=parts.kept is not None,
-            hidden_requires_grad=records and self.H.requires_grad,
-            trained=[records and x is not None and x.requires_grad for x in parts.layer[:2]],
-            ignore_index=self.conventions.ignore_index,
-        )
+        return WeightsOfRank((version,), (self.weight,), self.statistics.layer[:2])
 
-    def value(self, batch: Batch) -> Tensor:
-        """The loss, reduced over the rows of all ranks; with "none", of the rows of this one."""
+    def of_layer(self) -> dict[str, Any]:
+        parts = self.statistics
+        return {
+            "options": parts.options,
+            "class_weights": self.conventions.weight is not None,
+            "prior": parts.pi is not None,
+            "accumulates": parts.kept is not None,
+        }
+
+    def losses_of_rank(self, batch: Batch, agreed: Agreement) -> tuple[Tensor, Tensor]:
         x, entries = self._statistics_of_entries(batch)
         rows = entries.weigh(spherical_value(self.loss, x, entries, self.conventions))
-        reduction = self.conventions.reduction
-        return finish_over_ranks(rows, entries.counted, reduction, self.items, batch, self.given)
+        return rows, entries.counted
 
     def _statistics_of_entries(self, batch: Batch) -> tuple[Stats, Targets]:
         """The statistics of the rows of this rank, and their targets with class weights."""

@@ -371,7 +371,7 @@ class ClusteredLoss(WithGrouping, OutputLayer):
             given = hidden, entries, self._part_of_rank(), loss, conventions
             job = LossOnClusterShards(*given, shards, num_items)
             job.agree(agreed)
-        return job.value(shards.batch(agreed))
+        return job.value(agreed)
 
     def _part_of_rank(self) -> ClustersOfRank:
         """The weights and the clusters of this rank."""

@@ -356,7 +356,7 @@ class LinearSphericalLoss(ShardedLayer, AccumulatingLayer, OutputLayer, WithPrio
                 kept=kept,
             )
             job.agree(agreed)
-        return job.value(shards.batch(agreed))
+        return job.value(agreed)
 
     def _layer(self) -> Affine:
         """Weight and bias, read once, since a parametrization may compute others the next time.

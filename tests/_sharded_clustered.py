@@ -472,14 +472,21 @@ def other_projection(rank, size, folder):
     raises(ValueError, "bits_of_the_projection must be the same", lambda: many(H, t))
 
 
+OF_EVERY_RANK = ("project.weight", "root_shares")
+
+
 def other_state(rank, size, folder, name):
     """A state that cannot be loaded on one rank is loaded on none."""
-    one, many = pair()
+    one, many = pair(leaf_features=2)
     before = {k: x.clone() for k, x in many.named_parameters()}
     state = {k: x + 1 if x.is_floating_point() else x for k, x in one.state_dict().items()}
     if rank == 0:
         state[name] = state[name][:-1] if name != "assignment" else state[name].roll(1)
-    words = "assignment is not the one" if name == "assignment" else f"{name} must have .* rows"
+    words = f"{name} must have .* rows"
+    if name in OF_EVERY_RANK:
+        words = f"{name} must have shape"
+    elif name == "assignment":
+        words = "assignment is not the one"
     others = RuntimeError, f"rank 0 of.*{words}"
     on_one(rank, (ValueError, words), others, lambda: many.load_state_dict(state))
     assert all(torch.equal(x, before[k]) for k, x in many.named_parameters())
@@ -564,7 +571,7 @@ REFUSED = {
     },
     **{
         f"other {name} loaded": partial(other_state, name=name)
-        for name in ("weight", "root.bias", "assignment")
+        for name in ("weight", "root.bias", "assignment", *OF_EVERY_RANK)
     },
 } | {
     case.__name__: case

@@ -53,6 +53,7 @@ class WithGrouping(ShardedLayer, FactoredLeaves):
     assignment: Tensor
     root_shares: Tensor
     root: nn.Linear
+    project: nn.Linear | None
     loss: losses.Loss
     num_classes: int
     sparse: bool
@@ -317,6 +318,15 @@ class WithGrouping(ShardedLayer, FactoredLeaves):
             raise ValueError(prefix + refusal)
         if isinstance(self.root, ShardedLinear):
             self.root._entries_of_all(state_dict, f"{prefix}root.")
+        on_every_rank: dict[str, Tensor] = {"root_shares": self.root_shares}
+        if self.project is not None:
+            on_every_rank.update(self.project.named_parameters(prefix="project"))
+        for name, own in on_every_rank.items():
+            given = state_dict.get(prefix + name)
+            if isinstance(given, Tensor) and given.shape != own.shape:
+                raise ValueError(
+                    f"{prefix}{name} must have shape {tuple(own.shape)}, got {tuple(given.shape)}"
+                )
 
     def _refusal(self, state_dict: dict[str, Any], prefix: str) -> str | None:
         """Why the rows of a state are not in the order of this layer; None if they may be.

@@ -67,7 +67,10 @@ def stepped(make):
 
 
 def loading(head):
-    state = {name: x + 1 for name, x in head.state_dict().items() if name in ("weight", "bias")}
+    saved = head.state_dict()
+    state = {name: saved[name] + 1 for name in ("weight", "bias")}
+    if "assignment" in saved:
+        state["assignment"] = saved["assignment"]
     return lambda: head.load_state_dict(state, strict=False)
 
 

@@ -38,8 +38,8 @@ _OTHER_ASSIGNMENT = (
     "that was saved, and load again"
 )
 _NO_ASSIGNMENT = (
-    "weight has no assignment beside it, as that of a layer without clusters, whose rows are in "
-    "the order of the classes; copy them by copy_rows()"
+    "weight has no assignment beside it, which would say that its rows are in the order of the "
+    "clusters; load the assignment with it, or copy rows in the order of the classes by copy_rows()"
 )
 
 

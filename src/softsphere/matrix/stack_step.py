@@ -29,7 +29,8 @@ class Increments:
     """What is added to the small arrays of some matrices, after κ has acted on them.
 
     ids: (k) the matrices
-    products: for U and U⁻¹, the factors (k, w, p) and (k, p, w) of what is added
+    products: for U and U⁻¹, the factors (k, w, p) and (k, p, w) of what is added, U L̂ᵀ and R, L̂ᵀ
+        and −N/κ; None in the place of the first stands for I
     half: for G, the factors of a product that is added with its transpose
     vectors: for ω and w̄, what is added (k, w)
     share: (k) the smallest pivot of S, about the share that is left of the direction that the
@@ -37,7 +38,7 @@ class Increments:
     """
 
     ids: Tensor
-    products: dict[str, tuple[Tensor, Tensor]]
+    products: dict[str, tuple[Tensor | None, Tensor]]
     half: tuple[Tensor, Tensor]
     vectors: dict[str, Tensor]
     share: Tensor
@@ -45,16 +46,23 @@ class Increments:
     def all(self) -> dict[str, Tensor]:
         """What is added, by the name of the small array."""
         left, right = self.half
-        both = torch.cat([left, right.mT], 2), torch.cat([right, left.mT], 1)
-        products = {**self.products, "centred_gram": both}
-        increments = {name: left @ right for name, (left, right) in products.items()}
-        return {**increments, **self.vectors}
+        both = torch.cat([left, right.mT], 2) @ torch.cat([right, left.mT], 1)
+        increments = {name: b if a is None else a @ b for name, (a, b) in self.products.items()}
+        return {**increments, "centred_gram": both, **self.vectors}
 
     def after(self, W: StackArrays, name: str, kappa: float, chosen: Tensor) -> Tensor:
         """Returns U or U⁻¹ of the chosen ones of the matrices after the step."""
         left, right = self.products[name]
         before = W.of(name, self.ids[chosen]) * kappa ** POWER[name]
-        return torch.baddbmm(before, left[chosen], right[chosen])
+        added = right[chosen]
+        return before + added if left is None else torch.baddbmm(before, left[chosen], added)
+
+    def maps(self, kappa: float, chosen: Tensor) -> Tensor:
+        """Returns T = κ + L̂ᵀR of the chosen ones of the matrices."""
+        (left, _), (_, right) = self.products["U_inv"], self.products["U"]
+        T = right[chosen] if left is None else left[chosen] @ right[chosen]
+        T.diagonal(dim1=1, dim2=2).add_(kappa)
+        return T
 
     def squares_after(self, W: StackArrays, kappa: float) -> Tensor:
         """The sums of squares of the columns of each W_c after the step: (k, w)."""
@@ -151,7 +159,6 @@ def _increments(
     S.diagonal(dim1=1, dim2=2).add_(1)
     LU, pivots, _ = torch.linalg.lu_factor_ex(S)
     N = torch.linalg.lu_solve(LU, pivots, R_T @ U_inv / kappa)
-    back = L.mT if thin else torch.eye(w, dtype=R.dtype, device=R.device).expand(len(ids), w, w)
     N_rows = N if thin else factors @ (U_inv - N) / kappa
 
     Z = kappa * piece.take(x.back) + 0.5 * x.times(piece, R, own)
@@ -160,7 +167,10 @@ def _increments(
     size = LU.diagonal(dim1=1, dim2=2).abs()
     part = Increments(
         ids,
-        {"U": (U @ L.mT if thin else U, R_T), "U_inv": (back / -kappa, N)},
+        {
+            "U": (U @ L.mT if thin else U, R_T),
+            "U_inv": (L.mT, N / -kappa) if thin else (None, N / -kappa),
+        },
         (factors.mT, Z),
         {name: (v.unsqueeze(1) @ factors).squeeze(1) for name, v in vectors.items()},
         size.amin(1) / size.amax(1).clamp_min(1),

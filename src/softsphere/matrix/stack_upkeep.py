@@ -111,10 +111,8 @@ class StackWatch:
         With T = X Σ Yᵀ, U = Xᵀ becomes Σ Yᵀ, whose rows are orthogonal too.
         """
         start = time.perf_counter()
-        (left, _), (_, right) = part.products["U_inv"], part.products["U"]
-        eye = torch.eye(W.width, dtype=torch.float64, device=W.device)
-        T = kappa * (eye - left[chosen] @ right[chosen])
-        renew_coordinates(W, part.ids[chosen], torch.linalg.svd(T).U.mT)
+        left = torch.linalg.svd(part.maps(kappa, chosen)).U
+        renew_coordinates(W, part.ids[chosen], left.mT)
         self.done["renewed"] += int(chosen.sum())
         self.seconds += time.perf_counter() - start
 

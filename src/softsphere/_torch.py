@@ -147,12 +147,13 @@ def exporting() -> bool:
 def untraced(function: Function) -> Function:
     """Computes with the values of tensors while a program is traced or exported, as without that.
 
-    It is for what is kept afterwards: a tensor of the trace would spoil it.
+    It is for what is kept afterwards: a tensor of the trace, or of a torch.func transform, would
+    spoil it.
     """
 
     @functools.wraps(function)
     def run(*args: Any) -> Any:
-        with _disable_current_modes():
+        with _disable_current_modes(), torch._C._DisableFuncTorch():
             return function(*args)
 
     return cast(Function, run)

@@ -60,6 +60,21 @@ def test_hooks_see_the_sum_once():
         torch.testing.assert_close(g, by * getattr(twin, name).grad, **TIGHT)
 
 
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_hook_that_is_newer_than_the_loss_is_refused(name):
+    head, twin = layer(), layer()
+    one, two, *_ = batches()
+    with head.accumulate():
+        loss, other = head(*one), head(*two)
+        loss.backward()
+        handle = head.get_parameter(name).register_hook(lambda g: pytest.fail("it has no gradient"))
+        with pytest.raises(RuntimeError, match="was registered after a loss"):
+            other.backward()
+        handle.remove()
+    twin(*one).backward()
+    same(head, twin)
+
+
 def test_an_optimizer_in_a_hook_steps_once():
     def stepping(head):
         optimizers = {x: torch.optim.SGD([x], lr=0.1) for x in head.parameters()}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
-from _clustered import COUNTS, MIXED, D, d, layer, rows
+from _clustered import ASSIGNMENTS, COUNTS, MIXED, D, d, layer, rows
 from softsphere import ClusteredLoss
 
 M = 9
@@ -162,6 +164,37 @@ def test_factored_leaves_are_not_used_with_another_prior_than_they_are_kept_for(
     dense = layer(MIXED, engine="logits")
     dense.load_state_dict({**want, **ones})
     torch.testing.assert_close(other(rows(M), TARGET), dense(rows(M), TARGET))
+
+
+def test_a_copy_of_a_layer_does_not_take_its_prior_for_checked():
+    head = layer(MIXED, engine="factored")
+    for _ in range(2):  # whose buffers are written more often than those of a copy
+        head.load_state_dict(head.state_dict())
+    head(rows(M), TARGET)
+    for other in (copy.deepcopy(head), pickle.loads(pickle.dumps(head))):
+        for _ in range(4):
+            other.prior.fill_(1.0)
+            with pytest.raises(RuntimeError, match="the buffer prior has been changed"):
+                other(rows(M), TARGET)
+
+
+def test_factored_leaves_go_on_where_states_are_averaged():
+    head = layer(MIXED, engine="factored", dtype=torch.float32)
+    average = copy.deepcopy(head)
+    for _ in range(300):
+        for mine, x in zip(average.state_dict().values(), head.state_dict().values(), strict=True):
+            if x.is_floating_point():
+                mine.copy_(0.999 * mine + (1 - 0.999) * x)
+    average(rows(M).float(), TARGET)
+
+
+@pytest.mark.parametrize("engine", ["logits", "gram"])
+@pytest.mark.parametrize("name", ["mixed", "clusters of one"])
+def test_a_layer_that_was_first_used_in_a_transform_can_be_copied(name, engine):
+    head = layer(ASSIGNMENTS[name], engine=engine)
+    torch.func.grad(lambda H: head(H, TARGET))(rows(M))
+    for other in (copy.deepcopy(head), pickle.loads(pickle.dumps(head))):
+        torch.testing.assert_close(other(rows(M), TARGET), head(rows(M), TARGET))
 
 
 @pytest.mark.once("values are checked on a CPU alone")

@@ -10,6 +10,7 @@ import torch
 from _stacks import CLUSTER, STARTS, D, d, dense_stack_gradient, measure
 from _stacks import random_stack_gradient as random_gradient
 from softsphere.matrix.factored_stack import FactoredStack
+from softsphere.matrix.stack_step import Increments
 from softsphere.matrix.update import SingularStepError
 
 
@@ -127,3 +128,25 @@ def test_rows_are_counted_from_the_end_as_well():
     some = torch.tensor([-1, 3, -D])
     assert torch.equal(W.arrays.rows(some), W.arrays.rows(some % D))
     assert torch.equal(W.arrays.cluster_of(torch.arange(D)), CLUSTER)
+
+
+def test_increments_without_a_first_factor_are_those_with_the_identity():
+    W, ids, kappa = stack().arrays, torch.tensor([1, 2]), 0.7
+    chosen = torch.tensor([False, True])
+    left, right, added = torch.randn(3, 2, d, d, dtype=torch.float64)
+    rest = {"half": (left, right), "vectors": {}, "share": torch.ones(2)}
+    eye = torch.eye(d, dtype=torch.float64).expand(2, d, d)
+    short, long = (
+        Increments(ids, {"U": (left, right), "U_inv": (first, added)}, **rest)
+        for first in (None, eye)
+    )
+    for one, two in zip(short.all().values(), long.all().values(), strict=True):
+        torch.testing.assert_close(one, two)
+    for name in ("U", "U_inv"):
+        after = short.after(W, name, kappa, chosen)
+        torch.testing.assert_close(after, long.after(W, name, kappa, chosen))
+    kept = right.clone()
+    T = short.maps(kappa, chosen)
+    torch.testing.assert_close(T, long.maps(kappa, chosen))
+    torch.testing.assert_close(T[0], kappa * eye[0] + right[1])
+    assert torch.equal(right, kept)

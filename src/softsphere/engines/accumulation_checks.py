@@ -21,7 +21,8 @@ FIRST_ONLY = (
 def wanted_now(ctx: Any) -> Both:
     """Whether the running backward is to compute the gradients of W and b.
 
-    Raises RuntimeError if torch.autograd.grad was asked for them, or if autograd cannot say.
+    Raises RuntimeError if torch.autograd.grad was asked for them, if autograd cannot say, or if it
+    would run hooks that are newer than the graph without a gradient.
     """
     # H comes first; without a b the third node would be that of the target, which has none
     ends = [node for node, _ in ctx.next_functions[1:3]]
@@ -37,6 +38,11 @@ def wanted_now(ctx: Any) -> Both:
             "inside accumulate(), with hooks on the gradients of weight or bias or with a process "
             "group, a backward must compute all gradients; call it without inputs=, and "
             "torch.autograd.grad outside the context"
+        )
+    if (W or b) and not ctx.stood_in and ctx.accumulation.waited_for():
+        raise RuntimeError(
+            "inside accumulate() a hook on the gradient of weight or bias was registered after a "
+            "loss and before its backward; register hooks before the loss, or outside the context"
         )
     return W, b
 

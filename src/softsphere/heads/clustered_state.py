@@ -59,7 +59,7 @@ class WithGrouping(ShardedLayer, FactoredLeaves):
     sparse: bool
     _clusters: ClusterShards
     _unmoved: tuple[Tensor, Tensor] | None
-    _checked_prior: tuple[Tensor | None, int]
+    _checked_prior: tuple[Tensor | None, int, int]
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "assignment" and "assignment" in self._buffers:
@@ -108,7 +108,7 @@ class WithGrouping(ShardedLayer, FactoredLeaves):
         self.register_buffer("root_shares", shares.to(device, dtype))
         # On the meta device buffers have no values, and get them when they are moved from there.
         self._unmoved = (narrow, shares.to(dtype)) if device.type == "meta" else None
-        self._checked_prior = (None, 0)
+        self._checked_prior = (None, 0, 0)
 
     @property
     def num_clusters(self) -> int:
@@ -192,12 +192,13 @@ class WithGrouping(ShardedLayer, FactoredLeaves):
 
     def _check_prior(self) -> None:
         """Checks the base measure where it is not the one that was checked last: that is O(D)."""
-        pi, (known, version) = self.prior, self._checked_prior
-        if known is None or known is not pi or version != version_of(pi):
+        pi, (_, known, version) = self.prior, self._checked_prior
+        # of a copy of the layer, the tensor is a copy too and has another id
+        if known != id(pi) or version != version_of(pi):
             check_prior(pi, self.clusters.own)
             self._check_measure_of_factors()
             if values_readable(pi):
-                self._checked_prior = (pi, version_of(pi))
+                self._checked_prior = (pi, id(pi), version_of(pi))
 
     @torch.no_grad()
     def copy_rows(self, rows: Tensor) -> None:
@@ -280,7 +281,7 @@ class WithGrouping(ShardedLayer, FactoredLeaves):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WithGrouping:
         before = {"prior": self.prior, "root_shares": self.root_shares}
         super()._apply(fn, recurse)
-        self._checked_prior = (None, 0)
+        self._checked_prior = (None, 0, 0)
         if self._unmoved is not None and not self.prior.is_meta:
             for buffer, values in zip((self.prior, self.root_shares), self._unmoved, strict=True):
                 buffer.copy_(values)
@@ -337,7 +338,8 @@ class WithGrouping(ShardedLayer, FactoredLeaves):
         if loaded is not None:
             same = torch.equal(loaded.to(own.cluster.device), own.cluster)
             return None if same else _OTHER_ASSIGNMENT
-        if f"{prefix}weight" not in state_dict or f"{prefix}root.weight" in state_dict:
+        has_root = any(key.startswith(f"{prefix}root.") for key in state_dict)
+        if has_root or f"{prefix}weight" not in state_dict:
             return None
         in_order = torch.arange(self.num_classes, device=own.leaves.device)
         return None if torch.equal(own.leaves, in_order) else _NO_ASSIGNMENT

@@ -315,8 +315,8 @@ def _network(vocabulary: int, output: Output, setup: Setup) -> nn.Module:
     """The layers below the output layer."""
     if output.tied and not _can_be_tied(output, setup):
         raise LabError(
-            f"{output} cannot be tied: that needs lstm, all words as classes, and embeddings as "
-            f"wide as the output, got {setup.embedding} and {setup.width}; leave out tied"
+            f"{output} cannot be tied: that needs the word lstm, all words as classes, and "
+            f"embeddings of width {setup.width}, got {setup.embedding}; leave out tied"
         )
     model: nn.Module
     if output.lstm:

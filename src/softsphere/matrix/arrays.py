@@ -131,7 +131,8 @@ class Arrays(SmallArrays):
         # On a CPU this takes less time, and is as good: what rounding takes off the mean row is
         # subtracted too.
         near = self.small("mean")[: self.width]
-        return (rows - near).sub_(mean - near)
+        rest = (mean - near).to(rows.dtype)
+        return (rows - near).sub_(rest)
 
     @in_full_precision
     def outputs(self, coordinates: Tensor, columns: slice = slice(None)) -> Tensor:

@@ -140,7 +140,7 @@ def _right_of_gram(
         own = torch.addmm(entries.gram(g), both, g.L.mT) @ R
     else:
         own = torch.addmm(entries.times(g, R), both @ g.L.mT, R)
-    return blocks.times(back).add(own, alpha=0.5)
+    return torch.add(blocks.times(back), own, alpha=0.5, out=own)
 
 
 def _gram_from_map(

@@ -313,11 +313,9 @@ def _examples(data: Text, output: Output, setup: Setup) -> Examples:
 
 def _network(vocabulary: int, output: Output, setup: Setup) -> nn.Module:
     """The layers below the output layer."""
-    if output.tied and not _can_be_tied(output, setup):
-        raise LabError(
-            f"{output} cannot be tied: that needs the word lstm, all words as classes, and "
-            f"embeddings of width {setup.width}, got {setup.embedding}; leave out tied"
-        )
+    lacking = _obstacle_to_tying(output, setup)
+    if output.tied and lacking is not None:
+        raise LabError(f"{output} cannot be tied: that needs {lacking}; or leave out tied")
     model: nn.Module
     if output.lstm:
         model = LSTM(
@@ -358,6 +356,12 @@ def _optimizer(
     raise LabError(f'optimizer must be "adamw" or "sgd", got {setup.optimizer!r}')
 
 
-def _can_be_tied(output: Output, setup: Setup) -> bool:
-    """Returns whether the rows of the output layer can be the embeddings of the network."""
-    return output.lstm and output.classes is None and setup.embedding == setup.width
+def _obstacle_to_tying(output: Output, setup: Setup) -> str | None:
+    """Returns what is missing for rows of the output layer that are embeddings of the network."""
+    if not output.lstm:
+        return "the word lstm"
+    if output.classes is not None:
+        return "all words as classes, without classes="
+    if setup.embedding != setup.width:
+        return f"embeddings of width {setup.width}, that of the output, got {setup.embedding}"
+    return None

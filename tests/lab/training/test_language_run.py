@@ -208,13 +208,13 @@ def test_a_tied_network_reads_the_rows_that_predict(output):
 
 
 @pytest.mark.parametrize(
-    ("output", "setup"),
+    ("output", "setup", "lacking"),
     [
-        ("softmax tied", {"embedding": 16}),
-        ("softmax lstm tied", {}),
-        ("softmax lstm tied classes=20", {"embedding": 16}),
+        ("softmax tied", {"embedding": 16}, "the word lstm"),
+        ("softmax lstm tied", {}, "embeddings of width 16, that of the output, got 8"),
+        ("softmax lstm tied classes=20", {"embedding": 16}, "all words as classes"),
     ],
 )
-def test_what_cannot_be_tied_is_told_what_can(output, setup):
-    with pytest.raises(LabError, match="that needs lstm, all words as classes, and embeddings"):
+def test_what_cannot_be_tied_is_told_what_can(output, setup, lacking):
+    with pytest.raises(LabError, match=f"cannot be tied: that needs {lacking}"):
         run_of(output, **setup)

@@ -48,10 +48,10 @@ def test_factored_leaves_train_beside_a_class_that_is_alone():
     assert head.health().gram_drift < 1e-3
 
 
-@pytest.mark.parametrize("name", losses.REGISTRY)
+@pytest.mark.parametrize(
+    "name", [name for name, kind in losses.REGISTRY.items() if issubclass(kind, losses.Spherical)]
+)
 def test_a_factored_layer_of_one_class_has_no_distribution(name):
-    if not issubclass(losses.REGISTRY[name], losses.Spherical):
-        return
     if losses.REGISTRY[name].normalised:
         with pytest.raises(ValueError, match="num_classes must be at least 2 for loss="):
             FactoredSphericalLoss(d, 1, name)

@@ -53,7 +53,7 @@ class FactoredSphericalLoss(FactoredState, OutputLayer):
 
     Args:
         in_features: d.
-        num_classes: D.
+        num_classes: D, at least 2 for a loss that is a distribution.
         loss: the name of a spherical loss, or such a loss.
         bias: whether there is a b.
         prior: (D), positive class frequencies or counts, the base measure π, which the weight

@@ -124,15 +124,20 @@ class Arrays(SmallArrays):
 
         rounded: whether it is in the dtype of V rather than in float64.
         """
-        rows = self.outputs(self.target_coordinates(index), self.block(0))
-        mean = self.mean[: self.width]
-        if not rounded or rows.dtype == mean.dtype or is_asynchronous(self.device):
-            return (rows - mean).to(rows.dtype if rounded else mean.dtype)
-        # On a CPU this takes less time, and is as good: what rounding takes off the mean row is
-        # subtracted too.
-        near = self.small("mean")[: self.width]
-        rest = (mean - near).to(rows.dtype)
-        return (rows - near).sub_(rest)
+        dtype = self.dtype if rounded else torch.float64
+        return self.centred_outputs(self.target_coordinates(index), self.block(0), dtype)
+
+    @in_full_precision
+    def centred_outputs(self, coordinates: Tensor, columns: slice, dtype: torch.dtype) -> Tensor:
+        """Computes rows of W less the mean row from their current coordinates (n, w), in dtype."""
+        if dtype == torch.float64 or is_asynchronous(self.device) or not float32_is_exact():
+            return (self.outputs(coordinates, columns) - self.mean[columns]).to(dtype)
+        # On a CPU this takes less time, and is as good: what rounding takes off the shift of the
+        # rows is added too.
+        shift = (self.omega - self.mean)[columns]
+        near = shift.to(dtype)
+        rows = torch.addmm(near, coordinates, self.small("U")[:, columns])
+        return rows.add_((shift - near).to(dtype))
 
     @in_full_precision
     def outputs(self, coordinates: Tensor, columns: slice = slice(None)) -> Tensor:

@@ -106,7 +106,7 @@ class EntryProducts:
             at_rows = g.at_rows
         else:
             at = W.target_coordinates(g.rows) if coordinates is None else coordinates
-            at_rows = (W.outputs(at, slice(0, width)) - W.mean[:width]).to(dtype)
+            at_rows = W.centred_outputs(at, slice(0, width), dtype)
         pi = W.target_pi(g.rows)
         pi = None if pi is None else pi.to(dtype)
         same = W.shards is not None and is_asynchronous(W.device)

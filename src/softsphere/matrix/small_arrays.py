@@ -17,6 +17,7 @@ __all__ = ["SmallArrays"]
 
 _SMALL = ("U", "U_inv", "omega", "centred_gram", "colsum")
 _MATRICES = ("U", "U_inv", "centred_gram")
+_MEAN = "mean in float64"
 
 
 class SmallArrays(Kept):
@@ -52,7 +53,7 @@ class SmallArrays(Kept):
 
     def changed(self) -> None:
         """Notes that the small arrays have changed, so that they are rounded again."""
-        self.rounded.forget(*_SMALL, "mean")
+        self.rounded.forget(*_SMALL, "mean", _MEAN)
 
     @property
     def U(self) -> Tensor:
@@ -82,8 +83,8 @@ class SmallArrays(Kept):
 
     @property
     def mean(self) -> Tensor:
-        """r = w̄ / M (w), the mean row under π, as a new tensor."""
-        return self.colsum / self.mass
+        """r = w̄ / M (w), the mean row under π, valid until the next step."""
+        return self.rounded.get(_MEAN, torch.float64, lambda: (self.colsum / self.mass,))
 
     @property
     def sums_known(self) -> bool:

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from _engines import OPERATORS
 from softsphere.engines import (
     bfloat16_parts,
+    chunked,
     fused_rows,
     moment_gradients,
     moments,
@@ -45,7 +46,7 @@ def as_on_a_gpu(
         return x.dtype in HALVES and dtype == torch.float32
 
     monkeypatch.setattr(moments, "multiplies", multiplies)
-    for module in (products, moment_gradients):
+    for module in (products, moment_gradients, chunked):
         monkeypatch.setattr(module, "multiplies", multiplies)
         monkeypatch.setattr(module, "product", product)
     for module in (products, bfloat16_parts):

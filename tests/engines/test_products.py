@@ -1,4 +1,4 @@
-"""Products of half-precision factors, and the gram engine that multiplies them as they are."""
+"""Products of half-precision factors, and the engines that multiply them as they are."""
 
 from __future__ import annotations
 
@@ -22,12 +22,14 @@ INTERPRETED = [
     for name in ("taylor_softmax", "bohning_bound")
     for given in ("nothing", "bias and prior")
 ]
+# An engine, and whether kernels of its own make the passes over rows.
+COMPUTED = [("gram", False), ("gram", True), ("chunked", False)]
 LOW_PRECISION = [
     pytest.param(
-        *(name, given, kernels),
+        *(name, given, engine, kernels),
         marks=[pytest.mark.slow] if kernels and (name, given) not in INTERPRETED else [],
     )
-    for kernels in (False, True)
+    for engine, kernels in COMPUTED
     for given in ("nothing", "bias", "prior", "bias and prior")
     for name in SPHERICAL
 ]
@@ -35,12 +37,14 @@ LOW_PRECISION = [
 
 @needs_triton
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize(("name", "given", "kernels"), LOW_PRECISION)
-def test_low_precision_factors_multiplied_as_they_are(monkeypatch, name, given, dtype, kernels):
+@pytest.mark.parametrize(("name", "given", "engine", "kernels"), LOW_PRECISION)
+def test_low_precision_factors_multiplied_as_they_are(
+    monkeypatch, name, given, engine, dtype, kernels
+):
     """What a GPU does gives what float32 copies give, to the rounding of the results."""
     H, W, b = layer(63, 507, 32, dtype, "bias" in given)
     prior = torch.rand(507) + 0.1 if "prior" in given else None
-    target, options = torch.randint(507, (63,)), LinearSphericalOptions("gram", class_chunk=100)
+    target, options = torch.randint(507, (63,)), LinearSphericalOptions(engine, class_chunk=100)
 
     def run(H, W, b):
         loss = linear_spherical_loss(

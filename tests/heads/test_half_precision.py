@@ -151,12 +151,16 @@ def test_gradients_that_nearly_cancel_are_rounded_once(name, run, device):
         assert float(error) < AS_PLAIN.get(key, 1) * torch.finfo(torch.bfloat16).eps, key
 
 
+WITHOUT_LOGITS = pytest.mark.parametrize("engine", ["gram", "chunked"])
+
+
+@WITHOUT_LOGITS
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_gpu_rounds_gradients_that_nearly_cancel_once(bias, monkeypatch):
-    """There most rows of the gradient come from one product with a rounded matrix."""
+def test_a_gpu_rounds_gradients_that_nearly_cancel_once(bias, engine, monkeypatch):
+    """There most rows of the gradient come from products with rounded matrices."""
     torch.manual_seed(0)
     classes = 20 * D  # more than targets
-    options = LinearSphericalOptions("gram")
+    options = LinearSphericalOptions(engine)
     head = LinearSphericalLoss(d, classes, "taylor_softmax", bias, options=options)
     with torch.no_grad():
         head.weight[:4] += 10  # common classes
@@ -173,21 +177,23 @@ def test_a_gpu_rounds_gradients_that_nearly_cancel_once(bias, monkeypatch):
         assert float(error) < torch.finfo(torch.bfloat16).eps, key
 
 
+@WITHOUT_LOGITS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_gpu_takes_batches_without_rows(dtype, monkeypatch):
+def test_a_gpu_takes_batches_without_rows(dtype, engine, monkeypatch):
     as_on_a_gpu(monkeypatch)
-    head = LinearSphericalLoss(d, D, options=LinearSphericalOptions("gram"), reduction="sum")
+    head = LinearSphericalLoss(d, D, options=LinearSphericalOptions(engine), reduction="sum")
     head.to(dtype)
     head(torch.empty(0, d, dtype=dtype), torch.empty(0, dtype=torch.long)).backward()
     assert not head.weight.grad.any() and not head.bias.grad.any()
 
 
+@WITHOUT_LOGITS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_gpu_gives_a_single_class_no_gradient(dtype, monkeypatch):
+def test_a_gpu_gives_a_single_class_no_gradient(dtype, engine, monkeypatch):
     """Push and pull cancel whatever the row is, so that its rounded common part must, too."""
     torch.manual_seed(0)
     as_on_a_gpu(monkeypatch)
-    head = LinearSphericalLoss(d, 1, options=LinearSphericalOptions("gram"), reduction="sum")
+    head = LinearSphericalLoss(d, 1, options=LinearSphericalOptions(engine), reduction="sum")
     with torch.no_grad():
         head.bias.fill_(1.3)
         head.weight += 16

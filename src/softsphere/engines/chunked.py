@@ -1,6 +1,8 @@
 """The engine "chunked": (s, q, c) of H Wᵀ + b in tiles of rows and classes.
 
-Only one tile of outputs is in memory at a time. The backward computes the outputs again.
+Only one tile of outputs is in memory at a time. The backward computes the outputs again. Where a
+GPU multiplies rows and classes of half precision as they are, no copy of them is made, and the
+gradient of a tile is multiplied as the sum of two parts.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from softsphere.engines.engine import Engine, Gradients, Inputs, Settings, Workload
 from softsphere.engines.operators import LinearOperator
+from softsphere.engines.products import in_parts, multiplies, product
 from softsphere.engines.target_rows import TargetRows
 from softsphere.engines.weight import add_target_rows, chunks, mean_row, read, target_outputs
 from softsphere.rounding import above_rounding, error_of_sum, spread_of_equals
@@ -25,9 +28,44 @@ def tile(how: Settings) -> tuple[int, int]:
     return how.row_chunk or _ROWS, how.class_chunk or _CLASSES
 
 
-def _outputs(H: Tensor, x: Tensor, x1: Tensor | None) -> Tensor:
-    """The outputs of rows H and classes [x x1]."""
-    return H @ x.mT if x1 is None else torch.addmm(x1, H, x.mT)
+def _enter_as_they_are(x: Inputs, how: Settings) -> bool:
+    """Whether H and W are multiplied in their own dtype, for outputs in that of the sums."""
+    return x.H.dtype == x.W.dtype and multiplies(x.H, how.dtype)
+
+
+def _rows(x: Inputs, shift: Tensor | None, how: Settings) -> tuple[Tensor, Tensor | None]:
+    """H as it is multiplied, and what is added to each row of outputs (m, 1), if anything is.
+
+    A weight that enters as it is enters without the shift, which is taken off the outputs.
+    """
+    wide = x.H.to(how.dtype)
+    if not _enter_as_they_are(x, how):
+        return wide, None
+    return x.H, None if shift is None else -(wide @ shift[: wide.shape[1]]).unsqueeze(1)
+
+
+def _classes(
+    x: Inputs, part: slice, shift: Tensor | None, how: Settings
+) -> tuple[Tensor, Tensor | None]:
+    """Some rows of W as they are multiplied, and what is added to their outputs."""
+    w, w1 = x.W[part], None if x.b is None else x.b[part]
+    if not _enter_as_they_are(x, how):
+        return read(w, w1, shift, how.dtype, None)
+    w1 = None if w1 is None else w1.to(how.dtype)
+    return w, w1 if w1 is None or shift is None else w1 - shift[-1]
+
+
+def _outputs(
+    H: Tensor, x: Tensor, x1: Tensor | None, off: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """The outputs of rows H and classes [x x1], to which `off` is added, in dtype."""
+    if H.dtype == dtype:
+        return H @ x.mT if x1 is None else torch.addmm(x1, H, x.mT)
+    o = product(H, x.mT, dtype)
+    for more in (x1, off):
+        if more is not None:
+            o.add_(more)
+    return o
 
 
 def _add_sizes(size: Tensor, x: Tensor, x1: Tensor | None, weight: Tensor | None) -> None:
@@ -44,28 +82,30 @@ def _forward(x: Inputs, how: Settings) -> tuple[Tensor, ...]:
     Centred, the shift is the mean row of [W b], rounded. What it leaves of the mean output is taken
     off by q − s²/M and c − s/M, where nothing large cancels.
     """
-    H, W, b, _, pi = x
+    _, W, b, _, pi = x
     rows, classes = tile(how)
     shift = mean_row(x, classes, how.dtype) if how.centred else None
-    H = H.to(how.dtype)
-    s, q = H.new_zeros(len(H)), H.new_zeros(len(H))
-    size = H.new_zeros(W.shape[1] + 1)  # Σ_k π_k |[W b]_k|, of the rows as they are multiplied
+    H, off = _rows(x, shift, how)
+    s, q = (torch.zeros(len(H), dtype=how.dtype, device=H.device) for _ in range(2))
+    size = s.new_zeros(W.shape[1] + 1)  # Σ_k π_k |[W b]_k|, of the rows less the shift
     for part in chunks(len(W), classes):
-        w, w1 = read(W[part], None if b is None else b[part], shift, how.dtype, None)
+        w, w1 = _classes(x, part, shift, how)
         weight = None if pi is None else pi[part].to(how.dtype)
         if how.centred:
-            _add_sizes(size, w, w1, weight)
+            less = read(w, None, shift, how.dtype, None)[0] if w.dtype != how.dtype else w
+            _add_sizes(size, less, w1, weight)
         for row in chunks(len(H), rows):
-            o = _outputs(H[row], w, w1)
+            o = _outputs(H[row], w, w1, None if off is None else off[row], how.dtype)
             s[row] += o.sum(1) if weight is None else o @ weight
             o.square_()
             q[row] += o.sum(1) if weight is None else o @ weight
     c = target_outputs(x, shift, how.dtype)
     if shift is None:
-        return s, q, c, H.new_zeros(W.shape[1] + (b is not None)), torch.zeros_like(s)
+        return s, q, c, s.new_zeros(W.shape[1] + (b is not None)), torch.zeros_like(s)
     rest = s / x.mass
     size = (size / x.mass).to(how.dtype)
-    apart = spread_of_equals(H.shape[1], how.dtype) * (H.abs() @ size[:-1] + size[-1])
+    sizes = x.H.to(how.dtype).abs() @ size[:-1] + size[-1]
+    apart = spread_of_equals(H.shape[1], how.dtype) * sizes
     # the rounding errors of s and q, as in `is_rounding`
     apart = torch.maximum(apart, 2 * (3 * error_of_sum(len(W), how.dtype)) ** 0.5 * rest.abs())
     q = above_rounding((q - s * rest).clamp_min(0), apart, x.mass)
@@ -85,23 +125,23 @@ def _backward(
     rows, classes = tile(how)
     base = g.s if rest is None else -g.c.sum(1) / x.mass - 2 * g.q * rest
     base, twice = base.to(how.dtype).unsqueeze(1), 2 * g.q.unsqueeze(1)
-    wide = H.to(how.dtype)
-    dH = wide.new_zeros(wide.shape) if needs[0] else None
+    factor, off = _rows(x, shift, how)
+    dH = base.new_zeros(H.shape) if needs[0] else None
     dW = torch.empty_like(W) if needs[1] else None
     db = b.new_empty(b.shape, dtype=torch.float64) if needs[2] and b is not None else None
     targets = TargetRows(H, target, g.c)
     for part in chunks(len(W), classes):
-        w, w1 = read(W[part], None if b is None else b[part], shift, how.dtype, None)
+        w, w1 = _classes(x, part, shift, how)
         weight = None if pi is None else pi[part].to(how.dtype)
-        by_w, by_b = torch.zeros_like(w) if needs[1] else None, w.new_zeros(len(w))
+        by_w, by_b = base.new_zeros(w.shape) if needs[1] else None, base.new_zeros(len(w))
         for row in chunks(len(H), rows):
-            G = _outputs(wide[row], w, w1).mul_(twice[row]).add_(base[row])
+            more = None if off is None else off[row]
+            G = _outputs(factor[row], w, w1, more, how.dtype).mul_(twice[row]).add_(base[row])
             if weight is not None:
                 G.mul_(weight)
-            if dH is not None:
-                torch.addmm(dH[row], G, w, out=dH[row])
-            if by_w is not None:
-                torch.addmm(by_w, G.mT, wide[row], out=by_w)
+            _add_products(G, factor[row], w, None if dH is None else dH[row], by_w)
+            if dH is not None and off is not None and shift is not None:
+                dH[row].addr_(G.sum(1), shift[: H.shape[1]], alpha=-1)
             if db is not None:
                 by_b += G.sum(0)
         if dW is not None and by_w is not None:
@@ -118,8 +158,25 @@ def _backward(
     return dH, dW, db.to(b.dtype)
 
 
+def _add_products(G: Tensor, H: Tensor, w: Tensor, dH: Tensor | None, by_w: Tensor | None) -> None:
+    """dH += G w and by_w += Gᵀ H, where they are not None, of the gradient G of a tile."""
+    if H.dtype == G.dtype:
+        if dH is not None:
+            torch.addmm(dH, G, w, out=dH)
+        if by_w is not None:
+            torch.addmm(by_w, G.mT, H, out=by_w)
+        return
+    parts = in_parts(G, H.dtype)
+    if dH is not None:
+        dH += parts.before(w, G.dtype)
+    if by_w is not None:
+        by_w += parts.mT.before(H, G.dtype)
+
+
 def _cost(work: Workload) -> float:
-    return 8 * work.m * work.D * work.n + work.passes + work.target_rows
+    # two products of the outputs; and of their gradient two, or four where it is in parts
+    products = 12 if work.multiplies_halves else 8
+    return products * work.m * work.D * work.n + work.passes + work.target_rows
 
 
 # kept: the shift (n) and the rest of the mean (m), both zero unless centred

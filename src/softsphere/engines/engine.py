@@ -91,6 +91,11 @@ class Workload:
         return machine(self.device, self.dtype)
 
     @property
+    def multiplies_halves(self) -> bool:
+        """Whether rows of half precision enter products as they are, as on a GPU."""
+        return self.device == "cuda" and self.dtype.itemsize == 2
+
+    @property
     def passes(self) -> int:
         """The time that all outputs spend in memory, in FLOPs."""
         return self.machine.output * self.m * self.D

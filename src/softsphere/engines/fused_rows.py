@@ -37,6 +37,8 @@ def _runs_on(device: torch.device) -> bool:
     """Whether a kernel can be built there, for which Triton needs a C compiler."""
     try:
         scaled(torch.ones(1, 1, device=device), torch.ones(1, device=device))
+    except torch.OutOfMemoryError:  # a later call may find room
+        raise
     except Exception as error:  # those of Triton, of the compiler and of the driver
         warnings.warn(
             f"Triton cannot build a kernel for {device}, so that PyTorch's operations take several "

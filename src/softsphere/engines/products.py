@@ -94,10 +94,20 @@ class InParts(NamedTuple):
         eps = torch.finfo(self.high.dtype).eps
         return torch.add(self.high.to(dtype), self.low.to(dtype), alpha=eps).mul_(self.scale)
 
+    @property
+    def mT(self) -> InParts:
+        """The parts of Aᵀ."""
+        return InParts(self.high.mT, self.low.mT, self.scale)
+
     def after(self, H: Tensor, dtype: torch.dtype) -> Tensor:
         """H A in dtype, for an H that `multiplies` allows."""
         P = product(H, self.low, dtype).mul_(torch.finfo(H.dtype).eps)
         return P.add_(product(H, self.high, dtype)).mul_(self.scale)
+
+    def before(self, H: Tensor, dtype: torch.dtype) -> Tensor:
+        """A H in dtype, for an H that `multiplies` allows."""
+        P = product(self.low, H, dtype).mul_(torch.finfo(H.dtype).eps)
+        return P.add_(product(self.high, H, dtype)).mul_(self.scale)
 
 
 def in_parts(A: Tensor, dtype: torch.dtype) -> InParts:

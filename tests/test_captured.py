@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import signal
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from softsphere import (
     LinearSphericalLoss,
     optim,
 )
+from softsphere import captured as module
 from softsphere.matrix import SingularStepError
 from softsphere.matrix.replay import Replay
 from softsphere.optim import FactoredSGD
@@ -236,17 +238,20 @@ def test_calm_steps_are_taken_by_products_and_sudden_ones_by_elimination(monkeyp
     assert not watch.undone.any()
     # as after a deviation that is larger still
     watch.products, watch.period = 0, 4
-    replays = []
-    monkeypatch.setattr(
-        step._graph, "replay", lambda: replays.append(i) or type(step._graph).replay(step._graph)
-    )
+    replays, graphs, replay = [], [], RecordedGraph.replay
+
+    def counted(graph):
+        replays.append(i), graphs.append(graph)
+        replay(graph)
+
+    monkeypatch.setattr(RecordedGraph, "replay", counted)
     for i in range(61, 70):
         eliminates = not watch.products
         torch.testing.assert_close(step(*batch(i)), train(*batch(i)).detach())
-        # Whether a library allows a capture of elimination is not known, so no graph has it.
-        assert not any("lu_" in name for name in step._graph.counts)
         assert not (eliminates and i in replays)
     assert watch.products and replays
+    # Whether a library allows a capture of elimination is not known, so no graph has it.
+    assert not any("lu_" in name for graph in graphs for name in graph.counts)
     same(mine, plain)
 
 
@@ -521,6 +526,99 @@ def test_a_train_that_reads_a_value_is_told(monkeypatch):
         many(step, 5)
 
 
+class Capture:
+    """In place of `torch.cuda.graph`: it fails to end where the function did, or did not."""
+
+    def __init__(self, ends: bool) -> None:
+        self.ends = ends
+
+    def __call__(self, graph, *, stream, capture_error_mode):
+        return self
+
+    def __enter__(self):
+        pass
+
+    def __exit__(self, *raised):
+        if not self.ends:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    """The streams that are entered and left again."""
+    entered = []
+
+    @contextmanager
+    def stream(x):
+        entered.append(x)
+        try:
+            yield
+        finally:
+            entered.remove(x)
+
+    monkeypatch.setattr(module, "_side_stream", lambda device: "side")
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+    return entered
+
+
+def fails(error):
+    raise error
+
+
+@pytest.mark.parametrize("error", [RuntimeError("not permitted when stream is capturing"), None])
+def test_a_capture_that_does_not_end_in_order_says_so_and_leaves_the_stream(
+    error, streams, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "graph", Capture(ends=False))
+    graph = module._Graph(torch.device("cpu"))
+    with pytest.raises(module._LostCaptureError, match="start a new process") as told:
+        graph.record(lambda: error and fails(error))
+    said = "during capture" if error is None else "when stream is capturing"
+    assert said in str(told.value) and not streams
+
+
+@pytest.mark.parametrize("error", [RuntimeError("of train"), TypeError("of train")])
+def test_what_train_raises_in_a_capture_that_ends_in_order_is_raised(error, streams, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "graph", Capture(ends=True))
+    with pytest.raises(type(error), match=r"^of train$"):
+        module._Graph(torch.device("cpu")).record(lambda: fails(error))
+    assert not streams
+
+
+def test_after_a_lost_capture_none_is_tried(monkeypatch):
+    pretend_a_gpu(monkeypatch)
+    tried = []
+
+    def lost(self, function):
+        tried.append(self)
+        raise module._LostCaptureError("start a new process")
+
+    monkeypatch.setattr(module._Graph, "record", lost)
+    mine = model()
+    step = CapturedStep(step_of(*mine), mine[2], *batch(0))
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="start a new process"):
+            many(step, 5)
+    assert len(tried) == 1
+
+
+def test_a_graph_whose_memory_has_changed_is_not_run_again(monkeypatch):
+    """Also where all that it holds comes to be where it was, as after an option was set back."""
+    pretend_a_gpu(monkeypatch)
+    trunk, head, optimizer = model()
+    step = CapturedStep(step_of(trunk, head, optimizer), optimizer, *batch(0))
+    many(step, 6)
+    assert step.captures == 1
+    group = optimizer.param_groups[1]
+    for momentum in (0.4, 0.5):
+        group["momentum"] = momentum
+        step(*batch(0))
+    many(step, 2)
+    assert step.captures == 2
+
+
 @pytest.mark.parametrize("kind", ["SGD of softsphere", "Adam", "AdamW", "RMSprop", "fused AdamW"])
 def test_what_steps_on_a_cpu_without_a_step_to_capture_steps_in_a_captured_one(kind):
     """No option is needed there that is for a GPU, and PyTorch refuses it unless it is fused."""
@@ -617,8 +715,8 @@ def test_a_captured_step_has_few_launches(monkeypatch):
         return loss
 
     step = CapturedStep(train, optimizer, *batch(0, torch.float32))
-    for i in range(6):
-        step(*batch(i, torch.float32))
+    while step._graph is None:
+        step(*batch(0, torch.float32))
     assert step._graph.counts.total() <= 184
 
 

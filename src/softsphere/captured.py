@@ -59,9 +59,9 @@ class CapturedStep:
 
     Raises TypeError for an optimizer that cannot be captured, and for the factored leaves of a
     ClusteredLoss.
-    A call raises ValueError for inputs that do not fit the examples, and SingularStepError if a
-    step since the last measurement of the factors could not be taken; that step and those after it
-    have changed nothing in the factored weight.
+    A call raises ValueError for inputs that do not fit the examples, RuntimeError where `train`
+    cannot be captured, and SingularStepError if a step since the last measurement of the factors
+    could not be taken; that step and those after it have changed nothing in the factored weight.
 
     >>> import softsphere
     >>> head = softsphere.FactoredSphericalLoss(8, 1000)
@@ -102,6 +102,8 @@ class CapturedStep:
         self._left: tuple[Any, ...] = ()
         self._captured: tuple[Any, ...] = ()
         self._recorded: list[Any] = []
+        # why a capture did not end in order, after which none is tried
+        self._lost: str | None = None
         self._calls = self.captures = 0
         self._matrices()
 
@@ -116,6 +118,8 @@ class CapturedStep:
     def __call__(self, *inputs: Tensor) -> Outputs:
         """Takes a step with these inputs, and returns copies of what `train` returns."""
         self._check(inputs)
+        if self._lost is not None:
+            raise _LostCaptureError(self._lost)
         matrices = self._matrices()
         with torch.no_grad():
             for static, given in zip(self._inputs, inputs, strict=True):
@@ -125,7 +129,10 @@ class CapturedStep:
         self._calls += 1
         with turn():
             now = self._held(matrices)
-            if self._graph is not None and now == self._captured:
+            if now != self._captured:
+                # for good: memory that it holds may come to be where it was, as another tensor's
+                self._outputs, self._graph = None, None
+            if self._graph is not None:
                 return self._replayed(matrices)
         # Elimination asks a library that need not allow a capture. It is for few steps in a row.
         eliminates = any(not matrix.watch.products for matrix in matrices)
@@ -155,13 +162,17 @@ class CapturedStep:
         return outputs
 
     def _capture(self, matrices: list[FactoredMatrix]) -> None:
-        self._outputs, self._graph = None, None
         graph = _Graph(self._device)
         with ExitStack() as stack:
             for matrix in matrices:
                 stack.enter_context(Replay(matrix).recorded())
-            # an autograd graph that lives on would tie later steps to the stream of the capture
-            self._outputs = _each(Tensor.detach, graph.record(lambda: self._train(*self._inputs)))
+            try:
+                outputs = graph.record(lambda: self._train(*self._inputs))
+            except _LostCaptureError as error:
+                self._lost = str(error)
+                raise
+        # an autograd graph that lives on would tie later steps to the stream of the capture
+        self._outputs = _each(Tensor.detach, outputs)
         self._recorded = [matrix.recorded_step for matrix in matrices]
         self._graph = graph
         self.captures += 1
@@ -233,6 +244,10 @@ class CapturedStep:
         return *held, *(Replay(matrix).before() for matrix in matrices)
 
 
+class _LostCaptureError(RuntimeError):
+    """A capture that did not end in order, after which PyTorch may fail at the next one."""
+
+
 class _Graph:
     """A CUDA graph of what a function launches on a device."""
 
@@ -252,18 +267,43 @@ class _Graph:
             current.wait_stream(stream)  # also where a step was refused
 
     def record(self, function: Callable[[], Outputs]) -> Outputs:
-        """Records what a function launches, and returns the tensors that a replay will fill."""
-        with (
-            torch.cuda.device(self.device),
-            torch.cuda.graph(
-                self.graph,
-                stream=_side_stream(self.device),
-                # what other threads do, such as one that pins the batches of a DataLoader, is no
-                # part of the capture and must not end it
-                capture_error_mode="thread_local",
-            ),
-        ):
-            return function()
+        """Records what a function launches, and returns the tensors that a replay will fill.
+
+        Raises _LostCaptureError if the capture does not end in order, as where the function waits
+        for the device, and what the function raises if it does.
+        """
+        stream, raised = _side_stream(self.device), []
+
+        def run() -> Outputs:
+            try:
+                return function()
+            except BaseException as error:
+                raised.append(error)
+                raise
+
+        try:
+            with (
+                torch.cuda.device(self.device),
+                # PyTorch's capture stays on its stream if it does not end in order
+                torch.cuda.stream(stream),
+                torch.cuda.graph(
+                    self.graph,
+                    stream=stream,
+                    # what other threads do, such as one that pins the batches of a DataLoader, is
+                    # no part of the capture and must not end it
+                    capture_error_mode="thread_local",
+                ),
+            ):
+                return run()
+        except RuntimeError as error:
+            if error in raised:
+                raise
+            first = raised[0] if raised else error
+            raise _LostCaptureError(
+                "the step could not be captured, since train reads a value on the device, or does "
+                f"something else that no CUDA graph can hold: {first}. Mend train, and start a new "
+                "process: PyTorch may not capture again in this one"
+            ) from first
 
     def replay(self) -> None:
         self.graph.replay()

@@ -81,6 +81,12 @@ def test_products_that_do_not_reach_the_inverse_say_so(size):
     assert not bool(by_products(near_identity(size), 4).solved)
 
 
+@pytest.mark.parametrize("invert", [by_elimination, lambda S: by_products(S, 3)])
+def test_a_gradient_without_factors_has_an_empty_inverse(invert):
+    found = invert(torch.empty(0, 0))
+    assert found.value.shape == (0, 0) and float(found.share) == 1
+
+
 def test_the_number_of_products_allows_for_twice_the_deviation():
     for size in (0.02, 0.1, 0.3, 0.44):
         S = near_identity(min(2 * size, 0.89))

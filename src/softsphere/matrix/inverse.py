@@ -89,7 +89,7 @@ def by_products(S: Tensor, count: int) -> Inverse:
     eye = torch.eye(len(S), dtype=S.dtype, device=S.device)
     power = eye - S
     value = eye + power
-    deviation = last = torch.zeros_like(S[0, 0])
+    deviation = last = S.new_zeros(())
     for i in range(count):
         power = power @ power
         value = torch.addmm(value, value, power)

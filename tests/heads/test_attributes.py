@@ -58,6 +58,8 @@ OTHER = {
     "replicated": True,
     "averaged": True,
 }
+# Those of a LinearSphericalLoss that would change the loss of other layers as well.
+OF_LINEAR = {"prior", "class_weight", "label_smoothing"}
 # Those that may leave a loss as it is.
 SAME = {"options", "engine", "sparse"}
 # Losses that a layer cannot compute.
@@ -74,7 +76,8 @@ def arguments(layer: str) -> list[str]:
     """The arguments of the constructor by the names of their attributes, and the loss."""
     names = inspect.signature(type(LAYERS[layer]())).parameters.keys() - {"device", "dtype"}
     # the class weights have another name in a layer, whose weight is W
-    return sorted({"class_weight" if name == "weight" else name for name in names} | {"loss"})
+    taken = {"class_weight" if name == "weight" else name for name in names}
+    return sorted(taken | {"loss"} | OF_LINEAR)
 
 
 def value(head: torch.nn.Module) -> torch.Tensor:

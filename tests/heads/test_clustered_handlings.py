@@ -121,7 +121,7 @@ REFUSED: dict[str, tuple[Callable[[ClusteredLoss], object], str]] = {
     ),
     "root without a weight": (
         lambda head: setattr(head, "root", nn.Sequential(head.root)),
-        "root must be a linear layer with a weight.*got Sequential",
+        "root must be a linear layer whose weight is a tensor.*got torch.nn.*Sequential",
     ),
 }
 

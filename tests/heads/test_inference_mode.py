@@ -73,3 +73,34 @@ def test_a_layer_that_is_made_inside_can_be_trained_outside(head):
         made(torch.randn(5, d), torch.arange(5) * 7).backward()
         optimizer.step()
     assert all(x.isfinite().all() for x in saved(made).values())
+
+
+# With so many classes a layer looks at some rows alone where changes are not counted.
+MANY = 200
+OF_MANY = {
+    "factored": lambda: FactoredSphericalLoss(d, MANY),
+    "leaves": lambda: ClusteredLoss(d, MANY, torch.arange(MANY) % 6 - 1, engine="factored"),
+}
+
+
+@pytest.mark.parametrize("head", OF_MANY)
+def test_a_state_that_is_assigned_inside_may_be_written_and_trained(head):
+    """PyTorch counts no changes of tensors that inference mode has made."""
+    torch.manual_seed(0)
+    made = OF_MANY[head]()
+    rows, target = torch.randn(5, d), torch.tensor([3, 6, 6, 40, 59])
+    factored = {"weight", "bias", "assignment"}
+    with torch.inference_mode():
+        state = {name: x + 0 for name, x in made.state_dict().items() if name in factored}
+        made.load_state_dict(state, strict=False, assign=True)
+        made(rows, target)
+        made.state_dict()["weight"][17].mul_(100)
+        other = copy.deepcopy(made)
+        other.load_state_dict(made.state_dict())
+        assert_close(made(rows, target), other(rows, target))
+        assert_close(made.log_prob(rows).exp().sum(1), torch.ones(5))
+    optimizer = torch.optim.SGD([made.weight], 0.1)
+    loss = made(rows, target)
+    loss.backward(inputs=[made.weight])
+    optimizer.step()
+    assert made(rows, target) < loss

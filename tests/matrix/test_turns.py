@@ -15,7 +15,7 @@ import torch
 from torch.testing import assert_close
 
 from softsphere import ClusteredLoss, FactoredSphericalLoss
-from softsphere.matrix import FactoredTensor
+from softsphere.matrix import FactoredTensor, turns
 from softsphere.matrix.abstract import Kept
 from softsphere.matrix.arrays import Arrays
 from softsphere.matrix.factored_matrix import FactoredMatrix
@@ -121,6 +121,47 @@ READS: dict[str, Callable] = {
     "product": lambda head: torch.ones(2, len(head.weight)) @ head.weight.detach(),
     "isfinite": lambda head: head.weight.isfinite().all() & (head.weight.norm() > 0),
 }
+
+
+PREDICTIONS = ["log_prob", "log_prob of some", "topk", "rank"]
+
+
+class Lock:
+    """A lock beside which something is done when it is let go for the first time."""
+
+    def __init__(self, meanwhile: Callable[[], None]) -> None:
+        self.lock, self.depth, self.meanwhile = threading.RLock(), 0, [meanwhile]
+
+    def __enter__(self):
+        self.lock.acquire()
+        self.depth += 1
+
+    def __exit__(self, *error):
+        self.depth -= 1
+        free = self.depth == 0
+        self.lock.release()
+        if free and self.meanwhile:
+            self.meanwhile.pop()()
+
+
+@pytest.mark.parametrize("read", PREDICTIONS)
+@pytest.mark.parametrize("head", HEADS)
+def test_a_prediction_is_of_one_weight(head, read, monkeypatch):
+    """Its parts would be of several if another thread could make a step between them."""
+    torch.manual_seed(0)
+    layer = HEADS[head]()
+    take = WRITES["SGD"](layer)
+    before = READS[read](layer)
+
+    def step():
+        thread = threading.Thread(target=take)
+        thread.start()
+        thread.join(60)
+
+    monkeypatch.setattr(turns._turns, "lock", Lock(step))
+    assert_close(READS[read](layer), before)
+    # a rank is so coarse that a step may leave it as it is
+    assert read == "rank" or not torch.equal(READS[read](layer), before)
 
 
 # The leaves of a clustered layer have no momentum.

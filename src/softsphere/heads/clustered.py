@@ -29,8 +29,8 @@ from softsphere.heads.clustered_checks import (
 )
 from softsphere.heads.clustered_reader import ClusteredReader, Root, root_log_prob
 from softsphere.heads.clustered_state import WithGrouping
-from softsphere.heads.constructor_argument import ConstructorArgument
-from softsphere.heads.factored_leaves import factored_leaves
+from softsphere.heads.constructor_argument import LINEAR_HAS_IT, ConstructorArgument
+from softsphere.heads.factored_leaves import factored_leaves, of_the_same_leaves
 from softsphere.heads.prediction import OutputLayer
 from softsphere.heads.reader import Reader
 from softsphere.heads.sharded import ShardedLinear, making
@@ -140,6 +140,7 @@ class ClusteredLoss(WithGrouping, OutputLayer):
     leaf = ConstructorArgument(read="loss", instead="assign the loss of the leaves to `loss`")
     leaf_features = ConstructorArgument()
     counts = ConstructorArgument()
+    class_weight = ConstructorArgument(instead=LINEAR_HAS_IT)
     label_smoothing = ConstructorArgument(
         instead="it needs the outputs of all classes, so use LinearSphericalLoss"
     )
@@ -399,10 +400,10 @@ class ClusteredLoss(WithGrouping, OutputLayer):
             return ShardedClusteredReader(ReaderOfClusters(*given), self.shards)
         return ClusteredReader(self.loss.plain, root, leaves, self.grouping, self.num_classes)
 
-    log_prob = eager(EAGER_PREDICTION)(OutputLayer.log_prob)
-    topk = eager(EAGER_PREDICTION)(OutputLayer.topk)
-    predict = eager(EAGER_PREDICTION)(OutputLayer.predict)
-    rank = eager(EAGER_PREDICTION)(OutputLayer.rank)
+    log_prob = eager(EAGER_PREDICTION)(of_the_same_leaves(OutputLayer.log_prob))
+    topk = eager(EAGER_PREDICTION)(of_the_same_leaves(OutputLayer.topk))
+    predict = eager(EAGER_PREDICTION)(of_the_same_leaves(OutputLayer.predict))
+    rank = eager(EAGER_PREDICTION)(of_the_same_leaves(OutputLayer.rank))
 
     def extra_repr(self) -> str:
         return (

@@ -79,9 +79,11 @@ def check_layer_above(name: str, layer: Any, width: int, outputs: int, what: str
     """
     W = getattr(layer, "weight", None)
     if not isinstance(W, Tensor) or W.dim() != 2:
+        kind = type(layer)
         raise ValueError(
-            f"{name} must be a linear layer with a weight (outputs, features), got "
-            f"{type(layer).__name__}; use hooks or a parametrization of that layer instead"
+            f"{name} must be a linear layer whose weight is a tensor (outputs, features), got "
+            f"{kind.__module__}.{kind.__qualname__}; use hooks or a parametrization of that layer "
+            "instead, and leave the output layer out where layers are quantised"
         )
     if len(W) != outputs:
         raise ValueError(

@@ -178,9 +178,10 @@ class WithGrouping(ShardedLayer, FactoredLeaves):
                     f"{name} must have {L} rows, one for each class in a cluster, got "
                     f"{tuple(x.shape)}; make a new layer for other classes"
                 )
-        if self.engine != "factored" and self.weight.shape[1:] != (self.leaf_width,):
+        width = self.leaf_width + (self.engine == "factored" and self.has_bias)
+        if self.weight.shape[1:] != (width,):
             raise ValueError(
-                f"weight must have shape ({L}, {self.leaf_width}), got "
+                f"weight must have shape ({L}, {width}), got "
                 f"{tuple(self.weight.shape)}; make a new layer for another width"
             )
         entry, R = "class of the shortlist and each cluster", len(self._clusters.root)

@@ -6,11 +6,14 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["ConstructorArgument"]
+__all__ = ["LINEAR_HAS_IT", "ConstructorArgument"]
+
+# What to do about an option that only a LinearSphericalLoss has, by its name there.
+LINEAR_HAS_IT = "use a LinearSphericalLoss, which has it"
 
 
 class ConstructorArgument:
-    """An attribute with the name of an argument that only the constructor takes.
+    """An attribute with the name of an argument that only the constructor takes, or no layer of it.
 
     Assigning another value raises AttributeError, where a module of PyTorch would keep the new one
     and go on with the old one. `OutputLayer` calls `__set__` by itself, since `nn.Module` keeps a

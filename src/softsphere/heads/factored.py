@@ -18,7 +18,7 @@ from softsphere.engines.factored_statistics import TWICE, factored_statistics
 from softsphere.functional.conventions import Conventions
 from softsphere.functional.on_factored_shards import FactoredLossOnShards
 from softsphere.functional.on_logits import spherical_value
-from softsphere.heads.constructor_argument import ConstructorArgument
+from softsphere.heads.constructor_argument import LINEAR_HAS_IT, ConstructorArgument
 from softsphere.heads.factored_parameter import check_factored_dtype
 from softsphere.heads.factored_reader import EXPORT, FactoredReader
 from softsphere.heads.factored_state import FactoredState
@@ -29,6 +29,7 @@ from softsphere.heads.sharded_reader import ReaderOfFactoredShard, ShardedWeight
 from softsphere.losses import Spherical
 from softsphere.matrix import FactoredTensor, Health
 from softsphere.matrix.interrupts import undisturbed
+from softsphere.matrix.turns import in_turn
 from softsphere.parallel import Agreement, checksum
 
 __all__ = ["FactoredSphericalLoss"]
@@ -50,6 +51,10 @@ class FactoredSphericalLoss(FactoredState, OutputLayer):
 
     With a prior the parameter is diag(√π) [W b], and that is what SGD steps. `dense()`,
     `to_linear()` and `state_dict()` give W and b themselves.
+
+    Attributes:
+        bias: (D) or None, a view of the last column of `weight`, which shows the current values:
+            b, or √π b with a prior. What is written into it is written into the weight, in O(D w²).
 
     Args:
         in_features: d.
@@ -93,6 +98,13 @@ class FactoredSphericalLoss(FactoredState, OutputLayer):
     in_features: int = ConstructorArgument(kept=True)  # type: ignore[assignment]
     num_classes: int = ConstructorArgument(kept=True)  # type: ignore[assignment]
     prior = ConstructorArgument(read="base_measure")
+    bias = ConstructorArgument(
+        read="_last_column",
+        instead="it is the last column of the weight; write into it, or load values by "
+        "load_state_dict",
+    )
+    label_smoothing = ConstructorArgument(instead=LINEAR_HAS_IT)
+    class_weight = ConstructorArgument(instead=LINEAR_HAS_IT)
 
     def __init__(
         self,
@@ -282,17 +294,14 @@ class FactoredSphericalLoss(FactoredState, OutputLayer):
             return ShardedWeightReader(reader, self.shards)
         return reader
 
-    log_prob = eager(EXPORT)(OutputLayer.log_prob)
-    topk = eager(EXPORT)(OutputLayer.topk)
-    predict = eager(EXPORT)(OutputLayer.predict)
-    rank = eager(EXPORT)(OutputLayer.rank)
+    # each in one turn, or its parts would be of several weights while another thread trains
+    log_prob = eager(EXPORT)(in_turn(OutputLayer.log_prob))
+    topk = eager(EXPORT)(in_turn(OutputLayer.topk))
+    predict = eager(EXPORT)(in_turn(OutputLayer.predict))
+    rank = eager(EXPORT)(in_turn(OutputLayer.rank))
 
     @property
-    def bias(self) -> Tensor | None:
-        """b (D), or None: a view of the last column of `weight`; it shows the current values.
-
-        What is written into it is written into the weight, in O(D w²). With a prior it is √π b.
-        """
+    def _last_column(self) -> Tensor | None:
         return self.weight[:, -1] if self.has_bias else None
 
     def dense(self) -> Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,9 @@ from softsphere.matrix.interrupts import undisturbed
 from softsphere.matrix.refusals import HALF
 from softsphere.matrix.turns import turn
 
-__all__ = ["FactoredLeaves", "factored_leaves"]
+__all__ = ["FactoredLeaves", "factored_leaves", "of_the_same_leaves"]
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
 def factored_leaves(W: Tensor, b: Tensor | None, starts: Tensor, pi: Tensor) -> FactoredTensor:
@@ -39,6 +42,19 @@ def factored_leaves(W: Tensor, b: Tensor | None, starts: Tensor, pi: Tensor) -> 
     check_factored_dtype(W.dtype)
     columns = [W] if b is None else [W, b.unsqueeze(1)]
     return FactoredTensor.stack(columns, starts, pi.to(W.device, W.dtype, copy=True))
+
+
+def of_the_same_leaves(method: _Method) -> _Method:
+    """A method that reads factored leaves as they are at one time, also while a thread trains."""
+
+    @functools.wraps(method)
+    def run(self: FactoredLeaves, *args: Any, **kwargs: Any) -> Any:
+        if self.engine != "factored":
+            return method(self, *args, **kwargs)
+        with turn():
+            return method(self, *args, **kwargs)
+
+    return cast(_Method, run)
 
 
 class FactoredLeaves(WithFactoredParameter, LoadsEntries):
@@ -81,12 +97,6 @@ class FactoredLeaves(WithFactoredParameter, LoadsEntries):
         if transforms_active():
             raise RuntimeError(TWICE_IN_CLUSTERS)
         W = self._stack().arrays
-        wanted = (len(self.prior), self.leaf_width + self.has_bias)
-        if tuple(self.weight.shape) != wanted:
-            raise ValueError(
-                f"weight must have shape {wanted}, got {tuple(self.weight.shape)}; make a new "
-                "layer for other classes"
-            )
         if not self.weight.is_leaf:
             raise TypeError(
                 "the weight of factored leaves must be a parameter of its own, but it is computed "

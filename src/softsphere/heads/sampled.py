@@ -17,7 +17,7 @@ from softsphere.engines.row_statistics import wide_dtype
 from softsphere.engines.wide_outputs import wide_outputs
 from softsphere.functional.conventions import Conventions, mixed_precision, multiplied_dtype
 from softsphere.heads.affine import made_dtype, start_as_linear, whole_layer
-from softsphere.heads.constructor_argument import ConstructorArgument
+from softsphere.heads.constructor_argument import LINEAR_HAS_IT, ConstructorArgument
 from softsphere.heads.dense_reader import DenseReader
 from softsphere.heads.negatives import SAMPLES, Sampler, sampler_of
 from softsphere.heads.prediction import OutputLayer
@@ -108,6 +108,9 @@ class SampledSoftmaxLoss(OutputLayer):
     weight: nn.Parameter
     bias: nn.Parameter | None
     counts = ConstructorArgument()
+    prior = ConstructorArgument(instead=LINEAR_HAS_IT)
+    label_smoothing = ConstructorArgument(instead=LINEAR_HAS_IT)
+    class_weight = ConstructorArgument(instead=LINEAR_HAS_IT)
 
     def __init__(
         self,

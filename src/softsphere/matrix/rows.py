@@ -39,7 +39,12 @@ class Rows:
     """
 
     def __init__(self, *blocks: Tensor) -> None:
-        self.blocks = [block.detach().contiguous() for block in blocks]
+        with torch.inference_mode(False):
+            # Changes of a tensor that inference mode has made are not counted.
+            self.blocks = [
+                (block.clone() if block.is_inference() else block.detach()).contiguous()
+                for block in blocks
+            ]
         # a sample of the rows of each block that was lent, by the number of the block
         self.lent: dict[int, Tensor] = {}
         self.note()

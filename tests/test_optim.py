@@ -204,6 +204,7 @@ def test_a_step_that_cannot_be_taken_changes_nothing():
 
 
 @posix
+@pytest.mark.once("an interrupt may meet the mode that puts the tensors of a test on a device")
 @pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_an_interrupt_leaves_a_usable_layer():

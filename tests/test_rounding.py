@@ -47,8 +47,8 @@ def test_logits_that_differ_in_the_last_digit_are_not(dtype, D, mean):
 def as_on_another_machine(product, ulps=3.7):
     """The product H xᵀ + x1 with columns that differ by a few eps of the sizes."""
 
-    def changed(H, x, x1):
-        o, size = product(H, x, x1), H.abs() @ x.abs().mT
+    def changed(H, x, x1, *dtype):
+        o, size = product(H, x, x1, *dtype), H.abs() @ x.abs().mT
         size = size if x1 is None else size + x1.abs()
         generator = torch.Generator().manual_seed(o.shape[1])
         noise = torch.rand(o.shape, generator=generator, dtype=o.dtype).to(o.device) - 0.5

@@ -64,7 +64,8 @@ def test_low_precision_factors_multiplied_as_they_are(
     used = as_on_a_gpu(monkeypatch, kernels=kernels)
     for mine, copied, x in zip(run(H, W, b), plain, want, strict=True):
         assert error(mine, x) <= error(copied, x) + torch.finfo(dtype).eps
-    assert dtype in used
+    # the chunked engine takes the mean row off before, which leaves more digits than W has
+    assert (dtype in used) == (engine == "gram" or not SPHERICAL[name].shift_invariant)
 
 
 def test_a_bfloat16_weight_is_read_whole_and_never_copied(monkeypatch):

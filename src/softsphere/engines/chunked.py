@@ -2,7 +2,8 @@
 
 Only one tile of outputs is in memory at a time. The backward computes the outputs again. Where a
 GPU multiplies rows and classes of half precision as they are, no copy of them is made, and the
-gradient of a tile is multiplied as the sum of two parts.
+gradient of a tile is multiplied as the sum of two parts; not so for a loss that is invariant to a
+shift of its outputs.
 """
 
 from __future__ import annotations
@@ -29,43 +30,29 @@ def tile(how: Settings) -> tuple[int, int]:
 
 
 def _enter_as_they_are(x: Inputs, how: Settings) -> bool:
-    """Whether H and W are multiplied in their own dtype, for outputs in that of the sums."""
-    return x.H.dtype == x.W.dtype and multiplies(x.H, how.dtype)
+    """Whether H and W are multiplied in their own dtype, for outputs in that of the sums.
 
-
-def _rows(x: Inputs, shift: Tensor | None, how: Settings) -> tuple[Tensor, Tensor | None]:
-    """H as it is multiplied, and what is added to each row of outputs (m, 1), if anything is.
-
-    A weight that enters as it is enters without the shift, which is taken off the outputs.
+    Centred, W less its mean row is multiplied, since that has more digits than W has.
     """
-    wide = x.H.to(how.dtype)
-    if not _enter_as_they_are(x, how):
-        return wide, None
-    return x.H, None if shift is None else -(wide @ shift[: wide.shape[1]]).unsqueeze(1)
+    return not how.centred and x.H.dtype == x.W.dtype and multiplies(x.H, how.dtype)
 
 
 def _classes(
     x: Inputs, part: slice, shift: Tensor | None, how: Settings
 ) -> tuple[Tensor, Tensor | None]:
-    """Some rows of W as they are multiplied, and what is added to their outputs."""
+    """Some rows of [W b] as they are multiplied."""
     w, w1 = x.W[part], None if x.b is None else x.b[part]
-    if not _enter_as_they_are(x, how):
-        return read(w, w1, shift, how.dtype, None)
-    w1 = None if w1 is None else w1.to(how.dtype)
-    return w, w1 if w1 is None or shift is None else w1 - shift[-1]
+    if _enter_as_they_are(x, how):
+        return w, None if w1 is None else w1.to(how.dtype)
+    return read(w, w1, shift, how.dtype, None)
 
 
-def _outputs(
-    H: Tensor, x: Tensor, x1: Tensor | None, off: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    """The outputs of rows H and classes [x x1], to which `off` is added, in dtype."""
-    if H.dtype == dtype:
-        return H @ x.mT if x1 is None else torch.addmm(x1, H, x.mT)
-    o = product(H, x.mT, dtype)
-    for more in (x1, off):
-        if more is not None:
-            o.add_(more)
-    return o
+def _outputs(H: Tensor, x: Tensor, x1: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The outputs of rows H and classes [x x1], in dtype."""
+    if H.dtype != dtype:
+        o = product(H, x.mT, dtype)
+        return o if x1 is None else o.add_(x1)
+    return H @ x.mT if x1 is None else torch.addmm(x1, H, x.mT)
 
 
 def _add_sizes(size: Tensor, x: Tensor, x1: Tensor | None, weight: Tensor | None) -> None:
@@ -85,17 +72,16 @@ def _forward(x: Inputs, how: Settings) -> tuple[Tensor, ...]:
     _, W, b, _, pi = x
     rows, classes = tile(how)
     shift = mean_row(x, classes, how.dtype) if how.centred else None
-    H, off = _rows(x, shift, how)
+    H = x.H if _enter_as_they_are(x, how) else x.H.to(how.dtype)
     s, q = (torch.zeros(len(H), dtype=how.dtype, device=H.device) for _ in range(2))
-    size = s.new_zeros(W.shape[1] + 1)  # Σ_k π_k |[W b]_k|, of the rows less the shift
+    size = s.new_zeros(W.shape[1] + 1)  # Σ_k π_k |[W b]_k|, of the rows as they are multiplied
     for part in chunks(len(W), classes):
         w, w1 = _classes(x, part, shift, how)
         weight = None if pi is None else pi[part].to(how.dtype)
         if how.centred:
-            less = read(w, None, shift, how.dtype, None)[0] if w.dtype != how.dtype else w
-            _add_sizes(size, less, w1, weight)
+            _add_sizes(size, w, w1, weight)
         for row in chunks(len(H), rows):
-            o = _outputs(H[row], w, w1, None if off is None else off[row], how.dtype)
+            o = _outputs(H[row], w, w1, how.dtype)
             s[row] += o.sum(1) if weight is None else o @ weight
             o.square_()
             q[row] += o.sum(1) if weight is None else o @ weight
@@ -104,8 +90,7 @@ def _forward(x: Inputs, how: Settings) -> tuple[Tensor, ...]:
         return s, q, c, s.new_zeros(W.shape[1] + (b is not None)), torch.zeros_like(s)
     rest = s / x.mass
     size = (size / x.mass).to(how.dtype)
-    sizes = x.H.to(how.dtype).abs() @ size[:-1] + size[-1]
-    apart = spread_of_equals(H.shape[1], how.dtype) * sizes
+    apart = spread_of_equals(H.shape[1], how.dtype) * (H.abs() @ size[:-1] + size[-1])
     # the rounding errors of s and q, as in `is_rounding`
     apart = torch.maximum(apart, 2 * (3 * error_of_sum(len(W), how.dtype)) ** 0.5 * rest.abs())
     q = above_rounding((q - s * rest).clamp_min(0), apart, x.mass)
@@ -125,7 +110,7 @@ def _backward(
     rows, classes = tile(how)
     base = g.s if rest is None else -g.c.sum(1) / x.mass - 2 * g.q * rest
     base, twice = base.to(how.dtype).unsqueeze(1), 2 * g.q.unsqueeze(1)
-    factor, off = _rows(x, shift, how)
+    factor = H if _enter_as_they_are(x, how) else H.to(how.dtype)
     dH = base.new_zeros(H.shape) if needs[0] else None
     dW = torch.empty_like(W) if needs[1] else None
     db = b.new_empty(b.shape, dtype=torch.float64) if needs[2] and b is not None else None
@@ -135,13 +120,10 @@ def _backward(
         weight = None if pi is None else pi[part].to(how.dtype)
         by_w, by_b = base.new_zeros(w.shape) if needs[1] else None, base.new_zeros(len(w))
         for row in chunks(len(H), rows):
-            more = None if off is None else off[row]
-            G = _outputs(factor[row], w, w1, more, how.dtype).mul_(twice[row]).add_(base[row])
+            G = _outputs(factor[row], w, w1, how.dtype).mul_(twice[row]).add_(base[row])
             if weight is not None:
                 G.mul_(weight)
             _add_products(G, factor[row], w, None if dH is None else dH[row], by_w)
-            if dH is not None and off is not None and shift is not None:
-                dH[row].addr_(G.sum(1), shift[: H.shape[1]], alpha=-1)
             if db is not None:
                 by_b += G.sum(0)
         if dW is not None and by_w is not None:

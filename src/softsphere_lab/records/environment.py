@@ -33,7 +33,7 @@ def environment(nproc: int = 1, device: str = "cpu") -> dict[str, Any]:
 
     nproc: how many processes train each run together. device: where they compute.
     """
-    others = ("torch", "numpy", "scikit-learn", "datasets")
+    others = ("torch", "triton", "numpy", "scikit-learn", "datasets")
     versions = {name: _version(name) for name in others}
     return {
         "command": shlex.join([*_program(), *sys.argv[1:]]),
@@ -49,6 +49,8 @@ def environment(nproc: int = 1, device: str = "cpu") -> dict[str, Any]:
         "malloc": {k: v for k, v in sorted(os.environ.items()) if k.startswith("MALLOC_")},
         "eager": is_eager(),
         "cuda": gpu_name(device),
+        "cuda_toolkit": torch.version.cuda if device.startswith("cuda") else None,
+        "cuda_driver": _driver() if device.startswith("cuda") else None,
     }
 
 
@@ -63,6 +65,15 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _driver() -> str | None:
+    """Returns the version of the driver of the GPUs, or None where its tool is missing."""
+    try:
+        answer = _said_by("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.splitlines()[0] if answer else None
 
 
 def _program() -> list[str]:
@@ -92,11 +103,10 @@ def _commit() -> str | None:
 
 def _git(*arguments: str) -> str:
     """Returns what git says in the folder of this file."""
-    answer = subprocess.run(
-        ["git", *arguments],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        check=True,
-        timeout=10,
-    )
+    return _said_by("git", *arguments, cwd=Path(__file__).parent)
+
+
+def _said_by(*command: str, cwd: Path | None = None) -> str:
+    """Returns what a program prints. Raises OSError or SubprocessError if it fails."""
+    answer = subprocess.run(command, cwd=cwd, capture_output=True, check=True, timeout=10)
     return answer.stdout.decode().strip()

@@ -73,3 +73,30 @@ def test_a_gpu_is_named_where_it_computes(monkeypatch):
     assert environment.environment(device="cuda:1")["cuda"] == "GPU cuda:1"
     assert host("cuda")["machine"] == "GPU cuda"
     assert host()["machine"].startswith(f"{os.cpu_count()}-core")
+
+
+def test_the_software_of_a_gpu_is_told_where_it_computes(monkeypatch):
+    monkeypatch.setattr(environment.torch.cuda, "get_device_name", lambda device: "GPU")
+    monkeypatch.setattr(environment.torch.version, "cuda", "13.0")
+    real, asked = subprocess.run, []
+
+    def answers(command, **how):
+        if command[0] != "nvidia-smi":
+            return real(command, **how)
+        asked.append(command)
+        return subprocess.CompletedProcess(command, 0, b"580.65.06\n580.65.06\n", b"")
+
+    monkeypatch.setattr(environment.subprocess, "run", answers)
+    on_cpu = environment.environment()
+    assert on_cpu["cuda_toolkit"] is on_cpu["cuda_driver"] is None and not asked
+    found = environment.environment(device="cuda")
+    assert found["cuda_toolkit"] == "13.0" and found["cuda_driver"] == "580.65.06"
+    assert "triton" in found["packages"]
+
+    def absent(command, **how):
+        if command[0] != "nvidia-smi":
+            return real(command, **how)
+        raise FileNotFoundError(command[0])
+
+    monkeypatch.setattr(environment.subprocess, "run", absent)
+    assert environment.environment(device="cuda")["cuda_driver"] is None

@@ -10,9 +10,11 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import math
 import os
 import platform
 import re
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -23,13 +25,23 @@ from typing import Any
 import torch
 
 from softsphere_lab.errors import LabError
-from softsphere_lab.progress import print_stopped, standard_console
+from softsphere_lab.progress import print_plain, print_stopped, standard_console
 from softsphere_lab.records.environment import gpu_name
 from softsphere_lab.records.files import write
 from softsphere_lab.records.folder import Record
 from softsphere_lab.timing.setting import Setting
 
-__all__ = ["COLUMNS", "Case", "Cells", "Row", "host", "left_out", "read_table", "run"]
+__all__ = [
+    "COLUMNS",
+    "Case",
+    "Cells",
+    "Row",
+    "host",
+    "left_out",
+    "read_table",
+    "reason_of",
+    "run",
+]
 
 COLUMNS = ("layer", "D", "d", "m", "measure", "value", "machine", "torch", "threads")
 MEASURED = "measured.jsonl"
@@ -87,13 +99,16 @@ def host(device: str = "cpu") -> dict[str, Any]:
 def left_out(layer: str, setting: Setting, reason: str | Exception) -> Row:
     """The row that says in a table why a layer was not measured.
 
-    reason: in words, or the error of a process, of which the line that names an exception counts.
+    reason: in words, or the error of a process; see `reason_of`.
     """
-    if isinstance(reason, Exception):
-        lines = str(reason).strip().splitlines()
-        named = [line for line in lines if _NAMED.match(line)]
-        reason = (named or lines)[-1][:120]
-    return Row(layer, setting, "left out", reason)
+    return Row(layer, setting, "left out", reason if isinstance(reason, str) else reason_of(reason))
+
+
+def reason_of(error: Exception) -> str:
+    """Returns the line of the error of a process that names an exception, or its last line."""
+    lines = str(error).strip().splitlines()
+    named = [line for line in lines if _NAMED.match(line)]
+    return (named or lines)[-1][:120]
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
@@ -109,12 +124,16 @@ def run(
     arguments: Sequence[str] | None = None,
     device: str = "cpu",
     derived: Derived = lambda rows: (),
+    grows: tuple[str, ...] = (),
 ) -> int:
     """The command line of a script. Returns its exit code.
 
     cases: made from the options, of which `smoke` asks for tiny sizes. device: where it computes.
     derived: what follows from the cells of all rows together, which the table has behind them.
+    grows: the options whose lists may differ from one start in a folder to the next; the table has
+    the cases of all of them.
     """
+    started = time.monotonic()
     path = Path(script)
     parser = _parser(path, description)
     add_options(parser)
@@ -125,10 +144,11 @@ def run(
         parser.error("--resume needs --out, the folder to go on in")
     try:
         listed = cases(options)
-        record = _opened(path.stem, options, device)
+        record = _opened(path.stem, options, device, grows)
+        end = math.inf if options.minutes is None else started + 60 * options.minutes
         try:
             with record.alone():
-                _measure(listed, record, device, derived)
+                remaining = _measure(listed, record, device, derived, end)
         except KeyboardInterrupt:
             print_stopped(standard_console(), record.folder)
             return 130
@@ -136,7 +156,14 @@ def run(
         print(f"{path.name}: error: {error}", file=sys.stderr)
         return 2
     table = record.folder / TABLE
-    if options.record:
+    if remaining:
+        print_plain(
+            standard_console(),
+            f"The {options.minutes:g} minutes are over, and {remaining} of {len(listed)} cases are "
+            f"not measured. The same command with --resume --out {shlex.quote(str(record.folder))} "
+            "measures them.",
+        )
+    elif options.record:
         write(path.with_suffix(".csv"), table.read_text("utf-8"))
         table = path.with_suffix(".csv")
     print(f"Table: {table}")
@@ -153,7 +180,15 @@ def _parser(path: Path, description: str) -> argparse.ArgumentParser:
         "--out", type=Path, metavar="FOLDER", help=f"run folder; default runs/TIME-{path.stem}"
     )
     parser.add_argument(
-        "--resume", action="store_true", help="measure only what --out does not have yet"
+        "--resume",
+        action="store_true",
+        help="measure only what --out does not have yet, which is all of it if there is no --out",
+    )
+    parser.add_argument(
+        "--minutes",
+        type=_positive,
+        metavar="N",
+        help="begin no case after N minutes; --resume measures the others",
     )
     parser.add_argument(
         "--record",
@@ -166,23 +201,38 @@ def _parser(path: Path, description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _opened(name: str, options: argparse.Namespace, device: str) -> Record:
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise ValueError
+    return value
+
+
+def _opened(
+    name: str, options: argparse.Namespace, device: str, grows: tuple[str, ...] = ()
+) -> Record:
     """The run folder. Times of another machine, torch or number of threads have no place in it."""
-    own = {k: v for k, v in vars(options).items() if k not in ("out", "resume", "record")}
+    how = ("out", "resume", "record", "minutes")
+    own = {k: v for k, v in vars(options).items() if k not in how}
     config = {"benchmark": name, **own, **host(device)}
-    if options.resume:
-        return Record.reopen(options.out, config, (), device=device)
+    if options.resume and (options.out / "config.json").exists():
+        return Record.reopen(options.out, config, grows, device=device)
     options.out = options.out or Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
     return Record.create(options.out, config, device=device)
 
 
-def _measure(cases: Sequence[Case], record: Record, device: str, derived: Derived) -> None:
-    """Measures the cases that the record lacks, prints their rows, and writes the table."""
+def _measure(
+    cases: Sequence[Case], record: Record, device: str, derived: Derived, end: float
+) -> int:
+    """Measures the cases that the record lacks, prints their rows, and writes the table.
+
+    end: the time after which no case is begun. Returns how many were not.
+    """
     done = {line["case"]: line["rows"] for line in record.lines(MEASURED)}
 
     def written() -> list[Row]:
         """Writes the table, and returns what follows from its other rows."""
-        rows = [row for case in cases for row in done.get(case.name, ())]
+        rows = [row for measured in done.values() for row in measured]
         more = list(derived(rows))
         write(record.folder / TABLE, _table([*rows, *(row.cells() | host(device) for row in more)]))
         return more
@@ -191,6 +241,8 @@ def _measure(cases: Sequence[Case], record: Record, device: str, derived: Derive
     for number, case in enumerate(cases, 1):
         if case.name in done:
             continue
+        if time.monotonic() > end:
+            return sum(each.name not in done for each in cases)
         print(f"[{number}/{len(cases)}] {case.name}", flush=True)
         rows = []
         for row in case.measure():
@@ -202,6 +254,7 @@ def _measure(cases: Sequence[Case], record: Record, device: str, derived: Derive
         for row in told:
             if row not in before:
                 _print(row)
+    return 0
 
 
 def _print(row: Row) -> None:

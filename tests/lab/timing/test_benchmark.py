@@ -16,7 +16,9 @@ from softsphere_lab.timing.processes import Measured
 from softsphere_lab.timing.setting import Setting
 
 FOLDER = Path(__file__).parents[3] / "benchmarks"
-QUESTIONS = sorted(path.stem for path in FOLDER.glob("*.py") if "run(__file__" in path.read_text())
+QUESTIONS = sorted(
+    path.stem for path in FOLDER.glob("*.py") if "run(__file__" in "".join(path.read_text().split())
+)
 SETTING = Setting(D=10, d=4, m=2)
 
 
@@ -31,12 +33,21 @@ def script(tmp_path, monkeypatch):
         yield Row(name, SETTING, "seconds", 0.125)
         if name == "second" and stops:
             raise KeyboardInterrupt
+        now[0] += 60.0
         yield Row(name, SETTING, "is", "fast")
 
     def started(*arguments):
-        listed = [Case(name, lambda name=name: measure(name)) for name in ("first", "second")]
-        return run(str(path), "Is it?", lambda options: listed, arguments=arguments)
+        def cases(options):
+            options.only = options.only or ["first", "second"]
+            return [Case(name, lambda name=name: measure(name)) for name in options.only]
 
+        def add_options(parser):
+            parser.add_argument("--only", action="append")
+
+        return run(str(path), "Is it?", cases, add_options, arguments, grows=("only",))
+
+    now = [0.0]  # each case takes a minute
+    monkeypatch.setattr(benchmark.time, "monotonic", lambda: now[0])
     started.measured, started.stops = measured, stops
     started.record, started.out = path.with_suffix(".csv"), str(tmp_path / "run")
     monkeypatch.chdir(tmp_path)
@@ -111,6 +122,44 @@ def test_a_stopped_run_goes_on_with_what_is_missing(script, capsys):
     assert script.measured == ["first", "second", "second"]
     rows = read_table(Path(script.out) / "table.csv")
     assert [row["layer"] for row in rows] == ["first", "first", "second", "second"]
+
+
+def test_cases_that_would_begin_too_late_are_left_to_the_next_start(script, capsys):
+    arguments = ["--out", script.out, "--resume", "--minutes", "0.5"]
+    script.record.write_text("old")
+    assert script(*arguments, "--record") == 0
+    said = capsys.readouterr().out
+    assert "The 0.5 minutes are over, and 1 of 2 cases are not measured" in said
+    assert f"--resume --out {script.out}" in said
+    assert script.record.read_text() == "old"  # which a part of the table must not replace
+    assert script.measured == ["first"]
+    assert script(*arguments) == 0
+    assert script.measured == ["first", "second"]
+    assert "are over" not in capsys.readouterr().out
+    rows = read_table(Path(script.out) / "table.csv")
+    assert [row["layer"] for row in rows] == ["first", "first", "second", "second"]
+    with pytest.raises(SystemExit):
+        script("--minutes", "0")
+
+
+def test_a_folder_may_begin_with_resume_and_grow_by_what_is_measured_one_by_one(script, capsys):
+    for only in ("second", "first"):
+        assert script("--out", script.out, "--resume", "--only", only) == 0
+    assert script.measured == ["second", "first"]
+    rows = read_table(Path(script.out) / "table.csv")
+    assert [row["layer"] for row in rows] == ["second", "second", "first", "first"]
+    config = json.loads((Path(script.out) / "config.json").read_text())
+    assert config["only"] == ["second", "first"]
+    assert script("--out", script.out, "--resume") == 0
+    assert script.measured == ["second", "first"]
+
+
+def test_resume_begins_in_no_folder_that_holds_something_else(script, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("dear")
+    assert script("--out", script.out, "--resume") == 2
+    assert "is not empty and no run folder" in capsys.readouterr().err
+    assert not script.measured
 
 
 def test_times_of_another_machine_do_not_join_a_table(script, monkeypatch, capsys):

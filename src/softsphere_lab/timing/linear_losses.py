@@ -1,7 +1,6 @@
 """Losses of hidden rows and a dense weight, timed forward and backward without an update.
 
-They are those of this library by each engine, and those that users would take instead: softmax by
-PyTorch and by kernel libraries.
+They are those of this library by each engine, and the softmaxes that users would take instead.
 """
 
 from __future__ import annotations
@@ -9,32 +8,27 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from softsphere import LinearSphericalOptions, SphericalLoss
 from softsphere.functional import linear_spherical_loss
 from softsphere_lab.timing.memory import extra_bytes
 from softsphere_lab.timing.setting import Setting
+from softsphere_lab.timing.softmax_peers import GPU_SOFTMAX, SOFTMAX, LinearLoss
 
 __all__ = [
     "ENGINES",
-    "GPU_SOFTMAX",
     "LINEAR_LOSSES",
+    "LOSS",
     "LOSSES",
-    "SOFTMAX",
     "ForwardBackward",
     "LinearLoss",
-    "softmax",
     "through_logits",
-    "version_of",
 ]
 
-# The loss of hidden rows (m, d), a weight (D, d) and targets (m).
-LinearLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 LOSS = "taylor_softmax"
 # Those whose grid of sizes docs/engines.md shows.
 ENGINES = ("dense", "chunked", "gram")
@@ -56,90 +50,11 @@ def through_logits(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     return result
 
 
-def softmax(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    return F.cross_entropy(F.linear(hidden, weight), target)
-
-
-def _core(chunk: int | None) -> LinearLoss:
-    """PyTorch's own fused softmax: with a chunk of rows, or with the one that it chooses."""
-    options = None if chunk is None else nn.LinearCrossEntropyOptions(batch_chunk_size=chunk)
-
-    def loss(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        return F.linear_cross_entropy(hidden, weight, target, options=options)
-
-    return loss
-
-
-def _liger(accumulate: bool) -> LinearLoss:
-    """Liger-Kernel's fused softmax. accumulate: whether it sums gradients in float32."""
-    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
-
-    dtype = torch.float32 if accumulate else None
-
-    def loss(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        result: Tensor = LigerFusedLinearCrossEntropyFunction.apply(
-            hidden, weight, target, None, None, -100, 0.0, 0.0, "mean", None, False, dtype
-        )[0]
-        return result
-
-    return loss
-
-
-def _cut_cross_entropy(exact: bool) -> LinearLoss:
-    """Apple's. exact: no block is skipped; older releases say so by a threshold of None."""
-    from cut_cross_entropy import LinearCrossEntropyImpl, linear_cross_entropy
-
-    presets = {member.name.lower() for member in LinearCrossEntropyImpl}
-    options: dict[str, str | None] = {}
-    if exact:
-        options = {"impl": "cce_exact"} if "cce_exact" in presets else {"filter_eps": None}
-
-    def loss(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        result: Tensor = linear_cross_entropy(hidden, weight, target, **options)
-        return result
-
-    return loss
-
-
-def version_of(name: str) -> str:
-    """The version of the package of a peer, after a space; "" for PyTorch and this library."""
-    packages = {"Liger": "liger-kernel", "cut cross-entropy": "cut-cross-entropy"}
-    package = packages.get(name.split(",")[0])
-    try:
-        return f" {version(package)}" if package else ""
-    except PackageNotFoundError:
-        return ""
-
-
-def _plain() -> dict[str, Callable[[], LinearLoss]]:
-    return {"softmax": lambda: softmax, "softmax, compiled": lambda: torch.compile(softmax)}
-
-
-def _fused(*chunks: int) -> dict[str, Callable[[], LinearLoss]]:
-    """PyTorch's fused softmax, which 2.13 brought."""
-    if not hasattr(F, "linear_cross_entropy"):
-        return {}
-    return {
-        **{f"core, chunk {n}": partial(_core, n) for n in chunks},
-        "core, automatic": lambda: _core(None),
-    }
-
-
 # Each is made when it is asked for, since some need packages or a GPU.
-SOFTMAX: Mapping[str, Callable[[], LinearLoss]] = {**_plain(), **_fused(64, 256, 1024)}
-GPU_SOFTMAX: Mapping[str, Callable[[], LinearLoss]] = {
-    **_plain(),
-    "Liger": partial(_liger, False),
-    "Liger, float32 sums": partial(_liger, True),
-    "cut cross-entropy": partial(_cut_cross_entropy, False),
-    "cut cross-entropy, exact": partial(_cut_cross_entropy, True),
-    **_fused(1024, 4096),
-}
 LOSSES: Mapping[str, Callable[[], LinearLoss]] = {
     **{name: partial(_by_engine, name) for name in (*ENGINES, "auto")},
     "logits": lambda: through_logits,
-    **GPU_SOFTMAX,
-    **SOFTMAX,
+    **{name: peer.make for name, peer in {**GPU_SOFTMAX, **SOFTMAX}.items()},
 }
 
 

@@ -1,7 +1,7 @@
 """The time of a step, measured in a process of its own.
 
 What one layer leaves in the allocator and the caches then means nothing to the next. The process is
-`python -m softsphere_lab.timing.processes JSON`; it prints a JSON object.
+`python -m softsphere_lab.timing.processes JSON`; it prints a line of JSON for each result.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
 from softsphere_lab.errors import LabError
 from softsphere_lab.timing.clock import Effort, step_times
-from softsphere_lab.timing.head_measures import BFLOAT16, head_measures
+from softsphere_lab.timing.head_measures import BFLOAT16, Found, head_measures
 from softsphere_lab.timing.linear_losses import LINEAR_LOSSES, ForwardBackward
 from softsphere_lab.timing.setting import Setting
 from softsphere_lab.timing.training_steps import CHUNKED, CLUSTERS, LAYERS, ON_GPU
@@ -73,8 +73,10 @@ def measure(
     seconds after which the process is ended.
     Raises: LabError with what the process printed if it failed, TookTooLongError if its time is up.
     """
-    said = _apart(name, kind, setting, effort, device, patience)
-    return Measured(**said)
+    said, failure = _apart(name, kind, setting, effort, device, patience)
+    if failure is not None:
+        raise failure
+    return Measured(**said[-1])
 
 
 def measure_head(
@@ -85,12 +87,15 @@ def measure_head(
     device: str = "cpu",
     precision: str = BFLOAT16,
     patience: float | None = None,
-) -> dict[str, float]:
+) -> Iterator[Found]:
     """Measures the head of that name in a process of its own; see `head_measures`.
 
-    Raises what `measure` raises.
+    Yields what the process had measured when it ended. Raises after that what `measure` raises.
     """
-    return _apart(name, HEAD, setting, effort, device, patience, precision=precision)
+    said, failure = _apart(name, HEAD, setting, effort, device, patience, precision=precision)
+    yield from (Found(*each) for each in said)
+    if failure is not None:
+        raise failure
 
 
 def _apart(
@@ -101,8 +106,8 @@ def _apart(
     device: str,
     patience: float | None,
     **more: str,
-) -> dict[str, Any]:
-    """Returns what a process of its own prints."""
+) -> tuple[list[Any], LabError | None]:
+    """Returns the results of a process of its own, and why there are no more of them, or None."""
     job = {
         **more,
         "name": name,
@@ -119,18 +124,22 @@ def _apart(
         # its standard input ends with this process, and that ends the other one too
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=out, stderr=wrong) as process,
     ):
+        failure: LabError | None = None
         try:
             status = process.wait(patience)
-        except subprocess.TimeoutExpired as error:
+        except subprocess.TimeoutExpired:
             process.kill()
-            raise TookTooLongError(f"{name} at {setting} takes more than {patience} s") from error
+            process.wait()
+            failure = TookTooLongError(f"{name} at {setting} takes more than {patience} s")
+        else:
+            if status:
+                wrong.seek(0)
+                said = wrong.read().strip()[-2000:] or f"exit status {status}"
+                failure = LabError(f"{name} at {setting} failed:\n{said}")
         out.seek(0)
-        wrong.seek(0)
-        if status:
-            said = wrong.read().strip()[-2000:] or f"exit status {status}"
-            raise LabError(f"{name} at {setting} failed:\n{said}")
-        found: dict[str, Any] = json.loads(out.read().splitlines()[-1])
-        return found
+        # a line without its end is of a process that was ended
+        results = [json.loads(line) for line in out.read().split("\n")[:-1]]
+    return results, failure
 
 
 def _leave_with_parent() -> None:
@@ -139,17 +148,26 @@ def _leave_with_parent() -> None:
     os._exit(1)
 
 
+def _results() -> TextIO:
+    """Standard output, for results alone: what libraries print there goes to standard error."""
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    return out
+
+
 def _main(text: str) -> None:
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     job = json.loads(text)
     torch.set_num_threads(job["threads"])
     torch.manual_seed(0)
     setting, effort = Setting(**job["setting"]), Effort(**job["effort"])
+    out = _results()
     if job["kind"] == HEAD:
         how = job["device"], job["precision"]
-        print(json.dumps(head_measures(job["name"], setting, effort, *how)))
+        for found in head_measures(job["name"], setting, effort, *how):
+            print(json.dumps(found), file=out, flush=True)
     else:
-        print(json.dumps(asdict(_step_measured(job, setting, effort))))
+        print(json.dumps(asdict(_step_measured(job, setting, effort))), file=out, flush=True)
 
 
 def _step_measured(job: Mapping[str, Any], setting: Setting, effort: Effort) -> Measured:

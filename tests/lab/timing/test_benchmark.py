@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from softsphere_lab.errors import LabError
-from softsphere_lab.timing import benchmark
+from softsphere_lab.timing import benchmark, softmax_peers
 from softsphere_lab.timing.benchmark import COLUMNS, Case, Row, left_out, read_table, run
+from softsphere_lab.timing.clock import Effort
+from softsphere_lab.timing.head_measures import measures_of
 from softsphere_lab.timing.processes import Measured
 from softsphere_lab.timing.setting import Setting
 
@@ -67,7 +69,7 @@ def test_each_script_measures_a_tiny_case(question, monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(FOLDER))
     module = importlib.import_module(question)
     # processes take seconds to start, and are tested on their own
-    alone = {"measure": Measured(0.001, 10), "measure_head": {"milliseconds": 1.0}}
+    alone = {"measure": Measured(0.001, 10), "measure_head": [("milliseconds", 1.0)]}
     alone["measured_on_ranks"] = {"seconds": 0.001, "messages": 7, "bytes": 400}
     for name, found in alone.items():
         if hasattr(module, name):
@@ -212,6 +214,62 @@ def test_the_run_folder_says_what_was_started(script, monkeypatch):
 )
 def test_a_layer_is_left_out_for_the_reason_that_its_process_gave(said, told):
     assert left_out("x", SETTING, LabError(said)).value == told
+
+
+@pytest.fixture
+def heads(monkeypatch):
+    """The script of heads, with what is measured of a layer and the error that ends it."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    module = importlib.import_module("language_model_heads_on_gpu")
+
+    def measured(found, error=None):
+        started = []
+
+        def measure_head(name, *_, **__):
+            started.append(name)
+            yield from found
+            if error is not None:
+                raise error
+
+        monkeypatch.setattr(module, "measure_head", measure_head)
+        return started
+
+    measured.rows = lambda name: [
+        (row.measure, row.value)
+        for row in module.compared("tiny", name, SETTING, Effort(), "cpu", "bfloat16")
+    ]
+    measured.module = module
+    return measured
+
+
+def test_no_process_is_started_for_a_peer_that_is_missing(heads, monkeypatch):
+    monkeypatch.setattr(softmax_peers, "find_spec", lambda module: None)
+    monkeypatch.delattr(softmax_peers.F, "linear_cross_entropy", raising=False)
+    started = heads([(measure, 1.0) for measure in measures_of("gram", "cpu")])
+    assert heads.rows("quack") == [("left out", "quack-kernels is not installed")]
+    reason = f"torch {torch.__version__} has no torch.nn.functional.linear_cross_entropy"
+    assert heads.rows("core, automatic") == [("left out", reason)]
+    assert not started
+    assert len(heads.rows("gram")) == 6 and started == ["gram"]
+
+
+def test_what_a_head_had_measured_is_in_the_table_with_what_is_missing(heads):
+    error = LabError("x failed:\ntorch.OutOfMemoryError: no room")
+    heads([("milliseconds", 1.5), ("extra MiB", "RuntimeError: no")], error)
+    missing = ", ".join(measures_of("softmax", "cpu")[2:])
+    assert heads.rows("softmax") == [
+        ("milliseconds", 1.5),
+        ("left out", "extra MiB: RuntimeError: no"),
+        ("left out", f"{missing}: torch.OutOfMemoryError: no room"),
+    ]
+    heads([], error)
+    assert heads.rows("softmax") == [("left out", "torch.OutOfMemoryError: no room")]
+
+
+def test_a_command_for_heads_ends_in_time(heads):
+    """The last process that is begun may take all of its time."""
+    module = heads.module
+    assert 60 * module.MINUTES + module.PATIENCE < 8 * 60
 
 
 def test_a_table_has_what_follows_from_its_rows_once_they_are_there(tmp_path, capsys):

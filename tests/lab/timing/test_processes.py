@@ -11,7 +11,13 @@ import pytest
 
 from softsphere_lab.errors import LabError
 from softsphere_lab.timing.clock import Effort
-from softsphere_lab.timing.processes import FORWARD_BACKWARD, TookTooLongError, measure
+from softsphere_lab.timing.head_measures import Found
+from softsphere_lab.timing.processes import (
+    FORWARD_BACKWARD,
+    TookTooLongError,
+    measure,
+    measure_head,
+)
 from softsphere_lab.timing.setting import Setting
 from softsphere_lab.timing.training_steps import FACTORED
 
@@ -41,6 +47,42 @@ def test_what_takes_too_long_is_ended():
 def test_a_layer_that_fails_says_why():
     with pytest.raises(LabError, match=r"no layer at D = 10[\s\S]*KeyError: 'no layer'"):
         measure("no layer", Setting(10, 4, 4))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the process is a shell script")
+@pytest.mark.parametrize(
+    ("end", "patience", "error", "said"),
+    [
+        ("echo 'torch.OutOfMemoryError: no room' >&2; exit 1", None, LabError, "no room"),
+        ("exec sleep 600", 0.5, TookTooLongError, "takes more than 0.5 s"),
+    ],
+)
+def test_what_was_measured_before_a_failure_is_kept(
+    end, patience, error, said, tmp_path, monkeypatch
+):
+    program = tmp_path / "program"
+    lines = '["milliseconds", 1.5]\\n["extra MiB", "no room"]\\n["mil'
+    program.write_text(f"#!/bin/sh\nprintf '{lines}'\n{end}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    found = []
+    with pytest.raises(error, match=said):
+        found.extend(measure_head("gram", SETTING, SHORT, patience=patience))
+    assert found == [Found("milliseconds", 1.5), Found("extra MiB", "no room")]
+
+
+def test_what_libraries_print_is_no_result():
+    script = (
+        "import os, sys\n"
+        "from softsphere_lab.timing.processes import _results\n"
+        "out = _results()\n"
+        "print('Autotuning', flush=True)\n"
+        "os.write(1, b'by a library in C')\n"
+        "print('[1]', file=out, flush=True)\n"
+    )
+    said = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
+    assert said.stdout.split() == [b"[1]"]
+    assert b"Autotuning" in said.stderr and b"by a library in C" in said.stderr
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")

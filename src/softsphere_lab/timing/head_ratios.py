@@ -1,0 +1,66 @@
+"""How many times our layers the fastest exact softmax takes, by the rows of a table of heads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+from softsphere_lab.timing.benchmark import Cells, Row
+from softsphere_lab.timing.head_measures import CAPTURED, MILLISECONDS, OURS
+from softsphere_lab.timing.setting import Setting
+from softsphere_lab.timing.softmax_peers import GPU_SOFTMAX
+
+__all__ = ["IN_FLOAT32", "fastest_exact_softmax", "label"]
+
+FASTEST = "fastest softmax that skips nothing and sums nothing in bfloat16"
+# How the head says that it is not computed in bfloat16.
+IN_FLOAT32 = ", float32 "
+# The milliseconds that count, by the end of the name of the ratio.
+COUNTED: Mapping[str, tuple[str, ...]] = {
+    "": (MILLISECONDS,),
+    ", captured": (CAPTURED,),
+    ", at best": (MILLISECONDS, CAPTURED),
+}
+
+
+def label(head: str, name: str) -> str:
+    """Returns what a table calls a layer of a head; a peer has its version."""
+    version = GPU_SOFTMAX[name].version() if name in GPU_SOFTMAX else ""
+    return f"{head}: {name}{version}"
+
+
+def fastest_exact_softmax(rows: Sequence[Cells]) -> Iterator[Row]:
+    """The softmax that is the fastest of each head, and how many times our engines it takes.
+
+    Both are compared as Python runs them, captured as a graph, and each at its best.
+    """
+    heads: dict[tuple[str, Setting], list[Cells]] = {}
+    for row in rows:
+        head = row["layer"].partition(": ")[0]
+        heads.setdefault((head, Setting(row["D"], row["d"], row["m"])), []).append(row)
+    for (head, setting), measured in heads.items():
+        exact = [
+            name for name, peer in GPU_SOFTMAX.items() if peer.is_exact(IN_FLOAT32 not in head)
+        ]
+        for how, counted in COUNTED.items():
+            times = _least(measured, counted)
+            theirs = [name for name in exact if label(head, name) in times]
+            if not theirs:
+                continue
+            best = min(theirs, key=lambda name: times[label(head, name)])
+            yield Row(f"{head}: {FASTEST}", setting, f"is{how}", best)
+            for engine in OURS:
+                own = times.get(label(head, engine))
+                if own:
+                    ratio = times[label(head, best)] / own
+                    yield Row(label(head, engine), setting, f"times the {FASTEST}{how}", ratio)
+
+
+def _least(rows: Sequence[Cells], counted: Sequence[str]) -> dict[str, float]:
+    """The least of these times of each layer."""
+    least: dict[str, float] = {}
+    for row in rows:
+        if row["measure"] in counted:
+            layer = row["layer"]
+            least[layer] = min(least.get(layer, math.inf), float(row["value"]))
+    return least

@@ -69,7 +69,8 @@ def compared(
                 yield Row(layer, setting, measure, value)
     except LabError as error:  # out of memory, or too slow
         what = f"{', '.join(remaining)}: " if len(remaining) < len(measures) else ""
-        yield left_out(layer, setting, what + reason_of(error))
+        if remaining:  # it may fail when it has measured all and leaves
+            yield left_out(layer, setting, what + reason_of(error))
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

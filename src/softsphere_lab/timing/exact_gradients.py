@@ -35,9 +35,11 @@ def gradient_errors(
     kinds = [rows for rows in _sampled(target, len(weight)) if len(rows)]
     by_hidden, by_weight = _exact(loss, hidden, weight, target, torch.cat(kinds))
     exact = by_weight.split([len(rows) for rows in kinds])
-    return _error(hidden.grad[: len(by_hidden)], by_hidden), max(
+    errors = [
         _error(weight.grad[rows], of_kind) for rows, of_kind in zip(kinds, exact, strict=True)
-    )
+    ]
+    # Python's max may pass over a NaN
+    return _error(hidden.grad[: len(by_hidden)], by_hidden), float(torch.tensor(errors).max())
 
 
 def _sampled(target: Tensor, classes: int) -> tuple[Tensor, Tensor]:

@@ -105,7 +105,7 @@ def head_measures(
         try:
             value: float | str = parts[measure]()
         except Exception as error:  # libraries raise all sorts, and the others are to stay
-            value = f"{type(error).__name__}: {error}".splitlines()[0][:120]
+            value = _reason(error)
         head.forget()
         yield Found(measure, value)
 
@@ -184,6 +184,13 @@ class _Head:
         """That by hidden, and rows of that by the weight."""
         assert self.hidden.grad is not None and self.weight.grad is not None
         return self.hidden.grad, self.weight.grad[self.target[:64]]
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of the first error, since the end of a capture raises another one."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return f"{type(error).__name__}: {error}".splitlines()[0][:120]
 
 
 def _median(run: Callable[[], Any], effort: Effort, device: str) -> float:

@@ -262,6 +262,10 @@ def test_what_a_head_had_measured_is_in_the_table_with_what_is_missing(heads):
         ("left out", "extra MiB: RuntimeError: no"),
         ("left out", f"{missing}: torch.OutOfMemoryError: no room"),
     ]
+    # a process that fails as it leaves has lost nothing
+    whole = [(measure, 1.0) for measure in measures_of("softmax", "cpu")]
+    heads(whole, error)
+    assert heads.rows("softmax") == whole
     heads([], error)
     assert heads.rows("softmax") == [("left out", "torch.OutOfMemoryError: no room")]
 

@@ -72,8 +72,11 @@ def softmax(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
 
 
 def _core(**options: Any) -> LinearLoss:
-    """PyTorch's own fused softmax, with these options, or with those that it chooses."""
-    chosen = nn.LinearCrossEntropyOptions(**options) if options else None
+    """PyTorch's own fused softmax, which chooses what these options leave open.
+
+    Without an object of options it would keep all logits.
+    """
+    chosen = nn.LinearCrossEntropyOptions(**options)
 
     def loss(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
         return F.linear_cross_entropy(hidden, weight, target, options=chosen)

@@ -253,6 +253,17 @@ def test_no_process_is_started_for_a_peer_that_is_missing(heads, monkeypatch):
     assert len(heads.rows("gram")) == 6 and started == ["gram"]
 
 
+def test_a_softmax_that_this_pytorch_lacks_is_left_out_on_a_cpu_as_well(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    module = importlib.import_module("gram_vs_softmax")
+    monkeypatch.delattr(softmax_peers.F, "linear_cross_entropy", raising=False)
+    monkeypatch.setattr(module, "measure", lambda *_, **__: Measured(0.5, 10))
+    rows = list(module.compared(SETTING, Effort()))
+    core = [f"core, {how}" for how in ("chunk 64", "chunk 256", "chunk 1024", "automatic")]
+    assert [row.layer for row in rows if row.measure == "left out"] == core
+    assert rows[-1].value == 1.0
+
+
 def test_what_a_head_had_measured_is_in_the_table_with_what_is_missing(heads):
     error = LabError("x failed:\ntorch.OutOfMemoryError: no room")
     heads([("milliseconds", 1.5), ("extra MiB", "RuntimeError: no")], error)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from softsphere_lab.errors import LabError
 from softsphere_lab.timing import softmax_peers
+from softsphere_lab.timing.memory import extra_bytes
 from softsphere_lab.timing.softmax_peers import GPU_SOFTMAX, SOFTMAX, Peer
 
 
@@ -33,8 +34,8 @@ def test_a_peer_that_is_there_lacks_nothing_and_is_not_imported_to_know_that():
     script = (
         "import sys\n"
         "from softsphere_lab.timing.softmax_peers import Peer\n"
-        "assert Peer(None, package='pip', module='antigravity').missing() is None\n"
-        "assert 'antigravity' not in sys.modules\n"
+        "assert Peer(None, package='pip', module='this').missing() is None\n"
+        "assert 'this' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
 
@@ -128,3 +129,11 @@ def test_softmax_of_pytorch_is_called_as_it_is_meant(name):
     found = torch.autograd.grad(GPU_SOFTMAX[name].make()(hidden, weight, target), (hidden, weight))
     plain = torch.autograd.grad(softmax_peers.softmax(hidden, weight, target), (hidden, weight))
     torch.testing.assert_close(found, plain)
+
+
+@pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="needs torch 2.13")
+def test_softmax_of_pytorch_chooses_chunks_that_keep_no_logits():
+    hidden, weight = (torch.randn(n, 4, requires_grad=True) for n in (512, 4000))
+    loss, target = GPU_SOFTMAX["core, automatic"].make(), torch.randint(4000, (512,))
+    extra = extra_bytes(lambda: loss(hidden, weight, target).backward())
+    assert extra < 4 * 512 * 4000 / 4

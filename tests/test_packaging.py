@@ -102,7 +102,8 @@ def test_the_command_looks_for_what_the_extra_lab_installs(metadata):
     names = set(needed(metadata.get_all("Requires-Dist"), frozenset({"lab", "clusters"})))
     # threadpoolctl comes with scikit-learn
     asked = names - {"torch", "softsphere", "threadpoolctl"}
-    assert asked == {*lab.LAB.values(), "datasets"}  # which is looked for where it is used
+    # what sets are read with is looked for where it is used
+    assert asked == {*lab.LAB.values(), "datasets", "pyarrow", "pillow"}
 
 
 def test_the_sdist_has_the_tests_and_the_records_without_their_pictures(built):

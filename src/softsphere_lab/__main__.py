@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 # The modules that the command imports, and the packages that have them. The extra [lab] installs
-# these, and `datasets`, which public sets alone are read with.
+# these and what public sets alone need: pyarrow and pillow for a folder, `datasets` for the hub.
 LAB = {name: name for name in ("matplotlib", "rich", "scipy", "typer")}
 LAB["sklearn"] = "scikit-learn"
 

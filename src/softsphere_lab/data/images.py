@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,9 +114,10 @@ def digits() -> tuple[Split, Split, int]:
 
 def _from_hub(name: str, data_dir: Path | None) -> tuple[Split, Split, int]:
     """Reads the public copy of a set, or one with the same columns from a local folder."""
-    datasets = client()
     hub = HUBS[name]
+    parts: Any
     if data_dir is None:
+        datasets = client()
         with public(hub.name, name, PARTS):
             parts = datasets.load_dataset(hub.name)
     else:
@@ -129,8 +131,10 @@ def _from_hub(name: str, data_dir: Path | None) -> tuple[Split, Split, int]:
 
 
 def as_split(part: Any, hub: Hub, source: str) -> Split:
-    """Returns a part of a set as tensors, pixels in [0, 1]. source: its name in errors."""
-    datasets = client()
+    """Returns a part of a set as tensors, pixels in [0, 1].
+
+    part: its columns by name, of the hub or of a folder. source: its name in errors.
+    """
     columns = part.column_names
     image = hub.image if hub.image in columns else "image"
     label = hub.label if hub.label in columns else "label"
@@ -140,8 +144,7 @@ def as_split(part: Any, hub: Hub, source: str) -> Split:
         )
     labels = _checked_labels(part[label][:], hub, source, label)
     with reading(f"{source}: cannot read the images in column {image}"):
-        part = part.select_columns([image]).cast_column(image, datasets.Image())
-        pictures = part[image][:]
+        pictures = [_picture(value) for value in part[image][:]]
     return Split(_pixels(pictures, source), labels)
 
 
@@ -156,6 +159,22 @@ def _checked_labels(values: list[Any], hub: Hub, source: str, column: str) -> Te
                 f"got {value!r:.40} in row {row}"
             )
     return torch.tensor(values)
+
+
+def _picture(value: Any) -> Any:
+    """Returns an image of PIL from the bytes of its file, alone or in a dict beside a path.
+
+    A set of the hub has images of PIL already, and None is no image.
+    """
+    from PIL import Image, ImageOps
+
+    if value is None or isinstance(value, Image.Image):
+        return value
+    content = value["bytes"] if isinstance(value, dict) else value
+    picture = Image.open(io.BytesIO(content) if content is not None else value["path"])
+    picture.load()
+    # as the client of the hub does it: a photograph may say which side is up
+    return ImageOps.exif_transpose(picture)
 
 
 def _pixels(pictures: list[Any], source: str) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from softsphere_lab.data.columns import Columns
 from softsphere_lab.errors import LabError
 
 __all__ = ["VARIABLE", "chosen", "client", "digest", "instead", "local", "public", "reading"]
@@ -26,11 +26,14 @@ def chosen(folder: Path | None) -> Path | None:
 
 
 def client() -> Any:
-    """Returns the module `datasets`. Raises LabError without it."""
+    """Returns the module `datasets`, which the hub alone needs. Raises LabError without it."""
     try:
         import datasets
     except ModuleNotFoundError as error:
-        raise LabError("public sets are read with datasets; pip install datasets") from error
+        raise LabError(
+            "sets of the hub are read with datasets; pip install datasets, or name a folder by "
+            "--data-dir"
+        ) from error
     return datasets
 
 
@@ -43,12 +46,11 @@ def _parquet_files(folder: Path, name: str, parts: Sequence[str]) -> dict[str, l
     return None
 
 
-def local(folder: Path, name: str, parts: Sequence[str], otherwise: str = "") -> Any:
+def local(folder: Path, name: str, parts: Sequence[str], otherwise: str = "") -> dict[str, Columns]:
     """Returns the parts of a set in a folder, by name.
 
     otherwise: what an error says would help if the folder lacks the set.
     """
-    datasets = client()
     if not folder.is_dir():
         raise LabError(f"--data-dir {folder}: there is no such folder")
     files = _parquet_files(folder, name, parts)
@@ -56,21 +58,12 @@ def local(folder: Path, name: str, parts: Sequence[str], otherwise: str = "") ->
         raise LabError(
             f"--data-dir {folder} has no {_listed(name, '{}*.parquet', parts)}{otherwise}"
         )
-    datasets.disable_progress_bars()
     with reading(f"--data-dir {folder}: cannot read {name}"):
-        empty = [part for part in parts if not any(map(_num_rows, files[part]))]
-        if not empty:
-            # The client takes a name for a pattern, in which brackets have a meaning.
-            patterns = {part: [*map(glob.escape, found)] for part, found in files.items()}
-            return datasets.load_dataset("parquet", data_files=patterns)
-    raise LabError(f"--data-dir {folder}: {name}/{empty[0]} must have rows, got none")
-
-
-def _num_rows(file: str) -> int:
-    """Returns how many rows a file has, without reading them."""
-    from pyarrow import parquet
-
-    return int(parquet.read_metadata(file).num_rows)
+        found = {part: Columns.of(files[part]) for part in parts}
+    empty = [part for part in parts if not len(found[part])]
+    if empty:
+        raise LabError(f"--data-dir {folder}: {name}/{empty[0]} must have rows, got none")
+    return found
 
 
 def instead(hub: str) -> str:
@@ -91,9 +84,11 @@ def public(hub: str, name: str, parts: Sequence[str]) -> Iterator[None]:
 
 @contextmanager
 def reading(failed: str, otherwise: str = "") -> Iterator[None]:
-    """Turns any error of the client, which raises dozens of kinds, into a LabError of one line."""
+    """Turns any error of a reader, which raises dozens of kinds, into a LabError of one line."""
     try:
         yield
+    except LabError:
+        raise  # which says what would help already
     except Exception as error:
         cause = f"({type(error).__name__}: {' '.join(str(error).split())[:200]})"
         raise LabError(f"{failed} {cause}{otherwise}") from error

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from _data_folder import write_columns
 from softsphere_lab.cli import app as cli
 from softsphere_lab.errors import LabError
 from softsphere_lab.experiments.registry import REPRODUCTIONS
@@ -139,12 +140,9 @@ def test_the_record_of_something_else_is_not_resumed(tmp_path, monkeypatch, caps
 
 
 def test_a_text_that_is_too_small_is_refused_before_a_folder_is_made(tmp_path, monkeypatch, capsys):
-    datasets = pytest.importorskip("datasets")
     monkeypatch.chdir(tmp_path)
     for part in ("train", "validation", "test"):
-        rows = datasets.Dataset.from_dict({"sentence": ["a b c"] * 50})
-        (tmp_path / "data" / "ptb").mkdir(parents=True, exist_ok=True)
-        rows.to_parquet(tmp_path / "data" / "ptb" / f"{part}.parquet")
+        write_columns(tmp_path / "data" / "ptb" / f"{part}.parquet", sentence=["a b c"] * 50)
     assert command("reproduce", "ablation", "--data-dir", "data") == 2
     said = capsys.readouterr().err
     assert "ptb has 200 words to train on, and 200,000 are to be read" in said

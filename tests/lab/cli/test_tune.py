@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from _data_folder import write_columns
 from softsphere_lab.cli import app as cli
 from softsphere_lab.experiments.on_text.rate_sweep import RATE_FINDER, RateSweep
 from softsphere_lab.records.folder import Record
@@ -88,11 +89,8 @@ def test_each_rate_is_tried_once_and_resuming_does_only_what_is_missing(tmp_path
 def test_a_dataset_in_folders_and_with_brackets_has_one_run_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for part, sentences in (("train", 200), ("validation", 100), ("test", 100)):
-        folder = tmp_path / "texts" / "mine [1]"
-        folder.mkdir(parents=True, exist_ok=True)
-        datasets = pytest.importorskip("datasets")
-        rows = datasets.Dataset.from_dict({"sentence": ["one two three"] * sentences})
-        rows.to_parquet(folder / f"{part}.parquet")
+        file = tmp_path / "texts" / "mine [1]" / f"{part}.parquet"
+        write_columns(file, sentence=["one two three"] * sentences)
     capsys.readouterr()
     asked = ["tune", "--dataset", "texts/mine [1]", "--data-dir", ".", "--epochs", "1"]
     asked += ["--output", "softmax", "--rates", "0.01"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from _data_folder import FOLDER, needs_data
+from _data_folder import FOLDER, needs_data, write_columns
 from softsphere_lab.data import corpora, text
 from softsphere_lab.data import images as data
 from softsphere_lab.errors import LabError
@@ -25,11 +25,8 @@ def no_folder(monkeypatch):
 
 def write(folder: Path, column: str, **parts: list) -> Path:
     """A parquet file for each part in that folder, whose parent is given back."""
-    datasets = pytest.importorskip("datasets")
-    folder.mkdir(parents=True)
     for part, rows in parts.items():
-        table = datasets.Dataset.from_dict({"title": ["t"] * len(rows), column: rows})
-        table.to_parquet(str(folder / f"{part}.parquet"))
+        write_columns(folder / f"{part}.parquet", **{"title": ["t"] * len(rows), column: rows})
     return folder.parent
 
 

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from _data_folder import needs_data
+from _data_folder import needs_data, write_columns
 from softsphere_lab.data import images as data
+from softsphere_lab.data.columns import Columns
 from softsphere_lab.errors import LabError
 
 
@@ -25,13 +26,11 @@ def png(pixels: np.ndarray) -> dict:
 
 def write_parquet(folder: Path, columns: tuple[str, str], shape: tuple[int, ...]) -> None:
     """Train and test parts of 20 and 10 pictures whose only grey is their label."""
-    datasets = pytest.importorskip("datasets")
-    folder.mkdir(parents=True)
     for part, count in (("train", 20), ("test", 10)):
         labels = [i % 10 for i in range(count)]
         pictures = [png(np.full(shape, 20 * label, dtype=np.uint8)) for label in labels]
-        table = datasets.Dataset.from_dict({columns[0]: pictures, columns[1]: labels})
-        table.to_parquet(str(folder / f"{part}-00000-of-00001.parquet"))
+        named = {columns[0]: pictures, columns[1]: labels}
+        write_columns(folder / f"{part}-00000-of-00001.parquet", **named)
 
 
 def test_digits_are_split_by_class_standardised_and_always_the_same():
@@ -107,10 +106,10 @@ SPOILED = {
 
 @pytest.mark.parametrize("case", SPOILED)
 @pytest.mark.parametrize("part", ["train", "test"])
-def test_a_spoiled_set_is_one_line_that_names_what_is_wrong(case, part):
-    datasets = pytest.importorskip("datasets")
+def test_a_spoiled_set_is_one_line_that_names_what_is_wrong(case, part, tmp_path):
     pictures, labels, words = SPOILED[case]
-    rows = datasets.Dataset.from_dict({"image": list(pictures), "label": list(labels)})
+    write_columns(tmp_path / "rows.parquet", image=list(pictures), label=list(labels))
+    rows = Columns.of([str(tmp_path / "rows.parquet")])
     with pytest.raises(LabError, match=words) as caught:
         data.as_split(rows, data.HUBS["mnist"], f"--data-dir sets: mnist/{part}")
     said = str(caught.value)
@@ -211,8 +210,40 @@ def test_mnist_is_whole():
     ]
 
 
-def test_public_sets_alone_need_the_package_that_reads_them(monkeypatch, tmp_path):
+def test_sets_of_the_hub_alone_need_its_client(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "datasets", None)  # as if it was not installed
+    monkeypatch.delenv(data.VARIABLE, raising=False)
     assert data.load("digits").train
-    with pytest.raises(LabError, match="read with datasets; pip install datasets"):
-        data.load("mnist", tmp_path)
+    write_parquet(tmp_path / "mnist", ("image", "label"), (28, 28))
+    assert len(data.load("mnist", tmp_path).test) == 10
+    with pytest.raises(LabError, match=r"hub are read with datasets; pip install datasets, or .*"):
+        data.load("mnist")
+
+
+def file_of(kind: str, **options: object) -> bytes:
+    """An image whose pixels all differ, as a file."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    pixels = np.arange(8 * 6, dtype=np.uint8).reshape(8, 6)
+    Image.fromarray(pixels).save(buffer, format=kind, **options)
+    return buffer.getvalue()
+
+
+def test_images_are_those_that_the_client_of_the_hub_decodes(tmp_path):
+    """Also photographs that say which side is up, and bytes without a dict."""
+    datasets = pytest.importorskip("datasets")
+    from PIL import Image
+
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    files = [file_of("PNG"), file_of("JPEG"), file_of("JPEG", exif=turned)]
+    (tmp_path / "a.png").write_bytes(files[0])
+    said = [{"bytes": content, "path": "name"} for content in files]
+    said.append({"bytes": None, "path": str(tmp_path / "a.png")})
+    rows = datasets.Dataset.from_dict({"image": said}).cast_column("image", datasets.Image())
+    theirs = [np.asarray(picture) for picture in rows["image"][:]]
+    assert [picture.shape for picture in theirs] == [(8, 6), (8, 6), (6, 8), (8, 6)]
+    for ours in (said, files):
+        for one, other in zip(map(data._picture, ours), theirs, strict=False):
+            np.testing.assert_array_equal(np.asarray(one), other)

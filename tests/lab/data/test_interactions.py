@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from _data_folder import needs_data
+from _data_folder import needs_data, write_columns
 from softsphere_lab.data import interactions, sources
 from softsphere_lab.data.interactions import Interactions, ItemLists
 from softsphere_lab.errors import LabError
@@ -20,14 +20,12 @@ def lists_of(lists: ItemLists) -> list[list[int]]:
 
 def written(folder, parts: dict[str, dict]):
     """A folder with a set of the name gowalla."""
-    datasets = pytest.importorskip("datasets")
-    number = datasets.Value("int32")
-    kinds = {"user": number, "person": number, "items": datasets.Sequence(number)}
-    (folder / "gowalla").mkdir()
+    pyarrow = pytest.importorskip("pyarrow")
+    number = pyarrow.int32()
+    kinds = {"user": number, "person": number, "items": pyarrow.list_(number)}
     for part, columns in parts.items():
-        features = datasets.Features({name: kinds[name] for name in columns})
-        rows = datasets.Dataset.from_dict(columns, features)
-        rows.to_parquet(folder / "gowalla" / f"{part}.parquet")
+        arrays = {name: pyarrow.array(values, kinds[name]) for name, values in columns.items()}
+        write_columns(folder / "gowalla" / f"{part}.parquet", **arrays)
     return folder
 
 

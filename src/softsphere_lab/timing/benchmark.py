@@ -29,6 +29,7 @@ from softsphere_lab.progress import print_plain, print_stopped, standard_console
 from softsphere_lab.records.environment import gpu_name
 from softsphere_lab.records.files import write
 from softsphere_lab.records.folder import Record
+from softsphere_lab.timing.failures import DeviceLostError
 from softsphere_lab.timing.setting import Setting
 
 __all__ = [
@@ -226,15 +227,18 @@ def _measure(
 ) -> int:
     """Measures the cases that the record lacks, prints their rows, and writes the table.
 
+    A case that has lost the device counts as measured, so that the next process passes it.
+
     end: the time after which no case is begun. Returns how many were not.
     """
     done = {line["case"]: line["rows"] for line in record.lines(MEASURED)}
+    machine = host(device)  # asked for once, since a device that is lost may not say its name
 
     def written() -> list[Row]:
         """Writes the table, and returns what follows from its other rows."""
         rows = [row for measured in done.values() for row in measured]
         more = list(derived(rows))
-        write(record.folder / TABLE, _table([*rows, *(row.cells() | host(device) for row in more)]))
+        write(record.folder / TABLE, _table([*rows, *(row.cells() | machine for row in more)]))
         return more
 
     told = written()
@@ -244,16 +248,21 @@ def _measure(
         if time.monotonic() > end:
             return sum(each.name not in done for each in cases)
         print(f"[{number}/{len(cases)}] {case.name}", flush=True)
-        rows = []
-        for row in case.measure():
-            rows.append(row.cells() | host(device))
-            _print(row)
+        rows, lost = [], None
+        try:
+            for row in case.measure():
+                rows.append(row.cells() | machine)
+                _print(row)
+        except DeviceLostError as error:
+            lost = LabError(f"{case.name}: {error}")
         record.add(MEASURED, [{"case": case.name, "rows": rows}])
         done[case.name] = rows
         before, told = told, written()
         for row in told:
             if row not in before:
                 _print(row)
+        if lost:
+            raise lost
     return 0
 
 

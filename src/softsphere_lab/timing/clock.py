@@ -21,6 +21,7 @@ from softsphere_lab.timing.setting import Setting
 
 __all__ = [
     "Effort",
+    "Run",
     "in_turn",
     "milliseconds",
     "paired_ratio",

@@ -11,7 +11,7 @@ import torch
 
 from softsphere.engines import choose
 from softsphere_lab.timing.benchmark import Row, left_out
-from softsphere_lab.timing.clock import in_turn
+from softsphere_lab.timing.failures import check_device, in_turn_but, reason
 from softsphere_lab.timing.linear_losses import ENGINES, LOSSES, ForwardBackward
 from softsphere_lab.timing.setting import Setting
 
@@ -55,7 +55,8 @@ class Place:
 def compared(setting: Setting, place: Place, prefix: str = "") -> Iterator[Row]:
     """Measures forward and backward of the contestants, beside a criterion on plain logits.
 
-    prefix: the beginning of the names of the layers in the rows.
+    prefix: the beginning of the names of the layers in the rows. A layer that raises an error is
+    left out. Raises DeviceLostError after the rows, if the error leaves no device to go on with.
     """
     device, dtype = place.device, place.dtype
     torch.manual_seed(0)
@@ -71,23 +72,24 @@ def compared(setting: Setting, place: Place, prefix: str = "") -> Iterator[Row]:
         step.loss = losses[name]
         step(hidden, target)
 
-    runs = {}
-    for name in names:
-        try:
-            taken_by(name)
-        except torch.OutOfMemoryError as error:
-            yield left_out(prefix + name, setting, error)
-        else:
-            runs[name] = partial(taken_by, name)
-    times = in_turn(runs, partial(place.turns, len(runs)), device)
+    runs = {name: partial(taken_by, name) for name in names}
+    times, failed = in_turn_but(runs, partial(place.turns, len(runs)), device)
+    for name, error in failed.items():
+        yield left_out(prefix + name, setting, reason(error))
+    check_device(failed.values())
     median = {name: statistics.median(taken) for name, taken in times.items()}
     for name, seconds in median.items():
         yield Row(prefix + name, setting, "seconds", seconds)
-    fastest = min((name for name in median if name in ENGINES), key=median.__getitem__)
     chosen = choose(setting.m, setting.D, setting.d, dtype, device).engine
     auto = f"{prefix}auto"
     yield Row(auto, setting, "is", chosen)
+    engines = [name for name in median if name in ENGINES]
+    if not engines:
+        return
+    fastest = min(engines, key=median.__getitem__)
     yield Row(f"{prefix}best", setting, "is", fastest)
+    if "auto" not in median:
+        return
     yield Row(auto, setting, "times the best engine", median["auto"] / median[fastest])
     if "logits" in median:
         yield Row(auto, setting, "times plain logits", median["auto"] / median["logits"])

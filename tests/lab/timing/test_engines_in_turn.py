@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from softsphere_lab.timing import engines_in_turn
+from softsphere_lab.timing.benchmark import Case, Row, read_table, run
 from softsphere_lab.timing.engines_in_turn import Place, compared
 from softsphere_lab.timing.setting import Setting
 
@@ -56,20 +57,86 @@ def test_rows_and_weight_have_the_dtype_of_the_place(monkeypatch, dtype):
     assert seen == {(dtype, dtype)}
 
 
-def test_an_engine_without_memory_is_left_out_and_the_others_are_timed(monkeypatch):
-    def out_of_memory():
-        def loss(*_):
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 30 GiB")
+def raising(monkeypatch, name: str, error: Exception, calls: int = 0):
+    """The losses, of which one raises an error once it was called so often."""
+    usual, seen = engines_in_turn.LOSSES[name], []
 
-        return loss
+    def made():
+        loss = usual()
 
-    losses = {**engines_in_turn.LOSSES, "dense": out_of_memory}
+        def broken(*given):
+            seen.append(name)
+            if len(seen) > calls:
+                raise error
+            return loss(*given)
+
+        return broken
+
+    losses = {**engines_in_turn.LOSSES, name: made}
     monkeypatch.setattr(engines_in_turn, "LOSSES", losses)
+
+
+class KernelError(Exception):
+    """As those of Triton, which are no RuntimeError."""
+
+
+@pytest.mark.parametrize("calls", [0, 1, 2], ids=["first", "warm-up", "timed"])
+@pytest.mark.parametrize("name", ["dense", "logits", "auto"])
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (torch.OutOfMemoryError("no room"), "OutOfMemoryError: no room"),
+        (RuntimeError("no such kernel\nHelp: ask"), "RuntimeError: no such kernel"),
+        (KernelError(), "KernelError"),
+    ],
+    ids=["memory", "kernel", "triton"],
+)
+def test_an_engine_that_raises_is_left_out_and_the_others_are_timed(
+    monkeypatch, error, told, name, calls
+):
+    raising(monkeypatch, name, error, calls)
+    rows = list(compared(TINY, PLACE, "x: "))
+    left = [(row.layer, row.value) for row in rows if row.measure == "left out"]
+    assert left == [(f"x: {name}", told)]
+    others = {f"x: {other}" for other in PLACE.contestants(TINY) if other != name}
+    assert {row.layer for row in rows if row.measure == "seconds"} == others
+    measures = {row.measure for row in rows}
+    assert ("times the best engine" in measures) == (name != "auto")
+    assert ("times plain logits" in measures) == (name == "dense")
+
+
+def test_a_size_at_which_every_engine_raises_has_no_best_one(monkeypatch):
+    for name in PLACE.contestants(TINY):
+        raising(monkeypatch, name, RuntimeError("no"))
     rows = list(compared(TINY, PLACE))
-    left = [row for row in rows if row.measure == "left out"]
-    assert [(row.layer, row.value) for row in left] == [
-        ("dense", "CUDA out of memory. Tried to allocate 30 GiB")
-    ]
-    assert {row.layer for row in rows if row.measure == "seconds"} == {
-        "logits", "chunked", "gram", "auto"
-    }  # fmt: skip
+    assert [row.measure for row in rows] == ["left out"] * 5 + ["is"]
+
+
+LOST = [
+    RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"),
+    RuntimeError("CUDA error: device-side assert triggered\nCompile with"),
+]
+if hasattr(torch, "AcceleratorError"):
+    LOST.append(torch.AcceleratorError("CUDA error: unknown error"))
+
+
+@pytest.mark.parametrize("error", LOST, ids=str)
+def test_a_lost_device_ends_the_process_and_the_case_is_passed_by_the_next(
+    monkeypatch, error, tmp_path, capsys
+):
+    def listed(_):
+        first = Case("first", lambda: compared(TINY, PLACE))
+        return [first, Case("second", lambda: [Row("a", TINY, "is", "measured")])]
+
+    folder = str(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        raising(patch, "gram", error, calls=1)
+        assert run("x.py", "", listed, arguments=["--out", folder]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("x.py: error: first: the device is lost") and "--resume" in said
+    first = [(row["layer"], row["measure"]) for row in read_table(tmp_path / "run/table.csv")]
+    assert first == [("gram", "left out")]
+    assert run("x.py", "", listed, arguments=["--out", folder, "--resume"]) == 0
+    rows = read_table(tmp_path / "run/table.csv")
+    assert [(row["layer"], row["measure"]) for row in rows] == [*first, ("a", "is")]
+    assert rows[0]["value"].startswith(type(error).__name__)

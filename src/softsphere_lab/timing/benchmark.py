@@ -129,7 +129,8 @@ def run(
 ) -> int:
     """The command line of a script. Returns its exit code.
 
-    cases: made from the options, of which `smoke` asks for tiny sizes. device: where it computes.
+    cases: made from the options, of which `smoke` asks for tiny sizes. device: where it computes,
+    unless the script has an option of that name.
     derived: what follows from the cells of all rows together, which the table has behind them.
     grows: the options whose lists may differ from one start in a folder to the next; the table has
     the cases of all of them.
@@ -143,6 +144,7 @@ def run(
         parser.error("--record keeps real measurements; leave --smoke out")
     if options.resume and options.out is None:
         parser.error("--resume needs --out, the folder to go on in")
+    device = getattr(options, "device", device)
     try:
         listed = cases(options)
         record = _opened(path.stem, options, device, grows)

@@ -21,10 +21,11 @@ import torch
 
 from softsphere_lab.errors import LabError
 from softsphere_lab.timing.clock import Effort, step_times
+from softsphere_lab.timing.gpu_steps import ON_GPU, Repeated
 from softsphere_lab.timing.head_measures import BFLOAT16, Found, head_measures
 from softsphere_lab.timing.linear_losses import LINEAR_LOSSES, ForwardBackward
 from softsphere_lab.timing.setting import Setting
-from softsphere_lab.timing.training_steps import CHUNKED, CLUSTERS, LAYERS, ON_GPU
+from softsphere_lab.timing.training_steps import CHUNKED, CLUSTERS, LAYERS
 
 __all__ = [
     "FORWARD_BACKWARD",
@@ -51,11 +52,15 @@ class Measured:
     """The median seconds of a step.
 
     extra_bytes: of forward and backward, the peak of what was allocated beyond the gradients; None
-    for a training step.
+    for a training step. mean: of the seconds of the same steps. captures, replayed: how many graphs
+    were captured, and the share of the timed steps that were replayed; None for other steps.
     """
 
     seconds: float
     extra_bytes: int | None
+    mean: float
+    captures: int | None = None
+    replayed: float | None = None
 
 
 def measure(
@@ -175,11 +180,14 @@ def _step_measured(job: Mapping[str, Any], setting: Setting, effort: Effort) -> 
     device = job["device"]
     with torch.device(device):
         step = KINDS[job["kind"]][job["name"]](setting)
-    seconds = statistics.median(step_times(step, setting, effort, device))
-    extra = None
+    times = step_times(step, setting, effort, device)
+    extra = captures = replayed = None
     if isinstance(step, ForwardBackward):
         extra = step.extra_bytes(*setting.batch(torch.Generator(device).manual_seed(0)))
-    return Measured(seconds, extra)
+    if isinstance(step, Repeated):
+        timed = step.eager[-len(times) :]  # without the warm-up
+        captures, replayed = step.captures, timed.count(False) / len(timed)
+    return Measured(statistics.median(times), extra, statistics.mean(times), captures, replayed)
 
 
 if __name__ == "__main__":

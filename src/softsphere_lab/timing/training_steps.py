@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from softsphere import (
-    CapturedStep,
     ClusteredLoss,
     FactoredSphericalLoss,
     LinearSphericalLoss,
@@ -27,8 +26,6 @@ from softsphere_lab.models.baselines import AdaptiveSoftmax, HierarchicalSoftmax
 from softsphere_lab.timing.setting import Setting
 
 __all__ = [
-    "BFLOAT16_SOFTMAX",
-    "CAPTURED",
     "CHUNKED",
     "CLUSTERED",
     "CLUSTERS",
@@ -37,14 +34,17 @@ __all__ = [
     "FACTORED_LEAVES",
     "GRAM",
     "LAYERS",
-    "ON_GPU",
+    "LOSS",
+    "RATE",
     "SHARE",
+    "Softmax",
     "Step",
     "clustered",
     "factored",
     "memory",
     "obstacle",
     "products",
+    "rate_of",
 ]
 
 RATE = 0.01
@@ -77,25 +77,25 @@ def _sgd(head: nn.Module, lr: float = RATE) -> Step:
     return Step(head, torch.optim.SGD(head.parameters(), lr=lr))
 
 
-def _rate(setting: Setting, loss: str) -> float:
+def rate_of(setting: Setting, loss: str) -> float:
     """A rate at which training is stable: that of a loss with probabilities scales like D."""
     return 1e-3 * setting.D if loss == LOSS else RATE
 
 
 def factored(setting: Setting, loss: str = LOSS) -> Step:
     head = FactoredSphericalLoss(setting.d, setting.D, loss, bias=False)
-    return Step(head, FactoredSGD(head.parameters(), lr=_rate(setting, loss)))
+    return Step(head, FactoredSGD(head.parameters(), lr=rate_of(setting, loss)))
 
 
 def _gram(setting: Setting) -> Step:
     """The same training as by `factored`, on a dense weight with a dense gradient."""
     options = LinearSphericalOptions(engine="gram")
     head = LinearSphericalLoss(setting.d, setting.D, LOSS, bias=False, options=options)
-    return _sgd(head, _rate(setting, LOSS))
+    return _sgd(head, rate_of(setting, LOSS))
 
 
 class Softmax(nn.Module):
-    """`F.linear` and `F.cross_entropy`."""
+    """`F.linear` and `F.cross_entropy`, in the dtype of the weight."""
 
     def __init__(self, setting: Setting) -> None:
         super().__init__()
@@ -103,7 +103,8 @@ class Softmax(nn.Module):
         self.weight = nn.Parameter(torch.empty(setting.D, setting.d).uniform_(-bound, bound))
 
     def forward(self, hidden: Tensor, target: Tensor) -> Tensor:
-        return F.cross_entropy(F.linear(hidden, self.weight), target)
+        # the rows are in float32 also where the weight is in bfloat16
+        return F.cross_entropy(F.linear(hidden.to(self.weight.dtype), self.weight), target)
 
 
 class CoreSoftmax(Softmax):
@@ -190,30 +191,6 @@ CLUSTERS: Mapping[str, Callable[[Setting], Step]] = {
 }
 
 
-def _captured(setting: Setting) -> CapturedStep:
-    """The step of `factored`, which a GPU repeats as one graph."""
-    head = FactoredSphericalLoss(setting.d, setting.D, LOSS, bias=False)
-    rate = torch.tensor(_rate(setting, LOSS), dtype=torch.float64)
-    step = Step(head, FactoredSGD(head.parameters(), lr=rate, capturable=True))
-
-    def train(hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        hidden = hidden.detach().requires_grad_()
-        loss, gradient = step(hidden, target), hidden.grad
-        assert gradient is not None
-        return loss, gradient
-
-    examples = setting.batch(torch.Generator(rate.device).manual_seed(0))
-    return CapturedStep(train, step.optimizer, *examples)
-
-
-def _rounded_softmax(setting: Setting, dtype: torch.dtype) -> Step:
-    """Softmax by products in bfloat16, or in float32 rounded to TF32, and PyTorch's fused SGD."""
-    torch.backends.cuda.matmul.allow_tf32 = True
-    head = Softmax(setting).to(dtype)
-    head.register_forward_pre_hook(lambda _, given: (given[0].to(dtype), given[1]))
-    return Step(head, torch.optim.SGD(head.parameters(), lr=RATE, fused=True))
-
-
 def products(
     setting: Setting, dtype: torch.dtype = torch.float32
 ) -> Callable[[Tensor, Tensor], None]:
@@ -237,18 +214,6 @@ def products(
         H @ H.T, H @ H.T, K @ H, K @ H
 
     return multiply
-
-
-BFLOAT16_SOFTMAX = "softmax, bfloat16"
-CAPTURED = "factored Taylor, captured (ours)"
-ON_GPU: Mapping[str, Callable[[Setting], Any]] = {
-    CAPTURED: _captured,
-    BFLOAT16_SOFTMAX: partial(_rounded_softmax, dtype=torch.bfloat16),
-    "softmax, TF32": partial(_rounded_softmax, dtype=torch.float32),
-    # a step computes in float64 on a GPU; this is the part of it that the device's rate decides
-    "products of the factored step, float64": partial(products, dtype=torch.float64),
-    "products of the factored step, float32": products,
-}
 
 
 def _least_bytes(name: str, setting: Setting) -> int:

@@ -69,7 +69,10 @@ def test_each_script_measures_a_tiny_case(question, monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(FOLDER))
     module = importlib.import_module(question)
     # processes take seconds to start, and are tested on their own
-    alone = {"measure": Measured(0.001, 10), "measure_head": [("milliseconds", 1.0)]}
+    alone = {
+        "measure": Measured(0.001, 10, 0.002, 1, 0.95),
+        "measure_head": [("milliseconds", 1.0)],
+    }
     alone["measured_on_ranks"] = {"seconds": 0.001, "messages": 7, "bytes": 400}
     for name, found in alone.items():
         if hasattr(module, name):
@@ -257,7 +260,7 @@ def test_a_softmax_that_this_pytorch_lacks_is_left_out_on_a_cpu_as_well(monkeypa
     monkeypatch.syspath_prepend(str(FOLDER))
     module = importlib.import_module("gram_vs_softmax")
     monkeypatch.delattr(softmax_peers.F, "linear_cross_entropy", raising=False)
-    monkeypatch.setattr(module, "measure", lambda *_, **__: Measured(0.5, 10))
+    monkeypatch.setattr(module, "measure", lambda *_, **__: Measured(0.5, 10, 0.5))
     rows = list(module.compared(SETTING, Effort()))
     core = [f"core, {how}" for how in ("chunk 64", "chunk 256", "chunk 1024", "automatic")]
     assert [row.layer for row in rows if row.measure == "left out"] == core
@@ -287,12 +290,17 @@ def test_a_command_for_heads_ends_in_time(heads):
     assert 60 * module.MINUTES + module.PATIENCE < 8 * 60
 
 
-def test_a_table_has_what_follows_from_its_rows_once_they_are_there(tmp_path, capsys):
+@pytest.fixture
+def factored():
+    """The benchmark of the factored layer."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER))
+        return importlib.import_module("factored_on_gpu")
+
+
+def test_a_table_has_what_follows_from_its_rows_once_they_are_there(tmp_path, capsys, factored):
     """The steps of a factored layer are timed first, and the others are so many times as long."""
-    monkeypatched = pytest.MonkeyPatch()
-    monkeypatched.syspath_prepend(str(FOLDER))
-    module = importlib.import_module("factored_on_gpu")
-    monkeypatched.undo()
+    module = factored
     times = {module.CAPTURED: 2.0, "another": 6.0, module.FACTORED: 4.0}
     listed = [
         Case(name, lambda name=name, x=x: [Row(name, SETTING, module.MILLISECONDS, x)])
@@ -309,3 +317,53 @@ def test_a_table_has_what_follows_from_its_rows_once_they_are_there(tmp_path, ca
         ("another", f"times {module.FACTORED}", 1.5),
     ]
     assert capsys.readouterr().out.count(f"times {module.CAPTURED}: 3") == 1
+
+
+def followed(module, times: dict[str, float], shares: dict[str, float], more: list[Row] = ()):
+    """What follows from milliseconds and from shares of replayed steps, by layer and measure."""
+    rows = [Row(name, SETTING, module.MILLISECONDS, x) for name, x in times.items()]
+    rows += [Row(name, SETTING, module.REPLAYED, x) for name, x in shares.items()]
+    found = module.ratios([row.cells() for row in (*rows, *more)])
+    return {(row.layer, row.measure): row.value for row in found}
+
+
+def test_the_fastest_softmax_is_told_once_each_is_timed_or_left_out(factored):
+    first, *others = factored.SOFTMAX_ON_GPU
+    slow = left_out(others[0], SETTING, "it takes too long")
+    times = dict(zip(others[1:], range(7, 20), strict=False)) | {factored.CAPTURED: 2.0}
+    found = followed(factored, times, {}, [slow])
+    assert not any(layer == factored.FASTEST for layer, _ in found)
+    found = followed(factored, times | {first: 8.0}, {}, [slow])
+    assert found[factored.FASTEST, "is"] == others[1]
+    assert found[factored.FASTEST, f"times {factored.CAPTURED}"] == 3.5
+    assert found[first, f"times {factored.CAPTURED}"] == 4.0
+
+
+def test_steps_that_were_not_replayed_have_no_ratio_and_it_is_said_why(factored):
+    captured = next(name for name in factored.SOFTMAX_ON_GPU if name.endswith("captured"))
+    times = dict.fromkeys(factored.SOFTMAX_ON_GPU, 9.0)
+    times |= {captured: 6.0, factored.CAPTURED: 2.0, factored.FACTORED: 4.0}
+    ours, eager = (f"times {name}" for name in factored.OWN)
+    found = followed(factored, times, {captured: 0.9, factored.CAPTURED: 0.9})
+    assert found[factored.FASTEST, ours] == 3.0 and found[factored.FASTEST, eager] == 1.5
+    assert found[captured, ours] == 3.0
+    found = followed(factored, times, {captured: 0.89, factored.CAPTURED: 1.0})
+    assert found[captured, "left out"] == "no ratios: 89% of the steps were replayed"
+    assert found[factored.FASTEST, ours] == 4.5 and (captured, ours) not in found
+    found = followed(factored, times, {captured: 1.0, factored.CAPTURED: 0.5})
+    assert found[factored.CAPTURED, "left out"] == "no ratios: 50% of the steps were replayed"
+    assert {measure for _, measure in found} == {"left out", "is", eager}
+
+
+def test_a_captured_step_says_how_it_was_taken(factored, monkeypatch):
+    measured = Measured(0.001, None, 0.002, 3, 0.95)
+    monkeypatch.setattr(factored, "measure", lambda *_, **__: measured)
+    rows = {row.measure: row.value for row in factored.timed("x", SETTING, None, "cpu")}
+    assert rows == {
+        "milliseconds": 1.0,
+        "mean milliseconds": 2.0,
+        "graphs captured": 3,
+        "share of steps replayed": 0.95,
+    }
+    measured = Measured(0.001, None, 0.002)
+    assert len(list(factored.timed("x", SETTING, None, "cpu"))) == 2

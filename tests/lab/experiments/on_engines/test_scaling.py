@@ -52,7 +52,7 @@ def counted(monkeypatch) -> list[tuple[str, int]]:
     def measure(name, setting, effort):
         assert effort.seconds == PLAN.seconds
         timed.append((name, setting.D))
-        return timing.Measured(1e-3 * len(timed), None)
+        return timing.Measured(1e-3 * len(timed), None, 1.0)
 
     monkeypatch.setattr(timing, "measure", measure)
     return timed
@@ -167,7 +167,7 @@ def test_what_a_machine_could_not_time_is_told_from_the_record_alone(tmp_path, m
     record = Record.create(tmp_path / "r", config)
     few = plan.layers[0]
     monkeypatch.setattr(scaling, "obstacle", lambda name, _: None if name == few else "no memory")
-    monkeypatch.setattr(timing, "measure", lambda *_: timing.Measured(0.001, None))
+    monkeypatch.setattr(timing, "measure", lambda *_: timing.Measured(0.001, None, 0.001))
     scaling.measure(plan, record, lambda _: None)
     scaling.measure(plan, record, lambda _: None)
     assert len(record.lines("left_out.jsonl")) == len(left_out(record)) == 4

@@ -1,7 +1,8 @@
 # `make demo` compares the losses on real digits, `make test` runs every check, `make docs` builds the
 # documentation site, `make test-oldest` runs the tests with the oldest supported torch, and
-# `make clean` removes the environments and the site.
+# `make clean` removes the environments and the site. WORKERS=12 runs the tests in so many processes.
 PYTHON ?= python3
+WORKERS ?= 2
 BIN := .venv/bin
 OLDEST := .venv-oldest/bin
 
@@ -16,19 +17,19 @@ test: .venv/.ready .venv/.docs
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
 
 # Every example on the pages and in the docstrings runs; then the site is built, where a warning is
 # an error, and its links are followed. MkDocs Material needs Python 3.11.
 docs: .venv/.docs
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "slow or not slow" tests/test_docs.py
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 tests/test_how_it_works.py tests/test_site.py src/softsphere
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) -m "slow or not slow" tests/test_docs.py
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) tests/test_how_it_works.py tests/test_site.py src/softsphere
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "The site is in site/index.html. With its search: $(BIN)/python -m http.server -d site"
 
 # The Triton of that torch uses arrays of one element as numbers, for which NumPy has a warning.
 test-oldest: .venv-oldest/.ready
-	OMP_NUM_THREADS=1 $(OLDEST)/pytest -n 2 -W ignore::DeprecationWarning:triton.runtime.interpreter
+	OMP_NUM_THREADS=1 $(OLDEST)/pytest -n $(WORKERS) -W ignore::DeprecationWarning:triton.runtime.interpreter
 
 # An environment is made once, and again only when the files that it is made from change.
 .venv/.ready: pyproject.toml constraints.txt

@@ -51,7 +51,9 @@ def test_tested_versions_are_those_that_the_project_names():
 
 def recipe(target: str) -> list[str]:
     """The commands of a target of the Makefile, without the folder of the environment."""
-    lines = re.search(rf"^{target}:.*\n((?:\t.*\n)+)", MAKEFILE, re.MULTILINE)[1].splitlines()
+    workers = re.search(r"^WORKERS \?= (\d+)$", MAKEFILE, re.MULTILINE)[1]
+    made = MAKEFILE.replace("$(WORKERS)", workers)
+    lines = re.search(rf"^{target}:.*\n((?:\t.*\n)+)", made, re.MULTILINE)[1].splitlines()
     return [re.sub(r"\$\((BIN|OLDEST)\)/", "", line.strip()) for line in lines]
 
 

@@ -5,9 +5,9 @@
 Forward and backward, the engines in turn, beside a criterion on plain logits, as
 `engines_by_size.py` does it on a processor. Without --dtype all sizes are measured in bfloat16 and
 then in float32. An engine that raises an error at a size is left out there. A command that is
-stopped, or that loses the device by an error of CUDA, leaves a table of what it has measured, and
-goes on with --resume --out FOLDER. `machine_numbers.py` finds the numbers by which `auto` should
-choose.
+stopped, whose minutes are over, or that loses the device by an error of CUDA, leaves a table of
+what it has measured, and goes on with --resume --out FOLDER. `machine_numbers.py` finds the numbers
+by which `auto` should choose.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ def place(dtype: torch.dtype) -> Place:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(minutes=7.0)
     parser.add_argument("--dtype", choices=DTYPES, help="measure in this dtype alone")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 from pathlib import Path
@@ -284,10 +285,15 @@ def test_what_a_head_had_measured_is_in_the_table_with_what_is_missing(heads):
     assert heads.rows("softmax") == [("left out", "torch.OutOfMemoryError: no room")]
 
 
-def test_a_command_for_heads_ends_in_time(heads):
+@pytest.mark.parametrize("script", ["language_model_heads_on_gpu", "factored_on_gpu"])
+def test_a_command_for_a_gpu_ends_in_time(script, monkeypatch):
     """The last process that is begun may take all of its time."""
-    module = heads.module
+    monkeypatch.syspath_prepend(str(FOLDER))
+    module = importlib.import_module(script)
     assert 60 * module.MINUTES + module.PATIENCE < 8 * 60
+    parser = argparse.ArgumentParser()
+    module.add_options(parser)
+    assert parser.get_default("minutes") == module.MINUTES
 
 
 @pytest.fixture

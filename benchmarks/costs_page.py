@@ -129,7 +129,8 @@ def any_optimizer() -> str:
 ## LinearSphericalLoss: many classes, any optimizer
 
 How many times longer softmax takes than the Gram engine, forward and backward in float32, and the
-memory that the Gram engine needs besides the gradients.
+memory that the Gram engine needs besides the gradients. A dash stands for a softmax that was ended
+after 90 seconds.
 
 {grids.markdown(header, rows)}
 *{table.source}*

@@ -16,6 +16,7 @@ from softsphere.engines.dispatch import linear_statistics
 from softsphere.engines.engine import Inputs, Settings, Workload
 from softsphere.engines.machines import machine
 from softsphere.functional import linear_spherical_loss
+from softsphere.rounding import MOST_TERMS
 
 SIZES = list(
     itertools.product(
@@ -122,8 +123,10 @@ def test_chunks_do_not_shrink_with_the_shape():
     def of_width(d):
         return Inputs(torch.empty(1, d), torch.empty(1, d), None, torch.zeros(1, 1), None)
 
-    rows, classes = chunked.tile(Settings(False, None, None, torch.float32, False))
-    assert rows >= 256 and classes >= 256
+    for on_gpu in (False, True):
+        settings = Settings(False, None, None, torch.float32, False)
+        rows, classes = chunked.tile(settings, on_gpu=on_gpu)
+        assert rows >= 256 and 256 <= classes <= MOST_TERMS
     for d in (1, 64, 8192, 1 << 20):
         assert moments.chunk_size(of_width(d), None, torch.float32) >= 256
     assert moments.chunk_size(of_width(64), 10, torch.float32) == 10

@@ -20,13 +20,14 @@ from softsphere.rounding import above_rounding, error_of_sum, spread_of_equals
 
 __all__ = ["CHUNKED", "tile"]
 
-# Rows and classes of a tile: products of this size run at full speed whatever m, D and d are.
-_ROWS, _CLASSES = 1024, 4096
+# Rows and classes of a tile: products of this size run at full speed whatever m, D and d are. On a
+# GPU a tile takes longer to compute than to launch, and has 128 MiB in float32.
+_ROWS, _CLASSES, _CLASSES_ON_GPU = 1024, 4096, 32_768
 
 
-def tile(how: Settings) -> tuple[int, int]:
+def tile(how: Settings, *, on_gpu: bool) -> tuple[int, int]:
     """Rows and classes of a tile; neither depends on m, D or d, so that none can shrink to one."""
-    return how.row_chunk or _ROWS, how.class_chunk or _CLASSES
+    return how.row_chunk or _ROWS, how.class_chunk or (_CLASSES_ON_GPU if on_gpu else _CLASSES)
 
 
 def _enter_as_they_are(x: Inputs, how: Settings) -> bool:
@@ -70,7 +71,7 @@ def _forward(x: Inputs, how: Settings) -> tuple[Tensor, ...]:
     off by q − s²/M and c − s/M, where nothing large cancels.
     """
     _, W, b, _, pi = x
-    rows, classes = tile(how)
+    rows, classes = tile(how, on_gpu=W.is_cuda)
     shift = mean_row(x, classes, how.dtype) if how.centred else None
     H = x.H if _enter_as_they_are(x, how) else x.H.to(how.dtype)
     s, q = (torch.zeros(len(H), dtype=how.dtype, device=H.device) for _ in range(2))
@@ -107,7 +108,7 @@ def _backward(
     """∂H, ∂W and ∂b, with ∂o_k = π_k (g_s + 2 g_q o_k) and g_c at the targets."""
     H, W, b, target, pi = x
     shift, rest = kept if how.centred else (None, None)
-    rows, classes = tile(how)
+    rows, classes = tile(how, on_gpu=W.is_cuda)
     base = g.s if rest is None else -g.c.sum(1) / x.mass - 2 * g.q * rest
     base, twice = base.to(how.dtype).unsqueeze(1), 2 * g.q.unsqueeze(1)
     factor = H if _enter_as_they_are(x, how) else H.to(how.dtype)

@@ -178,6 +178,27 @@ def test_a_gpu_rounds_gradients_that_nearly_cancel_once(bias, engine, monkeypatc
 
 
 @WITHOUT_LOGITS
+@pytest.mark.parametrize("loss", ["taylor_softmax", "spherical_softmax"])
+def test_a_gpu_keeps_the_digits_of_gradients_late_in_training(loss, engine, monkeypatch):
+    """Where the targets have a probability of 0.999, a thousandth is left of push and pull."""
+    torch.manual_seed(0)
+    head = LinearSphericalLoss(D, D, loss, False, options=LinearSphericalOptions(engine))
+    with torch.no_grad():
+        head.weight.copy_(3 * torch.linalg.qr(torch.randn(D, D)).Q)
+    head.bfloat16()
+    exact, target = copy.deepcopy(head).double(), torch.arange(4 * D) % D
+    hidden = 33 * head.weight.detach().float()[target] + 0.02 * torch.randn(4 * D, D)
+    hidden = hidden.bfloat16()
+    p = exact.log_prob(hidden.double()).exp().gather(1, target.unsqueeze(1))
+    assert 0.998 < p.detach().mean() < 0.9999
+    run_plainly(exact, hidden.double(), target)
+    as_on_a_gpu(monkeypatch)
+    run_plainly(head, hidden, target)
+    found, wanted = head.weight.grad.double(), exact.weight.grad
+    assert float((found - wanted).norm() / wanted.norm()) < torch.finfo(torch.bfloat16).eps / 2
+
+
+@WITHOUT_LOGITS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_gpu_takes_batches_without_rows(dtype, engine, monkeypatch):
     as_on_a_gpu(monkeypatch)

@@ -43,7 +43,8 @@ def choose(
 
         dense     6 m D n + the passes over its outputs; the outputs, their gradient and two float32
                   tensors made of them must fit in 1 GiB, or in 4 GiB on a GPU
-        chunked   8 m D n + those passes; 12 m D n in half precision on a GPU
+        chunked   8 m D n + those passes; in half precision on a GPU 12 m D n, unless the loss is
+                  invariant to a shift of its outputs, whose products are in float32
         gram      4 D n² + 4 m n² + the passes over its inputs and its weight + its overhead
 
     What passes and overheads take, in FLOPs that take as long, are data of a machine: of 2 cores,

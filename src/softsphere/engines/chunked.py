@@ -1,7 +1,7 @@
 """The engine "chunked": (s, q, c) of H Wᵀ + b in tiles of rows and classes.
 
 Only one tile of outputs is in memory at a time. The backward computes the outputs again. Where a
-GPU multiplies rows and classes of half precision as they are, no copy of them is made, and the
+GPU multiplies rows and classes of half precision as they are, the weight is not copied, and the
 gradient of a tile is multiplied as the sum of two parts; not so for a loss that is invariant to a
 shift of its outputs.
 """

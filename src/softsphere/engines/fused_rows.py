@@ -137,13 +137,22 @@ def hidden_gradient(
 
 
 def scaled(H: Tensor, factor: Tensor) -> Tensor:
-    """factor_i h_i (m, d) in the dtype of H, for factors (m) in float32 or wider."""
+    """The parts [a b] (m, 2 d) of factor_i h_i = a + eps b in the dtype of H.
+
+    The factors (m) are in float32 or wider, and eps is that of H.
+    """
     (m, d) = H.shape
-    out = H.new_empty(m, d)
+    out = H.new_empty(m, 2 * d)
     if m:
         with torch.cuda.device_of(H):
             _kernels().scaled_rows_kernel[(m,)](
-                H, factor.contiguous(), out, d, *H.stride(), **_options(factor.dtype, d)
+                H,
+                factor.contiguous(),
+                out,
+                d,
+                *H.stride(),
+                EPS=torch.finfo(H.dtype).eps,
+                **_options(factor.dtype, d),
             )
     return out
 

@@ -30,8 +30,10 @@ from softsphere.engines.weight import chunk_room, chunks, read
 
 __all__ = ["small_gradient", "weight_gradients"]
 
-# Numbers of the rows at the targets that are computed at once.
+# Numbers of the rows at the targets, or of the parts of hidden rows, that are computed at once.
 _AT_ONCE = 1 << 25
+# The fewest rows of a product of hidden rows, which would take less time than what is around it.
+_FEWEST = 2048
 
 
 def small_gradient(H: Tensor, mu: Tensor, at: Moments, g: Gradients) -> tuple[Tensor, Tensor]:
@@ -50,17 +52,29 @@ def small_gradient(H: Tensor, mu: Tensor, at: Moments, g: Gradients) -> tuple[Te
 def _of_rows(H: Tensor, gq: Tensor, dtype: torch.dtype) -> Tensor:
     """Σ_i g_q h hᵀ (d, d) in dtype.
 
-    Half-precision rows are multiplied as they are, once with their factors g_q, which are rounded
-    to the digits of the rows.
+    Half-precision rows are multiplied as they are, with the sum of two parts of g_q h: what the
+    targets add later nearly cancels late in training, and rounding must not be left of it.
     """
+    d = H.shape[1]
     if not multiplies(H, dtype):
         H = H.to(dtype)
         return symmetric(upper_product(H, H * gq.unsqueeze(1), dtype))
-    scale = largest(gq)
-    factor = gq / scale
-    fused = fused_rows.usable(H)
-    X = fused_rows.scaled(H, factor) if fused else (H * factor.unsqueeze(1)).to(H.dtype)
-    return symmetric(upper_product(H, X, dtype)).mul_(scale)
+    scale, eps = largest(gq), torch.finfo(H.dtype).eps
+    scaled = fused_rows.scaled if fused_rows.usable(H) else _scaled
+    total = gq.new_zeros(d, d, dtype=dtype)
+    rows = max(_FEWEST, _AT_ONCE // (2 * max(d, 1)))
+    for h, factor in zip(H.split(rows), (gq / scale).split(rows), strict=True):
+        parts = scaled(h, factor)
+        total += upper_product(h, parts[:, :d], dtype)
+        total.add_(upper_product(h, parts[:, d:], dtype), alpha=eps)
+    return symmetric(total).mul_(scale)
+
+
+def _scaled(H: Tensor, factor: Tensor) -> Tensor:
+    """`fused_rows.scaled` by operations of PyTorch."""
+    wide = H * factor.unsqueeze(1)
+    high = wide.to(H.dtype)
+    return torch.cat([high, ((wide - high) / torch.finfo(H.dtype).eps).to(H.dtype)], 1)
 
 
 def weight_gradients(

@@ -114,16 +114,19 @@ def hidden_gradient_kernel(
 
 @triton.jit
 def scaled_rows_kernel(
-    H, factor, out, d, stride_hm, stride_hd, ACC: tl.constexpr, BD: tl.constexpr
+    H, factor, out, d, stride_hm, stride_hd, EPS: tl.constexpr, ACC: tl.constexpr, BD: tl.constexpr
 ):
-    """out_i = factor_i h_i, rounded once."""
+    """out_i = [a b] with a + EPS b = factor_i h_i, to rounding."""
     i = tl.program_id(0).to(tl.int64)
     by = tl.load(factor + i)
     for start in range(0, d, BD):
         j = (start + tl.arange(0, BD)).to(tl.int64)
         there = j < d
         h = tl.load(H + i * stride_hm + j * stride_hd, there, 0.0).to(ACC)
-        tl.store(out + i * d + j, (by * h).to(out.dtype.element_ty), there)
+        high = (by * h).to(out.dtype.element_ty)
+        tl.store(out + i * (2 * d) + j, high, there)
+        low = (by * h - high.to(ACC)) / EPS
+        tl.store(out + i * (2 * d) + d + j, low.to(out.dtype.element_ty), there)
 
 
 @triton.jit

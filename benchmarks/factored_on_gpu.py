@@ -99,13 +99,11 @@ def cases(options: argparse.Namespace) -> list[Case]:
     if DEVICE == "cpu" and not options.smoke:
         raise LabError("this benchmark needs a CUDA device, and PyTorch sees none")
     # a list, also in the record, which has the settings of all starts
-    options.setting = options.setting or [*map(str, SETTINGS)]
-    settings: tuple[Setting, ...]
-    if options.smoke:
-        settings, effort = (Setting(D=2_500, d=8, m=16),), Effort(0.05, 6, 1)
-    else:
-        settings = tuple(each for each in SETTINGS if str(each) in options.setting)
-        effort = Effort(2.0, 12, 5)
+    settings = (Setting(D=2_500, d=8, m=16),) if options.smoke else SETTINGS
+    effort = Effort(0.05, 6, 1) if options.smoke else Effort(2.0, 12, 5)
+    if options.setting is None or options.smoke:
+        options.setting = [*map(str, settings)]
+    settings = tuple(each for each in settings if str(each) in options.setting)
     return [
         Case(f"{setting}: {name}", partial(timed, name, setting, effort, DEVICE))
         for setting in settings

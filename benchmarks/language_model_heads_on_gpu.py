@@ -5,7 +5,8 @@
 Forward and backward as Python runs them and captured as a CUDA graph, the same with a step of
 AdamW, the memory, and the errors of both gradients: medians of 20 calls after 4, or of what fits in
 two and a half seconds. Each layer has a process of its own, which is ended after 80 seconds; what
-it had measured by then stays. A peer that is not installed is left out at once.
+it had measured by then stays. A peer that is not installed is left out at once, and looked for
+again by --resume.
 
 The heads are in bfloat16, or with --precision in float32 at that precision. Without --head all are
 measured; heads that are measured one by one share a folder by --resume --out FOLDER, which begins
@@ -55,7 +56,7 @@ def compared(
     layer = label(head, name)
     missing = GPU_SOFTMAX[name].missing() if name in GPU_SOFTMAX else None
     if missing:
-        yield left_out(layer, setting, missing)
+        yield left_out(layer, setting, missing, again=True)
         return
     measures = measures_of(name, device)
     remaining = list(measures)

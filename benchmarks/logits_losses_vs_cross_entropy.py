@@ -45,6 +45,8 @@ COMPILED = f"{REFERENCE}, compiled"
 # outputs have no width
 ON_GPU = tuple(Setting(D=D, d=0, m=m) for m, D in ((8192, 50257), (4096, 128256), (4096, 256000)))
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+# A size takes a minute or so, most of which is for the compiler.
+MINUTES_ON_GPU = 6.0
 
 
 class Contest:
@@ -96,7 +98,7 @@ def compared_on_gpu(setting: Setting, repeats: int, device: str, dtype: str) -> 
     times, failed = in_turn_but(contest.runs, repeats, device)
     for name, error in failed.items():
         yield left_out(f"{dtype}: {name}", setting, reason(error))
-    check_device(failed.values())
+    check_device(failed.values(), device)
     median = {name: statistics.median(taken) for name, taken in times.items()}
     rivals = [name for name in (REFERENCE, COMPILED) if name in median]
     against = {f"time over {REFERENCE}": REFERENCE} if REFERENCE in median else {}
@@ -129,6 +131,8 @@ def cases(options: argparse.Namespace) -> list[Case]:
     on_gpu = torch.device(device).type == "cuda"
     if on_gpu and not torch.cuda.is_available():
         raise LabError(f"--device {device} is a CUDA device, and PyTorch sees none")
+    if on_gpu and options.minutes is None:
+        options.minutes = MINUTES_ON_GPU
     if on_gpu and options.record:
         raise LabError("--record keeps the table of a processor; leave it or --device out")
     m, D = (16, 500) if options.smoke else (options.rows or 4096, options.classes or 50257)

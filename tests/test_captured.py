@@ -715,9 +715,12 @@ def test_a_captured_step_has_few_launches(monkeypatch):
         return loss
 
     step = CapturedStep(train, optimizer, *batch(0, torch.float32))
-    while step._graph is None:
+    graphs = []
+    for _ in range(6):
         step(*batch(0, torch.float32))
-    assert step._graph.counts.total() <= 184
+        graphs.append(step._graph)
+    assert any(graphs)
+    assert all(graph is None or graph.counts.total() <= 184 for graph in graphs)
 
 
 def test_the_rate_of_ordinary_parameters_is_in_the_dtype_that_fused_sgd_reads_on_a_gpu():

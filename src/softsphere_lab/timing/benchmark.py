@@ -54,12 +54,16 @@ Cells = dict[str, Any]
 
 @dataclass(frozen=True)
 class Row:
-    """One number: of a layer, at a setting."""
+    """One number: of a layer, at a setting.
+
+    again: whether its case is looked at again by --resume, as where a package was not installed.
+    """
 
     layer: str
     setting: Setting
     measure: str
     value: float | str
+    again: bool = False
 
     def cells(self) -> Cells:
         """Returns the row of a table, without the machine."""
@@ -97,12 +101,13 @@ def host(device: str = "cpu") -> dict[str, Any]:
     }
 
 
-def left_out(layer: str, setting: Setting, reason: str | Exception) -> Row:
+def left_out(layer: str, setting: Setting, reason: str | Exception, *, again: bool = False) -> Row:
     """The row that says in a table why a layer was not measured.
 
-    reason: in words, or the error of a process; see `reason_of`.
+    reason: in words, or the error of a process; see `reason_of`. again: as of a row.
     """
-    return Row(layer, setting, "left out", reason if isinstance(reason, str) else reason_of(reason))
+    said = reason if isinstance(reason, str) else reason_of(reason)
+    return Row(layer, setting, "left out", said, again)
 
 
 def reason_of(error: Exception) -> str:
@@ -233,7 +238,9 @@ def _measure(
 
     end: the time after which no case is begun. Returns how many were not.
     """
-    done = {line["case"]: line["rows"] for line in record.lines(MEASURED)}
+    lines = {line["case"]: line for line in record.lines(MEASURED)}
+    done = {name: line["rows"] for name, line in lines.items()}
+    again = {name for name, line in lines.items() if line.get("again")}
     machine = host(device)  # asked for once, since a device that is lost may not say its name
 
     def written() -> list[Row]:
@@ -245,19 +252,20 @@ def _measure(
 
     told = written()
     for number, case in enumerate(cases, 1):
-        if case.name in done:
+        if case.name in done and case.name not in again:
             continue
         if time.monotonic() > end:
             return sum(each.name not in done for each in cases)
         print(f"[{number}/{len(cases)}] {case.name}", flush=True)
-        rows, lost = [], None
+        rows, lost, look_again = [], None, False
         try:
             for row in case.measure():
                 rows.append(row.cells() | machine)
+                look_again |= row.again
                 _print(row)
         except DeviceLostError as error:
             lost = LabError(f"{case.name}: {error}")
-        record.add(MEASURED, [{"case": case.name, "rows": rows}])
+        record.add(MEASURED, [{"case": case.name, "rows": rows, "again": look_again}])
         done[case.name] = rows
         before, told = told, written()
         for row in told:

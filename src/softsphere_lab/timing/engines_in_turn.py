@@ -76,7 +76,7 @@ def compared(setting: Setting, place: Place, prefix: str = "") -> Iterator[Row]:
     times, failed = in_turn_but(runs, partial(place.turns, len(runs)), device)
     for name, error in failed.items():
         yield left_out(prefix + name, setting, reason(error))
-    check_device(failed.values())
+    check_device(failed.values(), device)
     median = {name: statistics.median(taken) for name, taken in times.items()}
     for name, seconds in median.items():
         yield Row(prefix + name, setting, "seconds", seconds)

@@ -40,7 +40,7 @@ def in_turn_but(
     timed without the run, from the beginning, unless the error ends all work on the device.
     """
     left, errors = dict(runs), dict[str, Exception]()
-    while left and not any(map(_is_fatal, errors.values())):
+    while left and not any(_is_fatal(error, device) for error in errors.values()):
         try:
             checked = {name: partial(_named, name, run, device) for name, run in left.items()}
             # a first call may compile, and is no measure of how long the others take
@@ -63,25 +63,29 @@ def _named(name: str, run: Run, device: torch.device | str) -> Any:
     return result
 
 
-def check_device(errors: Iterable[Exception]) -> None:
+def check_device(errors: Iterable[Exception], device: torch.device | str) -> None:
     """Raises DeviceLostError if one of the errors ends all work of this process on the device."""
     for error in errors:
-        if _is_fatal(error):
+        if _is_fatal(error, device):
             raise DeviceLostError(
                 f"the device is lost to this process ({reason(error)}); what is measured is kept, "
                 "and a new process goes on behind this case: --resume --out FOLDER"
             )
 
 
-def _is_fatal(error: Exception) -> bool:
-    """Whether CUDA raised it, in whose context nothing works from then on.
-
-    Running out of memory is another error, after which the device goes on.
-    """
-    if isinstance(error, torch.OutOfMemoryError):
-        return False
+def _is_fatal(error: Exception, device: torch.device | str) -> bool:
+    """Whether CUDA raised it, and nothing works on the device from then on."""
     of_cuda = getattr(torch, "AcceleratorError", ())  # torch 2.8 brought it
-    return isinstance(error, of_cuda) or any(words in str(error) for words in _FATAL)
+    suspect = isinstance(error, of_cuda) or any(words in str(error) for words in _FATAL)
+    return suspect and not _computes(device)
+
+
+def _computes(device: torch.device | str) -> bool:
+    """Whether a device still does."""
+    try:
+        return float(torch.ones(1, device=device).sum()) == 1
+    except RuntimeError:
+        return False
 
 
 def reason(error: Exception) -> str:

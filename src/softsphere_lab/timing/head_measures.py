@@ -105,9 +105,9 @@ def head_measures(
         try:
             value: float | str = parts[measure]()
         except Exception as error:  # libraries raise all sorts, and the others are to stay
-            value = _reason(error)
-        head.forget()
+            value = _reason(error, of_capture=measure == CAPTURED)
         yield Found(measure, value)
+        head.forget()  # after that, since PyTorch may not be able to once a capture has failed
 
 
 @dataclass(frozen=True)
@@ -186,9 +186,9 @@ class _Head:
         return self.hidden.grad, self.weight.grad[self.target[:64]]
 
 
-def _reason(error: BaseException) -> str:
-    """The first line of the first error, since the end of a capture raises another one."""
-    while error.__context__ is not None:
+def _reason(error: BaseException, *, of_capture: bool) -> str:
+    """The first line of an error; of a capture that of the first one, since its end raises more."""
+    while of_capture and error.__context__ is not None and not error.__suppress_context__:
         error = error.__context__
     return f"{type(error).__name__}: {error}".splitlines()[0][:120]
 

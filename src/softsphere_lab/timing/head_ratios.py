@@ -32,35 +32,44 @@ def label(head: str, name: str) -> str:
 def fastest_exact_softmax(rows: Sequence[Cells]) -> Iterator[Row]:
     """The softmax that is the fastest of each head, and how many times our engines it takes.
 
-    Both are compared as Python runs them, captured as a graph, and each at its best.
+    Both are compared as Python runs them, captured as a graph, and each at its best, once every
+    softmax that counts has been measured or left out.
     """
     heads: dict[tuple[str, Setting], list[Cells]] = {}
     for row in rows:
         head = row["layer"].partition(": ")[0]
         heads.setdefault((head, Setting(row["D"], row["d"], row["m"])), []).append(row)
     for (head, setting), measured in heads.items():
-        exact = [
+        exact = {
             name for name, peer in GPU_SOFTMAX.items() if peer.is_exact(IN_FLOAT32 not in head)
-        ]
+        }
+        if not exact <= {_name(row["layer"]) for row in measured}:
+            continue
         for how, counted in COUNTED.items():
             times = _least(measured, counted)
-            theirs = [name for name in exact if label(head, name) in times]
+            theirs = exact & times.keys()
             if not theirs:
                 continue
-            best = min(theirs, key=lambda name: times[label(head, name)])
+            best = min(theirs, key=times.__getitem__)
             yield Row(f"{head}: {FASTEST}", setting, f"is{how}", best)
             for engine in OURS:
-                own = times.get(label(head, engine))
-                if own:
-                    ratio = times[label(head, best)] / own
+                if engine in times:
+                    ratio = times[best] / times[engine]
                     yield Row(label(head, engine), setting, f"times the {FASTEST}{how}", ratio)
 
 
+def _name(layer: str) -> str:
+    """The name of the layer with this label, whatever version its package had."""
+    name = layer.partition(": ")[2]
+    known = [each for each in (*OURS, *GPU_SOFTMAX) if f"{name} ".startswith(f"{each} ")]
+    return max(known, key=len, default=name)
+
+
 def _least(rows: Sequence[Cells], counted: Sequence[str]) -> dict[str, float]:
-    """The least of these times of each layer."""
+    """The least of these times of each layer, by its name."""
     least: dict[str, float] = {}
     for row in rows:
         if row["measure"] in counted:
-            layer = row["layer"]
-            least[layer] = min(least.get(layer, math.inf), float(row["value"]))
+            name = _name(row["layer"])
+            least[name] = min(least.get(name, math.inf), float(row["value"]))
     return least

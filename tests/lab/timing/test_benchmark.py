@@ -257,6 +257,27 @@ def test_no_process_is_started_for_a_peer_that_is_missing(heads, monkeypatch):
     assert len(heads.rows("gram")) == 6 and started == ["gram"]
 
 
+def test_a_peer_that_was_missing_is_looked_for_again(tmp_path, heads):
+    """A package may have been installed since; what was measured stays."""
+    there = []
+
+    def listed(_):
+        def peer():
+            if there:
+                yield Row("peer", SETTING, "milliseconds", 2.0)
+            else:
+                yield left_out("peer", SETTING, "it is not installed", again=True)
+
+        return [Case("own", lambda: [Row("own", SETTING, "milliseconds", 1.0)]), Case("peer", peer)]
+
+    folder = tmp_path / "run"
+    for values in (["1", "it is not installed"], ["1", "2"], ["1", "2"]):
+        given = ["--out", str(folder), "--resume"]
+        assert run("x.py", "", listed, arguments=given) == 0
+        assert [row["value"] for row in read_table(folder / "table.csv")] == values
+        there.append(True)
+
+
 def test_a_softmax_that_this_pytorch_lacks_is_left_out_on_a_cpu_as_well(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
     module = importlib.import_module("gram_vs_softmax")

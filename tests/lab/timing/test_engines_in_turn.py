@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from softsphere_lab.timing import engines_in_turn
+from softsphere_lab.timing import engines_in_turn, failures
 from softsphere_lab.timing.benchmark import Case, Row, read_table, run
 from softsphere_lab.timing.engines_in_turn import Place, compared
 from softsphere_lab.timing.setting import Setting
@@ -112,6 +112,15 @@ def test_a_size_at_which_every_engine_raises_has_no_best_one(monkeypatch):
     assert [row.measure for row in rows] == ["left out"] * 5 + ["is"]
 
 
+@pytest.mark.parametrize("name", ["gram", "auto"])
+def test_an_error_of_cuda_after_which_the_device_computes_leaves_out_one_engine(monkeypatch, name):
+    raising(monkeypatch, name, RuntimeError("CUDA error: misaligned address"))
+    rows = list(compared(TINY, PLACE))
+    assert [row.layer for row in rows if row.measure == "left out"] == [name]
+    others = {other for other in PLACE.contestants(TINY) if other != name}
+    assert {row.layer for row in rows if row.measure == "seconds"} == others
+
+
 LOST = [
     RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"),
     RuntimeError("CUDA error: device-side assert triggered\nCompile with"),
@@ -131,6 +140,7 @@ def test_a_lost_device_ends_the_process_and_the_case_is_passed_by_the_next(
     folder = str(tmp_path / "run")
     with monkeypatch.context() as patch:
         raising(patch, "gram", error, calls=1)
+        patch.setattr(failures, "_computes", lambda device: False)
         assert run("x.py", "", listed, arguments=["--out", folder]) == 2
     (said,) = capsys.readouterr().err.splitlines()
     assert said.startswith("x.py: error: first: the device is lost") and "--resume" in said

@@ -121,6 +121,38 @@ def test_a_call_that_cannot_be_captured_says_why():
     assert found[MILLISECONDS] > 0 and found[WITH_ADAMW] > 0
 
 
+def test_the_reason_of_a_failed_capture_outlives_what_fails_after_it(monkeypatch):
+    """PyTorch may not be able to free memory then."""
+    failed = []
+
+    def capture(call):
+        failed.append(True)
+        raise RuntimeError("no capture")
+
+    def forget(head):
+        if failed:
+            raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
+
+    monkeypatch.setattr(measures._Head, "forget", forget)
+    found = []
+    with pytest.raises(RuntimeError, match="INTERNAL ASSERT"):
+        found.extend(head_measures("softmax", SETTING, SHORT, "cpu", capture=capture))
+    assert found[-1] == (CAPTURED, "RuntimeError: no capture")
+
+
+def test_the_reason_is_that_of_the_error_and_not_of_what_was_tried_before():
+    def raised(error):
+        try:
+            {}["k"]
+        except KeyError:
+            raise error  # noqa: B904
+
+    for of_capture, told in ((False, "RuntimeError: no room"), (True, "KeyError: 'k'")):
+        with pytest.raises(RuntimeError) as caught:
+            raised(RuntimeError("no room"))
+        assert measures._reason(caught.value, of_capture=of_capture) == told
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="captures a CUDA graph")
 @pytest.mark.parametrize("name", [*OURS, "softmax"])
 def test_a_gpu_captures_a_head(name):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from softsphere_lab.timing import softmax_peers
-from softsphere_lab.timing.benchmark import Row
+from softsphere_lab.timing.benchmark import Row, left_out
 from softsphere_lab.timing.head_measures import CAPTURED, MILLISECONDS
 from softsphere_lab.timing.head_ratios import FASTEST, fastest_exact_softmax, label
 from softsphere_lab.timing.setting import Setting
+from softsphere_lab.timing.softmax_peers import GPU_SOFTMAX
 
 SETTING = Setting(D=10, d=4, m=2)
 
@@ -19,7 +20,11 @@ def ratios(times, head="Gemma"):
         for measure, value in zip((MILLISECONDS, CAPTURED), both, strict=True)
         if value is not None
     ]
-    rows.append(Row(f"{head}: softmax", SETTING, "left out", "no room").cells())
+    rows += [
+        left_out(label(head, name), SETTING, "no room").cells()
+        for name in GPU_SOFTMAX
+        if name not in times
+    ]
     found = {}
     for row in fastest_exact_softmax(rows):
         assert row.setting == SETTING
@@ -69,15 +74,37 @@ def test_a_peer_is_found_by_its_version(monkeypatch):
     assert found["Gemma: gram", f"times the {FASTEST}"] == 1.5
 
 
+def test_the_version_of_a_package_that_was_replaced_since_does_not_matter(monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(softmax_peers, "version", lambda package: "1.2")
+        rows = [
+            Row(label("Gemma", name), SETTING, MILLISECONDS, 6.0).cells() for name in GPU_SOFTMAX
+        ]
+    rows.append(Row("Gemma: gram", SETTING, MILLISECONDS, 4.0).cells())
+    assert [row.value for row in fastest_exact_softmax(rows) if row.layer == "Gemma: gram"]
+
+
+def test_a_table_that_lacks_an_exact_softmax_has_no_ratios_yet():
+    names = ("gram", *GPU_SOFTMAX)
+    rows = [Row(label("Gemma", name), SETTING, MILLISECONDS, 4.0).cells() for name in names]
+    assert list(fastest_exact_softmax(rows))
+    for name in ("softmax", "Liger, float32 sums", "softmax, chunks of 2048 rows"):
+        some = [row for row in rows if row["layer"] != label("Gemma", name)]
+        assert not list(fastest_exact_softmax(some))
+    # one that is not exact does not matter
+    some = [row for row in rows if row["layer"] != label("Gemma", "cut cross-entropy")]
+    assert list(fastest_exact_softmax(some))
+
+
 def test_without_an_exact_softmax_there_is_no_ratio():
     assert not ratios({"gram": (4.0, 2.0), "cut cross-entropy": (2.0, 2.0)})
 
 
 def test_each_setting_of_a_head_has_ratios_of_its_own():
     rows = [
-        Row(label("Gemma", name), Setting(D=10, d=4, m=m), MILLISECONDS, float(value)).cells()
+        Row(label("Gemma", name), Setting(D=10, d=4, m=m), MILLISECONDS, value).cells()
         for m in (2, 3)
-        for name, value in (("gram", m), ("softmax", 6))
+        for name, value in (("gram", float(m)), *((name, 6.0) for name in GPU_SOFTMAX))
     ]
     found = [row.value for row in fastest_exact_softmax(rows) if row.layer == "Gemma: gram"]
     assert found == [3.0, 3.0, 2.0, 2.0]

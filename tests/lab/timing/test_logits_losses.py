@@ -30,7 +30,9 @@ def script(monkeypatch):
 def options(script, *given):
     parser = argparse.ArgumentParser()
     script.add_options(parser)
-    return argparse.Namespace(**vars(parser.parse_args(given)), smoke=False, record=False)
+    return argparse.Namespace(
+        **vars(parser.parse_args(given)), smoke=False, record=False, minutes=None
+    )
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

@@ -86,6 +86,22 @@ def test_a_bfloat16_weight_is_read_whole_and_never_copied(monkeypatch):
     assert used == [torch.bfloat16] * 9
 
 
+@pytest.mark.parametrize("m", [0, 1, 7, 8, 20])
+def test_rows_that_are_multiplied_in_pieces(m, monkeypatch):
+    as_on_a_gpu(monkeypatch)
+    monkeypatch.setattr(moment_gradients, "_FEWEST", 7)
+    monkeypatch.setattr(moment_gradients, "_AT_ONCE", 1)
+    sizes, scaled = [], moment_gradients._scaled
+    monkeypatch.setattr(
+        moment_gradients, "_scaled", lambda H, x: sizes.append(len(H)) or scaled(H, x)
+    )
+    H, gq = torch.randn(m, 5).bfloat16(), torch.rand(m)
+    found = moment_gradients._of_rows(H, gq, torch.float32)
+    exact = (H.double() * gq.double().unsqueeze(1)).mT @ H.double()
+    torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-4)
+    assert sizes == {0: [0], 1: [1], 7: [7], 8: [4, 4], 20: [7, 7, 6]}[m]
+
+
 @pytest.mark.parametrize("size", [1e-12, 1e12])
 def test_rounding_to_float16_neither_vanishes_nor_overflows(size):
     A = size * torch.rand(4, 4)

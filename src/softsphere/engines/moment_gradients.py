@@ -62,7 +62,8 @@ def _of_rows(H: Tensor, gq: Tensor, dtype: torch.dtype) -> Tensor:
     scale, eps = largest(gq), torch.finfo(H.dtype).eps
     scaled = fused_rows.scaled if fused_rows.usable(H) else _scaled
     total = gq.new_zeros(d, d, dtype=dtype)
-    rows = max(_FEWEST, _AT_ONCE // (2 * max(d, 1)))
+    most = max(_FEWEST, _AT_ONCE // (2 * max(d, 1)))
+    rows = -(-len(H) // max(1, -(-len(H) // most)))  # in pieces of one size
     for h, factor in zip(H.split(rows), (gq / scale).split(rows), strict=True):
         parts = scaled(h, factor)
         total += upper_product(h, parts[:, :d], dtype)

@@ -45,7 +45,7 @@ COMPILED = f"{REFERENCE}, compiled"
 # outputs have no width
 ON_GPU = tuple(Setting(D=D, d=0, m=m) for m, D in ((8192, 50257), (4096, 128256), (4096, 256000)))
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-# A size takes a minute or so, most of which is for the compiler.
+# Of eight; the compiler is asked for every loss at each size, also at the last one that is begun.
 MINUTES_ON_GPU = 6.0
 
 

@@ -20,8 +20,8 @@ from softsphere.rounding import above_rounding, error_of_sum, spread_of_equals
 
 __all__ = ["CHUNKED", "tile"]
 
-# Rows and classes of a tile: products of this size run at full speed whatever m, D and d are. On a
-# GPU a tile takes longer to compute than to launch, and has 128 MiB in float32.
+# Rows and classes of a tile: products of this size run at full speed whatever m, D and d are. A
+# GPU, where each operation of a tile has to be launched, has fewer tiles, of 128 MiB in float32.
 _ROWS, _CLASSES, _CLASSES_ON_GPU = 1024, 4096, 32_768
 
 

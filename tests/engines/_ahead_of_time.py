@@ -67,7 +67,8 @@ def launch_all(m: int, D: int, d: int, K: int, dtype: torch.dtype, bias: bool) -
     P, row, each = (torch.zeros(*size, dtype=wide) for size in ((m, d), (m,), (m, K)))
     fused_rows.sums(x, P, at)
     fused_rows.hidden_gradient(x, P, at, row, each, row if bias else None)
-    fused_rows.scaled(H, row)
+    if dtype in (torch.float16, torch.bfloat16):
+        fused_rows.in_parts(H, None, row, H.new_zeros(m, 2 * d), torch.finfo(dtype).eps)
     out = torch.zeros(D, 2 * d, dtype=torch.bfloat16)
     fused_rows.in_parts(W, at.shift[:d], None if bias else W[:, 0].to(wide), out)
     fused_rows.add_target_rows(W, H, x.target, each)

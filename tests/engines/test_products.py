@@ -91,9 +91,9 @@ def test_rows_that_are_multiplied_in_pieces(m, monkeypatch):
     as_on_a_gpu(monkeypatch)
     monkeypatch.setattr(moment_gradients, "_FEWEST", 7)
     monkeypatch.setattr(moment_gradients, "_AT_ONCE", 1)
-    sizes, scaled = [], moment_gradients._scaled
+    sizes, parts = [], moment_gradients.parts
     monkeypatch.setattr(
-        moment_gradients, "_scaled", lambda H, x: sizes.append(len(H)) or scaled(H, x)
+        moment_gradients, "parts", lambda H, *given: sizes.append(len(H)) or parts(H, *given)
     )
     H, gq = torch.randn(m, 5).bfloat16(), torch.rand(m)
     found = moment_gradients._of_rows(H, gq, torch.float32)

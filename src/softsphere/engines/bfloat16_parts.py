@@ -26,6 +26,9 @@ out; it is 2⁻¹⁹ of the diagonal of S on average, and 2⁻¹⁶ at most.
   products at the precision that is set: nothing multiplies their errors, and three products of
   parts would take 1.5 times as long as one in TF32.
 
+Rows of half precision that are multiplied with factors of their own, g_q h, are written as the sum
+of two parts by the same functions, in their own dtype.
+
 On a GPU the parts are stored as bfloat16. On a CPU they are float32 numbers that have the digits of
 bfloat16, so that a float32 product, which oneDNN may round to bfloat16, leaves them as they are.
 """
@@ -62,25 +65,31 @@ def parts_room(x: Tensor, rows: int, count: int) -> Tensor:
 
 
 def parts(
-    x: Tensor, room: Tensor, shift: Tensor | None = None, factor: Tensor | None = None
+    x: Tensor,
+    room: Tensor,
+    shift: Tensor | None = None,
+    factor: Tensor | None = None,
+    eps: float = 1.0,
 ) -> Tensor:
     """The parts of factor_i (x_i − shift), side by side: (n, count · d) for x (n, d).
 
-    They are written into the first rows of `room` (…, count · d).
+    They are written into the first rows of `room` (…, count · d), and are float16 numbers if it is
+    of float16. The second part is that over eps, which keeps digits that float16 would lose.
     """
     out = room[: len(x)]
-    if fused_rows.usable(x):
-        fused_rows.in_parts(x, shift, factor, out)
-    else:
-        _write_parts(x, shift, factor, out)
+    write = fused_rows.in_parts if fused_rows.usable(x) else _write_parts
+    write(x, shift, factor, out, eps)
     return out
 
 
-def _write_parts(x: Tensor, shift: Tensor | None, factor: Tensor | None, out: Tensor) -> None:
+def _write_parts(
+    x: Tensor, shift: Tensor | None, factor: Tensor | None, out: Tensor, eps: float = 1.0
+) -> None:
+    kind = torch.float16 if out.dtype == torch.float16 else torch.bfloat16
     d, x = x.shape[1], x.float()
     x = x if shift is None else x - shift
     x = x if factor is None else x * factor.unsqueeze(1)
     high = out[:, :d]
-    high.copy_(x.bfloat16())
+    high.copy_(x.to(kind))
     if out.shape[1] > d:
-        out[:, d:].copy_((x - high).bfloat16())
+        out[:, d:].copy_(((x - high) / eps).to(kind))

@@ -20,7 +20,7 @@ from softsphere.engines.engine import Inputs
 if TYPE_CHECKING:  # moments.py calls these passes
     from softsphere.engines.moments import Moments
 
-__all__ = ["add_target_rows", "hidden_gradient", "in_parts", "scaled", "sums", "usable"]
+__all__ = ["add_target_rows", "hidden_gradient", "in_parts", "sums", "usable"]
 
 _INSTALLED = find_spec("triton") is not None
 # Columns of a row that a program reads at once, and the rows and columns where it reads several.
@@ -36,7 +36,8 @@ def usable(x: Tensor) -> bool:
 def _runs_on(device: torch.device) -> bool:
     """Whether a kernel can be built there, for which Triton needs a C compiler."""
     try:
-        scaled(torch.ones(1, 1, device=device), torch.ones(1, device=device))
+        one = torch.ones(1, 1, device=device)
+        in_parts(one, None, None, one.clone())
     except torch.OutOfMemoryError:  # a later call may find room
         raise
     except Exception as error:  # those of Triton, of the compiler and of the driver
@@ -136,32 +137,16 @@ def hidden_gradient(
     return out
 
 
-def scaled(H: Tensor, factor: Tensor) -> Tensor:
-    """The parts [a b] (m, 2 d) of factor_i h_i = a + eps b in the dtype of H.
-
-    The factors (m) are in float32 or wider, and eps is that of H.
-    """
-    (m, d) = H.shape
-    out = H.new_empty(m, 2 * d)
-    if m:
-        with torch.cuda.device_of(H):
-            _kernels().scaled_rows_kernel[(m,)](
-                H,
-                factor.contiguous(),
-                out,
-                d,
-                *H.stride(),
-                EPS=torch.finfo(H.dtype).eps,
-                **_options(factor.dtype, d),
-            )
-    return out
-
-
-def in_parts(x: Tensor, shift: Tensor | None, factor: Tensor | None, out: Tensor) -> None:
+def in_parts(
+    x: Tensor, shift: Tensor | None, factor: Tensor | None, out: Tensor, eps: float = 1.0
+) -> None:
     """Writes the parts of factor_i (x_i − shift) into `out`: (n, d) or (n, 2 d) for x (n, d).
 
-    The first d columns are rounded to bfloat16, and so is what they leave, in the last d columns.
+    The first d columns are rounded to half precision, bfloat16 where `out` is wider, and so is what
+    they leave over eps, in the last d columns.
     """
+    import triton.language as tl
+
     n, d = x.shape
     options = {k: v for k, v in _options(torch.float32, d).items() if k != "ACC"}
     rows = max(1, _COLUMNS // options["BD"])
@@ -175,6 +160,8 @@ def in_parts(x: Tensor, shift: Tensor | None, factor: Tensor | None, out: Tensor
                 n,
                 d,
                 *x.stride(),
+                KIND=tl.float16 if out.dtype == torch.float16 else tl.bfloat16,
+                EPS=eps,
                 PARTS=out.shape[1] // max(d, 1),
                 BR=rows,
                 **options,

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from softsphere.engines import fused_rows
+from softsphere.engines.bfloat16_parts import parts
 from softsphere.engines.chunk_sums import upper_product
 from softsphere.engines.engine import Gradients, Inputs
 from softsphere.engines.moments import Moments, read_as_is, symmetric
@@ -60,22 +60,15 @@ def _of_rows(H: Tensor, gq: Tensor, dtype: torch.dtype) -> Tensor:
         H = H.to(dtype)
         return symmetric(upper_product(H, H * gq.unsqueeze(1), dtype))
     scale, eps = largest(gq), torch.finfo(H.dtype).eps
-    scaled = fused_rows.scaled if fused_rows.usable(H) else _scaled
     total = gq.new_zeros(d, d, dtype=dtype)
     most = max(_FEWEST, _AT_ONCE // (2 * max(d, 1)))
     rows = -(-len(H) // max(1, -(-len(H) // most)))  # in pieces of one size
+    room = H.new_empty(rows, 2 * d)
     for h, factor in zip(H.split(rows), (gq / scale).split(rows), strict=True):
-        parts = scaled(h, factor)
-        total += upper_product(h, parts[:, :d], dtype)
-        total.add_(upper_product(h, parts[:, d:], dtype), alpha=eps)
+        X = parts(h, room, None, factor, eps)
+        total += upper_product(h, X[:, :d], dtype)
+        total.add_(upper_product(h, X[:, d:], dtype), alpha=eps)
     return symmetric(total).mul_(scale)
-
-
-def _scaled(H: Tensor, factor: Tensor) -> Tensor:
-    """`fused_rows.scaled` by operations of PyTorch."""
-    wide = H * factor.unsqueeze(1)
-    high = wide.to(H.dtype)
-    return torch.cat([high, ((wide - high) / torch.finfo(H.dtype).eps).to(H.dtype)], 1)
 
 
 def weight_gradients(
@@ -185,14 +178,14 @@ def _write_at_targets(
     """Writes the rows of the targets with all digits of A, and what the targets add to them."""
     W, b, (D, d) = x.W, x.b, x.W.shape
     A = 2 * small[0]
-    parts = in_parts(A[:d, :d], W.dtype)
-    A[:d, :d] = parts.whole(A.dtype)  # what the common part of the rows is multiplied with, too
+    low = in_parts(A[:d, :d], W.dtype)
+    A[:d, :d] = low.whole(A.dtype)  # what the common part of the rows is multiplied with, too
     v = _without_rest(small[1], at, A)[:d]
     classes = torch.cat([rows.target.flatten() for rows in targets])
     # either way no more than D of them
     classes = classes.sort().values if len(classes) < D else torch.arange(D, device=W.device)
     for some in classes.split(max(1, _AT_ONCE // max(d, 1))):
-        G = parts.after(W[some], A.dtype).add_(v)
+        G = low.after(W[some], A.dtype).add_(v)
         if b is not None:
             G.addr_(b[some].to(G.dtype), A[d, :d])
         for rows in targets:
@@ -206,10 +199,10 @@ def _write_bias_as_is(out: Tensor, x: Inputs, at: Moments, small: tuple[Tensor, 
     assert x.b is not None
     d = x.W.shape[1]
     A = 2 * small[0]
-    parts = in_parts(A[:d, d:], x.W.dtype)
-    A[:d, d:] = parts.whole(A.dtype)
+    low = in_parts(A[:d, d:], x.W.dtype)
+    A[:d, d:] = low.whole(A.dtype)
     torch.mul(x.b.double(), A[d, d], out=out)
-    out += parts.after(x.W, A.dtype).squeeze(1)
+    out += low.after(x.W, A.dtype).squeeze(1)
     out += _without_rest(small[1], at, A)[d]
 
 

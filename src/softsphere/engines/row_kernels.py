@@ -14,7 +14,6 @@ import triton.language as tl
 __all__ = [
     "hidden_gradient_kernel",
     "parts_kernel",
-    "scaled_rows_kernel",
     "sums_kernel",
     "target_rows_kernel",
 ]
@@ -113,23 +112,6 @@ def hidden_gradient_kernel(
 
 
 @triton.jit
-def scaled_rows_kernel(
-    H, factor, out, d, stride_hm, stride_hd, EPS: tl.constexpr, ACC: tl.constexpr, BD: tl.constexpr
-):
-    """out_i = [a b] with a + EPS b = factor_i h_i, to rounding."""
-    i = tl.program_id(0).to(tl.int64)
-    by = tl.load(factor + i)
-    for start in range(0, d, BD):
-        j = (start + tl.arange(0, BD)).to(tl.int64)
-        there = j < d
-        h = tl.load(H + i * stride_hm + j * stride_hd, there, 0.0).to(ACC)
-        high = (by * h).to(out.dtype.element_ty)
-        tl.store(out + i * (2 * d) + j, high, there)
-        low = (by * h - high.to(ACC)) / EPS
-        tl.store(out + i * (2 * d) + d + j, low.to(out.dtype.element_ty), there)
-
-
-@triton.jit
 def parts_kernel(
     X,
     shift,
@@ -139,11 +121,13 @@ def parts_kernel(
     d,
     stride_xm,
     stride_xd,
+    KIND: tl.constexpr,
+    EPS: tl.constexpr,
     PARTS: tl.constexpr,
     BD: tl.constexpr,
     BR: tl.constexpr,
 ):
-    """out_i = [a b] or [a]: bfloat16 numbers with a + b = x, to rounding.
+    """out_i = [a b] or [a]: numbers of KIND with a + EPS b = x, to rounding.
 
     x = factor_i (X_i − shift). A program has BR rows.
     """
@@ -157,10 +141,10 @@ def parts_kernel(
             x -= tl.load(shift + j, j < d, 0.0)
         if factor is not None:
             x *= tl.load(factor + i, i < n, 0.0)
-        high = x.to(tl.bfloat16)
+        high = x.to(KIND)
         tl.store(row + j, high.to(out.dtype.element_ty), there)
         if PARTS == 2:
-            low = (x - high.to(tl.float32)).to(tl.bfloat16)
+            low = ((x - high.to(tl.float32)) / EPS).to(KIND)
             tl.store(row + d + j, low.to(out.dtype.element_ty), there)
 
 

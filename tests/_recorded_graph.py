@@ -37,7 +37,7 @@ def pretend_a_gpu(monkeypatch) -> None:
             for question, answer in ANSWERS.items():
                 if hasattr(module, question):
                     monkeypatch.setattr(module, question, lambda *_, answer=answer: answer)
-    monkeypatch.setattr(captured, "_Graph", RecordedGraph)
+    monkeypatch.setattr(captured, "Graph", RecordedGraph)
 
 
 class RecordedGraph(TorchDispatchMode):

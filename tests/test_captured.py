@@ -16,9 +16,9 @@ from softsphere import (
     ClusteredLoss,
     FactoredSphericalLoss,
     LinearSphericalLoss,
+    cuda_graph,
     optim,
 )
-from softsphere import captured as module
 from softsphere.matrix import SingularStepError
 from softsphere.matrix.replay import Replay
 from softsphere.optim import FactoredSGD
@@ -556,7 +556,7 @@ def streams(monkeypatch):
         finally:
             entered.remove(x)
 
-    monkeypatch.setattr(module, "_side_stream", lambda device: "side")
+    monkeypatch.setattr(cuda_graph, "_side_stream", lambda device: "side")
     monkeypatch.setattr(torch.cuda, "stream", stream)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
@@ -572,8 +572,8 @@ def test_a_capture_that_does_not_end_in_order_says_so_and_leaves_the_stream(
     error, streams, monkeypatch
 ):
     monkeypatch.setattr(torch.cuda, "graph", Capture(ends=False))
-    graph = module._Graph(torch.device("cpu"))
-    with pytest.raises(module._LostCaptureError, match="start a new process") as told:
+    graph = cuda_graph.Graph(torch.device("cpu"))
+    with pytest.raises(cuda_graph.LostCaptureError, match="start a new process") as told:
         graph.record(lambda: error and fails(error))
     said = "during capture" if error is None else "when stream is capturing"
     assert said in str(told.value) and not streams
@@ -583,7 +583,7 @@ def test_a_capture_that_does_not_end_in_order_says_so_and_leaves_the_stream(
 def test_what_train_raises_in_a_capture_that_ends_in_order_is_raised(error, streams, monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph", Capture(ends=True))
     with pytest.raises(type(error), match=r"^of train$"):
-        module._Graph(torch.device("cpu")).record(lambda: fails(error))
+        cuda_graph.Graph(torch.device("cpu")).record(lambda: fails(error))
     assert not streams
 
 
@@ -593,9 +593,9 @@ def test_after_a_lost_capture_none_is_tried(monkeypatch):
 
     def lost(self, function):
         tried.append(self)
-        raise module._LostCaptureError("start a new process")
+        raise cuda_graph.LostCaptureError("start a new process")
 
-    monkeypatch.setattr(module._Graph, "record", lost)
+    monkeypatch.setattr(RecordedGraph, "record", lost)
     mine = model()
     step = CapturedStep(step_of(*mine), mine[2], *batch(0))
     for _ in range(2):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from softsphere.cuda_graph import Graph, LostCaptureError
 from softsphere.matrix import FactoredTensor, SingularStepError
 from softsphere.matrix.factored_matrix import FactoredMatrix
 from softsphere.matrix.interrupts import uninterrupted
@@ -119,7 +119,7 @@ class CapturedStep:
         """Takes a step with these inputs, and returns copies of what `train` returns."""
         self._check(inputs)
         if self._lost is not None:
-            raise _LostCaptureError(self._lost)
+            raise LostCaptureError(self._lost)
         matrices = self._matrices()
         with torch.no_grad():
             for static, given in zip(self._inputs, inputs, strict=True):
@@ -137,7 +137,7 @@ class CapturedStep:
         # Elimination asks a library that need not allow a capture. It is for few steps in a row.
         eliminates = any(not matrix.watch.products for matrix in matrices)
         if self._calls <= _WARM_UP or now != self._left or eliminates:
-            outputs = _copied(_Graph.warmed_up(lambda: self._train(*self._inputs), self._device))
+            outputs = _copied(Graph.warmed_up(lambda: self._train(*self._inputs), self._device))
             self._left = self._held(matrices)
             return outputs
         with uninterrupted():
@@ -162,13 +162,13 @@ class CapturedStep:
         return outputs
 
     def _capture(self, matrices: list[FactoredMatrix]) -> None:
-        graph = _Graph(self._device)
+        graph = Graph(self._device)
         with ExitStack() as stack:
             for matrix in matrices:
                 stack.enter_context(Replay(matrix).recorded())
             try:
                 outputs = graph.record(lambda: self._train(*self._inputs))
-            except _LostCaptureError as error:
+            except LostCaptureError as error:
                 self._lost = str(error)
                 raise
         # an autograd graph that lives on would tie later steps to the stream of the capture
@@ -242,77 +242,6 @@ class CapturedStep:
                     held.append((_place(p), *((name, _place(x)) for name, x in state.items())))
         # last, since it may wait for the step before
         return *held, *(Replay(matrix).before() for matrix in matrices)
-
-
-class _LostCaptureError(RuntimeError):
-    """A capture that did not end in order, after which PyTorch may fail at the next one."""
-
-
-class _Graph:
-    """A CUDA graph of what a function launches on a device."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.graph = torch.cuda.CUDAGraph()
-
-    @staticmethod
-    def warmed_up(function: Callable[[], Outputs], device: torch.device) -> Outputs:
-        """Runs a function on a side stream, as it must have been before it is recorded."""
-        stream, current = _side_stream(device), torch.cuda.current_stream(device)
-        stream.wait_stream(current)
-        try:
-            with torch.cuda.stream(stream):
-                return function()
-        finally:
-            current.wait_stream(stream)  # also where a step was refused
-
-    def record(self, function: Callable[[], Outputs]) -> Outputs:
-        """Records what a function launches, and returns the tensors that a replay will fill.
-
-        Raises _LostCaptureError if the capture does not end in order, as where the function waits
-        for the device, and what the function raises if it does.
-        """
-        stream, raised = _side_stream(self.device), []
-
-        def run() -> Outputs:
-            try:
-                return function()
-            except BaseException as error:
-                raised.append(error)
-                raise
-
-        try:
-            with (
-                torch.cuda.device(self.device),
-                # PyTorch's capture stays on its stream if it does not end in order
-                torch.cuda.stream(stream),
-                torch.cuda.graph(
-                    self.graph,
-                    stream=stream,
-                    # what other threads do, such as one that pins the batches of a DataLoader, is
-                    # no part of the capture and must not end it
-                    capture_error_mode="thread_local",
-                ),
-            ):
-                return run()
-        except RuntimeError as error:
-            if error in raised:
-                raise
-            first = raised[0] if raised else error
-            raise _LostCaptureError(
-                "the step could not be captured, since train reads a value on the device, or does "
-                f"something else that no CUDA graph can hold: {first}. Mend train, and start a new "
-                "process: PyTorch may not capture again in this one"
-            ) from first
-
-    def replay(self) -> None:
-        self.graph.replay()
-
-
-@functools.cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream of a device on which steps warm up and are recorded, so that they share memory."""
-    return torch.cuda.Stream(device)
 
 
 def check_taken(optimizers: Sequence[torch.optim.Optimizer]) -> None:

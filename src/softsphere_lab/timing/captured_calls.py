@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from softsphere.cuda_graph import Graph
+
 __all__ = ["Capture", "captured_on_cuda"]
 
 Call = Callable[[], Any]
@@ -25,13 +27,9 @@ def captured_on_cuda(call: Call) -> Call:
 
     Raises RuntimeError if the call reads a value from the device, or memory does not suffice.
     """
-    side, current = torch.cuda.Stream(), torch.cuda.current_stream()
-    side.wait_stream(current)
-    with torch.cuda.stream(side):
-        for _ in range(_WARM_UP):
-            call()
-    current.wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
-        call()
+    device = torch.device("cuda", torch.cuda.current_device())
+    for _ in range(_WARM_UP):
+        Graph.warmed_up(call, device)
+    graph = Graph(device)
+    graph.record(call)
     return graph.replay

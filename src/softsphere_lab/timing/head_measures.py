@@ -188,8 +188,11 @@ class _Head:
 
 def _reason(error: BaseException, *, of_capture: bool) -> str:
     """The first line of an error; of a capture that of the first one, since its end raises more."""
-    while of_capture and error.__context__ is not None and not error.__suppress_context__:
-        error = error.__context__
+    while of_capture:
+        before = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+        if before is None:
+            break
+        error = before
     return f"{type(error).__name__}: {error}".splitlines()[0][:120]
 
 

@@ -151,6 +151,9 @@ def test_the_reason_is_that_of_the_error_and_not_of_what_was_tried_before():
         with pytest.raises(RuntimeError) as caught:
             raised(RuntimeError("no room"))
         assert measures._reason(caught.value, of_capture=of_capture) == told
+    with pytest.raises(RuntimeError) as caught:
+        raise RuntimeError("the capture failed") from ValueError("the first")
+    assert measures._reason(caught.value, of_capture=True) == "ValueError: the first"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="captures a CUDA graph")

@@ -36,6 +36,16 @@ def rows_beside(v: torch.Tensor, rows: int = m) -> torch.Tensor:
     return H
 
 
+def errors(ours: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
+    """The relative error of each row of a gradient, but for the last.
+
+    A row whose terms cancel to next to nothing is off by the rounding of these terms, which is
+    measured against 3 % of a typical row.
+    """
+    size = exact.norm(dim=1)
+    return ((ours - exact).norm(dim=1) / size.clamp_min(0.03 * size.median()))[:-1]
+
+
 def measure(weights: torch.Tensor | None) -> torch.Tensor:
     """π of all classes, from weights in proportion to it."""
     if weights is None:
@@ -67,7 +77,7 @@ def test_a_factored_layer_has_the_digits_of_its_outputs(loss, bias, weights, sca
     want.sum().backward()
     torch.testing.assert_close(value.double(), want, rtol=3e-5, atol=0)
     # of the row that is not orthogonal to v much cancels in any order of sums
-    error = ((ours.grad - exact.grad).norm(dim=1) / exact.grad.norm(dim=1))[:-1]
+    error = errors(ours.grad, exact.grad)
     assert error.max() < 2 * EPS * scale
     if isinstance(head.loss, losses.Normalised):
         total = head.log_prob(H, torch.arange(D)).double().exp().sum(1)
@@ -128,7 +138,7 @@ def test_leaves_have_the_digits_of_their_outputs(factor, C, scale, bias, engine)
     value.backward()
     want.backward()
     torch.testing.assert_close(value.double(), want, rtol=1e-5, atol=0)
-    error = ((ours.grad - exact.grad).norm(dim=1) / exact.grad.norm(dim=1))[:-1]
+    error = errors(ours.grad, exact.grad)
     assert error.median() < 2 * EPS * scale
     assert error.max() < 100 * EPS * scale
 

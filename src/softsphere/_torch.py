@@ -27,6 +27,7 @@ __all__ = [
     "backward_is_running",
     "capturable_state",
     "changed_in_place",
+    "copies",
     "data_parallel_in_forward",
     "eager",
     "exporting",
@@ -292,6 +293,13 @@ def sum_of_norms(tensors: tuple[Tensor, ...]) -> Tensor:
 def add_each(tensors: list[Tensor], increments: list[Tensor]) -> None:
     """Adds to each of some tensors in place, on a GPU in one launch if all have one dtype."""
     torch._foreach_add_(tensors, increments)
+
+
+def copies(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Copies of some tensors in a dtype, on a GPU in one launch if all of them have one dtype."""
+    made = [torch.empty_like(x, dtype=dtype) for x in tensors]
+    torch._foreach_copy_(made, tensors)
+    return made
 
 
 def capturable_state(state: dict[str, Any]) -> dict[str, Any]:

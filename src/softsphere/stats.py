@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-__all__ = ["Stats"]
+__all__ = ["Stats", "over_targets"]
 
 
 @dataclass(frozen=True)
@@ -38,3 +38,8 @@ class Stats:
     mass: float | Tensor
     y: Tensor | None = None
     pi: Tensor | None = None
+
+
+def over_targets(x: Tensor, dim: int = -1) -> Tensor:
+    """The sum over the targets of a row, which is without an operation where there is one."""
+    return x.squeeze(dim) if x.shape[dim] == 1 else x.sum(dim)

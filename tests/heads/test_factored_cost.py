@@ -40,7 +40,7 @@ def flops(monkeypatch, num_classes, m, name, **sgd):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_step_costs_nothing_in_classes(name, m, sgd, monkeypatch):
     # How many products the inverse takes depends on the numbers; test_inverse.py bounds them.
-    monkeypatch.setattr(step, "by_few_products", lambda S, share: None)
+    monkeypatch.setattr(step, "by_few_products", lambda K, share: None)
     few, many = (flops(monkeypatch, D, m, name, **sgd) for D in (100, 50_000))
     assert few == many > 0
 

@@ -14,24 +14,28 @@ from softsphere.matrix.inverse import (
 )
 
 
-def near_identity(size, width=30):
-    """I − K with a symmetric K of the norm `size`."""
+def symmetric(size, width=30):
+    """A symmetric K of the norm `size`, which I − K is inverted for."""
     torch.manual_seed(0)
     basis = torch.linalg.qr(torch.randn(width, width, dtype=torch.float64)).Q
     spectrum = torch.linspace(-size / 2, size, width, dtype=torch.float64)
-    return torch.eye(width, dtype=torch.float64) - (basis * spectrum) @ basis.mT
+    return (basis * spectrum) @ basis.mT
+
+
+def identity_less(K):
+    return torch.eye(len(K), dtype=K.dtype) - K
 
 
 @pytest.mark.parametrize("size", [0.0, 0.01, 0.2, 0.3])
 def test_products_for_a_deviation_give_the_inverse(size):
-    S = near_identity(size)
-    deviation = by_elimination(S, measured=True).deviation
-    count = products_for(float(deviation), len(S))
+    K = symmetric(size)
+    deviation = by_elimination(K, measured=True).deviation
+    count = products_for(float(deviation), len(K))
     assert count >= 1
-    found = by_products(S, count)
+    found = by_products(K, count)
     assert bool(found.solved) and found.share == 1
-    torch.testing.assert_close(found.value @ S, torch.eye(30, dtype=torch.float64))
-    torch.testing.assert_close(found.value, by_elimination(S).value, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found.value @ identity_less(K), torch.eye(30, dtype=torch.float64))
+    torch.testing.assert_close(found.value, by_elimination(K).value, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(found.deviation, deviation)
 
 
@@ -39,12 +43,12 @@ def test_products_for_a_deviation_give_the_inverse(size):
 @pytest.mark.parametrize("size", [0.0, 1e-9, 1e-5, 1e-3, 0.02, 0.1])
 def test_few_products_are_as_accurate_as_elimination(size, dtype):
     """The sizes are Frobenius norms, so that the last one is near the largest that is taken."""
-    K = torch.eye(30, dtype=torch.float64) - near_identity(1.0)
-    S = (torch.eye(30, dtype=torch.float64) - size * K / K.norm()).to(dtype)
-    found, eliminated = by_few_products(S, 0.8), by_elimination(S)
+    K = symmetric(1.0)
+    K = (size * K / K.norm()).to(dtype)
+    found, eliminated = by_few_products(K, 0.8), by_elimination(K)
 
     def residual(value):
-        return (value.double() @ S.double() - torch.eye(30, dtype=torch.float64)).norm()
+        return identity_less(value.double() @ identity_less(K.double())).norm()
 
     # the diagonal, near 1, is rounded once
     rounding = torch.finfo(dtype).eps / 2 * 30**0.5
@@ -58,30 +62,30 @@ def test_the_share_of_few_products_is_below_that_of_any_elimination():
     for size in (0.01, 0.05, 0.1):
         for _ in range(20):
             K = torch.randn(12, 12, dtype=torch.float64)
-            S = torch.eye(12, dtype=torch.float64) - size * K / K.norm()
-            assert by_few_products(S, 0.8).share <= by_elimination(S).share
+            K *= size / K.norm()
+            assert by_few_products(K, 0.8).share <= by_elimination(K).share
 
 
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 4), (torch.float64, 8)])
 def test_how_many_products_there_are(dtype, most):
-    S = torch.eye(30, dtype=dtype) - 0.1 * torch.ones(30, 30, dtype=dtype) / 30
+    K = 0.1 * torch.ones(30, 30, dtype=dtype) / 30
     with FlopCounterMode(display=False) as counter:
-        assert by_few_products(S, 0.8) is not None
+        assert by_few_products(K, 0.8) is not None
     assert counter.get_total_flops() == most * 2 * 30**3
 
 
 @pytest.mark.parametrize("size", [0.11, 0.5, 5.0, torch.inf, torch.nan])
 def test_few_products_leave_to_elimination_what_is_far_from_one(size):
     K = torch.ones(30, 30, dtype=torch.float64) / 30
-    assert by_few_products(torch.eye(30, dtype=torch.float64) - size * K, 0.8) is None
+    assert by_few_products(size * K, 0.8) is None
 
 
 @pytest.mark.parametrize("size", [0.9, 1.1, torch.inf, torch.nan])
 def test_products_that_do_not_reach_the_inverse_say_so(size):
-    assert not bool(by_products(near_identity(size), 4).solved)
+    assert not bool(by_products(symmetric(size), 4).solved)
 
 
-@pytest.mark.parametrize("invert", [by_elimination, lambda S: by_products(S, 3)])
+@pytest.mark.parametrize("invert", [by_elimination, lambda K: by_products(K, 3)])
 def test_a_gradient_without_factors_has_an_empty_inverse(invert):
     found = invert(torch.empty(0, 0))
     assert found.value.shape == (0, 0) and float(found.share) == 1
@@ -89,15 +93,15 @@ def test_a_gradient_without_factors_has_an_empty_inverse(invert):
 
 def test_the_number_of_products_allows_for_twice_the_deviation():
     for size in (0.02, 0.1, 0.3, 0.44):
-        S = near_identity(min(2 * size, 0.89))
-        assert bool(by_products(S, products_for(size**2, 30)).solved)
+        K = symmetric(min(2 * size, 0.89))
+        assert bool(by_products(K, products_for(size**2, 30)).solved)
 
 
 def test_where_elimination_is_taken():
     assert products_for(0.46**2, 100) == 0
     assert products_for(float("nan"), 100) == 0 and products_for(float("inf"), 100) == 0
     assert products_for(0.01, 4097) == 0 and products_for(0.01, 4096) > 0
-    assert by_elimination(near_identity(0.1)).deviation is None
+    assert by_elimination(symmetric(0.1)).deviation is None
 
 
 def test_a_matrix_without_rows():

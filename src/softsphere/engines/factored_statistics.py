@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softsphere._torch import values_on_cpu
+from softsphere._torch import copies, values_on_cpu
 from softsphere.engines.products import times
 from softsphere.engines.quadratic_rows import error_of_parts
 from softsphere.engines.sums_of_outputs import SumsOfOutputs, lost_rows
@@ -21,7 +21,7 @@ from softsphere.matrix.factored_matrix import single_matrix
 from softsphere.matrix.gradient import GradientFactors
 from softsphere.matrix.gradient_tensors import Content
 from softsphere.matrix.turns import in_turn
-from softsphere.stats import Stats
+from softsphere.stats import Stats, over_targets
 
 __all__ = ["TWICE", "TWICE_IN_CLUSTERS", "factored_statistics"]
 
@@ -96,7 +96,7 @@ class _FactoredStatistics(torch.autograd.Function):
         if centred:
             return torch.zeros_like(mu), q, c
         s = W.mass * mu
-        return s, q + s * mu, c + mu.unsqueeze(1)
+        return s, torch.addcmul(q, s, mu), c + mu.unsqueeze(1)
 
     @staticmethod
     @in_turn
@@ -113,24 +113,26 @@ class _FactoredStatistics(torch.autograd.Function):
                 "call backward before the optimizer's step, or compute the loss again"
             )
         W, d = matrix.arrays, matrix.arrays.width
-        twice, by_target = 2 * gq.unsqueeze(1), gc.sum(1)
         m, K = target.shape
         of_targets = gc.reshape(m, K, 1) * at_rows.view(m, K, d)
-        of_targets = of_targets.squeeze(1) if K == 1 else of_targets.sum(1)
-        back = torch.addcmul(of_targets, twice, P)
+        twice, by_target, of_targets = 2 * gq, over_targets(gc), over_targets(of_targets, 1)
+        back = torch.addcmul(of_targets, twice.unsqueeze(1), P)
         by_hidden = None
         if ctx.needs_input_grad[0]:
-            by_mean = W.mass * (gs + 2 * gq * mu) + by_target
+            by_mean = torch.add(by_target, torch.addcmul(gs, twice, mu), alpha=W.mass)
             r = W.small("mean")[:d]
             by_hidden = back.clone() if ctx.centred else torch.addr(back, by_mean, r)
         if not ctx.needs_input_grad[1]:
             return by_hidden, None, None, None, None
         # Copies, since the caller may write into these tensors later.
-        rows, x = target.flatten().clone(), gc.flatten().clone()
+        rows = target.flatten().clone()
+        right, x, by_one = copies([H, gc.flatten(), gs], H.dtype)
         if pi is not None:
             x = x / pi.flatten()
         cols = None if K == 1 else torch.arange(m, device=H.device).repeat_interleave(K)
-        by_one = -by_target / W.mass - 2 * gq * mu if ctx.centred else gs.clone()
-        value = GradientFactors(H.clone(), twice * H, by_one, rows, cols, x, back, at_rows)
+        if ctx.centred:
+            by_one = torch.addcmul(by_target / -W.mass, twice, mu, value=-1)
+        L = twice.unsqueeze(1) * H
+        value = GradientFactors(right, L, by_one, rows, cols, x, back, at_rows)
         by_weight = StructuredGradient(Content(value, ctx.block, ctx.edition))
         return by_hidden, by_weight, None, None, None

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from softsphere.stats import Stats
+from softsphere.stats import Stats, over_targets
 
 __all__ = ["Loss", "Normalised", "OnLogits", "Spherical", "less_log_prior"]
 
@@ -88,7 +88,7 @@ class Spherical(Loss, ABC):
         Returns (…).
         """
         each = self.each(x)
-        return (each if x.y is None else x.y * each).sum(-1)
+        return over_targets(each if x.y is None else x.y * each)
 
 
 class Normalised(Spherical):

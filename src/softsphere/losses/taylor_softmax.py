@@ -38,4 +38,4 @@ class TaylorSoftmax(Normalised):
         return torch.log1p(o * (1 + 0.5 * o))
 
     def log_normaliser(self, s: Tensor, q: Tensor, mass: float | Tensor) -> Tensor:
-        return torch.log(mass + s + 0.5 * q)
+        return torch.log(mass + torch.add(s, q, alpha=0.5))

@@ -130,13 +130,14 @@ class Arrays(SmallArrays):
     @in_full_precision
     def centred_outputs(self, coordinates: Tensor, columns: slice, dtype: torch.dtype) -> Tensor:
         """Computes rows of W less the mean row from their current coordinates (n, w), in dtype."""
-        if dtype == torch.float64 or is_asynchronous(self.device) or not float32_is_exact():
+        if dtype == torch.float64 or not float32_is_exact():
             return (self.outputs(coordinates, columns) - self.mean[columns]).to(dtype)
-        # On a CPU this takes less time, and is as good: what rounding takes off the shift of the
-        # rows is added too.
         shift = (self.omega - self.mean)[columns]
         near = shift.to(dtype)
         rows = torch.addmm(near, coordinates, self.small("U")[:, columns])
+        if is_asynchronous(self.device):
+            return rows  # rounding the shift once is worth fewer digits than three launches
+        # what rounding takes off the shift of the rows
         return rows.add_((shift - near).to(dtype))
 
     @in_full_precision

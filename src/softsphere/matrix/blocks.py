@@ -56,14 +56,12 @@ class Blocks:
         halves = first * a + second * b, first * c + second * d
         return torch.cat(halves, 0 if left else -1)
 
-    def columns(self, x: Tensor) -> Tensor:
-        """κ⁻¹ [x; 0; …] (w, w) for x (d, w)."""
-        if self.is_identity:
-            return x
+    def columns(self, x: Tensor, out: Tensor) -> Tensor:
+        """κ⁻¹ [x; 0; …] (w, w) for x (d, w), written into `out`."""
         if len(self.base) == 1:
-            return x / self.base[0][0]
+            return torch.div(x, self.base[0][0], out=out)
         (a, _), (c, _) = self._inverted()
-        return torch.cat([x * a, x * c])
+        return torch.cat([x * a, x * c], out=out)
 
     def _inverted(self) -> tuple[tuple[Number, ...], ...]:
         """base⁻¹ for two blocks."""

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from softsphere._torch import copies
+from softsphere.equal_indices import places_in_few_launches
 
 __all__ = ["GradientFactors"]
 
@@ -74,6 +78,11 @@ class GradientFactors:
         """(n, d), of which row j is added to row rows_j of the gradient."""
         return self.x.unsqueeze(1) * (self.H if self.cols is None else self.H[self.cols])
 
+    @cached_property
+    def places(self) -> tuple[Tensor, Tensor]:
+        """The places of equal ones of `rows`; see `equal_indices`."""
+        return places_in_few_launches(self.rows)
+
     def columns(self) -> Tensor:
         """Returns `cols` as a tensor."""
         return torch.arange(self.rank, device=self.H.device) if self.cols is None else self.cols
@@ -82,13 +91,14 @@ class GradientFactors:
         """Returns the gradient in a dtype and on a device."""
         if self.H.dtype == dtype and device in (None, self.H.device):
             return self
-
-        def moved(x: Tensor | None) -> Tensor | None:
-            if x is None:
-                return None
-            return x.to(device, dtype if x.is_floating_point() else x.dtype)
-
-        arrays: dict[str, Any] = {name: moved(getattr(self, name)) for name in _ARRAYS}
+        given = {name: getattr(self, name) for name in _ARRAYS}
+        arrays: dict[str, Any] = {name: x for name, x in given.items() if x is not None}
+        if device is not None:
+            arrays = {name: x.to(device) for name, x in arrays.items()}
+        if dtype != self.H.dtype:
+            floats = [name for name, x in arrays.items() if x.is_floating_point()]
+            wide = copies([arrays[name] for name in floats], dtype)
+            arrays |= zip(floats, wide, strict=True)
         return replace(self, **arrays)
 
     def __add__(self, other: GradientFactors) -> GradientFactors:

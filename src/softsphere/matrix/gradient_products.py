@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from softsphere.equal_indices import add_at, places_of_equals
+from softsphere.equal_indices import add_at
 from softsphere.matrix.arrays import Arrays
 from softsphere.matrix.gradient import GradientFactors
 from softsphere.matrix.precision import is_asynchronous
@@ -49,7 +49,7 @@ def _entries_times(
 
     The rows x_j R[i_j] of equal targets are added up in a table of n places, then read back.
     """
-    _, place = places_of_equals(gradient.rows)
+    _, place = gradient.places
     weighted = gradient.x.unsqueeze(1) * at_entries(gradient, R)
     table = torch.zeros_like(weighted)
     read = add_at(table, place, weighted, deterministic=deterministic)[place]
@@ -117,17 +117,18 @@ class EntryProducts:
     def gram(self, gradient: GradientFactors) -> Tensor:
         """E_cᵀΠE_c (r, r)."""
         table = _entries_gram(gradient, self.pi, self.deterministic)
-        return torch.addr(table, self.e, self.e, alpha=-1 / self.mass)
+        return table.addr_(self.e, self.e, alpha=-1 / self.mass)
 
     def times(self, gradient: GradientFactors, R: Tensor) -> Tensor:
         """E_cᵀΠE_c R (r, w)."""
         own = _entries_times(gradient, self.pi, R, self.deterministic)
-        return torch.addr(own, self.e, self.e @ R, alpha=-1 / self.mass)
+        return own.addr_(self.e, self.e @ R, alpha=-1 / self.mass)
 
-    def sums(self, W: Arrays, gradient: GradientFactors) -> Tensor:
-        """Jᵀπ (r)."""
+    def sums(self, W: Arrays, gradient: GradientFactors, out: Tensor | None = None) -> Tensor:
+        """Jᵀπ (r), written into `out` if it is given."""
         colsum = W.small("colsum", gradient.H.dtype)[: W.width]
-        return self.e + W.mass * gradient.s + gradient.L @ colsum
+        own = torch.add(self.e, gradient.s, alpha=W.mass, out=out)
+        return own.addmv_(gradient.L, colsum)
 
     def centred_back(self, W: Arrays, gradient: GradientFactors) -> Tensor:
         """J_cᵀΠW_c (r, width)."""

@@ -1,13 +1,14 @@
-r"""The inverse of a small matrix S near I, which a step of a factored matrix needs.
+r"""The inverse of a small matrix S = I − K near I, which a step of a factored matrix needs.
 
 By elimination the inverse of any regular S is found; its many short operations wait for each other.
-Where S = I − K with ‖K‖ < 1, the product
+Where ‖K‖ < 1, the product
 
     S⁻¹ = (I + K) (I + K²) (I + K⁴) … (I + K^(2^k)) · (I − K^(2^(k+1)))⁻¹
 
 takes 2k matrix products, and without its last factor it has a relative error of at most about
 ‖K^(2^k)‖². Nothing is assumed of K: whether that is small enough is measured, on a CPU after each
-factor. On a GPU, where reading a number waits for the device, k is chosen before.
+factor. On a GPU, where reading a number waits for the device, k is chosen before. All of it is a
+function of K, since I − K keeps fewer digits of a small K than K has.
 
 Source: Schulz 1933, Zeitschrift für Angewandte Mathematik und Mechanik 13 (Newton's iteration from
 I + K, which this is in exact arithmetic).
@@ -47,56 +48,53 @@ class Inverse(NamedTuple):
     deviation: Tensor | None = None
 
 
-def by_elimination(S: Tensor, *, measured: bool = False) -> Inverse:
-    """S⁻¹ by LU with pivots. measured: whether the deviation of S from I is found as well."""
-    eye = torch.eye(len(S), dtype=S.dtype, device=S.device)
-    LU, pivots, _ = torch.linalg.lu_factor_ex(S)
+def by_elimination(K: Tensor, *, measured: bool = False) -> Inverse:
+    """(I − K)⁻¹ by LU with pivots. measured: whether the deviation from I is found as well."""
+    eye = torch.eye(len(K), dtype=K.dtype, device=K.device)
+    LU, pivots, _ = torch.linalg.lu_factor_ex(eye - K)
     value = torch.linalg.lu_solve(LU, pivots, eye)
-    deviation = None
-    if measured:
-        K = eye - S
-        deviation = torch.linalg.matrix_norm(K @ K)
-    share = S.new_ones(())
-    if len(S):
+    deviation = torch.linalg.matrix_norm(K @ K) if measured else None
+    share: Tensor | float = 1.0
+    if len(K):
         least, most = LU.diagonal().abs().aminmax()
         share = least / most.clamp_min(1)
     return Inverse(value, share, None, deviation)
 
 
-def by_few_products(S: Tensor, share: float) -> Inverse | None:
-    """S⁻¹ by no more products than its dtype needs; None if it is too far from I.
+def by_few_products(K: Tensor, share: float) -> Inverse | None:
+    """(I − K)⁻¹ by no more products than its dtype needs; None if K is too large.
 
-    With k = ‖I − S‖ < 1/3 elimination swaps no rows, and all pivots of S are between 1 − k and
+    With k = ‖K‖ < 1/3 elimination swaps no rows, and all pivots of S are between 1 − k and
     1/(1 − k). The result is None if the share that follows, (1 − k)², is less than `share`.
     """
-    power = S.neg()
-    power.diagonal().add_(1)
-    size = float(torch.linalg.vector_norm(power))
+    power, size = K, float(torch.linalg.vector_norm(K))
     known = (1 - size) ** 2 if size < 1 / 3 else 0.0
     if known < share:
         return None
-    value = power.clone()
-    value.diagonal().add_(1)
-    while size**2 > torch.finfo(S.dtype).eps / 4:
+    value = _plus_identity(K)
+    while size**2 > torch.finfo(K.dtype).eps / 4:
         power = power @ power
         value = torch.addmm(value, value, power)
         size = float(torch.linalg.vector_norm(power))
     return Inverse(value, known)
 
 
-def by_products(S: Tensor, count: int) -> Inverse:
-    """S⁻¹ by 2 · count matrix products."""
-    eye = torch.eye(len(S), dtype=S.dtype, device=S.device)
-    power = eye - S
-    value = eye + power
-    deviation = last = S.new_zeros(())
+def by_products(K: Tensor, count: int) -> Inverse:
+    """(I − K)⁻¹ by 2 · count matrix products, count ≥ 1."""
+    power, value, norms = K, _plus_identity(K), []
     for i in range(count):
         power = power @ power
         value = torch.addmm(value, value, power)
         if i in (0, count - 1):
-            last = torch.linalg.matrix_norm(power)
-            deviation = last if i == 0 else deviation
-    return Inverse(value, S.new_ones(()), last < _SMALL, deviation)
+            norms.append(torch.linalg.matrix_norm(power))
+    return Inverse(value, 1.0, norms[-1] < _SMALL, norms[0])
+
+
+def _plus_identity(K: Tensor) -> Tensor:
+    """I + K, as a new tensor."""
+    result = K.clone()
+    result.diagonal().add_(1)
+    return result
 
 
 def products_for(deviation: float, width: int) -> int:

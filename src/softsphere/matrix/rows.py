@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from softsphere._torch import is_shared_with_others, version_of
-from softsphere.equal_indices import places_of_equals
+from softsphere.equal_indices import places_in_few_launches
 
 __all__ = ["Rows"]
 
@@ -115,13 +115,15 @@ class Rows:
                 block[index] = part
         self.note()
 
-    def add(self, index: Tensor, values: Tensor) -> None:
-        """V[index] += values, where the index may repeat.
+    def add(
+        self, index: Tensor, values: Tensor, places: tuple[Tensor, Tensor] | None = None
+    ) -> None:
+        """V[index] += values, where the index may repeat. places: of equal ones, if known.
 
         The values of a row are summed in their own dtype, float64 or that of V, and added once: one
         by one, they would be lost where each is smaller than the last digit of the row.
         """
-        ordered, place = places_of_equals(index)
+        ordered, place = places_in_few_launches(index) if places is None else places
         total = torch.zeros_like(values).index_add_(0, place, values)
         for block, part in self.parts(total):
             block.index_add_(0, ordered, part.to(block.dtype))

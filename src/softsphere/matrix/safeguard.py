@@ -33,48 +33,50 @@ def guarded(
     W: Arrays,
     gradient: GradientFactors,
     update: Update,
-    seen: tuple[Tensor, ...],
     inverse: Inverse,
     flag: Tensor | None,
     final: bool,
 ) -> Update:
-    """Returns the update if all of `seen` is finite and S is not singular by its pivots.
+    """Returns the update if all of it is finite and S is not singular by its pivots.
 
     The sums of squares of W's columns must be finite in its dtype as well, which W then is too.
     Otherwise the update says why it is refused; on a GPU, where asking would wait for the device,
     it is one that changes nothing. So is a step there that has to be computed again: one whose
     inverse was not found, and unless it is final one after which the factors would be worn out.
     """
-    fits = _largest_square(W, update) <= torch.finfo(W.dtype).max
+    squares, most = _squares(W, update), torch.finfo(W.dtype).max
+    changes = update.to_rows, update.to_small.whole
     share, solved = inverse.share, inverse.solved
     enough = smallest_share(W.V.width, len(inverse.value), inverse.value.dtype)
     if not is_asynchronous(W.device):
         refused = None
         # A number that is not finite leaves no sum finite. On a CPU sums take less time than norms.
-        total = sum(float(x.sum()) for x in seen)
-        if not (math.isfinite(total) and bool(fits) and share > enough):
+        total = sum(float(x.sum()) for x in changes)
+        if not (math.isfinite(total) and float(squares.max()) <= most and share > enough):
             refused = reason(gradient, bool(share <= enough), W.dtype)
         return replace(update, refused=refused, share=float(share))
-    ok = fits & (sum_of_norms(seen) < torch.inf)
-    # what products have not solved is no reason to refuse a step
-    now = ~ok & solved if solved is not None else ~(ok & (share > enough))
+    ok = sum_of_norms((*changes, squares)) <= most
+    # What products have not solved is no reason to refuse a step. Of two booleans a > b is a & ~b.
+    now = solved > ok if solved is not None else ~(ok & (share > enough))
     flag = now if flag is None else flag | now
     can_be_taken = solved if final else _lasts(W, update, solved)
     undone = None if can_be_taken is None else ~can_be_taken
     left_out = flag if undone is None else flag | undone
-    ok, blocks = ~left_out, update.blocks
-    if len(blocks.base) == 1 and not blocks.is_identity:
-        scale = torch.where(ok, as_tensor(blocks.base[0][0], W.U), 1.0)
+    blocks, scaled = update.blocks, update.scaled
+    if scaled:
+        scaled = {name: torch.where(left_out, getattr(W, name), x) for name, x in scaled.items()}
+    elif not blocks.is_identity:
+        scale = as_tensor(blocks.base[0][0], W.U).masked_fill(left_out, 1.0)
         blocks = Blocks(((scale,),), blocks.spread)
+    for x in changes:
+        x.masked_fill_(left_out, 0.0)
     return replace(
         update,
         flag=flag,
-        undone=None if undone is None else undone & ~flag,
+        undone=None if undone is None else undone > flag,
         deviation=inverse.deviation,
         blocks=blocks,
-        to_rows=update.to_rows.masked_fill(left_out, 0.0),
-        to_small={name: x.masked_fill(left_out, 0.0) for name, x in update.to_small.items()},
-        scaled={name: torch.where(ok, x, getattr(W, name)) for name, x in update.scaled.items()},
+        scaled=scaled,
     )
 
 
@@ -113,8 +115,8 @@ def _lasts(W: Arrays, update: Update, solved: Tensor | None) -> Tensor:
     return fits if solved is None else fits & solved
 
 
-def _largest_square(W: Arrays, update: Update) -> Tensor:
-    """The largest Σ_k π_k W_kj² of a column of W after the step, in float64."""
+def _squares(W: Arrays, update: Update) -> Tensor:
+    """Σ_k π_k W_kj² of each column of W after the step (w), in float64."""
     spread = update.after(W, "centred_gram", diagonal=True)
     colsum = update.after(W, "colsum")
-    return torch.addcmul(spread, colsum, colsum, value=1 / W.mass).max()
+    return torch.addcmul(spread, colsum, colsum, value=1 / W.mass)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -143,7 +143,7 @@ class SmallArrays(Kept):
             self.matrix(name).settle()
         getattr(self, name).mul_(factor)
 
-    def add(self, increments: dict[str, Tensor], share: float, *, apart: bool) -> None:
+    def add(self, increments: Mapping[str, Tensor], share: float, *, apart: bool) -> None:
         """Adds to the small arrays what a step of this smallest pivot adds.
 
         apart: whether increments in float32 are summed apart, see `SmallMatrix`. It does not pay

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from softsphere.equal_indices import places_of_equals
 from softsphere.matrix.gradient import GradientFactors
 from softsphere.matrix.segments import Piece, Segments
 from softsphere.matrix.stack_arrays import StackArrays
@@ -66,7 +65,7 @@ class StackProducts:
     def entries_times(self, R: Tensor) -> Tensor:
         """EᵀΠE R for R (r, w): rows of equal targets are added up, then read back."""
         g = self.gradient
-        _, place = places_of_equals(g.rows)
+        _, place = g.places
         table = torch.zeros_like(R).index_add_(0, place, g.x.unsqueeze(1) * R)
         return self.e.unsqueeze(1) * table[place]
 

@@ -79,7 +79,7 @@ class StackUpdate:
     """The update of a step.
 
     kappa: κ
-    rows: (r) the rows of V that change
+    rows, places: (r) the rows of V that change, and the places of equal ones
     carried, to_rows: (r, w) these rows in the current coordinates, and what is added to them
     parts: what is added to the small arrays
     refused: why the step cannot be taken; None where it can
@@ -90,6 +90,7 @@ class StackUpdate:
     carried: Tensor
     to_rows: Tensor
     parts: tuple[Increments, ...] = ()
+    places: tuple[Tensor, Tensor] | None = None
     refused: str | None = None
 
     @property
@@ -112,7 +113,7 @@ class StackUpdate:
         if W.maps is not None:
             W.V[self.rows] = self.carried
             W.old[self.rows] = False
-        W.V.add(self.rows, self.to_rows)
+        W.V.add(self.rows, self.to_rows, self.places)
         for part in self.parts:
             W.add(part.ids, part.all())
         W.renamed()
@@ -141,7 +142,7 @@ def plan_stack(W: StackArrays, gradient: GradientFactors, blocks: Blocks) -> Sta
             break
         parts.append(part)
     to_rows = g.x.unsqueeze(1) * to_rows
-    return StackUpdate(kappa, g.rows, carried, to_rows, tuple(parts), refused)
+    return StackUpdate(kappa, g.rows, carried, to_rows, tuple(parts), g.places, refused)
 
 
 def _increments(

@@ -4,7 +4,7 @@ W⁺ = W T + (1 sᵀ + E) R with T = κ + L̂ᵀ R, where κ = base ⊗ I is the
 R = spread ⊗ H, L̂ = [L 0 …] are the gradient's factors, made as wide as W. With Woodbury's identity
 for T⁻¹, (·)₊ for the new values, and J_c, W_c, G, e as in `gradient_products`,
 
-    U₊ = U κ + (U L̂ᵀ) R             N = S⁻¹ (R κ⁻¹ U⁻¹),   S = I + R κ⁻¹ L̂ᵀ
+    U₊ = U κ + (U L̂ᵀ) R             N = S⁻¹ (R κ⁻¹ U⁻¹),   S = I − K,  K = −R κ⁻¹ L̂ᵀ
     ω₊ = κᵀω + Rᵀ(L̂ω + s)           U⁻¹₊ = κ⁻¹U⁻¹ − κ⁻¹L̂ᵀ N      R U⁻¹₊ = N
     V₊[t_j] = V[t_j] + x_j N[i_j]
     G₊ = κᵀGκ + Rᵀ Z + Zᵀ R,        Z = (J_cᵀΠW_c) κ + ½ (J_cᵀΠJ_c) R
@@ -27,7 +27,7 @@ from softsphere.matrix.gradient_products import EntryProducts, at_entries
 from softsphere.matrix.inverse import Inverse, by_elimination, by_few_products, by_products
 from softsphere.matrix.precision import float32_is_exact, is_asynchronous
 from softsphere.matrix.safeguard import guarded, unusable
-from softsphere.matrix.update import Update
+from softsphere.matrix.update import SmallIncrements, Update
 
 __all__ = ["HARSH", "THIN", "plan"]
 
@@ -62,7 +62,7 @@ def plan(
     g, blocks = gradient, blocks.with_weight(gradient.rho)
     why = unusable(blocks)
     if why is not None:
-        return Update(g.rows, g.H, {}, {}, blocks, refused=why)
+        return Update(g.rows, g.H, SmallIncrements(0, g.H), {}, blocks, refused=why)
     if not is_asynchronous(W.device) and float32_is_exact():
         update = _compute(W, g.to(W.dtype), blocks, flag, products, final)
         if update.share >= HARSH:
@@ -89,40 +89,47 @@ def _compute(
 
     # Woodbury's identity. S is small and near I, so its inverse is as accurate as a solve.
     R_back = blocks.times(R_T, inverse=True)
-    S = R_back[:, :d] @ g.L.mT if thin else R_back[:, :d].clone()
-    S.diagonal().add_(1)
-    inverse = _inverse(S, products)
+    minus_L = -g.L if thin else None
+    K = -R_back[:, :d] if minus_L is None else R_back[:, :d] @ minus_L.mT
+    inverse = _inverse(K, products)
     N = inverse.value @ (R_back @ U_inv)
-    minus_LN = blocks.columns(g.L.mT @ -N if thin else -N)
 
+    to_small = SmallIncrements(w, N)
+    whole = to_small["U_inv"] if blocks.is_identity else None
+    minus_LN = torch.neg(N, out=whole) if minus_L is None else torch.mm(minus_L.mT, N, out=whole)
+    if whole is None:
+        blocks.columns(minus_LN, out=to_small["U_inv"])
+
+    # What R is multiplied by from the left: the rows of U if there are few factors, and two more.
+    few = w if thin else 0
+    left = N.new_empty(few + 2, g.rank)
+    torch.addmv(g.s, g.L, W.small("omega", dtype)[:d], out=left[few])
+    entries.sums(W, g, out=left[few + 1])
     if thin:
-        gram = _and_transpose(R, _right_of_gram(W, g, R, entries, blocks))
+        torch.mm(U[:, :d], g.L.mT, out=left[:w])
+        half = torch.mm(R.mT, _right_of_gram(W, g, R, entries, blocks), out=_transposable(R))
         to_rows = g.x.unsqueeze(1) * at_entries(g, N)
     else:
-        gram = _gram_from_map(W, g, R, R_T, entries, blocks)
-        after = blocks.times(U_inv, inverse=True, left=True) + minus_LN
+        torch.mm(U[:, :d], R_T, out=to_small["U"])
+        half = _gram_from_map(W, g, R, R_T, entries, blocks)
+        after = blocks.times(U_inv, inverse=True, left=True) + to_small["U_inv"]
         to_rows = (g.x.unsqueeze(1) * at_entries(g, R)) @ after
-    to_small = {
-        "U": (U[:, :d] @ g.L.mT if thin else U[:, :d]) @ R_T,
-        "U_inv": minus_LN,
-        "centred_gram": gram,
-        "omega": (g.L @ W.small("omega", dtype)[:d] + g.s) @ R,
-        "colsum": entries.sums(W, g) @ R,
-    }
+    torch.mm(left, R, out=to_small.images[w - few :])
+    torch.add(half, half.mT, out=to_small["centred_gram"])
     scaled = _scaled(blocks, W) if W.blocks > 1 else {}
-    seen = (N, gram, to_rows, to_small["omega"], to_small["colsum"])
-    update = Update(g.rows, to_rows, to_small, scaled, blocks, carried)
-    return guarded(W, g, update, seen, inverse, flag, final)
+    places = g.places if W.shards is None else None
+    update = Update(g.rows, to_rows, to_small, scaled, blocks, carried, places)
+    return guarded(W, g, update, inverse, flag, final)
 
 
-def _inverse(S: Tensor, products: int) -> Inverse:
-    """S⁻¹, by that many products if it is asked for, and else by what is cheaper."""
+def _inverse(K: Tensor, products: int) -> Inverse:
+    """(I − K)⁻¹, by that many products if it is asked for, and else by what is cheaper."""
     if products:
-        return by_products(S, products)
-    if is_asynchronous(S.device):
-        return by_elimination(S, measured=True)
-    found = by_few_products(S, HARSH)
-    return by_elimination(S) if found is None else found
+        return by_products(K, products)
+    if is_asynchronous(K.device):
+        return by_elimination(K, measured=True)
+    found = by_few_products(K, HARSH)
+    return by_elimination(K) if found is None else found
 
 
 def _right_of_gram(
@@ -137,9 +144,11 @@ def _right_of_gram(
     back = entries.centred_back(W, g)
     both = back[:, :d] + entries.of_weight[:, :d]
     if len(g.rows) <= 2 * R.shape[1]:
-        own = torch.addmm(entries.gram(g), both, g.L.mT) @ R
+        gram = entries.gram(g)
+        own = torch.addmm(gram, both, g.L.mT, out=gram) @ R
     else:
-        own = torch.addmm(entries.times(g, R), both @ g.L.mT, R)
+        own = entries.times(g, R)
+        torch.addmm(own, both @ g.L.mT, R, out=own)
     return torch.add(blocks.times(back), own, alpha=0.5, out=own)
 
 
@@ -151,7 +160,7 @@ def _gram_from_map(
     entries: EntryProducts,
     blocks: Blocks,
 ) -> Tensor:
-    """RᵀZ + ZᵀR by products with the w × w matrix R_T = LᵀR, for many factors.
+    """Half of RᵀZ + ZᵀR but for a skew matrix, by products with R_T = LᵀR, for many factors.
 
     As in `_right_of_gram`, one product with R_T stands for two.
     """
@@ -159,14 +168,7 @@ def _gram_from_map(
     across = R.mT @ entries.of_weight
     back = R_T.mT @ W.small("centred_gram", R.dtype)[:d] + across
     own = (back + across)[:, :d] @ R_T + R.mT @ entries.times(gradient, R)
-    half = torch.add(blocks.times(back), own, alpha=0.5, out=_transposable(R))
-    return half + half.mT
-
-
-def _and_transpose(a: Tensor, b: Tensor) -> Tensor:
-    """aᵀb + bᵀa (w, w) for a, b (r, w)."""
-    half = torch.mm(a.mT, b, out=_transposable(a))
-    return half + half.mT
+    return torch.add(blocks.times(back), own, alpha=0.5, out=_transposable(R))
 
 
 def _transposable(like: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -10,7 +11,9 @@ from softsphere.matrix.abstract import POWER
 from softsphere.matrix.arrays import Arrays
 from softsphere.matrix.blocks import Blocks
 
-__all__ = ["SingularStepError", "Update"]
+__all__ = ["SingularStepError", "SmallIncrements", "Update"]
+
+_NAMES = ("U_inv", "centred_gram", "U", "omega", "colsum")
 
 
 class SingularStepError(RuntimeError):
@@ -22,16 +25,43 @@ class SingularStepError(RuntimeError):
     """
 
 
+class SmallIncrements(Mapping[str, Tensor]):
+    """What is added to each small array, by its name, in the memory of one tensor.
+
+    So a GPU needs one launch to look at all of them, and one to change them.
+
+    whole: (3w + 2, w) the rows of all
+    images: (w + 2, w) those of U, ω and w̄, which are rows times R
+    """
+
+    def __init__(self, w: int, like: Tensor) -> None:
+        self.whole = like.new_empty(3 * w + 2, w)
+        self.images = self.whole[2 * w :]
+        *matrices, omega, colsum = self.whole.split([w, w, w, 1, 1])
+        vectors = omega.squeeze(0), colsum.squeeze(0)
+        self.each: dict[str, Tensor] = dict(zip(_NAMES, (*matrices, *vectors), strict=True))
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.each[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.each)
+
+    def __len__(self) -> int:
+        return len(self.each)
+
+
 @dataclass(frozen=True)
 class Update:
     """What is added to the rows of V, and to each small array after κ has acted on it.
 
     rows: (n) the targets, whose rows of V change
     to_rows: (n, w) what is added to them
-    to_small: by the name of each small array, what is added to it
+    to_small: what is added to the small arrays
     scaled: the small arrays after κ; empty where κ is a number and can act in place
     blocks: κ and the spread of the gradient over the blocks
     carried: (n, w) the rows of V in the current coordinates; None where they are in them already
+    places: those of equal targets, where all of their rows are here
     refused: why the step cannot be taken; None where it can
     flag: on a GPU, whether this or an earlier step was left out
     undone: on a GPU, whether this step was left out, to be computed again, since its inverse was
@@ -43,10 +73,11 @@ class Update:
 
     rows: Tensor
     to_rows: Tensor
-    to_small: dict[str, Tensor]
+    to_small: SmallIncrements
     scaled: dict[str, Tensor]
     blocks: Blocks
     carried: Tensor | None = None
+    places: tuple[Tensor, Tensor] | None = None
     refused: str | None = None
     flag: Tensor | None = None
     undone: Tensor | None = None
@@ -60,7 +91,7 @@ class Update:
         if self.carried is not None:
             W.V[rows] = self.carried[which]
             W.generations.made.index_fill_(0, rows, W.generations.now)
-        W.V.add(rows, self.to_rows[which])
+        W.V.add(rows, self.to_rows[which], self.places)
         if not self.blocks.is_identity:
             for name in self.to_small:
                 if name in self.scaled:

@@ -195,7 +195,7 @@ def test_a_linear_step_computes_what_the_formula_says(m, four_ranks):
 @pytest.mark.parametrize("m", [16, 64, 200])
 def test_a_factored_step_computes_what_the_formula_says(m, monkeypatch):
     # The formula leaves the inverse out, whose products test_inverse.py bounds.
-    monkeypatch.setattr(factored_step, "by_few_products", lambda S, share: None)
+    monkeypatch.setattr(factored_step, "by_few_products", lambda K, share: None)
     s = Setting(D=500, d=64, m=m)
     step = made(FACTORED, s)[2]
     step()

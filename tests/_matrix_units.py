@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from _engines import OPERATORS
+from softsphere import half_products
 from softsphere.engines import (
     bfloat16_parts,
     chunked,
@@ -46,7 +47,7 @@ def as_on_a_gpu(
         return x.dtype in HALVES and dtype == torch.float32
 
     monkeypatch.setattr(moments, "multiplies", multiplies)
-    for module in (products, moment_gradients, chunked):
+    for module in (half_products, products, moment_gradients, chunked):
         monkeypatch.setattr(module, "multiplies", multiplies)
         monkeypatch.setattr(module, "product", product)
     for module in (products, bfloat16_parts):

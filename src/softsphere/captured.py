@@ -135,7 +135,7 @@ class CapturedStep:
             if self._graph is not None:
                 return self._replayed(matrices)
         # Elimination asks a library that need not allow a capture. It is for few steps in a row.
-        eliminates = any(not matrix.watch.products for matrix in matrices)
+        eliminates = any(not matrix.watch.products[0] for matrix in matrices)
         if self._calls <= _WARM_UP or now != self._left or eliminates:
             outputs = _copied(Graph.warmed_up(lambda: self._train(*self._inputs), self._device))
             self._left = self._held(matrices)

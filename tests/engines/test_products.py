@@ -7,7 +7,7 @@ import torch
 
 from _engines import SPHERICAL, layer, with_gradients
 from _matrix_units import HALVES, as_on_a_gpu, needs_triton
-from softsphere import LinearSphericalLoss, LinearSphericalOptions
+from softsphere import LinearSphericalLoss, LinearSphericalOptions, half_products
 from softsphere.engines import moment_gradients, moments, products
 from softsphere.functional import linear_spherical_loss
 
@@ -105,9 +105,9 @@ def test_rows_that_are_multiplied_in_pieces(m, monkeypatch):
 @pytest.mark.parametrize("size", [1e-12, 1e12])
 def test_rounding_to_float16_neither_vanishes_nor_overflows(size):
     A = size * torch.rand(4, 4)
-    low, scale = products.rounded(A, torch.float16)
+    low, scale = half_products.rounded(A, torch.float16)
     torch.testing.assert_close(low.float() * scale, A, rtol=1e-3, atol=1e-6 * size)
-    low, scale = products.rounded(torch.zeros(2, 2), torch.float16)
+    low, scale = half_products.rounded(torch.zeros(2, 2), torch.float16)
     assert not (low.float() * scale).any()
 
 
@@ -115,11 +115,35 @@ def test_rounding_to_float16_neither_vanishes_nor_overflows(size):
 @pytest.mark.parametrize("size", [1e-12, 1.0, 1e12])
 def test_two_parts_have_twice_the_digits(dtype, size):
     A = size * torch.randn(50, 50)
-    high, low, scale = products.in_parts(A, dtype)
+    high, low, scale = half_products.in_parts(A, dtype)
     eps = torch.finfo(dtype).eps
     both = scale * (high.float() + eps * low.float())
     assert (both - A).abs().max() <= eps**2 * A.abs().max()
     assert error(scale * high.float(), A) > eps**2
+
+
+@pytest.mark.parametrize("size", [1e-12, 1.0, 1e12])
+# the smallest numbers over the largest, as powers of ten
+@pytest.mark.parametrize("spread", [0, 6, 20])
+@pytest.mark.parametrize("terms", [3, 4000])
+def test_products_by_float16_are_as_accurate_as_those_of_float32(terms, spread, size):
+    factors = 10 ** (-spread * torch.rand(terms))
+    a, b = size * torch.randn(40, terms) * factors, torch.randn(terms, 30) * factors.unsqueeze(1)
+    exact = a.double() @ b.double()
+    # 22 bits where float32 has 24, and sums that are rounded alike
+    most = 4 * error(a @ b, exact) + 2.0**-22
+    assert error(half_products.by_float16(a, b), exact) < most
+    out = torch.full_like(exact, torch.nan, dtype=torch.float32)
+    assert half_products.by_float16(a, b, out) is out
+    assert error(out, exact) < most
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_products_by_float16_of_what_is_not_finite_are_not(bad):
+    a, b = torch.ones(3, 4), torch.ones(4, 2)
+    a[1, 2] = bad
+    assert not half_products.by_float16(a, b)[1].isfinite().any()
+    assert not half_products.by_float16(b.mT, a.mT)[:, 1].isfinite().any()
 
 
 @pytest.mark.parametrize("dtype", HALVES)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from _matrix_units import as_on_a_gpu
-from softsphere import ClusteredLoss, LinearSphericalLoss, SampledSoftmaxLoss
-from softsphere.engines import LinearSphericalOptions, products, wide_outputs
+from softsphere import ClusteredLoss, LinearSphericalLoss, SampledSoftmaxLoss, half_products
+from softsphere.engines import LinearSphericalOptions, wide_outputs
 from softsphere.engines.repeated_rows import repeated_rows
 
 m, D, d = 2048, 60, 8
@@ -233,8 +233,8 @@ def test_small_gradients_of_sampled_softmax_do_not_vanish_in_float16(gpu, monkey
     hidden, target = torch.randn(m, d).half(), torch.zeros(m, dtype=torch.long)
     if gpu:
         as_on_a_gpu(monkeypatch)
-        monkeypatch.setattr(wide_outputs, "multiplies", products.multiplies)
-        monkeypatch.setattr(wide_outputs, "product", products.product)
+        monkeypatch.setattr(wide_outputs, "multiplies", half_products.multiplies)
+        monkeypatch.setattr(wide_outputs, "product", half_products.product)
     with torch.autocast("cpu", torch.float16):
         loss = head(hidden.float(), target)
     loss.backward()

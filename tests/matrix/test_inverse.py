@@ -85,6 +85,18 @@ def test_products_that_do_not_reach_the_inverse_say_so(size):
     assert not bool(by_products(symmetric(size), 4).solved)
 
 
+@pytest.mark.parametrize(
+    ("size", "solved"), [(0.05, True), (0.1, True), (0.12, False), (0.3, False)]
+)
+def test_products_say_whether_they_leave_a_share(size, solved):
+    """√0.8 is 1 − 0.106, so that a pivot of I − K may be that far from 1."""
+    K = size * torch.ones(30, 30) / 30
+    assert by_products(K, 3).solved
+    assert bool(by_products(K, 3, 0.8).solved) == solved
+    most = products_for(size**2, 30, torch.float32, 0.8)
+    assert (most > 0) == (size <= 0.05)
+
+
 @pytest.mark.parametrize("invert", [by_elimination, lambda K: by_products(K, 3)])
 def test_a_gradient_without_factors_has_an_empty_inverse(invert):
     found = invert(torch.empty(0, 0))

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from softsphere.engines.engine import Engine, Gradients, Inputs, Settings, Workload
 from softsphere.engines.operators import LinearOperator
-from softsphere.engines.products import in_parts, multiplies, product
 from softsphere.engines.target_rows import TargetRows
 from softsphere.engines.weight import add_target_rows, chunks, mean_row, read, target_outputs
+from softsphere.half_products import in_parts, multiplies, product
 from softsphere.rounding import above_rounding, error_of_sum, spread_of_equals
 
 __all__ = ["CHUNKED", "tile"]

@@ -17,16 +17,10 @@ from softsphere.engines.bfloat16_parts import parts
 from softsphere.engines.chunk_sums import upper_product
 from softsphere.engines.engine import Gradients, Inputs
 from softsphere.engines.moments import Moments, read_as_is, symmetric
-from softsphere.engines.products import (
-    in_parts,
-    largest,
-    multiplies,
-    product,
-    rounded,
-    weighted_sum,
-)
+from softsphere.engines.products import weighted_sum
 from softsphere.engines.target_rows import TargetRows
 from softsphere.engines.weight import chunk_room, chunks, read
+from softsphere.half_products import in_parts, largest, multiplies, product, rounded
 
 __all__ = ["small_gradient", "weight_gradients"]
 

@@ -37,8 +37,8 @@ from torch import Tensor
 from softsphere.engines.bfloat16_parts import number_of_parts, parts_room
 from softsphere.engines.chunk_sums import chunk_sums, chunk_sums_by_parts
 from softsphere.engines.engine import Gradients, Inputs
-from softsphere.engines.products import multiplies
 from softsphere.engines.weight import chunk_room, chunks, mean_row, read
+from softsphere.half_products import multiplies
 from softsphere.rounding import MOST_TERMS
 
 __all__ = [

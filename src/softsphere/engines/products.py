@@ -2,52 +2,19 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from softsphere._torch import products_have_out_dtype
 from softsphere.engines.bfloat16_parts import number_of_parts, parts, parts_dtype, parts_room
+from softsphere.half_products import in_parts, multiplies, product
 from softsphere.rounding import MOST_TERMS
 
-__all__ = [
-    "column_sums",
-    "in_parts",
-    "largest",
-    "multiplies",
-    "over_rows",
-    "product",
-    "rounded",
-    "sums_by_parts",
-    "times",
-    "weighted_sum",
-]
+__all__ = ["column_sums", "over_rows", "sums_by_parts", "times", "weighted_sum"]
 
 # Rows of a product that stands for a sum of rows: matrix units have no fewer.
 _ROWS = 8
 # Numbers of H whose parts are in memory at once.
 _AT_ONCE = 1 << 24
-
-
-def multiplies(x: Tensor, dtype: torch.dtype) -> bool:
-    """Whether x can be multiplied as it is, for results in dtype.
-
-    The matrix units of a GPU multiply float16 and bfloat16 and sum in float32.
-    """
-    low = x.dtype in (torch.float16, torch.bfloat16) and dtype == torch.float32
-    return low and x.is_cuda and products_have_out_dtype()
-
-
-def product(a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """a b in dtype, for factors in dtype or factors that `multiplies` allows.
-
-    a, b: (m, n) and (n, p), or batches of them.
-    """
-    multiply = torch.mm if a.dim() == 2 else torch.bmm
-    if a.dtype == dtype:
-        return multiply(a, b, out=out)
-    return multiply(a, b, out_dtype=dtype, out=out)
 
 
 def over_rows(x: Tensor, y: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
@@ -67,57 +34,6 @@ def over_rows(x: Tensor, y: Tensor, dtype: torch.dtype, out: Tensor | None = Non
     if whole < n:
         total += product(x[whole:].mT, y[whole:], dtype)
     return total.to(dtype) if out is None else out.copy_(total)
-
-
-def largest(A: Tensor) -> Tensor:
-    """The largest size of a number in A, () and not zero; 1 if there is none."""
-    if not A.numel():
-        return A.new_ones(())
-    return A.abs().amax().clamp_min(torch.finfo(A.dtype).tiny)
-
-
-def rounded(A: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A / λ in dtype, and the scale λ, so that small numbers do not vanish in float16."""
-    scale = largest(A)
-    return (A / scale).to(dtype), scale
-
-
-class InParts(NamedTuple):
-    """A = λ (B + eps C) for B and C in half precision, their eps, and a scale λ."""
-
-    high: Tensor
-    low: Tensor
-    scale: Tensor
-
-    def whole(self, dtype: torch.dtype) -> Tensor:
-        """A in dtype."""
-        eps = torch.finfo(self.high.dtype).eps
-        return torch.add(self.high.to(dtype), self.low.to(dtype), alpha=eps).mul_(self.scale)
-
-    @property
-    def mT(self) -> InParts:
-        """The parts of Aᵀ."""
-        return InParts(self.high.mT, self.low.mT, self.scale)
-
-    def after(self, H: Tensor, dtype: torch.dtype) -> Tensor:
-        """H A in dtype, for an H that `multiplies` allows."""
-        P = product(H, self.low, dtype).mul_(torch.finfo(H.dtype).eps)
-        return P.add_(product(H, self.high, dtype)).mul_(self.scale)
-
-    def before(self, H: Tensor, dtype: torch.dtype) -> Tensor:
-        """A H in dtype, for an H that `multiplies` allows."""
-        P = product(self.low, H, dtype).mul_(torch.finfo(H.dtype).eps)
-        return P.add_(product(self.high, H, dtype)).mul_(self.scale)
-
-
-def in_parts(A: Tensor, dtype: torch.dtype) -> InParts:
-    """The parts of A in dtype.
-
-    They have twice the digits of dtype: A is right to eps²/4 or so of its largest entry.
-    """
-    high, scale = rounded(A, dtype)
-    rest = (A / scale - high) / torch.finfo(dtype).eps
-    return InParts(high, rest.to(dtype), scale)
 
 
 def times(H: Tensor, S: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from softsphere._torch import transformed
-from softsphere.engines.products import multiplies, product, rounded
+from softsphere.half_products import multiplies, product, rounded
 
 __all__ = ["wide_outputs"]
 

@@ -100,8 +100,8 @@ class FactoredMatrix(Matrix):
     def _planned(self, gradient: GradientFactors, blocks: Blocks) -> Update:
         W, watch = self.arrays, self.watch
         if is_asynchronous(W.device):
-            products = watch.products if watch.recording else 0
-            return plan(W, gradient, blocks, watch.refused, products)
+            products = watch.products if watch.recording else (0, 0)
+            return plan(W, gradient, blocks, watch.refused, *products)
         update = plan(W, gradient, blocks)
         if update.refused is None and update.share < HARSH and too_harsh(W, update):
             watch.prepare(W, gradient, update.blocks)

@@ -18,7 +18,7 @@ from torch import Tensor
 from softsphere.equal_indices import add_at
 from softsphere.matrix.arrays import Arrays
 from softsphere.matrix.gradient import GradientFactors
-from softsphere.matrix.precision import is_asynchronous
+from softsphere.matrix.precision import is_asynchronous, matmul
 
 __all__ = ["EntryProducts", "at_entries", "dense_gradient", "inner_product"]
 
@@ -137,7 +137,7 @@ class EntryProducts:
         if known is not None and known.shape[1] == width:
             return known
         gram = W.small("centred_gram", gradient.H.dtype)
-        return self.of_weight + gradient.L @ gram[: W.width, :width]
+        return self.of_weight + matmul(gradient.L, gram[: W.width, :width])
 
 
 def _times_weight(W: Arrays, gradient: GradientFactors) -> Tensor:

@@ -22,12 +22,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from softsphere.matrix.precision import matmul
+
 __all__ = ["Inverse", "by_elimination", "by_few_products", "by_products", "products_for"]
 
-# ‖K^(2^k)‖ that leaves no error in float64.
-_SMALL = 1e-8
-# With ‖K‖ up to this, products take less time than elimination; twice this is still allowed for.
-_CALM, _WILD = 0.45, 0.9
+# ‖K^(2^k)‖ that leaves no error.
+_SMALL = {torch.float64: 1e-8, torch.float32: 1e-4}
+# With ‖K‖ up to this, products take less time than elimination; twice this is still allowed for,
+# and this much in any case.
+_CALM, _WILD, _LEAST = 0.45, 0.9, 0.01
 # The width of S beyond which elimination takes less time, though it waits between its operations.
 _WIDEST = 4096
 
@@ -79,15 +82,26 @@ def by_few_products(K: Tensor, share: float) -> Inverse | None:
     return Inverse(value, known)
 
 
-def by_products(K: Tensor, count: int) -> Inverse:
-    """(I − K)⁻¹ by 2 · count matrix products, count ≥ 1."""
+def by_products(K: Tensor, count: int, share: float = 0.0) -> Inverse:
+    """(I − K)⁻¹ by 2 · count matrix products, count ≥ 1.
+
+    It counts as solved only if the pivots of I − K leave more than this share, by its deviation.
+    """
     power, value, norms = K, _plus_identity(K), []
     for i in range(count):
-        power = power @ power
-        value = torch.addmm(value, value, power)
+        power = matmul(power, power)
+        value = value + matmul(value, power)
         if i in (0, count - 1):
             norms.append(torch.linalg.matrix_norm(power))
-    return Inverse(value, 1.0, norms[-1] < _SMALL, norms[0])
+    solved = norms[-1] < _SMALL[K.dtype]
+    if share:
+        solved = solved & (norms[0] < _deviation(share))
+    return Inverse(value, 1.0, solved, norms[0])
+
+
+def _deviation(share: float) -> float:
+    """The deviation of S from I whose pivots leave this share, (1 − k)² with k² the deviation."""
+    return (1 - math.sqrt(share)) ** 2
 
 
 def _plus_identity(K: Tensor) -> Tensor:
@@ -97,14 +111,17 @@ def _plus_identity(K: Tensor) -> Tensor:
     return result
 
 
-def products_for(deviation: float, width: int) -> int:
+def products_for(
+    deviation: float, width: int, dtype: torch.dtype = torch.float64, share: float = 0.0
+) -> int:
     """How many factors `by_products` should have after such deviations; 0 where it should not be.
 
     >>> products_for(0.01, 200), products_for(0.5, 200), products_for(0.01, 8192)
     (4, 0, 0)
     """
     size = math.sqrt(deviation) if deviation >= 0 else math.inf
-    if not size <= _CALM or width > _WIDEST:
+    calm = min(_CALM, math.sqrt(_deviation(share)) / 2)
+    if not size <= calm or width > _WIDEST:
         return 0
-    allowed = min(max(2 * size, 0.05), _WILD)
-    return max(1, math.ceil(math.log2(math.log(_SMALL) / math.log(allowed))))
+    allowed = min(max(2 * size, _LEAST), _WILD)
+    return max(1, math.ceil(math.log2(math.log(_SMALL[dtype]) / math.log(allowed))))

@@ -13,10 +13,29 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from softsphere._torch import usable_now
+from softsphere._torch import products_have_out_dtype, usable_now
+from softsphere.half_products import by_float16
 from softsphere.matrix.turns import turn
 
-__all__ = ["Rounded", "float32_is_exact", "in_full_precision", "is_asynchronous", "product"]
+__all__ = [
+    "Rounded",
+    "add_matmul",
+    "float32_is_exact",
+    "float32_may_pay",
+    "float32_pays",
+    "in_full_precision",
+    "is_asynchronous",
+    "matmul",
+    "product",
+]
+
+# The FLOPs above which a GPU should multiply float32 matrices faster in parts of float16, though
+# these have to be written, and the width up to which few products of a step have so many. Nobody
+# has measured either.
+_LARGE, _NARROW = 1 << 33, 512
+# The compute capabilities of GPUs that multiply float64 about as fast as float32. Others take 32 or
+# 64 times as long (CUDA C++ Programming Guide, "Arithmetic Instructions").
+_FAST_FLOAT64 = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
@@ -73,6 +92,50 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     if a.dtype == torch.float64 or float32_is_exact():
         return a @ b.to(a.dtype)
     return (a.double() @ b.double()).to(a.dtype)
+
+
+def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a b (m, p) of matrices of one dtype, with its accuracy whatever is set for float32."""
+    if _is_plain(a, b):
+        return torch.mm(a, b, out=out)
+    if _are_large(2 * a.numel() * b.shape[1]):
+        return by_float16(a, b, out)
+    exact = a.double() @ b.double()
+    return exact.to(a.dtype) if out is None else out.copy_(exact)
+
+
+def add_matmul(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """total ← total + a b, as `matmul`."""
+    if _is_plain(a, b):
+        return torch.addmm(total, a, b, out=total)
+    return total.add_(matmul(a, b))
+
+
+def _is_plain(a: Tensor, b: Tensor) -> bool:
+    """Whether PyTorch's own product has the accuracy of the dtype and is as fast as any."""
+    if a.dtype != torch.float32 or not is_asynchronous(a.device):
+        return True
+    return float32_is_exact() and not _are_large(2 * a.numel() * b.shape[1])
+
+
+def float32_may_pay(device: torch.device, width: int) -> bool:
+    """Whether a GPU takes some step of a matrix of w columns faster in float32 than in float64."""
+    return (width > _NARROW and products_have_out_dtype()) or _multiplies_float64_slowly(device)
+
+
+def float32_pays(device: torch.device, rank: int, width: int) -> bool:
+    """Whether it does so with a step of r factors."""
+    by_parts = width > _NARROW and _are_large(2 * rank * width**2)
+    return by_parts or (_multiplies_float64_slowly(device) and float32_is_exact())
+
+
+def _multiplies_float64_slowly(device: torch.device) -> bool:
+    is_gpu = device.type == "cuda"
+    return is_gpu and torch.cuda.get_device_capability(device) not in _FAST_FLOAT64
+
+
+def _are_large(flops: int) -> bool:
+    return flops >= _LARGE and products_have_out_dtype()
 
 
 class Rounded:

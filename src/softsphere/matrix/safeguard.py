@@ -55,7 +55,7 @@ def guarded(
         if not (math.isfinite(total) and float(squares.max()) <= most and share > enough):
             refused = reason(gradient, bool(share <= enough), W.dtype)
         return replace(update, refused=refused, share=float(share))
-    ok = sum_of_norms((*changes, squares)) <= most
+    ok = sum_of_norms((*changes, squares.to(update.to_rows.dtype))) <= most
     # What products have not solved is no reason to refuse a step. Of two booleans a > b is a & ~b.
     now = solved > ok if solved is not None else ~(ok & (share > enough))
     flag = now if flag is None else flag | now

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from softsphere._torch import add_each
+from softsphere._torch import add_each, copies
 from softsphere.matrix.abstract import Kept
-from softsphere.matrix.precision import Rounded
+from softsphere.matrix.precision import Rounded, is_asynchronous
 from softsphere.matrix.small_matrix import SmallMatrix
 
 __all__ = ["SmallArrays"]
@@ -156,7 +156,10 @@ class SmallArrays(Kept):
             else:
                 now[name] = x
         self.settle(now)
-        add_each([getattr(self, name) for name in now], list(now.values()))
+        wide = list(now.values())
+        if is_asynchronous(self.device) and any(x.dtype != torch.float64 for x in wide):
+            wide = copies(wide, torch.float64)
+        add_each([getattr(self, name) for name in now], wide)
 
     def widen(self, basis: Tensor) -> None:
         """U ← basis ⊗ U for basis (2, 2), with 0 as ω of the new columns."""

@@ -25,7 +25,13 @@ from softsphere.matrix.blocks import Blocks, Number
 from softsphere.matrix.gradient import GradientFactors
 from softsphere.matrix.gradient_products import EntryProducts, at_entries
 from softsphere.matrix.inverse import Inverse, by_elimination, by_few_products, by_products
-from softsphere.matrix.precision import float32_is_exact, is_asynchronous
+from softsphere.matrix.precision import (
+    add_matmul,
+    float32_is_exact,
+    float32_pays,
+    is_asynchronous,
+    matmul,
+)
 from softsphere.matrix.safeguard import guarded, unusable
 from softsphere.matrix.update import SmallIncrements, Update
 
@@ -45,18 +51,20 @@ def plan(
     blocks: Blocks,
     flag: Tensor | None = None,
     products: int = 0,
+    products_in_float32: int = 0,
     *,
     final: bool = False,
 ) -> Update:
     """Computes the update of a step. On a CPU its `refused` says whether it can be taken.
 
-    A harsh step is a small difference of large numbers, so it is computed again in float64. Every
-    step is computed in float64 on a GPU, where asking for the share would wait for the device, and
-    where float32 products are rounded. On a GPU an update that cannot be taken changes nothing and
-    sets its `flag`; so does every later one until the flag is read. One that is to be computed
-    again changes nothing either, and says so by `undone`.
+    A harsh step is a small difference of large numbers, so it is computed again in float64. On a
+    GPU, where asking for the share would wait for the device, steps are computed in float64 unless
+    those before were calm and float32 takes less time. An update there that cannot be taken changes
+    nothing and sets its `flag`; so does every later one until the flag is read. One that is to be
+    computed again changes nothing either, and says so by `undone`.
 
-    products: how many factors the inverse has as a product; 0 stands for elimination. final:
+    products: how many factors the inverse has as a product; 0 stands for elimination.
+    products_in_float32: how many of them a calm step needs in float32; 0 if no step is calm. final:
     whether the step is taken however it wears the factors, as on a CPU.
     """
     g, blocks = gradient, blocks.with_weight(gradient.rho)
@@ -67,6 +75,8 @@ def plan(
         update = _compute(W, g.to(W.dtype), blocks, flag, products, final)
         if update.share >= HARSH:
             return update
+    elif products_in_float32 and float32_pays(W.device, g.rank, W.V.width):
+        return _compute(W, g.to(W.dtype), blocks, flag, products_in_float32, final)
     return _compute(W, g.to(torch.float64), blocks, flag, products, final)
 
 
@@ -85,18 +95,18 @@ def _compute(
     carried = None if W.generations.alone else W.target_coordinates(g.rows)
     entries = EntryProducts.of(W, g, w, carried)
     thin = g.rank <= THIN * w
-    R_T = R if thin else g.L.mT @ R
+    R_T = R if thin else matmul(g.L.mT, R)
 
     # Woodbury's identity. S is small and near I, so its inverse is as accurate as a solve.
     R_back = blocks.times(R_T, inverse=True)
     minus_L = -g.L if thin else None
-    K = -R_back[:, :d] if minus_L is None else R_back[:, :d] @ minus_L.mT
+    K = -R_back[:, :d] if minus_L is None else matmul(R_back[:, :d], minus_L.mT)
     inverse = _inverse(K, products)
-    N = inverse.value @ (R_back @ U_inv)
+    N = matmul(inverse.value, matmul(R_back, U_inv))
 
     to_small = SmallIncrements(w, N)
     whole = to_small["U_inv"] if blocks.is_identity else None
-    minus_LN = torch.neg(N, out=whole) if minus_L is None else torch.mm(minus_L.mT, N, out=whole)
+    minus_LN = torch.neg(N, out=whole) if minus_L is None else matmul(minus_L.mT, N, out=whole)
     if whole is None:
         blocks.columns(minus_LN, out=to_small["U_inv"])
 
@@ -106,15 +116,15 @@ def _compute(
     torch.addmv(g.s, g.L, W.small("omega", dtype)[:d], out=left[few])
     entries.sums(W, g, out=left[few + 1])
     if thin:
-        torch.mm(U[:, :d], g.L.mT, out=left[:w])
-        half = torch.mm(R.mT, _right_of_gram(W, g, R, entries, blocks), out=_transposable(R))
+        matmul(U[:, :d], g.L.mT, out=left[:w])
+        half = matmul(R.mT, _right_of_gram(W, g, R, entries, blocks), out=_transposable(R))
         to_rows = g.x.unsqueeze(1) * at_entries(g, N)
     else:
-        torch.mm(U[:, :d], R_T, out=to_small["U"])
+        matmul(U[:, :d], R_T, out=to_small["U"])
         half = _gram_from_map(W, g, R, R_T, entries, blocks)
         after = blocks.times(U_inv, inverse=True, left=True) + to_small["U_inv"]
-        to_rows = (g.x.unsqueeze(1) * at_entries(g, R)) @ after
-    torch.mm(left, R, out=to_small.images[w - few :])
+        to_rows = matmul(g.x.unsqueeze(1) * at_entries(g, R), after)
+    matmul(left, R, out=to_small.images[w - few :])
     torch.add(half, half.mT, out=to_small["centred_gram"])
     scaled = _scaled(blocks, W) if W.blocks > 1 else {}
     places = g.places if W.shards is None else None
@@ -125,7 +135,7 @@ def _compute(
 def _inverse(K: Tensor, products: int) -> Inverse:
     """(I − K)⁻¹, by that many products if it is asked for, and else by what is cheaper."""
     if products:
-        return by_products(K, products)
+        return by_products(K, products, HARSH if K.dtype == torch.float32 else 0.0)
     if is_asynchronous(K.device):
         return by_elimination(K, measured=True)
     found = by_few_products(K, HARSH)
@@ -144,11 +154,9 @@ def _right_of_gram(
     back = entries.centred_back(W, g)
     both = back[:, :d] + entries.of_weight[:, :d]
     if len(g.rows) <= 2 * R.shape[1]:
-        gram = entries.gram(g)
-        own = torch.addmm(gram, both, g.L.mT, out=gram) @ R
+        own = matmul(add_matmul(entries.gram(g), both, g.L.mT), R)
     else:
-        own = entries.times(g, R)
-        torch.addmm(own, both @ g.L.mT, R, out=own)
+        own = add_matmul(entries.times(g, R), matmul(both, g.L.mT), R)
     return torch.add(blocks.times(back), own, alpha=0.5, out=own)
 
 
@@ -165,9 +173,10 @@ def _gram_from_map(
     As in `_right_of_gram`, one product with R_T stands for two.
     """
     d = W.width
-    across = R.mT @ entries.of_weight
-    back = R_T.mT @ W.small("centred_gram", R.dtype)[:d] + across
-    own = (back + across)[:, :d] @ R_T + R.mT @ entries.times(gradient, R)
+    across = matmul(R.mT, entries.of_weight)
+    back = matmul(R_T.mT, W.small("centred_gram", R.dtype)[:d]).add_(across)
+    own = matmul((back + across)[:, :d], R_T)
+    add_matmul(own, R.mT, entries.times(gradient, R))
     return torch.add(blocks.times(back), own, alpha=0.5, out=_transposable(R))
 
 
@@ -178,7 +187,8 @@ def _transposable(like: Tensor) -> Tensor:
     reading the transpose would take as long as a product. These rows are a bit longer.
     """
     w = like.shape[1]
-    return like.new_empty(w, w + _PAD)[:, :w]
+    pad = 0 if is_asynchronous(like.device) else _PAD
+    return like.new_empty(w, w + pad)[:, :w]
 
 
 def _scaled(blocks: Blocks, W: Arrays) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from softsphere.matrix.abstract import POWER
 from softsphere.matrix.arrays import Arrays
 from softsphere.matrix.blocks import Blocks
+from softsphere.matrix.precision import is_asynchronous
 
 __all__ = ["SingularStepError", "SmallIncrements", "Update"]
 
@@ -98,7 +99,9 @@ class Update:
                     W.put(name, self.scaled[name])
                 else:
                     W.scale(name, self.blocks.base[0][0] ** POWER[name])
-        W.add(self.to_small, self.share, apart=self.blocks.is_identity)
+        # A GPU may run these operations again as they are, whatever was summed apart by then.
+        apart = self.blocks.is_identity and not is_asynchronous(W.device)
+        W.add(self.to_small, self.share, apart=apart)
         W.renamed()
         W.changed()
 

@@ -27,6 +27,7 @@ from softsphere.matrix.blocks import Blocks
 from softsphere.matrix.gradient import GradientFactors
 from softsphere.matrix.inverse import products_for
 from softsphere.matrix.mending import directions, rebase, reinvert, renew
+from softsphere.matrix.precision import float32_may_pay
 from softsphere.matrix.step import HARSH
 from softsphere.matrix.update import SingularStepError, Update
 from softsphere.matrix.wear import (
@@ -82,8 +83,8 @@ class Watch:
         # see `Update`; of the deviation the largest since the last check
         self.undone: Tensor | None = None
         self.deviation: Tensor | None = None
-        # how many factors the inverse of a recorded step has; 0 stands for elimination
-        self.products = 0
+        # how many factors the inverse of a recorded step has, in float64 and in float32; see `plan`
+        self.products = (0, 0)
         # whether steps are recorded for later, so that nothing is to be read or mended now
         self.recording = False
         self.restart()
@@ -152,7 +153,10 @@ class Watch:
         W.settle()
         self.checks += 1
         if self.deviation is not None:
-            self.products = products_for(float(self.deviation), W.V.width)
+            deviation, w = float(self.deviation), W.V.width
+            may = W.dtype == torch.float32 and float32_may_pay(W.device, w)
+            in_float32 = products_for(deviation, w, torch.float32, HARSH) if may else 0
+            self.products = products_for(deviation, w), in_float32
             self.deviation.zero_()
         self._check_gram(W, steps)
         before = measures(W, self.checks)

@@ -7,6 +7,7 @@ the kernel libraries do; here the products are PyTorch's, and what lies between 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -76,9 +77,25 @@ def _added(total: Tensor | None, o: Tensor, h: Tensor, dtype: torch.dtype) -> Te
         total = torch.zeros(o.shape[1], h.shape[1], dtype=dtype, device=h.device)
     if total.dtype == h.dtype:
         return total.addmm_(o.mT, h)
-    if h.is_cuda and "dtype_out" in torch.ops.aten.addmm.overloads():  # since torch 2.8
+    if _adds_in_float32(h.device, h.dtype):
         return torch.addmm(total, o.mT, h, out_dtype=dtype, out=total)
+    if h.is_cuda and "dtype" in torch.ops.aten.mm.overloads():  # since torch 2.8
+        return total.add_(torch.mm(o.mT, h, out_dtype=dtype))
     return total.add_(o.mT @ h)
+
+
+@functools.cache
+def _adds_in_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `torch.addmm` adds a product of this dtype to a float32 matrix.
+
+    It does so on a GPU alone. Its first versions asked for a matrix of the dtype of the factors.
+    """
+    x, total = (torch.ones(1, 1, device=device, dtype=kind) for kind in (dtype, torch.float32))
+    try:
+        torch.addmm(total, x, x, out_dtype=torch.float32, out=total)
+    except (RuntimeError, TypeError):
+        return False
+    return True
 
 
 def _gradient_in_place(logits: Tensor, target: Tensor, m: int) -> Tensor:

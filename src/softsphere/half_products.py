@@ -1,0 +1,104 @@
+"""Products of half-precision matrices with float32 results, and float32 matrices as two of them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from softsphere._torch import products_have_out_dtype
+
+__all__ = ["InParts", "by_float16", "in_parts", "largest", "multiplies", "product", "rounded"]
+
+
+def multiplies(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether x can be multiplied as it is, for results in dtype.
+
+    The matrix units of a GPU multiply float16 and bfloat16 and sum in float32.
+    """
+    low = x.dtype in (torch.float16, torch.bfloat16) and dtype == torch.float32
+    return low and x.is_cuda and products_have_out_dtype()
+
+
+def product(a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """a b in dtype, for factors in dtype or factors that `multiplies` allows.
+
+    a, b: (m, n) and (n, p), or batches of them.
+    """
+    multiply = torch.mm if a.dim() == 2 else torch.bmm
+    if a.dtype == dtype:
+        return multiply(a, b, out=out)
+    return multiply(a, b, out_dtype=dtype, out=out)
+
+
+def largest(A: Tensor) -> Tensor:
+    """The largest size of a number in A, () and not zero; 1 if there is none."""
+    if not A.numel():
+        return A.new_ones(())
+    size: Tensor = torch.linalg.vector_norm(A, torch.inf)
+    return size.clamp_min(torch.finfo(A.dtype).tiny)
+
+
+def rounded(A: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A / λ in dtype, and the scale λ, so that small numbers do not vanish in float16."""
+    scale = largest(A)
+    # written by one operation
+    return torch.div(A, scale, out=torch.empty_like(A, dtype=dtype)), scale
+
+
+class InParts(NamedTuple):
+    """A = λ (B + eps C) for B and C in half precision, their eps, and a scale λ."""
+
+    high: Tensor
+    low: Tensor
+    scale: Tensor
+
+    def whole(self, dtype: torch.dtype) -> Tensor:
+        """A in dtype."""
+        eps = torch.finfo(self.high.dtype).eps
+        return torch.add(self.high.to(dtype), self.low.to(dtype), alpha=eps).mul_(self.scale)
+
+    @property
+    def mT(self) -> InParts:
+        """The parts of Aᵀ."""
+        return InParts(self.high.mT, self.low.mT, self.scale)
+
+    def after(self, H: Tensor, dtype: torch.dtype) -> Tensor:
+        """H A in dtype, for an H that `multiplies` allows."""
+        P = product(H, self.low, dtype).mul_(torch.finfo(H.dtype).eps)
+        return P.add_(product(H, self.high, dtype)).mul_(self.scale)
+
+    def before(self, H: Tensor, dtype: torch.dtype) -> Tensor:
+        """A H in dtype, for an H that `multiplies` allows."""
+        P = product(self.low, H, dtype).mul_(torch.finfo(H.dtype).eps)
+        return P.add_(product(self.high, H, dtype)).mul_(self.scale)
+
+
+def in_parts(A: Tensor, dtype: torch.dtype) -> InParts:
+    """The parts of A in dtype.
+
+    They have twice the digits of dtype: A is right to eps²/4 or so of its largest entry.
+    """
+    high, scale = rounded(A, dtype)
+    rest = torch.addcmul(A, high, scale, value=-1)
+    low = torch.div(rest, scale * torch.finfo(dtype).eps, out=torch.empty_like(high))
+    return InParts(high, low, scale)
+
+
+def by_float16(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a b of float32 matrices (m, n) and (n, p), each as the sum of two in float16.
+
+    These sums have 22 bits, two less than float32. Matrix units multiply them exactly and sum in
+    float32, so that the error is about that of a float32 product. The product of the second parts,
+    2⁻²² of the whole, is left out.
+
+    Source: Ootomo & Yokota 2022, arXiv:2203.03341, §3. On a CPU the parts are float32 numbers that
+    have the digits of float16.
+    """
+    kind = torch.float16 if a.is_cuda else torch.float32
+    (a_high, a_low, of_a), (b_high, b_low, of_b) = (in_parts(x, torch.float16) for x in (a, b))
+    a_high, a_low, b_high, b_low = (x.to(kind) for x in (a_high, a_low, b_high, b_low))
+    rest = product(a_low, b_high, a.dtype).add_(product(a_high, b_low, a.dtype))
+    total = product(a_high, b_high, a.dtype, out=out)
+    return total.add_(rest, alpha=torch.finfo(torch.float16).eps).mul_(of_a * of_b)

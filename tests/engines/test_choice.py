@@ -75,6 +75,27 @@ def test_known_workloads(where):
         assert choose(*sizes, *where).engine == engine, sizes
 
 
+def test_a_loss_that_sees_no_shift_has_products_in_float32(monkeypatch):
+    """In chunks on a GPU, which multiplies half precision as it is since torch 2.8."""
+    sizes = 512, 1_000_000, 4096
+    for dtype, device, other in (
+        (torch.bfloat16, "cuda", "gram"),
+        (torch.float32, "cuda", "chunked"),
+        (torch.bfloat16, "cpu", "chunked"),
+    ):
+        assert choose(*sizes, dtype, device).engine == "chunked"
+        assert choose(*sizes, dtype, device, shift_invariant=True).engine == other
+    asked = []
+    monkeypatch.setattr(dispatch, "cheapest", lambda work: asked.append(work.centred) or "chunked")
+    H, W, target = torch.randn(3, 4), torch.randn(9, 4), torch.zeros(3, dtype=torch.long)
+    for name in ("z_loss", "taylor_softmax"):
+        linear_spherical_loss(H, W, target, name)
+    assert asked == [True, False]
+    monkeypatch.setattr("softsphere.engines.engine._HALVES_ARE_MULTIPLIED", False)
+    reasons = [choose(*sizes, torch.bfloat16, "cuda", shift_invariant=x).reason for x in (0, 1)]
+    assert reasons[0] == reasons[1]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["taylor_softmax", "z_loss"])
 @pytest.mark.parametrize("prior", [False, True])

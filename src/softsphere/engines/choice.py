@@ -35,6 +35,7 @@ def choose(
     *,
     K: int = 1,
     bias: bool = False,
+    shift_invariant: bool = False,
 ) -> Choice:
     """Returns the engine that "auto" takes for these sizes, and why.
 
@@ -43,12 +44,13 @@ def choose(
 
         dense     6 m D n + the passes over its outputs; the outputs, their gradient and two float32
                   tensors made of them must fit in 1 GiB, or in 4 GiB on a GPU
-        chunked   8 m D n + those passes; in half precision on a GPU 12 m D n, unless the loss is
-                  invariant to a shift of its outputs, whose products are in float32
+        chunked   8 m D n + those passes; in half precision on a GPU 12 m D n, or 8 m D n in float32
+                  for a loss that is invariant to a shift of its outputs
         gram      4 D n² + 4 m n² + the passes over its inputs and its weight + its overhead
 
-    What passes and overheads take, in FLOPs that take as long, are data of a machine: of 2 cores,
-    and of an H100 for every GPU.
+    What passes, overheads and products in float32 take, in FLOPs that take as long, are data of a
+    machine: of 2 cores, and of an H100 for every GPU. Before torch 2.8 chunked and gram multiply in
+    float32 on every GPU.
 
     The choice depends on sizes alone. With S = Σ π (w − w̄)(w − w̄)ᵀ, the gram engine computes
     q = hᵀSh with an error of about 30 eps Σ_j h_j² S_jj, or of about 2⁻¹⁶ Σ_j h_j² S_jj where
@@ -73,6 +75,8 @@ def choose(
         device: where the rows are.
         K: number of targets of each row.
         bias: whether the layer has a bias.
+        shift_invariant: whether the loss is invariant to a shift of its outputs, as the attribute
+            of this name of a loss says.
 
     Raises TypeError or ValueError for a size or a dtype that cannot be.
 
@@ -84,7 +88,7 @@ def choose(
     checks.sizes(m=m, num_classes=num_classes, in_features=in_features, K=K)
     checks.floating_dtype(dtype)
     kind = torch.device(device).type
-    work = Workload(m, num_classes, in_features, K, int(bias), dtype, kind)
+    work = Workload(m, num_classes, in_features, K, int(bias), dtype, kind, shift_invariant)
     return _explained(work, cheapest(work))
 
 

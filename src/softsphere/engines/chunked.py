@@ -158,7 +158,8 @@ def _add_products(G: Tensor, H: Tensor, w: Tensor, dH: Tensor | None, by_w: Tens
 
 def _cost(work: Workload) -> float:
     # two products of the outputs; and of their gradient two, or four where it is in parts
-    products = 12 if work.multiplies_halves else 8
+    halves = work.multiplies_halves and not work.centred
+    products = 12 if halves else 8 * work.machine.float32
     return products * work.m * work.D * work.n + work.passes + work.target_rows
 
 

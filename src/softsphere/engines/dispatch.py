@@ -57,7 +57,7 @@ def linear_statistics(
     """
     x = Inputs(H, W, b, target, pi)
     how = settings(x, options, centred=centred)
-    engine = _engine(x, options)
+    engine = _engine(x, options, centred=centred)
     engine.check(x, how)
     guarded = engine.guarded if options.engine == "auto" else None
     s, q, c = (guarded or engine.statistics)(x, how)
@@ -76,7 +76,7 @@ def settings(x: Inputs, options: LinearSphericalOptions, *, centred: bool) -> Se
     )
 
 
-def _engine(x: Inputs, options: LinearSphericalOptions) -> Engine:
+def _engine(x: Inputs, options: LinearSphericalOptions, *, centred: bool) -> Engine:
     forward_mode = forward_mode_active()
     # a compiler traces what a transform makes of the operators
     transforms = not torch.compiler.is_compiling() and transforms_active()
@@ -93,7 +93,7 @@ def _engine(x: Inputs, options: LinearSphericalOptions) -> Engine:
     if forward_mode or transforms:
         return DENSE
     (m, K), (D, d) = x.target.shape, x.W.shape
-    work = Workload(m, D, d, K, int(x.b is not None), x.H.dtype, x.H.device.type)
+    work = Workload(m, D, d, K, int(x.b is not None), x.H.dtype, x.H.device.type, centred)
     return ENGINES[cheapest(work)]
 
 

@@ -12,9 +12,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from softsphere._torch import products_have_out_dtype
 from softsphere.engines.machines import Machine, machine
 
 __all__ = ["Engine", "Gradients", "Inputs", "Settings", "Statistics", "Workload", "mass_of"]
+
+# asked once, since compilers trace the choice of an engine
+_HALVES_ARE_MULTIPLIED = products_have_out_dtype()
 
 
 class Inputs(NamedTuple):
@@ -70,7 +74,10 @@ class Gradients(NamedTuple):
 
 @dataclass(frozen=True)
 class Workload:
-    """The sizes that the cost of a step depends on; `bias` is 1 with a bias and 0 without."""
+    """What the cost of a step depends on; `bias` is 1 with a bias and 0 without.
+
+    centred: whether the mean of the outputs is taken off, as for a loss that sees no shift.
+    """
 
     m: int
     D: int
@@ -79,6 +86,7 @@ class Workload:
     bias: int
     dtype: torch.dtype
     device: str
+    centred: bool = False
 
     @property
     def n(self) -> int:
@@ -93,7 +101,7 @@ class Workload:
     @property
     def multiplies_halves(self) -> bool:
         """Whether rows of half precision enter products as they are, as on a GPU."""
-        return self.device == "cuda" and self.dtype.itemsize == 2
+        return self.device == "cuda" and self.dtype.itemsize == 2 and _HALVES_ARE_MULTIPLIED
 
     @property
     def passes(self) -> int:

@@ -78,7 +78,9 @@ def guarded_statistics(x: Inputs, how: Settings) -> tuple[Tensor, Tensor, Tensor
 
 
 def _cost(work: Workload) -> float:
-    products, on = 4 * (work.D + work.m) * work.n**2, work.machine
+    on = work.machine
+    each = 1 if work.multiplies_halves else on.float32
+    products = 4 * (work.D + work.m) * work.n**2 * each
     passes = on.input * work.m * work.n + on.number * work.D * work.n
     return products + work.target_rows + passes + on.overhead
 

@@ -27,6 +27,7 @@ class Machine:
         and added
     number: one entry of W, which is read for each product and whose gradient is written
     overhead: what does not depend on sizes
+    float32: one FLOP of a product of float32 tensors
     logits_limit: the bytes that outputs, their gradient and the float32 tensors made of them may
         take where they are chosen: a small part of any machine's memory
     """
@@ -36,10 +37,13 @@ class Machine:
     number: int
     overhead: float
     logits_limit: int
+    float32: int = 1
 
 
 _CPU = Machine(output=200, input=800, number=0, overhead=5e7, logits_limit=1 << 30)
-_GPU_HALF = Machine(output=3200, input=6000, number=1600, overhead=2e11, logits_limit=4 << 30)
+_GPU_HALF = Machine(
+    output=3200, input=6000, number=1600, overhead=2e11, logits_limit=4 << 30, float32=13
+)
 _GPU_FLOAT = Machine(output=270, input=500, number=130, overhead=1.6e10, logits_limit=4 << 30)
 
 

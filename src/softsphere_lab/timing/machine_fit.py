@@ -22,8 +22,10 @@ __all__ = ["Choices", "Fit", "Times", "choices", "fitted"]
 
 # The seconds of engines by name, at each of several workloads.
 Times = Mapping[Workload, Mapping[str, float]]
-# The numbers of a machine that stand for time; its limit of memory is a choice and no measurement.
-_UNKNOWN = tuple(field.name for field in fields(Machine) if field.name != "logits_limit")
+# The numbers of a machine that a table of times tells. Its limit of memory is a choice, and no
+# engine of the table multiplies half precision in float32.
+_GIVEN = ("logits_limit", "float32")
+_UNKNOWN = tuple(field.name for field in fields(Machine) if field.name not in _GIVEN)
 # So much of a number is added to see what it costs, that no rounding beside the FLOPs hides it.
 _UNIT = 1 << 20
 # A share of a time that measurements do not tell from nothing.
@@ -35,7 +37,7 @@ _NONE = Machine(output=0, input=0, number=0, overhead=0.0, logits_limit=1 << 62)
 class _On(Workload):
     """A workload on a machine with given numbers."""
 
-    numbers: Machine
+    numbers: Machine = _NONE
 
     @property
     def machine(self) -> Machine:

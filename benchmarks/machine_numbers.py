@@ -61,7 +61,7 @@ def table_of(device: str, dtype: torch.dtype, times: Times) -> Table:
 
     present = machine(device, dtype)
     add("machines.py", present, "–", "–", "–")
-    best = fitted(times, present.logits_limit)
+    best = fitted(times, present)
     add(
         "fitted",
         best.machine,

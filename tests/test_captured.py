@@ -19,6 +19,7 @@ from softsphere import (
     cuda_graph,
     optim,
 )
+from softsphere._torch import products_have_out_dtype
 from softsphere.matrix import SingularStepError, precision
 from softsphere.matrix import step as factored_step
 from softsphere.matrix.replay import Replay
@@ -769,6 +770,7 @@ def in_float32(monkeypatch) -> list[torch.dtype]:
     pretend_a_gpu(monkeypatch)
     monkeypatch.setattr(precision, "_LARGE", 1)
     monkeypatch.setattr(precision, "_NARROW", 0)
+    monkeypatch.setattr(precision, "_has_parts", lambda: True)
     used, multiply = [], factored_step.matmul
 
     def matmul(a, b, out=None):
@@ -835,3 +837,24 @@ def test_a_sudden_step_in_float32_is_finished_in_float64(monkeypatch, factors, r
     assert not watch.undone.any() and set(used) == {torch.float64}
     train(*batch(50, torch.float32))
     torch.testing.assert_close(finished, plain[1].dense(), rtol=1e-4, atol=1e-6)
+
+
+def test_the_inverse_gets_fewer_factors_only_after_some_measurements():
+    """Every change has the step recorded again."""
+    watch = FactoredSphericalLoss(WIDTH, D).matrix.watch
+    taken = []
+    for wanted in ((3, 2), (3, 1), (2, 1), (3, 2), (2, 2), (2, 1), (2, 1), (4, 1), (3, 0), (0, 0)):
+        watch._choose_products(wanted)
+        taken.append(watch.products)
+    kept = [(3, 2)] * 6
+    assert taken == [*kept, (2, 1), (4, 1), (3, 0), (0, 0)]
+
+
+def test_float16_that_is_summed_in_float16_makes_no_float32(monkeypatch):
+    pretend_a_gpu(monkeypatch)
+    many = 1 << 20, 4096
+    assert precision.float32_pays(torch.device("cpu"), *many) == products_have_out_dtype()
+    monkeypatch.setattr(precision, "sums_of_float16_are_rounded", lambda: True)
+    assert not precision.float32_pays(torch.device("cpu"), *many)
+    a = torch.randn(3, 4)
+    assert torch.equal(precision.matmul(a, a.mT), a @ a.mT)

@@ -54,6 +54,7 @@ __all__ = [
     "runs_in_this_backward",
     "saveable_in_exports",
     "sum_of_norms",
+    "sums_of_float16_are_rounded",
     "transformed",
     "transforms_active",
     "untraced",
@@ -240,8 +241,13 @@ def gather_tensors(out: Tensor, x: Tensor, group: Any) -> None:
 
 
 def products_have_out_dtype() -> bool:
-    """Whether torch.mm of half-precision factors can return float32. It can since torch 2.8."""
-    return "dtype" in torch.ops.aten.mm.overloads()
+    """Whether torch.mm of half-precision factors can return float32, on CUDA since torch 2.8."""
+    return "dtype" in torch.ops.aten.mm.overloads() and torch.version.hip is None
+
+
+def sums_of_float16_are_rounded() -> bool:
+    """Whether products of float16 are to be summed in float16, so that none can return float32."""
+    return bool(getattr(torch.backends.cuda.matmul, "allow_fp16_accumulation", False))
 
 
 def float32_precision(device: torch.device) -> str:
@@ -296,7 +302,10 @@ def add_each(tensors: list[Tensor], increments: list[Tensor]) -> None:
 
 
 def copies(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Copies of some tensors in a dtype, on a GPU in one launch if all of them have one dtype."""
+    """Copies of some tensors in a dtype.
+
+    On a GPU all are written in one launch, if they are contiguous and of one dtype.
+    """
     made = [torch.empty_like(x, dtype=dtype) for x in tensors]
     torch._foreach_copy_(made, tensors)
     return made

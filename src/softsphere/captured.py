@@ -29,7 +29,7 @@ class CapturedStep:
     """Captures a training step as a CUDA graph, and replays it.
 
     A GPU may run the operations of a step faster than Python launches them. A graph launches them
-    all at once. This matters most for a factored layer, whose step is nearly 200 short operations;
+    all at once. This matters most for a factored layer, whose step is about 150 short operations;
     any other layer with a step of fixed shapes can be captured as well.
 
     If an address or a number that the graph holds has changed, the next step runs eagerly, and the

@@ -7,9 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from softsphere._torch import products_have_out_dtype
+from softsphere._torch import products_have_out_dtype, sums_of_float16_are_rounded
 
 __all__ = ["InParts", "by_float16", "in_parts", "largest", "multiplies", "product", "rounded"]
+
+# A scale is no smaller, so that it is not subnormal times the eps of a half-precision dtype.
+_LEAST = 2.0**-100
 
 
 def multiplies(x: Tensor, dtype: torch.dtype) -> bool:
@@ -18,7 +21,9 @@ def multiplies(x: Tensor, dtype: torch.dtype) -> bool:
     The matrix units of a GPU multiply float16 and bfloat16 and sum in float32.
     """
     low = x.dtype in (torch.float16, torch.bfloat16) and dtype == torch.float32
-    return low and x.is_cuda and products_have_out_dtype()
+    if not (low and x.is_cuda and products_have_out_dtype()):
+        return False
+    return x.dtype == torch.bfloat16 or not sums_of_float16_are_rounded()
 
 
 def product(a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
@@ -32,23 +37,29 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor | None = None)
     return multiply(a, b, out_dtype=dtype, out=out)
 
 
-def largest(A: Tensor) -> Tensor:
-    """The largest size of a number in A, () and not zero; 1 if there is none."""
+def largest(A: Tensor, dim: int | None = None) -> Tensor:
+    """The largest size of a number in A, () and not zero; 1 if there is none.
+
+    dim: of the numbers along this dimension, which is kept with the size 1.
+    """
     if not A.numel():
-        return A.new_ones(())
-    size: Tensor = torch.linalg.vector_norm(A, torch.inf)
-    return size.clamp_min(torch.finfo(A.dtype).tiny)
+        return A.new_ones(()) if dim is None else A.new_ones(A.shape).sum(dim, keepdim=True)
+    size: Tensor = torch.linalg.vector_norm(A, torch.inf, dim, keepdim=dim is not None)
+    return size.clamp_min(max(torch.finfo(A.dtype).tiny, _LEAST))
 
 
-def rounded(A: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A / λ in dtype, and the scale λ, so that small numbers do not vanish in float16."""
-    scale = largest(A)
+def rounded(A: Tensor, dtype: torch.dtype, dim: int | None = None) -> tuple[Tensor, Tensor]:
+    """A / λ in dtype, and the scale λ, so that small numbers do not vanish in float16.
+
+    dim: along which each vector of A has a scale of its own; None for one scale.
+    """
+    scale = largest(A, dim)
     # written by one operation
     return torch.div(A, scale, out=torch.empty_like(A, dtype=dtype)), scale
 
 
 class InParts(NamedTuple):
-    """A = λ (B + eps C) for B and C in half precision, their eps, and a scale λ."""
+    """A = λ (B + eps C) for B and C in half precision, their eps, and a scale λ or scales."""
 
     high: Tensor
     low: Tensor
@@ -75,12 +86,13 @@ class InParts(NamedTuple):
         return P.add_(product(self.high, H, dtype)).mul_(self.scale)
 
 
-def in_parts(A: Tensor, dtype: torch.dtype) -> InParts:
+def in_parts(A: Tensor, dtype: torch.dtype, dim: int | None = None) -> InParts:
     """The parts of A in dtype.
 
-    They have twice the digits of dtype: A is right to eps²/4 or so of its largest entry.
+    They have twice the digits of dtype: A is right to eps²/4 or so of its largest entry, or of the
+    largest along `dim`.
     """
-    high, scale = rounded(A, dtype)
+    high, scale = rounded(A, dtype, dim)
     rest = torch.addcmul(A, high, scale, value=-1)
     low = torch.div(rest, scale * torch.finfo(dtype).eps, out=torch.empty_like(high))
     return InParts(high, low, scale)
@@ -91,14 +103,17 @@ def by_float16(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
 
     These sums have 22 bits, two less than float32. Matrix units multiply them exactly and sum in
     float32, so that the error is about that of a float32 product. The product of the second parts,
-    2⁻²² of the whole, is left out.
+    2⁻²² of the whole, is left out. Each row of a and each column of b has a scale, since those of a
+    factored weight may differ by many powers of ten, and small ones count as much as large ones.
+    Beside a number 2¹⁴ times as large, in one row of a or column of b, a number has fewer digits.
 
     Source: Ootomo & Yokota 2022, arXiv:2203.03341, §3. On a CPU the parts are float32 numbers that
     have the digits of float16.
     """
     kind = torch.float16 if a.is_cuda else torch.float32
-    (a_high, a_low, of_a), (b_high, b_low, of_b) = (in_parts(x, torch.float16) for x in (a, b))
+    a_high, a_low, of_a = in_parts(a, torch.float16, 1)
+    b_high, b_low, of_b = in_parts(b, torch.float16, 0)
     a_high, a_low, b_high, b_low = (x.to(kind) for x in (a_high, a_low, b_high, b_low))
     rest = product(a_low, b_high, a.dtype).add_(product(a_high, b_low, a.dtype))
     total = product(a_high, b_high, a.dtype, out=out)
-    return total.add_(rest, alpha=torch.finfo(torch.float16).eps).mul_(of_a * of_b)
+    return total.add_(rest, alpha=torch.finfo(torch.float16).eps).mul_(of_a).mul_(of_b)

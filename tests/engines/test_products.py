@@ -138,6 +138,26 @@ def test_products_by_float16_are_as_accurate_as_those_of_float32(terms, spread, 
     assert error(out, exact) < most
 
 
+def test_small_rows_and_columns_of_products_by_float16_have_as_many_digits():
+    """Rows of U are many powers of ten shorter than others, and worth as much."""
+    sizes = 2.0 ** torch.linspace(0, -60, 40)
+    a, b = torch.randn(40, 300) * sizes.unsqueeze(1), torch.randn(300, 40) * sizes
+    exact, scale = a.double() @ b.double(), torch.outer(sizes, sizes).double()
+    found = half_products.by_float16(a, b).double()
+    assert error(found / scale, exact / scale) < 4 * error((a @ b) / scale, exact / scale) + 2**-22
+    assert ((found - exact) / scale).abs().max() < 1e-4
+
+
+def test_scales_of_products_by_float16_may_be_far_apart():
+    # the product of the scales overflows
+    a, b = torch.tensor([[1e30, 0.0], [1e-10, 1e-9]]), torch.tensor([[0.0], [1e20]])
+    torch.testing.assert_close(half_products.by_float16(a, b), a @ b, rtol=1e-6, atol=0)
+    zero, empty = torch.zeros(3, 4), torch.zeros(3, 0)
+    assert not half_products.by_float16(zero, zero.mT).any()
+    assert half_products.by_float16(empty, empty.mT).shape == (3, 3)
+    assert not half_products.by_float16(empty, empty.mT).any()
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_products_by_float16_of_what_is_not_finite_are_not(bad):
     a, b = torch.ones(3, 4), torch.ones(4, 2)

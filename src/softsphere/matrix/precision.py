@@ -13,7 +13,11 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from softsphere._torch import products_have_out_dtype, usable_now
+from softsphere._torch import (
+    products_have_out_dtype,
+    sums_of_float16_are_rounded,
+    usable_now,
+)
 from softsphere.half_products import by_float16
 from softsphere.matrix.turns import turn
 
@@ -120,7 +124,7 @@ def _is_plain(a: Tensor, b: Tensor) -> bool:
 
 def float32_may_pay(device: torch.device, width: int) -> bool:
     """Whether a GPU takes some step of a matrix of w columns faster in float32 than in float64."""
-    return (width > _NARROW and products_have_out_dtype()) or _multiplies_float64_slowly(device)
+    return (width > _NARROW and _has_parts()) or _multiplies_float64_slowly(device)
 
 
 def float32_pays(device: torch.device, rank: int, width: int) -> bool:
@@ -135,7 +139,12 @@ def _multiplies_float64_slowly(device: torch.device) -> bool:
 
 
 def _are_large(flops: int) -> bool:
-    return flops >= _LARGE and products_have_out_dtype()
+    return flops >= _LARGE and _has_parts()
+
+
+def _has_parts() -> bool:
+    """Whether products of float16 can have float32 results."""
+    return products_have_out_dtype() and not sums_of_float16_are_rounded()
 
 
 class Rounded:

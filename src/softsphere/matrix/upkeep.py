@@ -44,6 +44,8 @@ from softsphere.matrix.wear import (
 
 __all__ = ["Watch", "too_harsh"]
 
+# The measurements in a row after which the inverse of recorded steps gets fewer factors.
+_PATIENCE = 3
 _MEANS = ("renewed", "refactorised", "reinverted", "regrammed")
 
 
@@ -85,6 +87,7 @@ class Watch:
         self.deviation: Tensor | None = None
         # how many factors the inverse of a recorded step has, in float64 and in float32; see `plan`
         self.products = (0, 0)
+        self._fewer = 0
         # whether steps are recorded for later, so that nothing is to be read or mended now
         self.recording = False
         self.restart()
@@ -156,7 +159,7 @@ class Watch:
             deviation, w = float(self.deviation), W.V.width
             may = W.dtype == torch.float32 and float32_may_pay(W.device, w)
             in_float32 = products_for(deviation, w, torch.float32, HARSH) if may else 0
-            self.products = products_for(deviation, w), in_float32
+            self._choose_products((products_for(deviation, w), in_float32))
             self.deviation.zero_()
         self._check_gram(W, steps)
         before = measures(W, self.checks)
@@ -169,6 +172,17 @@ class Watch:
         ahead = min(2 * self.period, LONGEST, self.blocks.horizon(2 * CONDITION), min(left) / 2)
         self.period, self.steps = max(int(ahead), 1), 0
         self.seconds += time.perf_counter() - start
+
+    def _choose_products(self, wanted: tuple[int, int]) -> None:
+        """Takes these numbers of factors, or fewer than before if it is not for the first times.
+
+        With others a step has to be recorded again, which takes longer than a factor too many.
+        """
+        both = zip(wanted, self.products, strict=True)
+        fewer = all(new == old or 0 < new < old for new, old in both)
+        self._fewer = self._fewer + 1 if fewer and wanted != self.products else 0
+        if not fewer or self._fewer == _PATIENCE:
+            self.products, self._fewer = wanted, 0
 
     def mend_gram(self, W: Arrays) -> None:
         """Has the Gram matrix computed again if it has drifted."""

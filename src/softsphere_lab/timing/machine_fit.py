@@ -30,18 +30,17 @@ _UNKNOWN = tuple(field.name for field in fields(Machine) if field.name not in _G
 _UNIT = 1 << 20
 # A share of a time that measurements do not tell from nothing.
 _NEGLIGIBLE = 1e-3
-_NONE = Machine(output=0, input=0, number=0, overhead=0.0, logits_limit=1 << 62)
 
 
 @dataclass(frozen=True)
 class _On(Workload):
     """A workload on a machine with given numbers."""
 
-    numbers: Machine = _NONE
+    numbers: Machine | None = None
 
     @property
     def machine(self) -> Machine:
-        return self.numbers
+        return self.numbers or super().machine
 
 
 @dataclass(frozen=True)
@@ -79,16 +78,18 @@ def _coefficients(engine: str, work: Workload) -> list[float]:
     """What the unknowns of `fitted` are multiplied with: the FLOPs of an engine, 1 for what every
     step takes, and what a unit of each number of a machine adds to the cost.
     """
-    cost = ENGINES[engine].cost
-    products = cost(_at(work, _NONE))
-    with_unit = [cost(_at(work, replace(_NONE, **{name: _UNIT}))) for name in _UNKNOWN]
+    cost, unknown = ENGINES[engine].cost, dict.fromkeys(_UNKNOWN, 0)
+    products = cost(_at(work, replace(work.machine, **unknown)))
+    with_unit = [
+        cost(_at(work, replace(work.machine, **unknown | {name: _UNIT}))) for name in _UNKNOWN
+    ]
     return [products, 1.0, *((each - products) / _UNIT for each in with_unit)]
 
 
-def fitted(times: Times, logits_limit: int) -> Fit:
+def fitted(times: Times, present: Machine) -> Fit:
     """Returns the numbers, none of them negative, with the least sum of squared relative errors.
 
-    logits_limit: that of the machine.
+    present: the machine as it is known, from which the numbers are that times do not tell.
 
     Raises LabError if the times do not tell how long a FLOP takes.
     """
@@ -110,11 +111,8 @@ def fitted(times: Times, logits_limit: int) -> Fit:
         )
     found = dict(zip(_UNKNOWN, (other / per_flop for other in others), strict=True))
     overhead = found.pop("overhead")
-    machine = Machine(
-        **{name: round(x) for name, x in found.items()},
-        overhead=overhead,
-        logits_limit=logits_limit,
-    )
+    whole = {name: round(x) for name, x in found.items()}
+    machine = replace(present, **whole, overhead=overhead)
     return Fit(machine, 1 / per_flop, least, residual / math.sqrt(count))
 
 

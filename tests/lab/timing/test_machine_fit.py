@@ -34,8 +34,8 @@ def made_times(device, dtype):
 @pytest.mark.parametrize(("device", "dtype"), PLACES)
 def test_the_numbers_that_made_the_times_are_found(device, dtype):
     numbers = machine(device, dtype)
-    found = fitted(made_times(device, dtype), numbers.logits_limit)
-    for name in ("output", "input", "number", "overhead", "logits_limit"):
+    found = fitted(made_times(device, dtype), numbers)
+    for name in ("output", "input", "number", "overhead", "logits_limit", "float32"):
         assert getattr(found.machine, name) == pytest.approx(getattr(numbers, name), rel=1e-4)
     assert found.rate == pytest.approx(RATE, rel=1e-6)
     assert found.least == pytest.approx(LEAST, rel=1e-6)
@@ -58,7 +58,7 @@ def test_choices_are_judged_by_the_times_of_what_they_choose():
 def test_times_that_do_not_depend_on_the_sizes_are_refused():
     times = {work: dict.fromkeys(taken, 1.0) for work, taken in made_times(*PLACES[0]).items()}
     with pytest.raises(LabError, match="do not tell how long a FLOP takes; measure larger ones"):
-        fitted(times, 1 << 30)
+        fitted(times, machine(*PLACES[0]))
 
 
 @pytest.fixture

@@ -161,6 +161,8 @@ def test_a_device_that_rounds_the_factors_of_float32_products(precision):
     Products of small matrices are exact as well.
     """
     H, W, b = unsafe(3.0, d=64)
+    if H.device.type == "stand_in":
+        pytest.skip("a CPU computes its products, and may round what no stand-in is said to round")
     H = H.repeat(4, 1)
     target, how = torch.zeros(len(H), 1).long(), {"centred": False}
     want = (H.double() @ W.double().mT + b.double()).square().sum(1)

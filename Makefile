@@ -12,12 +12,14 @@ demo: .venv/.ready
 	OMP_NUM_THREADS=1 $(BIN)/softsphere compare --tune \
 		--jobs $$(($$(getconf _NPROCESSORS_ONLN) > 1 ? 2 : 1))
 
+# Each process has a half of the tests, and takes over what another has not begun. So what the tests
+# of a file share is seldom made twice.
 test: .venv/.ready .venv/.docs
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist worksteal
 
 # Every example on the pages and in the docstrings runs; then the site is built, where a warning is
 # an error, and its links are followed. MkDocs Material needs Python 3.11.
@@ -29,7 +31,7 @@ docs: .venv/.docs
 
 # The Triton of that torch uses arrays of one element as numbers, for which NumPy has a warning.
 test-oldest: .venv-oldest/.ready
-	OMP_NUM_THREADS=1 $(OLDEST)/pytest -n $(WORKERS) -W ignore::DeprecationWarning:triton.runtime.interpreter
+	OMP_NUM_THREADS=1 $(OLDEST)/pytest -n $(WORKERS) --dist worksteal -W ignore::DeprecationWarning:triton.runtime.interpreter
 
 # An environment is made once, and again only when the files that it is made from change.
 .venv/.ready: pyproject.toml constraints.txt

@@ -794,14 +794,14 @@ def test_calm_steps_are_computed_in_float32(monkeypatch, momentum, rows):
         each[2].param_groups[0]["lr"].fill_(0.05)
     on_cpu, train = step_of(*models["CPU"]), step_of(*exact)
     wanted = []
-    for i in range(200):
+    for i in range(100):
         hidden, target = batch(i, torch.float32, rows)
         wanted.append(train(hidden.double(), target).detach())
         on_cpu(hidden, target)
 
     used, last = in_float32(monkeypatch), set()
     steps = CapturedStep(step_of(*models["GPU"]), models["GPU"][2], *batch(0, torch.float32, rows))
-    for i in range(200):
+    for i in range(100):
         value = steps(*batch(i, torch.float32, rows))
         torch.testing.assert_close(value.double(), wanted[i], rtol=1e-5, atol=0)
         # a record that is run again asks for no product

@@ -12,7 +12,7 @@ demo: .venv/.ready
 	OMP_NUM_THREADS=1 $(BIN)/softsphere compare --tune \
 		--jobs $$(($$(getconf _NPROCESSORS_ONLN) > 1 ? 2 : 1))
 
-# Each process has a half of the tests, and takes over what another has not begun. So what the tests
+# Each process has a share of the tests, and takes over what another has not begun. So what the tests
 # of a file share is seldom made twice.
 test: .venv/.ready .venv/.docs
 	$(BIN)/ruff format --check .

@@ -11,6 +11,8 @@ from softsphere._torch import products_have_out_dtype, sums_of_float16_are_round
 
 __all__ = ["InParts", "by_float16", "in_parts", "largest", "multiplies", "product", "rounded"]
 
+# The terms that a matrix unit sums, and the sums that are in memory at once.
+_RUN, _RUNS = 512, 16
 # A scale is no smaller, so that it is not subnormal times the eps of a half-precision dtype.
 _LEAST = 2.0**-100
 
@@ -101,11 +103,13 @@ def in_parts(A: Tensor, dtype: torch.dtype, dim: int | None = None) -> InParts:
 def by_float16(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """a b of float32 matrices (m, n) and (n, p), each as the sum of two in float16.
 
-    These sums have 22 bits, two less than float32. Matrix units multiply them exactly and sum in
-    float32, so that the error is about that of a float32 product. The product of the second parts,
-    2⁻²² of the whole, is left out. Each row of a and each column of b has a scale, since those of a
-    factored weight may differ by many powers of ten, and small ones count as much as large ones.
-    Beside a number 2¹⁴ times as large, in one row of a or column of b, a number has fewer digits.
+    These sums have 22 bits, two less than float32, and matrix units multiply them exactly. Where
+    the units add, they cut off what float32 does not hold. So they sum runs of at most 512 terms,
+    and the sums of runs are added elsewhere: then the error should be about that of a float32
+    product. The product of the second parts, 2⁻²² of the whole, is left out. Each row of a and each
+    column of b has a scale, since those of a factored weight may differ by many powers of ten, and
+    small ones count as much as large ones. Beside a number 2¹⁴ times as large, in one row of a or
+    column of b, a number has fewer digits.
 
     Source: Ootomo & Yokota 2022, arXiv:2203.03341, §3. On a CPU the parts are float32 numbers that
     have the digits of float16.
@@ -115,5 +119,26 @@ def by_float16(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     b_high, b_low, of_b = in_parts(b, torch.float16, 0)
     a_high, a_low, b_high, b_low = (x.to(kind) for x in (a_high, a_low, b_high, b_low))
     rest = product(a_low, b_high, a.dtype).add_(product(a_high, b_low, a.dtype))
-    total = product(a_high, b_high, a.dtype, out=out)
+    total = _in_runs(a_high, b_high, a.dtype, out)
     return total.add_(rest, alpha=torch.finfo(torch.float16).eps).mul_(of_a).mul_(of_b)
+
+
+def _in_runs(a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor | None) -> Tensor:
+    """a b (m, p) as the sum of products of runs of columns of a and rows of b."""
+    n = a.shape[1]
+    if n <= _RUN:
+        return product(a, b, dtype, out=out)
+    first, most = None, _RUN * _RUNS
+    for x, y in zip(a.split(most, 1), b.split(most), strict=True):
+        runs = -(-x.shape[1] // _RUN)
+        size = x.shape[1] // runs
+        whole = runs * size
+        # views of the memory of both
+        of_x = x[:, :whole].unflatten(1, (runs, size)).transpose(0, 1)
+        of_y = y[:whole].unflatten(0, (runs, size))
+        part = torch.sum(product(of_x, of_y, dtype), 0, out=out if first is None else None)
+        if whole < x.shape[1]:
+            part += product(x[:, whole:], y[whole:], dtype)
+        first = part if first is None else first.add_(part)
+    assert first is not None
+    return first

@@ -125,13 +125,14 @@ def test_two_parts_have_twice_the_digits(dtype, size):
 @pytest.mark.parametrize("size", [1e-12, 1.0, 1e12])
 # the smallest numbers over the largest, as powers of ten
 @pytest.mark.parametrize("spread", [0, 6, 20])
-@pytest.mark.parametrize("terms", [3, 4000])
-def test_products_by_float16_are_as_accurate_as_those_of_float32(terms, spread, size):
+@pytest.mark.parametrize("terms", [3, 512, 513, 4000])
+def test_products_by_float16_are_as_accurate_as_those_of_float32(monkeypatch, terms, spread, size):
+    monkeypatch.setattr(half_products, "_RUNS", 3)
     factors = 10 ** (-spread * torch.rand(terms))
     a, b = size * torch.randn(40, terms) * factors, torch.randn(terms, 30) * factors.unsqueeze(1)
     exact = a.double() @ b.double()
-    # 22 bits where float32 has 24, and sums that are rounded alike
-    most = 4 * error(a @ b, exact) + 2.0**-22
+    # 22 bits where float32 has 24, and sums that a GPU may cut off
+    most = 4 * error(a @ b, exact) + 2.0**-20
     assert error(half_products.by_float16(a, b), exact) < most
     out = torch.full_like(exact, torch.nan, dtype=torch.float32)
     assert half_products.by_float16(a, b, out) is out
@@ -144,7 +145,7 @@ def test_small_rows_and_columns_of_products_by_float16_have_as_many_digits():
     a, b = torch.randn(40, 300) * sizes.unsqueeze(1), torch.randn(300, 40) * sizes
     exact, scale = a.double() @ b.double(), torch.outer(sizes, sizes).double()
     found = half_products.by_float16(a, b).double()
-    assert error(found / scale, exact / scale) < 4 * error((a @ b) / scale, exact / scale) + 2**-22
+    assert error(found / scale, exact / scale) < 4 * error((a @ b) / scale, exact / scale) + 2**-20
     assert ((found - exact) / scale).abs().max() < 1e-4
 
 

@@ -62,7 +62,8 @@ def test_lint_and_tests_run_what_make_test_runs_and_nothing_else():
     *made, tests = recipe("test")
     assert len(made) == 4 and checks == made
     # the tests of the oldest torch have one option more, which is right for the others as well
-    assert tests == "OMP_NUM_THREADS=1 pytest -n 2" and recipe("test-oldest")[0].startswith(tests)
+    assert tests == "OMP_NUM_THREADS=1 pytest -n 2 --dist worksteal"
+    assert recipe("test-oldest")[0].startswith(tests)
     oldest = recipe("test-oldest")[0].removeprefix("OMP_NUM_THREADS=1 ")
     assert commands("test")[-1] == f"python -m {oldest}"
     assert yaml.safe_load(TEXT)["env"]["OMP_NUM_THREADS"] == "1"

@@ -278,6 +278,7 @@ def test_ptb_is_whole():
 
 
 @needs_data
+@pytest.mark.slow
 def test_wikipedia_is_whole():
     words = text.load("wikipedia", Path(FOLDER))
     assert len(words.words) >= 60_000

@@ -191,6 +191,7 @@ def test_an_unreachable_hub_names_the_option_for_a_local_folder(monkeypatch):
 
 
 @needs_data
+@pytest.mark.slow
 def test_mnist_is_whole():
     images = data.load("mnist")
     assert [len(part) for part in (images.train, images.valid, images.test)] == [54000, 6000, 10000]

@@ -45,7 +45,8 @@ def largest(A: Tensor, dim: int | None = None) -> Tensor:
     dim: of the numbers along this dimension, which is kept with the size 1.
     """
     if not A.numel():
-        return A.new_ones(()) if dim is None else A.new_ones(A.shape).sum(dim, keepdim=True)
+        # sums of nothing are 0
+        return A.new_ones(()) if dim is None else A.sum(dim, keepdim=True) + 1
     size: Tensor = torch.linalg.vector_norm(A, torch.inf, dim, keepdim=dim is not None)
     return size.clamp_min(max(torch.finfo(A.dtype).tiny, _LEAST))
 

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from softsphere._torch import products_have_out_dtype, sums_of_float16_are_rounded
+from softsphere.rounding import MOST_TERMS
 
-__all__ = ["InParts", "by_float16", "in_parts", "largest", "multiplies", "product", "rounded"]
+__all__ = [
+    "InParts",
+    "by_float16",
+    "in_parts",
+    "largest",
+    "multiplies",
+    "over_rows",
+    "product",
+    "rounded",
+]
 
-# The terms that a matrix unit sums, and the sums that are in memory at once.
+# The terms of a product of parts that a matrix unit sums, and the sums that are in memory at once.
 _RUN, _RUNS = 512, 16
 # A scale is no smaller, so that it is not subnormal times the eps of a half-precision dtype.
 _LEAST = 2.0**-100
@@ -37,6 +49,35 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor | None = None)
     if a.dtype == dtype:
         return multiply(a, b, out=out)
     return multiply(a, b, out_dtype=dtype, out=out)
+
+
+def over_rows(
+    x: Tensor,
+    y: Tensor,
+    dtype: torch.dtype,
+    out: Tensor | None = None,
+    most: int = MOST_TERMS,
+) -> Tensor:
+    """Σ_k x_k y_kᵀ (d, p) in dtype, of many rows x_k of x (n, d) and y_k of y (n, p).
+
+    Runs of at most `most` rows are multiplied side by side, some at a time, and their sums are
+    added in float64.
+    """
+    if len(x) <= most:
+        return product(x.mT, y, dtype, out=out)
+    total = functools.reduce(Tensor.add_, _sums_of_runs(x, y, dtype, most))
+    return total.to(dtype) if out is None else out.copy_(total)
+
+
+def _sums_of_runs(x: Tensor, y: Tensor, dtype: torch.dtype, most: int) -> Iterator[Tensor]:
+    for part, other in zip(x.split(most * _RUNS), y.split(most * _RUNS), strict=True):
+        runs = -(-len(part) // most)
+        size = len(part) // runs
+        whole = runs * size
+        a, b = (z[:whole].unflatten(0, (runs, size)) for z in (part, other))
+        yield product(a.mT, b, dtype).sum(0, dtype=torch.float64)
+        if whole < len(part):
+            yield product(part[whole:].mT, other[whole:], dtype)
 
 
 def largest(A: Tensor, dim: int | None = None) -> Tensor:
@@ -120,26 +161,5 @@ def by_float16(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     b_high, b_low, of_b = in_parts(b, torch.float16, 0)
     a_high, a_low, b_high, b_low = (x.to(kind) for x in (a_high, a_low, b_high, b_low))
     rest = product(a_low, b_high, a.dtype).add_(product(a_high, b_low, a.dtype))
-    total = _in_runs(a_high, b_high, a.dtype, out)
+    total = over_rows(a_high.mT, b_high, a.dtype, out, _RUN)
     return total.add_(rest, alpha=torch.finfo(torch.float16).eps).mul_(of_a).mul_(of_b)
-
-
-def _in_runs(a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor | None) -> Tensor:
-    """a b (m, p) as the sum of products of runs of columns of a and rows of b."""
-    n = a.shape[1]
-    if n <= _RUN:
-        return product(a, b, dtype, out=out)
-    first, most = None, _RUN * _RUNS
-    for x, y in zip(a.split(most, 1), b.split(most), strict=True):
-        runs = -(-x.shape[1] // _RUN)
-        size = x.shape[1] // runs
-        whole = runs * size
-        # views of the memory of both
-        of_x = x[:, :whole].unflatten(1, (runs, size)).transpose(0, 1)
-        of_y = y[:whole].unflatten(0, (runs, size))
-        part = torch.sum(product(of_x, of_y, dtype), 0, out=out if first is None else None)
-        if whole < x.shape[1]:
-            part += product(x[:, whole:], y[whole:], dtype)
-        first = part if first is None else first.add_(part)
-    assert first is not None
-    return first

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from softsphere.engines.bfloat16_parts import parts
-from softsphere.engines.products import column_sums, over_rows, sums_by_parts
+from softsphere.engines.products import column_sums, sums_by_parts
 from softsphere.engines.weight import chunks
+from softsphere.half_products import over_rows
 
 __all__ = ["chunk_sums", "chunk_sums_by_parts", "upper_product"]
 

@@ -6,34 +6,14 @@ import torch
 from torch import Tensor
 
 from softsphere.engines.bfloat16_parts import number_of_parts, parts, parts_dtype, parts_room
-from softsphere.half_products import in_parts, multiplies, product
-from softsphere.rounding import MOST_TERMS
+from softsphere.half_products import in_parts, multiplies, over_rows, product
 
-__all__ = ["column_sums", "over_rows", "sums_by_parts", "times", "weighted_sum"]
+__all__ = ["column_sums", "sums_by_parts", "times", "weighted_sum"]
 
 # Rows of a product that stands for a sum of rows: matrix units have no fewer.
 _ROWS = 8
 # Numbers of H whose parts are in memory at once.
 _AT_ONCE = 1 << 24
-
-
-def over_rows(x: Tensor, y: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """Σ_k x_k y_kᵀ (d, p) in dtype, of many rows x_k of x (n, d) and y_k of y (n, p).
-
-    Runs of at most `MOST_TERMS` rows are multiplied side by side, and their sums are added in
-    float64.
-    """
-    n = len(x)
-    if n <= MOST_TERMS:
-        return product(x.mT, y, dtype, out=out)
-    runs = -(-n // MOST_TERMS)
-    size = n // runs
-    whole = runs * size
-    a, b = (z[:whole].unflatten(0, (runs, size)) for z in (x, y))
-    total = product(a.mT, b, dtype).sum(0, dtype=torch.float64)
-    if whole < n:
-        total += product(x[whole:].mT, y[whole:], dtype)
-    return total.to(dtype) if out is None else out.copy_(total)
 
 
 def times(H: Tensor, S: Tensor) -> Tensor:

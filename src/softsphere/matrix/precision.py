@@ -104,8 +104,8 @@ def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
         return torch.mm(a, b, out=out)
     if _are_large(2 * a.numel() * b.shape[1]):
         return by_float16(a, b, out)
-    exact = a.double() @ b.double()
-    return exact.to(a.dtype) if out is None else out.copy_(exact)
+    result = product(a, b)
+    return result if out is None else out.copy_(result)
 
 
 def add_matmul(total: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -92,7 +92,10 @@ def test_a_loss_that_sees_no_shift_has_products_in_float32(monkeypatch):
     for name in ("z_loss", "taylor_softmax"):
         linear_spherical_loss(H, W, target, name)
     assert asked == [True, False]
+    gram, work = dispatch.ENGINES["gram"].cost, Workload(*sizes, 1, 0, torch.bfloat16, "cuda")
+    as_it_is = gram(work)
     monkeypatch.setattr("softsphere.engines.engine._HALVES_ARE_MULTIPLIED", False)
+    assert gram(work) > 10 * as_it_is
     reasons = [choose(*sizes, torch.bfloat16, "cuda", shift_invariant=x).reason for x in (0, 1)]
     assert reasons[0] == reasons[1]
 

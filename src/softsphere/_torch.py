@@ -267,7 +267,8 @@ def float32_precision(device: torch.device) -> str:
     if own is not None:
         lowered = {"tf32": "medium" if named == "medium" else "high", "bf16": "medium"}
         named = lowered.get(own, "highest")
-    return named if _lowers_float32(device, named) else "highest"
+    faster = named != "highest" and _lowers_float32(device, named)
+    return named if faster else "highest"
 
 
 def _lowers_float32(device: torch.device, precision: str) -> bool:

@@ -2,37 +2,78 @@
 
 from __future__ import annotations
 
-from torch import Tensor, searchsorted, uint8
+from dataclasses import dataclass
 
-__all__ = ["add_at", "places_in_few_launches", "places_of_equals"]
+import torch
+from torch import Tensor
 
-# Up to so many indices a GPU compares each with each, in fewer launches than a sort takes.
+from softsphere._torch import values_on_cpu
+
+__all__ = ["Places", "add_at", "places_of_equals"]
+
+# Up to so many indices a GPU compares each with each, in fewer launches than a sort takes, and
+# Python counts how many are different in less time than a CPU needs to sort them.
 _FEW = 1024
+
+
+@dataclass(frozen=True)
+class Places:
+    """n indices, and where each has its first equal.
+
+    index: (n) the indices in some order
+    first: (n) for each of those asked for, the first place in that order that has its equal; None
+        where no two are equal, and the order is that asked for
+    """
+
+    index: Tensor
+    first: Tensor | None
+
+    @classmethod
+    def of(cls, index: Tensor) -> Places:
+        """Finds them in the way that takes the least time for this n and this device.
+
+        A traced program should take `places_of_equals`, which is the same for every n.
+        """
+        if _are_different(index):
+            return cls(index, None)
+        if index.device.type == "cpu" or not 0 < len(index) <= _FEW:
+            return cls(*places_of_equals(index))
+        return cls(*_by_comparing(index))
+
+    def sums(self, x: Tensor, *, deterministic: bool = False) -> Tensor:
+        """The sums of x (n, …) over equal indices, at their first places; 0 at the others (n, …).
+
+        So they can be added to what `index` picks, whether or not some of it is picked twice.
+        """
+        if self.first is None:
+            return x
+        return add_at(torch.zeros_like(x), self.first, x, deterministic=deterministic)
+
+    def sums_for_each(self, x: Tensor, *, deterministic: bool = False) -> Tensor:
+        """The sums of x (n, …) over equal indices, for each index (n, …)."""
+        sums = self.sums(x, deterministic=deterministic)
+        return sums if self.first is None else sums.index_select(0, self.first)
 
 
 def places_of_equals(index: Tensor) -> tuple[Tensor, Tensor]:
     """The entries (n) in some order, and for each entry the first place that has its equal.
 
-    What is summed at these places is zero at the others, so that it can be added to all entries.
     The shapes do not depend on the numbers, so that no device has to be waited for.
     """
     ordered = index.sort().values
-    return ordered, searchsorted(ordered, index)
+    return ordered, torch.searchsorted(ordered, index)
 
 
-def places_in_few_launches(index: Tensor) -> tuple[Tensor, Tensor]:
-    """The same, faster where launching operations takes longer than running them.
-
-    Which way is faster depends on n, so that a traced program should take the other function.
-    """
-    if index.device.type == "cpu" or not 0 < len(index) <= _FEW:
-        return places_of_equals(index)
-    return _by_comparing(index)
+def _are_different(index: Tensor) -> bool:
+    """Whether no two indices are equal, as far as that is known without waiting for a device."""
+    if len(index) > _FEW or not values_on_cpu(index):
+        return False
+    return len(set(index.tolist())) == len(index)
 
 
 def _by_comparing(index: Tensor) -> tuple[Tensor, Tensor]:
     equal = index.unsqueeze(1) == index
-    return index, equal.view(uint8).argmax(1)
+    return index, equal.view(torch.uint8).argmax(1)
 
 
 def add_at(out: Tensor, index: Tensor, x: Tensor, *, deterministic: bool) -> Tensor:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from _one_batch import D, backward, d, layer, rows, target
-from softsphere import FactoredSphericalLoss
+from softsphere import ClusteredLoss, FactoredSphericalLoss
 
 DO_NOT_FIT = {
     "add_": lambda w: w.add_(torch.ones(D + 4, d + 1).double()),
@@ -40,7 +40,35 @@ def test_a_negative_index_of_an_embedding_is_no_row(place):
             torch.nn.functional.embedding(torch.tensor([0, place]), weight)
         with pytest.raises(IndexError, match="out of range"):
             weight.index_select(0, torch.tensor([0, place]))
-    assert torch.equal(W[torch.tensor([-1])], W.to_dense()[-1:])
+
+
+def in_clusters() -> torch.Tensor:
+    """The weight of the leaves of a clustered layer."""
+    assignment = torch.arange(D) % 2
+    return ClusteredLoss(d, D, assignment, engine="factored").double().weight
+
+
+@pytest.mark.parametrize("made", [lambda: layer().weight, in_clusters])
+def test_rows_are_counted_from_the_end_as_well(made):
+    W = made()
+    dense, some = W.to_dense(), torch.tensor([[-1, 0], [-D, 3]])
+    torch.testing.assert_close(W[some], dense[some])
+    torch.testing.assert_close(W[some, torch.tensor([0, 1])], dense[some, torch.tensor([0, 1])])
+
+
+@pytest.mark.once("a GPU asserts on its own")
+@pytest.mark.parametrize("place", [D, -D - 1])
+@pytest.mark.parametrize("made", [lambda: layer().weight, in_clusters])
+def test_an_index_of_no_row_is_refused(made, place):
+    W = made()
+    reads = {
+        0: [lambda at: W.index_select(0, at), lambda at: torch.nn.functional.embedding(at, W)],
+        -D: [lambda at: W[at]],
+    }
+    for least, calls in reads.items():
+        for read in calls:
+            with pytest.raises(IndexError, match=rf"got {place}, not in \[{least}, {D}\)"):
+                read(torch.tensor([0, place]))
 
 
 def test_masks_and_comparisons():

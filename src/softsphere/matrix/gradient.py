@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from softsphere._torch import copies
-from softsphere.equal_indices import places_in_few_launches
+from softsphere.equal_indices import Places
 
 __all__ = ["GradientFactors"]
 
@@ -79,9 +79,9 @@ class GradientFactors:
         return self.x.unsqueeze(1) * (self.H if self.cols is None else self.H[self.cols])
 
     @cached_property
-    def places(self) -> tuple[Tensor, Tensor]:
-        """The places of equal ones of `rows`; see `equal_indices`."""
-        return places_in_few_launches(self.rows)
+    def places(self) -> Places:
+        """The places of equal ones of `rows`."""
+        return Places.of(self.rows)
 
     def columns(self) -> Tensor:
         """Returns `cols` as a tensor."""

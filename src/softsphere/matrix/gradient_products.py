@@ -49,10 +49,8 @@ def _entries_times(
 
     The rows x_j R[i_j] of equal targets are added up in a table of n places, then read back.
     """
-    _, place = gradient.places
     weighted = gradient.x.unsqueeze(1) * at_entries(gradient, R)
-    table = torch.zeros_like(weighted)
-    read = add_at(table, place, weighted, deterministic=deterministic)[place]
+    read = gradient.places.sums_for_each(weighted, deterministic=deterministic)
     if pi is not None:
         read = read * pi.unsqueeze(1)
     return _to_columns(gradient, read, deterministic)
@@ -61,6 +59,8 @@ def _entries_times(
 def _entries_gram(gradient: GradientFactors, pi: Tensor | None, deterministic: bool) -> Tensor:
     """EᵀΠE (r, r), from an n × n table that says which targets are equal."""
     weighted = gradient.x if pi is None else gradient.x * pi
+    if gradient.cols is None and gradient.places.first is None:
+        return torch.diag(weighted * gradient.x)
     equal = gradient.rows.unsqueeze(1) == gradient.rows
     table = equal * torch.outer(weighted, gradient.x)
     if gradient.cols is None:

@@ -42,20 +42,23 @@ def _face_chunks(x: FactoredTensor | Part) -> Any:
         yield part, rows if scale is None else rows * scale
 
 
-def _check_from_zero(index: Tensor) -> None:
-    """Raises IndexError for negative indices, on a CPU. `x[index]` counts them from the end."""
-    if values_on_cpu(index) and index.numel() and (least := int(index.min())) < 0:
-        raise IndexError(f"index out of range: got {least}, where rows begin at 0")
+def _check_range(index: Tensor, least: int, rows: int) -> None:
+    """Raises IndexError, on a CPU, for an index that is not in [least, rows)."""
+    if not values_on_cpu(index) or not index.numel():
+        return
+    for found in index.aminmax():
+        if not least <= int(found) < rows:
+            raise IndexError(f"index out of range: got {int(found)}, not in [{least}, {rows})")
 
 
 def embedding(func: Any, x: FactoredTensor, index: Tensor, *_: Any) -> Tensor:
-    _check_from_zero(index)
+    _check_range(index, 0, len(x))
     return _face_rows(x, index.flatten()).view(*index.shape, x.shape[1])
 
 
 def index_select(func: Any, x: FactoredTensor, dim: int, index: Tensor) -> Tensor:
     if dim % 2 == 0:
-        _check_from_zero(index)
+        _check_range(index, 0, len(x))
         return _face_rows(x, index)
     return torch.cat([rows.index_select(1, index) for _, rows in _face_chunks(x)])
 
@@ -68,6 +71,8 @@ def index(func: Any, x: FactoredTensor, indices: Sequence[Tensor | None]) -> Ten
         if rows.shape != x.shape[:1]:
             raise refusal(func, x.described)
         rows = rows.nonzero().squeeze(1)
+    _check_range(rows, -len(x), len(x))
+    rows = torch.where(rows < 0, rows + len(x), rows)  # counted from the end
     found = _face_rows(x, rows.flatten()).view(*rows.shape, x.shape[1])
     if not columns or columns[0] is None:
         return found

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from softsphere._torch import is_shared_with_others, version_of
-from softsphere.equal_indices import places_in_few_launches
+from softsphere.equal_indices import Places
 
 __all__ = ["Rows"]
 
@@ -28,6 +28,11 @@ _CHUNK_BYTES, _CHUNK_BYTES_OF_GPU = 8 << 20, 64 << 20
 def _same(one: Tensor, two: Tensor) -> bool:
     """Whether two tensors hold the same numbers; NaN is equal to NaN here."""
     return one.is_meta or bool(((one == two) | (one.isnan() & two.isnan())).all())
+
+
+def _taken(block: Tensor, index: Tensor | slice) -> Tensor:
+    # A CPU copies whole rows by index_select, and number by number by block[index].
+    return block.index_select(0, index) if isinstance(index, Tensor) else block[index]
 
 
 class Rows:
@@ -103,9 +108,8 @@ class Rows:
 
     def __getitem__(self, index: Tensor | slice) -> Tensor:
         """Rows (n, w)."""
-        if len(self.blocks) == 1:
-            return self.blocks[0][index]
-        return torch.cat([block[index] for block in self.blocks], 1)
+        parts = [_taken(block, index) for block in self.blocks]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def __setitem__(self, index: Tensor | slice, values: Tensor) -> None:
         for block, part in self.parts(values):
@@ -115,18 +119,15 @@ class Rows:
                 block[index] = part
         self.note()
 
-    def add(
-        self, index: Tensor, values: Tensor, places: tuple[Tensor, Tensor] | None = None
-    ) -> None:
-        """V[index] += values, where the index may repeat. places: of equal ones, if known.
+    def add(self, index: Tensor, values: Tensor, places: Places | None = None) -> None:
+        """V[index] += values, where the index may repeat. places: of the index, if known.
 
         The values of a row are summed in their own dtype, float64 or that of V, and added once: one
         by one, they would be lost where each is smaller than the last digit of the row.
         """
-        ordered, place = places_in_few_launches(index) if places is None else places
-        total = torch.zeros_like(values).index_add_(0, place, values)
-        for block, part in self.parts(total):
-            block.index_add_(0, ordered, part.to(block.dtype))
+        places = Places.of(index) if places is None else places
+        for block, part in self.parts(places.sums(values)):
+            block.index_add_(0, places.index, part.to(block.dtype))
         self.note()
 
     def parts(self, values: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -171,18 +171,13 @@ class StackArrays(Kept):
         if self.is_written:
             return V[:, columns]
         out = V[:, columns].clone()
-        at = self._positions(index)
         old = self.old[index]
-        for piece in Segments.of(self.cluster_of(at)).pieces(self.width):
+        if isinstance(index, slice):
+            index = torch.arange(*index.indices(self.num_rows), device=self.device)
+        for piece in Segments.of(self.cluster_of(index)).pieces(self.width):
             rows = self.outputs(piece.ids, piece.take(V), piece.take(old))
             piece.put(rows[..., columns], out)
         return out
-
-    def _positions(self, index: Tensor | slice) -> Tensor:
-        """The numbers of these rows, which may be counted from the end: (n)."""
-        if isinstance(index, slice):
-            return torch.arange(*index.indices(self.num_rows), device=self.device)
-        return torch.where(index < 0, index + self.num_rows, index)
 
     @in_full_precision
     def outputs(self, ids: Tensor, V: Tensor, old: Tensor) -> Tensor:

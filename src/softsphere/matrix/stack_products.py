@@ -65,9 +65,7 @@ class StackProducts:
     def entries_times(self, R: Tensor) -> Tensor:
         """EᵀΠE R for R (r, w): rows of equal targets are added up, then read back."""
         g = self.gradient
-        _, place = g.places
-        table = torch.zeros_like(R).index_add_(0, place, g.x.unsqueeze(1) * R)
-        return self.e.unsqueeze(1) * table[place]
+        return self.e.unsqueeze(1) * g.places.sums_for_each(g.x.unsqueeze(1) * R)
 
     def times(self, piece: Piece, R: Tensor, own: Tensor) -> Tensor:
         """J_cᵀΠJ_c R of the factors of a piece: (k, p, w).

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from softsphere.equal_indices import Places
 from softsphere.matrix.abstract import POWER
 from softsphere.matrix.blocks import Blocks
 from softsphere.matrix.gradient import GradientFactors
@@ -79,7 +80,7 @@ class StackUpdate:
     """The update of a step.
 
     kappa: κ
-    rows, places: (r) the rows of V that change, and the places of equal ones
+    rows, places: (r) the rows of V that change, and where equal ones are
     carried, to_rows: (r, w) these rows in the current coordinates, and what is added to them
     parts: what is added to the small arrays
     refused: why the step cannot be taken; None where it can
@@ -90,7 +91,7 @@ class StackUpdate:
     carried: Tensor
     to_rows: Tensor
     parts: tuple[Increments, ...] = ()
-    places: tuple[Tensor, Tensor] | None = None
+    places: Places | None = None
     refused: str | None = None
 
     @property

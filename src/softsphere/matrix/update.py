@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from softsphere.equal_indices import Places
 from softsphere.matrix.abstract import POWER
 from softsphere.matrix.arrays import Arrays
 from softsphere.matrix.blocks import Blocks
@@ -62,7 +63,7 @@ class Update:
     scaled: the small arrays after κ; empty where κ is a number and can act in place
     blocks: κ and the spread of the gradient over the blocks
     carried: (n, w) the rows of V in the current coordinates; None where they are in them already
-    places: those of equal targets, where all of their rows are here
+    places: those of the targets, where all of their rows are here
     refused: why the step cannot be taken; None where it can
     flag: on a GPU, whether this or an earlier step was left out
     undone: on a GPU, whether this step was left out, to be computed again, since its inverse was
@@ -78,7 +79,7 @@ class Update:
     scaled: dict[str, Tensor]
     blocks: Blocks
     carried: Tensor | None = None
-    places: tuple[Tensor, Tensor] | None = None
+    places: Places | None = None
     refused: str | None = None
     flag: Tensor | None = None
     undone: Tensor | None = None

@@ -5,23 +5,27 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 
 from _ranks import TIGHT, rows_of, world
+from _recorded_graph import pretend_a_gpu
 from _sharded_linear import (
     COUNTS,
     DIFFERENT,
     below_data_parallel,
     d,
     frozen,
+    on_one,
     raises,
     refused_by_every_layer,
     refuses_another,
     step_both,
 )
 from softsphere import FactoredSphericalLoss
+from softsphere.matrix import safeguard
 from softsphere.optim import FactoredSGD
 from softsphere.parallel import clip_grad_norm_, count_traffic
 
@@ -225,14 +229,61 @@ LONG = {
 }
 
 
-def trained(lr=1.0, step=True):
-    _, many = pair()
+def trained(lr=1.0, step=True, many=None):
+    many = pair()[1] if many is None else many
     optimizer = torch.optim.SGD(many.parameters(), lr=lr)
     H, t = torch.randn(2, d).double(), torch.arange(2)
     many(H, t).backward()
     if step:
         optimizer.step()
     return lambda: many(H, t)
+
+
+def error_after_an_undone_step(rank, size, folder, call, words):
+    """The step is finished by all ranks together, before one of them refuses what it was given."""
+    with pytest.MonkeyPatch.context() as patch:
+        pretend_a_gpu(patch)
+        patch.setattr(safeguard, "_lasts", lambda *_: torch.tensor(False))
+        _, many = pair(prior=True)
+        H, t = torch.randn(2, d).double(), torch.arange(2)
+        optimizer, W = torch.optim.SGD(many.parameters(), lr=1.0), many.matrix.arrays
+        for _ in range(9):
+            many(H, t).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if W.unfinished is not None:  # after some steps the factors are measured
+                break
+        assert W.unfinished is not None and bool(many.matrix.watch.undone)
+        mine, others = (Exception, words), (RuntimeError, f"rank 0 .*refused.*{words}")
+        on_one(rank, mine, others, lambda: call(many, H[:, 1:] if rank == 0 else H, t))
+        assert W.unfinished is None
+        same_bits(many)
+        many(H, t)
+
+
+@torch.no_grad()
+def predict(many, H, t):
+    return many.log_prob(H)
+
+
+def load(many, H, t):
+    return many.load_state_dict({"weight": torch.ones(23, H.shape[1])}, strict=False)
+
+
+AFTER_AN_UNDONE_STEP = {
+    "a loss": (nn.Module.__call__, "hidden"),
+    "a prediction": (predict, "hidden"),
+    "a state": (load, "columns"),
+}
+
+
+def state_of_one_rank(rank, size, folder):
+    """It would have the factors rewritten on that rank alone."""
+    _, many = pair()
+    call = trained(many=many)
+    action = many.state_dict if rank == 0 else call
+    raises(RuntimeError, r"they began state_dict\(\) on rank 0, a loss on rank 1", action)
+    call()
 
 
 def trained_on_one(many, rank):
@@ -297,6 +348,11 @@ REFUSED = (
             other_prior,
             one_linear_layer,
             pickled,
+            state_of_one_rank,
         )
+    }
+    | {
+        f"{name} after an undone step": partial(error_after_an_undone_step, call=call, words=words)
+        for name, (call, words) in AFTER_AN_UNDONE_STEP.items()
     }
 )

@@ -24,6 +24,7 @@ from softsphere.matrix import SingularStepError, precision
 from softsphere.matrix import step as factored_step
 from softsphere.matrix.replay import Replay
 from softsphere.optim import FactoredSGD
+from softsphere.parallel import Agreement
 
 pytestmark = pytest.mark.once("the stand-in for CUDA graphs is one of a CPU")
 D, WIDTH, ROWS = 40, 5, 6
@@ -691,6 +692,17 @@ def test_a_capture_by_hand_is_refused(monkeypatch):
     trunk, head, optimizer = model()
     with pytest.raises(RuntimeError, match=r"softsphere\.CapturedStep"):
         step_of(trunk, head, optimizer)(*batch(0))
+
+
+def test_what_reads_the_device_in_each_step_is_refused_by_its_own_words(monkeypatch):
+    """It would end the capture in disorder, and the process could capture nothing afterwards."""
+    monkeypatch.setattr("softsphere.heads.clustered.graph_is_captured", lambda: True)
+    monkeypatch.setattr("softsphere.parallel.agreement.graph_is_captured", lambda: True)
+    clustered = ClusteredLoss(WIDTH, D, torch.arange(D) % 3 - 1)
+    with pytest.raises(RuntimeError, match=r"ClusteredLoss cannot be captured.* CapturedStep"):
+        clustered(*batch(0))
+    with pytest.raises(RuntimeError, match=r"process_group cannot be captured.* CapturedStep"):
+        Agreement(None, "a loss").__enter__()
 
 
 def test_options_that_a_graph_could_not_read():

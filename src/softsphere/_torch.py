@@ -149,13 +149,14 @@ def exporting() -> bool:
 def untraced(function: Function) -> Function:
     """Computes with the values of tensors while a program is traced or exported, as without that.
 
-    It is for what is kept afterwards: a tensor of the trace, or of a torch.func transform, would
-    spoil it.
+    It is for what is kept afterwards: a tensor of the trace, of a torch.func transform, or of
+    inference mode, which no backward may use, would spoil it.
     """
 
     @functools.wraps(function)
     def run(*args: Any) -> Any:
-        with _disable_current_modes(), torch._C._DisableFuncTorch():
+        outside = torch.inference_mode(False)
+        with outside, _disable_current_modes(), torch._C._DisableFuncTorch():
             return function(*args)
 
     return cast(Function, run)
@@ -323,6 +324,8 @@ def capturable_state(state: dict[str, Any]) -> dict[str, Any]:
 
 def graph_is_captured() -> bool:
     """Whether the current CUDA stream records a graph, so that nothing is computed yet."""
+    if torch.compiler.is_compiling():  # which need not be able to trace the question
+        return False
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 

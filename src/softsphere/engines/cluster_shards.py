@@ -94,9 +94,16 @@ class ClusterShards:
 
     def number_of(self, rank: int) -> int:
         """The number of classes of a rank."""
-        listed = self.listed_of(rank)
-        leaves = int(self.grouping.sizes[self._clusters_of(rank)].sum())
-        return leaves + int(listed.stop - listed.start)
+        return self._numbers_of_classes[rank]
+
+    @cached_property
+    @untraced
+    def _numbers_of_classes(self) -> list[int]:
+        """Those of all ranks, for which a GPU is waited for once."""
+        ranks, sizes = range(self.root.size), self.grouping.sizes
+        leaves = torch.stack([sizes[self._clusters_of(rank)].sum() for rank in ranks]).tolist()
+        listed = map(self.listed_of, ranks)
+        return [n + part.stop - part.start for n, part in zip(leaves, listed, strict=True)]
 
     def __len__(self) -> int:
         return self.number_of(self.root.rank)
@@ -105,7 +112,7 @@ class ClusterShards:
     @untraced
     def share(self) -> int:
         """The largest number of classes that a rank has."""
-        return max(self.number_of(rank) for rank in range(self.root.size))
+        return max(self._numbers_of_classes)
 
     def own_leaves(self, classes: Tensor) -> tuple[Tensor, Tensor]:
         """The cluster of classes among those of this rank, and their place among its leaves.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from softsphere import checks, losses
-from softsphere._torch import eager, exporting
+from softsphere._torch import eager, exporting, graph_is_captured
 from softsphere.engines.row_statistics import wide_dtype
 from softsphere.functional.conventions import Conventions, mixed_precision
 from softsphere.functional.on_cluster_shards import ClustersOfRank, LossOnClusterShards
@@ -293,8 +293,14 @@ class ClusteredLoss(WithGrouping, OutputLayer):
 
         Returns a scalar, or (…) for reduction "none".
 
-        Raises ValueError or TypeError for invalid arguments.
+        Raises ValueError or TypeError for invalid arguments, and RuntimeError inside the capture of
+        a CUDA graph.
         """
+        if graph_is_captured():  # before anything waits, which would leave the capture in disorder
+            raise RuntimeError(
+                "a ClusteredLoss cannot be captured in a CUDA graph, since the shapes of its step "
+                "depend on the clusters that the batch meets; step it without CapturedStep"
+            )
         if self.shards is not None:
             return self._loss_on_shards(self.shards, hidden, target, target_values, mask, num_items)
         checks.only_with_a_group("num_items", num_items)

@@ -18,6 +18,7 @@ from softsphere.matrix import FactoredTensor
 from softsphere.matrix.factored_matrix import FactoredMatrix, single_matrix
 from softsphere.matrix.interrupts import undisturbed
 from softsphere.matrix.turns import in_turn
+from softsphere.parallel import Agreement
 
 __all__ = ["FactoredState"]
 
@@ -74,6 +75,12 @@ class FactoredState(ShardedLayer, WithFactoredParameter):
         if W.pi is not None:
             state["prior"] = W.pi.clone()
         return state
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        if self.shards is not None:
+            with Agreement(self.shards.ranks, "state_dict()"):
+                pass  # U and ω, which are those of all ranks, become I and 0
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _local_state(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         for name, value in self._saved().items():

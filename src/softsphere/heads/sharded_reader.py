@@ -135,6 +135,10 @@ class _Agreed(Checks):
         self.reader, self.action = reader, action
         self.agreed = Agreement(reader.shards.ranks, action)
 
+    def __enter__(self) -> Checks:
+        self.agreed.__enter__()
+        return self
+
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         self.agreed.__exit__(kind, error, trace)
         if error is None:

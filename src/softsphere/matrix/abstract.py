@@ -96,15 +96,7 @@ class Kept(ABC):
 
     def _check(self) -> None:
         """See `check`."""
-        if self.unfinished is not None:
-            if graph_is_captured():
-                raise RuntimeError(
-                    "the last step of a factored weight may have to be finished before it is read, "
-                    "for which a CUDA graph cannot wait; read the weight once before the capture, "
-                    "as by head.weight.norm(), or capture whole steps by softsphere.CapturedStep"
-                )
-            finish, self.unfinished = self.unfinished, None
-            finish()
+        self._finish_step()
         if not self.V.changed_by_others():
             return
         if not self.is_written:
@@ -116,6 +108,24 @@ class Kept(ABC):
         self.V.note()
         self.renamed()
         self.forget_gram()
+
+    def finish_step(self) -> None:
+        """Finishes a step that was left unfinished on the device, as `check` does."""
+        with turn():
+            self._finish_step()
+
+    def _finish_step(self) -> None:
+        """See `finish_step`."""
+        if self.unfinished is None:
+            return
+        if graph_is_captured():
+            raise RuntimeError(
+                "the last step of a factored weight may have to be finished before it is read, "
+                "for which a CUDA graph cannot wait; read the weight once before the capture, "
+                "as by head.weight.norm(), or capture whole steps by softsphere.CapturedStep"
+            )
+        finish, self.unfinished = self.unfinished, None
+        finish()
 
     @abstractmethod
     def reset_(self) -> None:

@@ -133,6 +133,8 @@ class FactoredMatrix(Matrix):
                     self._finish(gradient, blocks)
 
             W.unfinished = finish
+            if W.shards is not None:
+                W.shards.ranks.owe(W.finish_step)
         if watch.is_due(blocks, share):
             W.check()
             watch.check(W)

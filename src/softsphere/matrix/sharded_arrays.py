@@ -79,4 +79,5 @@ class ShardedArrays(Arrays):
 def small_bits(W: Arrays) -> list[int]:
     """Numbers for the bits of U, U⁻¹ and ω, which tell whether ranks have the same."""
     small = [*W.matrix("U").parts, *W.matrix("U_inv").parts, W.omega]
-    return [int(x.contiguous().view(torch.int32).sum()) for x in small]
+    sums = torch.stack([x.contiguous().view(torch.int32).sum() for x in small])
+    return [int(x) for x in sums.tolist()]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from softsphere._torch import graph_is_captured
 from softsphere.parallel.ranks import Ranks
 
 __all__ = ["Agreement"]
@@ -21,7 +22,8 @@ class Agreement:
 
     It costs one message of 208 bytes. If the block raises an error on one rank, that error goes on
     there, and every other rank raises RuntimeError with its text. Facts given to `same` must be
-    equal on all ranks; otherwise each raises ValueError with the values of all.
+    equal on all ranks; otherwise each raises ValueError with the values of all. Inside the block no
+    rank may send anything.
 
     Args:
         ranks: the ranks.
@@ -44,6 +46,13 @@ class Agreement:
         self._each |= facts
 
     def __enter__(self) -> Agreement:
+        if graph_is_captured():
+            raise RuntimeError(
+                "a layer with a process_group cannot be captured in a CUDA graph, since its ranks "
+                "compare their arguments at every call; step it without CapturedStep"
+            )
+        self.ranks.settle()
+        self.ranks.agreeing = True
         return self
 
     def __exit__(
@@ -52,6 +61,7 @@ class Agreement:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self.ranks.agreeing = False
         if error is not None and not isinstance(error, Exception):
             return
         row = torch.zeros(2 + _FACTS, dtype=torch.int64, device="cpu")

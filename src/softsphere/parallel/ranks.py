@@ -5,8 +5,8 @@ Every collective is counted, and one that fails raises an error that says what t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -55,6 +55,23 @@ class Ranks:
             )
         self.group = group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        # whether this rank is in an agreement, where one with an error sends nothing
+        self.agreeing = False
+        self._owed: list[Callable[[], None]] = []
+
+    def owe(self, finish: Callable[[], None]) -> None:
+        """Has something done before the next agreement, for which the ranks need each other.
+
+        All ranks must owe the same things in the same order.
+        """
+        if finish not in self._owed:
+            self._owed.append(finish)
+
+    def settle(self) -> None:
+        """Does what is owed."""
+        owed, self._owed = self._owed, []
+        for finish in owed:
+            finish()
 
     @property
     def of_world(self) -> list[int]:
@@ -71,9 +88,32 @@ class Ranks:
         )
 
     @property
+    def device_types(self) -> list[str]:
+        """The types of the devices that the group sends from, as its backends have them."""
+        backends = dist.get_backend_config(self.group).split(",")
+        return [backend.partition(":")[0] for backend in backends]
+
+    @property
     def device(self) -> torch.device:
-        """Where small messages are: on the CPU, unless the group has GPUs alone."""
-        return torch.device("cpu" if "cpu:" in dist.get_backend_config(self.group) else "cuda")
+        """Where small messages are: on the CPU, unless the group has GPUs alone.
+
+        Then it is the GPU that `init_process_group` was given, or else the current one.
+        """
+        kinds = self.device_types
+        if "cpu" in kinds:
+            return torch.device("cpu")
+        given: torch.device | None = getattr(self.group, "bound_device_id", None)
+        return torch.device(kinds[0]) if given is None else given
+
+    def check_device(self, x: Tensor) -> None:
+        """Raises ValueError if the group has no backend for the device of x."""
+        if x.device.type not in self.device_types:
+            raise ValueError(
+                f"process_group must have a backend for tensors on {x.device.type}, got "
+                f"{dist.get_backend_config(self.group)!r}; move the layer and hidden to "
+                f"{' or '.join(self.device_types)}, or call torch.distributed.init_process_group "
+                "with backend='cpu:gloo,cuda:nccl'"
+            )
 
     def gather(self, x: Tensor) -> Tensor:
         """x (…) of every rank, in the order of the ranks: (size, …). All have the same shape."""
@@ -121,12 +161,14 @@ class Ranks:
     def objects(self, x: Any) -> list[Any]:
         """An object of every rank, for error messages."""
         out: list[Any] = [None] * self.size
-        with self._collective("all_gather", torch.empty(0, device="cpu")):
+        none = torch.empty(0, device="cpu")
+        with self._collective("all_gather", none), _current(self.device):
             dist.all_gather_object(out, x, self.group)
         return out
 
     @contextmanager
     def _collective(self, name: str, x: Tensor) -> Iterator[None]:
+        assert not self.agreeing, f"{name} inside an agreement, where another rank may have failed"
         note(name, x.nbytes)
         try:
             yield
@@ -137,3 +179,11 @@ class Ranks:
                 "did not come to the same step within the timeout of the process group. Look at "
                 "the first error of the other ranks, and resume from the last checkpoint"
             ) from error
+
+
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes a GPU the current one, from which PyTorch sends objects."""
+    if device.type == "cpu" or device.index is None:
+        return nullcontext()
+    current: AbstractContextManager[Any] = torch.get_device_module(device).device(device)
+    return current

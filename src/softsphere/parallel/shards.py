@@ -25,8 +25,9 @@ from softsphere.parallel.sharding import Sharding
 
 __all__ = ["Shards", "checksum", "leave_out_of_ddp", "rows_of_one_rank"]
 
-# Numbers of a checksum that are in memory at once.
+# Numbers of a checksum that are in memory at once, and integers of their sizes in bytes.
 _PART = 1 << 20
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 # Facts of an agreement with these names say whether a rank has stepped a weight, and which rows of
 # it the rank has.
 _STEPPED, _ROWS = "stepped_", "rows_of_weight_"
@@ -84,6 +85,7 @@ class Shards:
             weights: have rows of this rank alone, which the first agreement about them compares.
         """
         _ordinary(rows, *integers)
+        self.ranks.check_device(rows)
         for i, weight in enumerate(weights):
             agreed.each(**{f"{_ROWS}{i}": 0 if self._apart else _bits_of_sample(weight)})
         agreed.each(rank=self.ranks.rank)
@@ -280,16 +282,16 @@ class Bits(int):
 def checksum(x: Tensor | None) -> Bits | None:
     """A number made of all bits of x, in their order; None for None.
 
-    Each byte is multiplied by a number of 64 bits that is drawn for its place.
+    Each number, as an integer, is multiplied by one of 64 bits that is drawn for its place.
     """
     if x is None:
         return None
-    total, start = 0, 1
+    total, start = torch.zeros((), dtype=torch.int64, device=x.device), 1
     for part in x.detach().contiguous().view(-1).split(_PART):
-        bits = part.view(torch.uint8).to(torch.int64)
+        bits = part.view(_INTEGERS[part.element_size()]).to(torch.int64)
         places = torch.arange(start, start + len(bits), device=x.device)
-        total, start = total + int((bits * _drawn(places)).sum()), start + len(bits)
-    return Bits(total)
+        total, start = total + (bits * _drawn(places)).sum(), start + len(bits)
+    return Bits(int(total))
 
 
 def _bits_of_sample(weight: Tensor) -> int:

@@ -152,6 +152,7 @@ def factored_layer() -> str:
         "`nn.AdaptiveLogSoftmaxWithLoss` and SGD": ["adaptive softmax"],
         "two-level hierarchical softmax and sparse SGD": ["hierarchical softmax"],
         "sampled softmax with 1,024 negatives and sparse SGD": ["sampled softmax, 1024"],
+        "`LinearSphericalLoss`, Gram engine, and SGD": ["linear Taylor, gram (ours)"],
     }
 
     def longer(names: Sequence[str], setting: tuple[int, int, int]) -> str:
@@ -171,6 +172,10 @@ def factored_layer() -> str:
         f"{shown(products.value(ours, s, 'times its products'), 2)} ({described(s)})"
         for s in products.settings
     )
+    once, again = (
+        " and ".join(shown(scale * t.value(ours, s, measure)) for s in table.settings)
+        for t, measure, scale in ((table, "seconds", 1e3), (products, "milliseconds", 1.0))
+    )
     worn = shown(wear.value("factored squared error", wear.settings[0], "slowest over first"))
     peak = shown(max(float(value) for value in memory.values.values()))
     return f"""\
@@ -181,6 +186,9 @@ backward, update and the mending of the factors.
 
 {grid}
 *{table.source}*
+
+On machines that do other work two runs differ: these steps took {once} milliseconds here, and
+{again} in the run against their products. Do not rely on the last digits of such ratios.
 
 - **Flat in D.** A step at D = {most[0]:,} takes {growth} times that at D = 10,000, with
   d = m = {most[1]}. *{flat.source}*

@@ -32,7 +32,7 @@ HEAD = """\
 
 `LinearSphericalLoss` asks `softsphere.engines.choose(m, num_classes, in_features, dtype, device)`,
 which counts FLOPs and memory and says why. To name an engine yourself, pass
-`LinearSphericalOptions(engine=…)`.
+`options=LinearSphericalOptions(engine="chunked")` to the layer.
 
 | engine | FLOPs, forward and backward | memory beyond gradients | take it where |
 | --- | --- | --- | --- |

@@ -133,8 +133,6 @@ def cases(options: argparse.Namespace) -> list[Case]:
         raise LabError(f"--device {device} is a CUDA device, and PyTorch sees none")
     if on_gpu and options.minutes is None:
         options.minutes = MINUTES_ON_GPU
-    if on_gpu and options.record:
-        raise LabError("--record keeps the table of a processor; leave it or --device out")
     m, D = (16, 500) if options.smoke else (options.rows or 4096, options.classes or 50257)
     one = Setting(D=D, d=0, m=m)
     if not on_gpu:

@@ -34,6 +34,7 @@ from softsphere_lab.timing.setting import Setting
 
 __all__ = [
     "COLUMNS",
+    "UNFINISHED",
     "Case",
     "Cells",
     "Row",
@@ -44,6 +45,9 @@ __all__ = [
     "run",
 ]
 
+# The exit status of a command whose minutes are over before all is measured, as sysexits.h names a
+# failure after which the same command may be given again.
+UNFINISHED = 75
 COLUMNS = ("layer", "D", "d", "m", "measure", "value", "machine", "torch", "threads")
 MEASURED = "measured.jsonl"
 TABLE = "table.csv"
@@ -139,6 +143,9 @@ def run(
     derived: what follows from the cells of all rows together, which the table has behind them.
     grows: the options whose lists may differ from one start in a folder to the next; the table has
     the cases of all of them.
+
+    Exit codes: 0 when all is measured, `UNFINISHED` when the minutes were over before, 2 for an
+    error, and 130 after Ctrl-C.
     """
     started = time.monotonic()
     path = Path(script)
@@ -172,10 +179,18 @@ def run(
             "measures them.",
         )
     elif options.record:
-        write(path.with_suffix(".csv"), table.read_text("utf-8"))
-        table = path.with_suffix(".csv")
+        kept = _committed(path, device)
+        write(kept, table.read_text("utf-8"))
+        table = kept
     print(f"Table: {table}")
-    return 0
+    return UNFINISHED if remaining else 0
+
+
+def _committed(script: Path, device: str) -> Path:
+    """The table beside a script, of which processors and GPUs have one each."""
+    end = "_on_gpu"
+    of_gpu = torch.device(device).type != "cpu" and not script.stem.endswith(end)
+    return script.with_name(f"{script.stem}{end if of_gpu else ''}.csv")
 
 
 def _parser(path: Path, description: str) -> argparse.ArgumentParser:
@@ -201,7 +216,7 @@ def _parser(path: Path, description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--record",
         action="store_true",
-        help=f"replace {path.with_suffix('.csv').name} by the table when it is complete",
+        help="replace the table beside the script when this one is complete",
     )
     parser.add_argument(
         "--smoke", action="store_true", help="tiny sizes, which only show that it works"

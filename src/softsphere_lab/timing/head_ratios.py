@@ -1,4 +1,4 @@
-"""How many times our layers the fastest exact softmax takes, by the rows of a table of heads."""
+"""How many times longer than our engines the fastest exact softmax of a head takes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def label(head: str, name: str) -> str:
 
 
 def fastest_exact_softmax(rows: Sequence[Cells]) -> Iterator[Row]:
-    """The softmax that is the fastest of each head, and how many times our engines it takes.
+    """The softmax that is the fastest of each head, and its time in times of each of our engines.
 
     Both are compared as Python runs them, captured as a graph, and each at its best, once every
     softmax that counts has been measured or left out.
@@ -51,11 +51,12 @@ def fastest_exact_softmax(rows: Sequence[Cells]) -> Iterator[Row]:
             if not theirs:
                 continue
             best = min(theirs, key=times.__getitem__)
-            yield Row(f"{head}: {FASTEST}", setting, f"is{how}", best)
+            fastest = f"{head}: {FASTEST}"
+            yield Row(fastest, setting, f"is{how}", best)
             for engine in OURS:
                 if engine in times:
                     ratio = times[best] / times[engine]
-                    yield Row(label(head, engine), setting, f"times the {FASTEST}{how}", ratio)
+                    yield Row(fastest, setting, f"times {engine} (ours){how}", ratio)
 
 
 def _name(layer: str) -> str:

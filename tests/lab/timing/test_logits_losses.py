@@ -93,9 +93,6 @@ def test_a_gpu_has_three_sizes_in_two_dtypes_and_a_cpu_one_in_float32(script, mo
     assert [case.name for case in script.cases(one)] == [
         f"{dtype}, D = 128,256, d = 0, m = 4096" for dtype in script.DTYPES
     ]
-    one.record = True
-    with pytest.raises(LabError, match="--record keeps the table of a processor"):
-        script.cases(one)
 
 
 def test_a_table_is_of_the_device_that_the_options_name(script, monkeypatch, tmp_path):
@@ -112,3 +109,11 @@ def test_a_table_is_of_the_device_that_the_options_name(script, monkeypatch, tmp
     (there,) = {row["machine"] for row in read_table(tmp_path / "cuda:0" / "table.csv")}
     (here,) = {row["machine"] for row in read_table(tmp_path / "cpu" / "table.csv")}
     assert there == "a GPU" and here != there
+
+
+def test_processors_and_gpus_have_a_table_each(tmp_path):
+    script = tmp_path / "question.py"
+    assert benchmark._committed(script, "cpu") == tmp_path / "question.csv"
+    assert benchmark._committed(script, "cuda:0") == tmp_path / "question_on_gpu.csv"
+    of_gpus = tmp_path / "question_on_gpu.py"
+    assert benchmark._committed(of_gpus, "cuda") == tmp_path / "question_on_gpu.csv"

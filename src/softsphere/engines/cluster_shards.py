@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from softsphere._torch import untraced
+from softsphere._torch import integers, untraced
 from softsphere.engines.grouping import Grouping, consecutive
 from softsphere.parallel import Owners, Sharding
 
@@ -101,7 +101,7 @@ class ClusterShards:
     def _numbers_of_classes(self) -> list[int]:
         """Those of all ranks, for which a GPU is waited for once."""
         ranks, sizes = range(self.root.size), self.grouping.sizes
-        leaves = torch.stack([sizes[self._clusters_of(rank)].sum() for rank in ranks]).tolist()
+        leaves = integers(torch.stack([sizes[self._clusters_of(rank)].sum() for rank in ranks]))
         listed = map(self.listed_of, ranks)
         return [n + part.stop - part.start for n, part in zip(leaves, listed, strict=True)]
 

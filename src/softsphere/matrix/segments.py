@@ -3,7 +3,7 @@
 The rows of a cluster are consecutive, perhaps after a permutation. Clusters of similar size are
 padded to the same number of rows: those of a batch lie between two powers of four, so that n rows
 need at most log₄ n batches. Batches are cut so that matrices which are gathered for them, one for
-each cluster, stay in the cache of a processor.
+each cluster, stay in the cache of a processor, or take some MiB of a GPU.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from torch import Tensor
 
 __all__ = ["Piece", "Segments"]
 
-# The size of the matrices, one a cluster, that are gathered at once.
-_GATHERED_BYTES = 4 << 20
+# The size of the matrices, one a cluster, that are gathered at once: on a CPU about that of its
+# cache, on a GPU so large that few pieces are launched.
+_GATHERED_BYTES, _GATHERED_BYTES_ON_GPU = 4 << 20, 64 << 20
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,9 @@ class Segments:
             width: w, of which a w × w matrix in float64 is gathered for each cluster.
             longest: about the most rows of a piece, if a cluster may be cut.
         """
-        most = max(1, _GATHERED_BYTES // (8 * width * width))
+        on_cpu = self.sizes.device.type == "cpu"
+        gathered = _GATHERED_BYTES if on_cpu else _GATHERED_BYTES_ON_GPU
+        most = max(1, gathered // (8 * width * width))
         sizes = self._read_sizes
         level = torch.where(sizes > 0, (sizes.double().log2() / 2).floor(), -1.0)
         for each in level.unique().tolist():

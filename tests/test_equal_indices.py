@@ -37,6 +37,7 @@ def test_sums_over_equals(way, n, classes, deterministic):
     torch.testing.assert_close(torch.zeros_like(want).index_add_(0, at, sums), want)
 
 
+@pytest.mark.once("a GPU is not asked whether they are different")
 def test_different_indices_need_no_sums():
     different = torch.tensor([5, 3, 9])
     places = Places.of(different)

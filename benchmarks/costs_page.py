@@ -187,8 +187,8 @@ backward, update and the mending of the factors.
 {grid}
 *{table.source}*
 
-On machines that do other work two runs differ: these steps took {once} milliseconds here, and
-{again} in the run against their products. Do not rely on the last digits of such ratios.
+Two runs differ by up to a half: these steps took {once} milliseconds here, and {again} in
+the run against their products. So take ratios of single milliseconds for orders of magnitude.
 
 - **Flat in D.** A step at D = {most[0]:,} takes {growth} times that at D = 10,000, with
   d = m = {most[1]}. *{flat.source}*

@@ -42,12 +42,12 @@ which counts FLOPs and memory and says why. To name an engine yourself, pass
 
 The step of the factored layer (`FactoredSphericalLoss`), which is for SGD, has no D in it at all.
 
-The choice looks at sizes, not at the numbers in W and H. The gram engine takes the mean row off before
-it sums squares, so a large common row or bias costs no digits. But the error of its q = hᵀSh, with S the
-Gram matrix of these rows, is relative to ‖S‖ ‖h‖² and not to q. If a row h is nearly orthogonal to all
-rows of W less their mean, such a small q has lost its digits. With `engine="auto"` this is noticed
-on a CPU, and the batch is computed in another way. Elsewhere pass `accumulate_dtype=torch.float64`,
-or name the chunked engine.
+The choice looks at sizes, not at the numbers in W and H. The gram engine takes the mean row off
+before it sums squares, so a large common row or bias costs no digits. But the error of its q =
+hᵀSh, with S the Gram matrix of these rows, is relative to ‖S‖ ‖h‖² and not to q. If a row h is
+nearly orthogonal to all rows of W less their mean, such a small q has lost its digits. With
+`engine="auto"` this is noticed on a CPU, and the batch is computed in another way. Elsewhere pass
+`accumulate_dtype=torch.float64`, or name the chunked engine.
 """
 
 

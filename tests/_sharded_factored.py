@@ -286,6 +286,14 @@ def state_of_one_rank(rank, size, folder):
     call()
 
 
+def state_of_a_replaced_weight(rank, size, folder):
+    _, many = pair()
+    if rank == 0:
+        many.weight = nn.Parameter(torch.ones(2, 2))
+    mine, others = (TypeError, "must be a .*FactoredTensor"), (RuntimeError, "rank 0 .*refused")
+    on_one(rank, mine, others, many.state_dict)
+
+
 def trained_on_one(many, rank):
     frozen(many, rank, "weight")
     many(torch.ones(2, d).double(), torch.arange(2))
@@ -349,6 +357,7 @@ REFUSED = (
             one_linear_layer,
             pickled,
             state_of_one_rank,
+            state_of_a_replaced_weight,
         )
     }
     | {

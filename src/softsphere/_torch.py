@@ -155,8 +155,9 @@ def untraced(function: Function) -> Function:
 
     @functools.wraps(function)
     def run(*args: Any) -> Any:
-        outside = torch.inference_mode(False)
-        with outside, _disable_current_modes(), torch._C._DisableFuncTorch():
+        # it would also switch gradients on
+        outside, unrecorded = torch.inference_mode(False), torch.no_grad()
+        with outside, unrecorded, _disable_current_modes(), torch._C._DisableFuncTorch():
             return function(*args)
 
     return cast(Function, run)

@@ -7,6 +7,7 @@ from functools import cached_property
 import pytest
 import torch
 
+from softsphere._torch import untraced
 from softsphere.engines.cluster_shards import ClusterShards
 from softsphere.engines.grouping import Grouping
 
@@ -42,6 +43,10 @@ def test_what_inference_mode_computed_first_can_be_trained_with(make, name):
     made = make()
     with torch.inference_mode():
         assert not any(x.is_inference() for x in tensors(getattr(made, name)))
+
+
+def test_what_is_kept_has_no_gradient():
+    assert not untraced(torch.is_grad_enabled)()
 
 
 def test_clusters_that_inference_mode_moves_can_be_trained_with():

@@ -53,7 +53,11 @@ def test_rows_are_counted_from_the_end_as_well(made):
     W = made()
     dense, some = W.to_dense(), torch.tensor([[-1, 0], [-D, 3]])
     torch.testing.assert_close(W[some], dense[some])
-    torch.testing.assert_close(W[some, torch.tensor([0, 1])], dense[some, torch.tensor([0, 1])])
+    for columns in (torch.tensor([0, -1]), torch.tensor(-2), some.new_zeros(3, 1, 1)):
+        torch.testing.assert_close(W[some, columns], dense[some, columns])
+    torch.testing.assert_close(W.index_select(0, some[0, 1]), dense.index_select(0, some[0, 1]))
+    with pytest.raises(IndexError, match="dim must be from -2 to 1, got 2"):
+        W.index_select(2, some[0])
 
 
 @pytest.mark.once("a GPU asserts on its own")

@@ -311,7 +311,8 @@ class WithGrouping(ShardedLayer, FactoredLeaves):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         if self.shards is not None:
             with Agreement(self.shards.ranks, "state_dict()"):
-                pass  # the rows of clusters are sent to other ranks
+                self._refuse_computed_weights("saved")
+            # the rows of clusters are sent to other ranks
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _check_state(self, state_dict: dict[str, Any], prefix: str) -> None:

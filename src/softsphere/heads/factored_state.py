@@ -78,8 +78,10 @@ class FactoredState(ShardedLayer, WithFactoredParameter):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         if self.shards is not None:
+            # U and ω, which are those of all ranks, become I and 0
             with Agreement(self.shards.ranks, "state_dict()"):
-                pass  # U and ω, which are those of all ranks, become I and 0
+                self._refuse_computed_weights("saved")
+                _ = self._factored_weight
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _local_state(self, destination: Any, prefix: str, keep_vars: bool) -> None:

@@ -42,13 +42,13 @@ def _face_chunks(x: FactoredTensor | Part) -> Any:
         yield part, rows if scale is None else rows * scale
 
 
-def _check_range(index: Tensor, least: int, rows: int) -> None:
-    """Raises IndexError, on a CPU, for an index that is not in [least, rows)."""
+def _check_range(index: Tensor, least: int, size: int) -> None:
+    """Raises IndexError, on a CPU, for an index that is not in [least, size)."""
     if not values_on_cpu(index) or not index.numel():
         return
     for found in index.aminmax():
-        if not least <= int(found) < rows:
-            raise IndexError(f"index out of range: got {int(found)}, not in [{least}, {rows})")
+        if not least <= int(found) < size:
+            raise IndexError(f"index out of range: got {int(found)}, not in [{least}, {size})")
 
 
 def embedding(func: Any, x: FactoredTensor, index: Tensor, *_: Any) -> Tensor:
@@ -57,9 +57,11 @@ def embedding(func: Any, x: FactoredTensor, index: Tensor, *_: Any) -> Tensor:
 
 
 def index_select(func: Any, x: FactoredTensor, dim: int, index: Tensor) -> Tensor:
+    if not -2 <= dim < 2:
+        raise IndexError(f"dim must be from -2 to 1, got {dim}")
     if dim % 2 == 0:
         _check_range(index, 0, len(x))
-        return _face_rows(x, index)
+        return _face_rows(x, index.reshape(-1))
     return torch.cat([rows.index_select(1, index) for _, rows in _face_chunks(x)])
 
 
@@ -71,12 +73,18 @@ def index(func: Any, x: FactoredTensor, indices: Sequence[Tensor | None]) -> Ten
         if rows.shape != x.shape[:1]:
             raise refusal(func, x.described)
         rows = rows.nonzero().squeeze(1)
-    _check_range(rows, -len(x), len(x))
-    rows = torch.where(rows < 0, rows + len(x), rows)  # counted from the end
-    found = _face_rows(x, rows.flatten()).view(*rows.shape, x.shape[1])
+    rows = _from_zero(rows, len(x))
     if not columns or columns[0] is None:
-        return found
-    return found.gather(-1, columns[0].expand(rows.shape).unsqueeze(-1)).squeeze(-1)
+        return _face_rows(x, rows.flatten()).view(*rows.shape, x.shape[1])
+    rows, places = torch.broadcast_tensors(rows, _from_zero(columns[0], x.shape[1]))
+    found = _face_rows(x, rows.flatten()).view(*rows.shape, x.shape[1])
+    return found.gather(-1, places.unsqueeze(-1)).squeeze(-1)
+
+
+def _from_zero(index: Tensor, size: int) -> Tensor:
+    """An index of which some numbers count from the end, counted from zero."""
+    _check_range(index, -size, size)
+    return torch.where(index < 0, index + size, index)
 
 
 def view(func: Any, x: FactoredTensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -32,6 +32,8 @@ class Agreement:
 
     def __init__(self, ranks: Ranks, action: str) -> None:
         self.ranks, self.action = ranks, action
+        # whether the ranks are in an agreement around this one
+        self._around = False
         self._same: dict[str, Any] = {}
         self._each: dict[str, int] = {}
         # the facts given to `each`, of every rank
@@ -52,7 +54,7 @@ class Agreement:
                 "compare their arguments at every call; step it without CapturedStep"
             )
         self.ranks.settle()
-        self.ranks.agreeing = True
+        self._around, self.ranks.agreeing = self.ranks.agreeing, True
         return self
 
     def __exit__(
@@ -61,7 +63,7 @@ class Agreement:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.ranks.agreeing = False
+        self.ranks.agreeing = self._around
         if error is not None and not isinstance(error, Exception):
             return
         row = torch.zeros(2 + _FACTS, dtype=torch.int64, device="cpu")

@@ -168,7 +168,11 @@ class Ranks:
 
     @contextmanager
     def _collective(self, name: str, x: Tensor) -> Iterator[None]:
-        assert not self.agreeing, f"{name} inside an agreement, where another rank may have failed"
+        if self.agreeing:
+            raise RuntimeError(
+                f"{name} of a sharded output layer inside an agreement of its ranks, where another "
+                "rank may have failed; call the layer from one thread at a time"
+            )
         note(name, x.nbytes)
         try:
             yield

@@ -116,6 +116,20 @@ def test_a_run_leaves_the_record_alone_unless_it_is_asked_to_replace_it(script, 
     assert rows[0]["value"] == "0.125" and rows[0]["torch"] == torch.__version__
 
 
+@pytest.mark.parametrize("name", ["question", "question_on_gpu"])
+def test_a_gpu_has_a_record_of_its_own(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "gpu_name", lambda device: "a GPU")
+    monkeypatch.setattr("softsphere_lab.records.environment.gpu_name", lambda device: None)
+
+    def cases(options):
+        return [Case("one", lambda: [Row("one", SETTING, "seconds", 0.125)])]
+
+    given = ["--out", str(tmp_path / "run"), "--record"]
+    assert run(str(tmp_path / f"{name}.py"), "", cases, arguments=given, device="cuda:0") == 0
+    assert [path.name for path in tmp_path.glob("*.csv")] == ["question_on_gpu.csv"]
+    assert read_table(tmp_path / "question_on_gpu.csv")[0]["machine"] == "a GPU"
+
+
 def test_a_second_run_has_a_folder_of_its_own_and_overwrites_none(script, capsys):
     assert script("--out", script.out) == 0
     assert script("--out", script.out) == 2

@@ -109,11 +109,3 @@ def test_a_table_is_of_the_device_that_the_options_name(script, monkeypatch, tmp
     (there,) = {row["machine"] for row in read_table(tmp_path / "cuda:0" / "table.csv")}
     (here,) = {row["machine"] for row in read_table(tmp_path / "cpu" / "table.csv")}
     assert there == "a GPU" and here != there
-
-
-def test_processors_and_gpus_have_a_table_each(tmp_path):
-    script = tmp_path / "question.py"
-    assert benchmark._committed(script, "cpu") == tmp_path / "question.csv"
-    assert benchmark._committed(script, "cuda:0") == tmp_path / "question_on_gpu.csv"
-    of_gpus = tmp_path / "question_on_gpu.py"
-    assert benchmark._committed(of_gpus, "cuda") == tmp_path / "question_on_gpu.csv"

@@ -245,6 +245,20 @@ def test_parts_have_gradients_in_transforms(monkeypatch):
     torch.testing.assert_close(torch.func.jacrev(lambda h: head(h, TARGET))(hidden), want, **CLOSE)
 
 
+@pytest.mark.parametrize("mapped", ["weight", "bias"])
+@pytest.mark.parametrize("options", [{"engine": "logits"}, {"leaf": "softmax"}, {"engine": "gram"}])
+def test_vmap_over_one_parameter_of_the_leaves(options, mapped):
+    head, hidden = layer(MIXED, **options), rows(M)
+    parameters = {name: p.detach() for name, p in head.named_parameters()}
+
+    def value(x):
+        return torch.func.functional_call(head, parameters | {mapped: x}, (hidden, TARGET))
+
+    several = torch.stack([parameters[mapped] + shift for shift in (0.0, 0.1, -0.2)])
+    want = torch.stack([value(x) for x in several])
+    torch.testing.assert_close(torch.vmap(value)(several), want, **CLOSE)
+
+
 @pytest.mark.once("lost digits are noticed on a CPU alone")
 def test_auto_leaves_a_gram_matrix_that_has_lost_its_digits():
     """Two columns of the weight take each other off, and leave little of q."""

@@ -178,7 +178,8 @@ def _multiplied(Z: Tensor, W: Tensor, b: Tensor | None, lines: Lines) -> Tensor:
     every = torch.bmm(_rows_of_tiles(Z, lines).to(wide), _leaves_of_tiles(W, lines, wide).mT)
     o = every.flatten(0, 1).index_select(0, lines.tiles.line)
     if b is not None:
-        o += lines.spread(b)
+        # not in place, since torch.func.vmap may map over b alone
+        o = o + lines.spread(b)
     return lines.cleared(o)
 
 

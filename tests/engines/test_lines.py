@@ -21,6 +21,8 @@ CASES = {
     "unequal": ((70, 3, 40, 9, 1), (2, 5, 1, 0, 1), False, True),
     "a common cluster": ((9, 10, 10, 10, 9, 9), (70, 1, 2, 0, 1, 20), True, False),
     "unequal, with a common cluster": ((60, 4, 30, 8, 2), (1, 40, 2, 1, 0), False, False),
+    "few rows in the large one": ((3, 90), (40, 1), False, False),
+    "many rows in the small one": ((2, *[40] * 12), (60, *[1] * 12), False, False),
     "no rows": ((3, 4), (0, 0), True, True),
 }
 
@@ -42,7 +44,7 @@ def made(name):
     group = Group(cluster, place, grouping)
     Z, W = (torch.randn(len(x), d, generator=draw).double() for x in (cluster, grouping.leaves))
     b, pi = torch.randn(len(W), generator=draw).double(), torch.rand(len(W), generator=draw)
-    return Lines.of(group), [x.requires_grad_() for x in (Z, W, b)], pi.double()
+    return Lines.of(group, d), [x.requires_grad_() for x in (Z, W, b)], pi.double()
 
 
 def by_a_loop(lines, given, pi):

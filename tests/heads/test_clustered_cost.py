@@ -16,11 +16,14 @@ d = 16
 
 
 class Written(TorchDispatchMode):
-    """The entries of all tensors that operations made, and how many operations there were."""
+    """The entries of all tensors that operations made, and how many operations there were.
+
+    largest: the entries of the largest of them.
+    """
 
     def __init__(self):
         super().__init__()
-        self.entries = self.operations = 0
+        self.entries = self.operations = self.largest = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -29,6 +32,7 @@ class Written(TorchDispatchMode):
             # a view or a sparse tensor has no memory of its own
             if isinstance(x, torch.Tensor) and not x.is_sparse and not func.is_view:
                 self.entries += 0 if func._schema.is_mutable else x.numel()
+                self.largest = max(self.largest, x.numel())
         return result
 
 
@@ -57,6 +61,39 @@ def test_clusters_without_targets_cost_nothing(leaf, many_rows, monkeypatch):
     few, many = (step(8, 20, rest, leaf).entries for rest in (2, 50_000))
     # the gradient of the bias, and nothing else
     assert many - few == 49_998
+
+
+# The sizes of clusters and the rows of each, as pairs (how many clusters, of that many).
+SHAPES = {
+    "even": ([(40, 100)], [(40, 20)]),
+    "nearly even": ([(20, 95), (20, 100)], [(20, 22), (20, 18)]),
+    "the large ones have the rows": ([(1, 900), (9, 100), (90, 10)], [(1, 900), (9, 90), (90, 2)]),
+    "the small ones have the rows": ([(90, 10), (9, 100), (1, 900)], [(90, 20), (9, 20), (1, 3)]),
+    "a large one with few rows": ([(1, 50), (1, 20_000)], [(1, 500), (1, 5)]),
+    "a small one with many rows": ([(1, 2), (19, 2000)], [(1, 5000), (19, 1)]),
+    "a large one with many rows": ([(1, 1000), (50, 2)], [(1, 1000), (50, 1)]),
+    "a large one among many": ([(1, 1000), (500, 2)], [(1, 1000), (500, 1)]),
+}
+
+
+@pytest.mark.parametrize("width", [16, 128])
+@pytest.mark.parametrize("options", [{"leaf": "softmax"}, {"engine": "logits", "sparse": True}])
+@pytest.mark.parametrize("name", SHAPES)
+def test_no_tensor_is_much_larger_than_what_a_step_needs(name, options, width):
+    """That is the pairs of a row and a leaf, the rows, and the leaves of clusters with rows."""
+    sizes, rows = (
+        torch.tensor([of for many, of in shape for _ in range(many)]) for shape in SHAPES[name]
+    )
+    cluster = torch.arange(len(sizes))
+    assignment = cluster.repeat_interleave(sizes)
+    target = (sizes.cumsum(0) - sizes).repeat_interleave(rows)
+    head = ClusteredLoss(width, len(assignment), assignment, **options)
+    hidden = torch.randn(len(target), width, requires_grad=True)
+    with Written() as written:
+        head(hidden, target).backward()
+    root = len(target) * len(sizes)
+    needed = int((sizes * rows).sum()) + (len(target) + len(assignment)) * width
+    assert written.largest <= max(root, 4 * needed)
 
 
 @pytest.mark.parametrize("many_rows", [0, 10**9], ids=["tiles", "pairs"])

@@ -194,11 +194,10 @@ class Group:
         """(n) how many leaves each row needs."""
         return self.grouping.sizes.index_select(0, self.cluster)
 
-    @cached_property
-    @untraced
+    @property
     def pairs(self) -> int:
         """P, the number of pairs."""
-        return int(self.lengths.sum())
+        return self.touched.pairs
 
     @cached_property
     @untraced
@@ -248,13 +247,18 @@ class Touched:
         """The largest number of rows that one has."""
         return self._extents[2]
 
+    @property
+    def pairs(self) -> int:
+        """P, how many leaves their rows need together."""
+        return self._extents[3]
+
     @cached_property
     @untraced
-    def _extents(self) -> tuple[int, int, int]:
+    def _extents(self) -> tuple[int, int, int, int]:
         """Read together, since a GPU is waited for."""
         if not len(self.sizes):
-            return 0, 0, 0
-        leaves, largest, most_rows = in_one_wait(
-            self.sizes.sum(), self.sizes.max(), self.rows.max()
+            return 0, 0, 0, 0
+        leaves, largest, most_rows, pairs = in_one_wait(
+            self.sizes.sum(), self.sizes.max(), self.rows.max(), (self.sizes * self.rows).sum()
         )
-        return leaves, largest, most_rows
+        return leaves, largest, most_rows, pairs

@@ -6,7 +6,7 @@ a cluster may have fewer leaves; places beyond its end repeat its last leaf, and
 there is not read. Where the clusters with rows have about the same size, one block is a cluster.
 
 For products of several rows with the leaves of their cluster, the rows of each cluster are cut into
-tiles of R rows, in the same way.
+tiles of R rows, in the same way. `tile_sizes` chooses B and R.
 """
 
 from __future__ import annotations
@@ -20,14 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from softsphere.engines.grouping import Group, Touched, consecutive, in_one_wait, portions, ranges
+from softsphere.engines.tile_sizes import block_and_tile
 
 __all__ = ["Lines", "Tiles"]
-
-# How many times the leaves of the clusters with rows their blocks may hold if one block is to be a
-# cluster, and the smallest block otherwise.
-_ROOM, _SMALLEST_BLOCK = 1.1, 8
-# One tile takes all rows of a cluster if they are so few, or if tiles hold so many times the rows.
-_FEW_ROWS, _ROOM_OF_TILES = 16, 1.5
 
 
 class Cut(NamedTuple):
@@ -48,9 +43,10 @@ class Cut(NamedTuple):
     products: int
 
     @classmethod
-    def of(cls, touched: Touched, size: int) -> Cut:
-        number = portions(touched.sizes, size)
-        further = number * (portions(touched.rows, _tile_size(touched)) - 1)
+    def of(cls, touched: Touched, B: int, R: int) -> Cut:
+        """Into blocks of B leaves, and tiles of R rows."""
+        number = portions(touched.sizes, B)
+        further = number * (portions(touched.rows, R) - 1)
         V, N, products = in_one_wait(number.sum(), (number * touched.rows).sum(), further.sum())
         first = number.cumsum(0) - number
         return cls(number, first, consecutive(number, V), N, further, products)
@@ -60,7 +56,7 @@ class Cut(NamedTuple):
 class Lines:
     """The lines of a group.
 
-    size: B, the leaves of a block.
+    size: B, the leaves of a block. tile: R, the rows of a tile.
     cut: the blocks; None if each is a whole cluster, so that every row has one line.
     leaves: (V, B) the leaves of the blocks.
     padding: (V, B) whether a place is beyond the end of its cluster; None if none is.
@@ -70,6 +66,7 @@ class Lines:
 
     group: Group
     size: int
+    tile: int
     cut: Cut | None
     leaves: Tensor
     padding: Tensor | None
@@ -78,15 +75,17 @@ class Lines:
     offsets: Tensor
 
     @classmethod
-    def of(cls, group: Group) -> Lines:
+    def of(cls, group: Group, width: int) -> Lines:
+        """width: d, the numbers of a row."""
         touched = group.touched
-        B, first, of_row = _block_size(touched), touched.starts, touched.of_row
-        last, device = touched.starts + (touched.sizes - 1), touched.starts.device
+        B, R = block_and_tile(touched, width)
+        first, of_row, device = touched.starts, touched.of_row, touched.starts.device
+        last = first + (touched.sizes - 1)
         if touched.largest <= B:
             cut, row, block = None, torch.arange(len(of_row), device=device), of_row
             offsets = row * B
         else:
-            cut = Cut.of(touched, B)
+            cut = Cut.of(touched, B, R)
             u, lines = cut.cluster, cut.number.index_select(0, of_row)
             number = torch.arange(len(u), device=device) - cut.first.index_select(0, u)
             first, last = first.index_select(0, u) + number * B, last.index_select(0, u)
@@ -97,7 +96,7 @@ class Lines:
         leaves = first.unsqueeze(1) + torch.arange(B, device=device)
         if leaves.numel() > touched.leaves:
             padding, leaves = leaves > last, leaves.minimum(last)
-        return cls(group, B, cut, leaves, padding, row, block, offsets)
+        return cls(group, B, R, cut, leaves, padding, row, block, offsets)
 
     @cached_property
     def leaf(self) -> Tensor:
@@ -158,7 +157,7 @@ class Tiles(NamedTuple):
     @classmethod
     def of(cls, lines: Lines) -> Tiles:
         touched, cut = lines.group.touched, lines.cut
-        R, u = _tile_size(touched), touched.of_row
+        R, u = lines.tile, touched.of_row
         first, last = touched.first_row, touched.first_row + (touched.rows - 1)
         number = lines.row if cut is None else torch.arange(len(u), device=u.device)
         within = number - first.index_select(0, u)
@@ -169,18 +168,18 @@ class Tiles(NamedTuple):
                 within = within.index_select(0, lines.row)
             line = lines.block * R + within
         else:
-            first, last, line, further = _several_tiles(lines, R, within)
+            first, last, line, further = _several_tiles(lines, within)
         rows = first.unsqueeze(1) + torch.arange(R, device=u.device)
         return cls(rows.minimum(last.unsqueeze(1)), line, further)
 
 
-def _several_tiles(lines: Lines, R: int, within: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _several_tiles(lines: Lines, within: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The first and last row of each product, the places of the lines, and the further blocks.
 
     within: (n) the number of each row among those of its cluster.
     """
-    touched = lines.group.touched
-    cut = lines.cut or Cut.of(touched, lines.size)
+    touched, R = lines.group.touched, lines.tile
+    cut = lines.cut or Cut.of(touched, lines.size, R)
     V = len(cut.cluster)
     first_further = cut.further.cumsum(0) - cut.further
     u = consecutive(cut.further, cut.products)
@@ -197,24 +196,3 @@ def _several_tiles(lines: Lines, R: int, within: Tensor) -> tuple[Tensor, Tensor
     later += (tile - 1) * cut.number.index_select(0, of_row)
     shift = torch.where(tile > 0, later, 0) * R + place
     return first, last, lines.block * R + shift.index_select(0, lines.row), block
-
-
-def _block_size(touched: Touched) -> int:
-    """The leaves of a block: those of the largest cluster, or about a quarter of the mean."""
-    largest, U = touched.largest, len(touched.cluster)
-    if largest * U <= _ROOM * touched.leaves or largest <= _SMALLEST_BLOCK:
-        return max(1, largest)
-    return max(_SMALLEST_BLOCK, _power_below(max(1, touched.leaves // (4 * U))))
-
-
-def _tile_size(touched: Touched) -> int:
-    """The rows of a tile: those of the cluster with most, or about twice the mean."""
-    most, U, n = touched.most_rows, len(touched.cluster), len(touched.of_row)
-    if most <= _FEW_ROWS or most * U <= _ROOM_OF_TILES * n:
-        return max(1, most)
-    return max(_FEW_ROWS, _power_below(2 * n // U))
-
-
-def _power_below(number: int) -> int:
-    """The largest power of two that is not above a number of at least 1."""
-    return 1 << (number.bit_length() - 1)

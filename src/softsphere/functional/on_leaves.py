@@ -161,7 +161,7 @@ def _parts(group: Group) -> Iterator[slice]:
 def _by_outputs(loss: losses.Loss, Z: Tensor, leaves: Leaves, group: Group, sparse: bool) -> Tensor:
     """The losses from the outputs themselves."""
     W, b, pi = leaves
-    lines = Lines.of(group)
+    lines = Lines.of(group, Z.shape[1])
     if isinstance(loss, losses.Normalised):
         s, q, c = group_statistics(Z, W, b, pi, lines, sparse=sparse)
         return _of_statistics(loss, s, q, c, pi, group)

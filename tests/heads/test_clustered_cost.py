@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from softsphere import ClusteredLoss, _torch
 from softsphere.engines import choose_leaves, grouped_products
+from softsphere.functional import on_leaves
 from softsphere.optim import FactoredSGD
 
 d = 16
@@ -72,28 +73,62 @@ SHAPES = {
     "a large one with few rows": ([(1, 50), (1, 20_000)], [(1, 500), (1, 5)]),
     "a small one with many rows": ([(1, 2), (19, 2000)], [(1, 5000), (19, 1)]),
     "a large one with many rows": ([(1, 1000), (50, 2)], [(1, 1000), (50, 1)]),
+    "a large one beside those without rows": ([(1, 1000), (1500, 2)], [(1, 400), (1500, 0)]),
     "a large one among many": ([(1, 1000), (500, 2)], [(1, 1000), (500, 1)]),
+    "a large one among very many": ([(1, 900), (2000, 2)], [(1, 400), (2000, 1)]),
 }
 
 
-@pytest.mark.parametrize("width", [16, 128])
-@pytest.mark.parametrize("options", [{"leaf": "softmax"}, {"engine": "logits", "sparse": True}])
-@pytest.mark.parametrize("name", SHAPES)
-def test_no_tensor_is_much_larger_than_what_a_step_needs(name, options, width):
-    """That is the pairs of a row and a leaf, the rows, and the leaves of clusters with rows."""
+def shaped(name, width, **options):
+    """A layer, the hidden rows and the targets of a shape, and the rows of each cluster."""
     sizes, rows = (
         torch.tensor([of for many, of in shape for _ in range(many)]) for shape in SHAPES[name]
     )
-    cluster = torch.arange(len(sizes))
-    assignment = cluster.repeat_interleave(sizes)
+    assignment = torch.arange(len(sizes)).repeat_interleave(sizes)
     target = (sizes.cumsum(0) - sizes).repeat_interleave(rows)
     head = ClusteredLoss(width, len(assignment), assignment, **options)
-    hidden = torch.randn(len(target), width, requires_grad=True)
+    return head, torch.randn(len(target), width, requires_grad=True), target, rows
+
+
+@pytest.mark.parametrize("width", [16, 128])
+@pytest.mark.parametrize(
+    "options", [{"leaf": "softmax"}, {"engine": "logits", "sparse": True}, {"engine": "gram"}]
+)
+@pytest.mark.parametrize("name", SHAPES)
+def test_no_tensor_is_much_larger_than_what_a_step_needs(name, options, width):
+    """The rows, the leaves, and their pairs or a Gram matrix for each cluster with rows."""
+    head, hidden, target, rows = shaped(name, width, **options)
     with Written() as written:
         head(hidden, target).backward()
-    root = len(target) * len(sizes)
-    needed = int((sizes * rows).sum()) + (len(target) + len(assignment)) * width
-    assert written.largest <= max(root, 4 * needed)
+    root, sizes = len(target) * len(rows), head.grouping.sizes
+    needed = (len(target) + len(head.weight)) * width
+    if head.engine == "gram":
+        needed += int((rows > 0).sum()) * (width + 1) ** 2
+    else:
+        needed += int((sizes * rows).sum())
+    assert written.largest <= max(root, 6 * needed)
+
+
+@pytest.mark.parametrize(
+    ("name", "gram"),
+    {
+        "a large one with many rows": True,
+        "a large one beside those without rows": True,
+        "a large one among very many": False,
+    }.items(),
+)
+def test_auto_makes_gram_matrices_where_few_clusters_have_many_pairs(name, gram, monkeypatch):
+    made = []
+    statistics = on_leaves.cluster_statistics
+
+    def noted(*given):
+        made.append(True)
+        return statistics(*given)
+
+    monkeypatch.setattr(on_leaves, "cluster_statistics", noted)
+    head, hidden, target, _ = shaped(name, 64)
+    head(hidden, target)
+    assert bool(made) == gram
 
 
 @pytest.mark.parametrize("many_rows", [0, 10**9], ids=["tiles", "pairs"])

@@ -5,9 +5,9 @@ With x_k = [w_k b_k] and the mean row x̄_c = Σ_k π_k x_k / n_c of a cluster o
     Q_c = Σ_k π_k (x_k − x̄_c)(x_k − x̄_c)ᵀ,   μ = x̄_c · z,   s = n_c μ,   q = zᵀ Q_c z + n_c μ².
 
 Taking the mean row off keeps the digits of q where the rows of a cluster have much in common. The
-leaves are cut into blocks and the rows into tiles of fixed sizes, so that there is no loop over
-clusters; PyTorch differentiates the products. A step costs 6 D w² + 6 n w² FLOPs for n rows of
-width w, however many leaves a row's cluster has.
+leaves of the clusters that have rows are cut into blocks, and the rows into tiles, so that there is
+no loop over clusters; PyTorch differentiates the products. A step costs 6 T w² + 6 n w² FLOPs for n
+rows of width w and the T leaves of their clusters, however many leaves a row's cluster has.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from softsphere.engines.bfloat16_parts import number_of_parts
-from softsphere.engines.grouping import Group, consecutive, portions, ranges
+from softsphere.engines.grouping import Group, Touched, consecutive, in_one_wait, portions, ranges
 from softsphere.rounding import spread_of_equals
 
-__all__ = ["cluster_statistics", "target_outputs_of"]
+__all__ = ["cluster_statistics", "places", "target_outputs_of"]
 
-_BLOCK = 128
-_TILE = 32
+# The most leaves of a block and rows of a tile, and the fewest where clusters have more.
+_BLOCK, _TILE, _FEWEST = 128, 32, 16
 
 
 def cluster_statistics(
@@ -39,20 +39,17 @@ def cluster_statistics(
         pi: (L), the base measure; Σ π over a cluster is its number of leaves.
         group: the cluster of each row.
     """
-    X, z = W, Z
-    if b is not None:
-        X = torch.cat([W, b.unsqueeze(1)], 1)
-        z = F.pad(Z, (0, 1), value=1.0)
-    sizes = group.grouping.sizes.clamp_min(1).to(Z.dtype)
-    of_leaf = group.grouping.cluster_of_leaf
-    zeros = X.new_zeros(group.grouping.num_clusters, X.shape[1])
-    mean = zeros.index_add(0, of_leaf, X * pi.unsqueeze(1)) / sizes.unsqueeze(1)
-    Q = _gram((X - mean[of_leaf]) * pi.sqrt().unsqueeze(1), group)
-    inner = _quadratic(z, Q, group)
-    mu, n = (z * mean[group.cluster]).sum(1), sizes[group.cluster]
+    touched = group.touched
+    blocks, tiles = _portions(touched)
+    z = Z if b is None else F.pad(Z, (0, 1), value=1.0)
+    sizes = touched.sizes.to(Z.dtype)
+    mean, Q = _moments(W, b, pi, sizes, blocks)
+    inner = _quadratic(z, Q, touched, tiles)
+    of_row = touched.of_row
+    mu, n = (z * mean.index_select(0, of_row)).sum(1), sizes.index_select(0, of_row)
     with torch.no_grad():
-        terms = Q.diagonal(dim1=1, dim2=2)[group.cluster]
-        error = 3 * spread_of_equals(X.shape[1], Z.dtype) * (z * z * terms).sum(1)
+        terms = Q.diagonal(dim1=1, dim2=2).index_select(0, of_row)
+        error = 3 * spread_of_equals(z.shape[1], Z.dtype) * (z * z * terms).sum(1)
     return n * mu, inner.clamp_min(0) + n * mu * mu, error
 
 
@@ -62,52 +59,111 @@ def target_outputs_of(Z: Tensor, W: Tensor, b: Tensor | None, target: Tensor) ->
     return c if b is None else c + b.index_select(0, target)
 
 
-def _gram(Y: Tensor, group: Group) -> Tensor:
-    """Σ_k y_k y_kᵀ over the leaves of each cluster: (C, w, w)."""
-    sizes, starts = group.grouping.sizes, group.grouping.starts
-    cut = _Portions.of(sizes, starts[:-1], _BLOCK)
-    blocks = Y[cut.place] * cut.valid.unsqueeze(2)
-    w = Y.shape[1]
-    return Y.new_zeros(len(sizes), w, w).index_add(0, cut.segment, blocks.mT @ blocks)
+def places(touched: Touched) -> tuple[float, float]:
+    """About how many places the leaves have in their blocks, and the rows in their tiles."""
+    U = len(touched.cluster)
+    return (
+        _places(touched.leaves, U, _block_size(touched)),
+        _places(len(touched.of_row), U, _tile_size(touched)),
+    )
 
 
-def _quadratic(z: Tensor, Q: Tensor, group: Group) -> Tensor:
+def _moments(
+    W: Tensor, b: Tensor | None, pi: Tensor, sizes: Tensor, blocks: _Portions
+) -> tuple[Tensor, Tensor]:
+    """x̄_c (U, w) and Q_c (U, w, w) of the clusters with rows."""
+    X = blocks.of(W)
+    if b is not None:
+        X = torch.cat([X, blocks.of(b.unsqueeze(1))], 2)
+    weights = (blocks.of(pi.unsqueeze(1)) * blocks.valid.unsqueeze(2)).to(X.dtype)
+    mean = blocks.sums((X * weights).sum(1)) / sizes.unsqueeze(1)
+    Y = (X - blocks.spread(mean).unsqueeze(1)) * weights.sqrt()
+    return mean, blocks.sums(Y.mT @ Y)
+
+
+def _quadratic(z: Tensor, Q: Tensor, touched: Touched, cut: _Portions) -> Tensor:
     """zᵀ Q_c z of each row: (n)."""
-    touched = group.touched
-    cut = _Portions.of(touched.rows, touched.first_row, _TILE)
-    tiles, Q = z[cut.place], Q[touched.cluster[cut.segment]]
+    tiles, Q = cut.of(z), cut.spread(Q)
     if number_of_parts(z, z.dtype):
         # a product that rounds Q would have an error in proportion to Σ_j z_j² Q_jj, not to q
         forms = ((tiles.double() @ Q.double()) * tiles).sum(2).to(z.dtype)
     else:
         forms = ((tiles @ Q) * tiles).sum(2)
     # the places of tiles are the rows in their order, with a gap at the end of each cluster
-    within = torch.arange(len(z), device=z.device) - touched.first_row[touched.of_row]
-    return forms.flatten().index_select(0, cut.first[touched.of_row] * _TILE + within)
+    of_row = touched.of_row
+    first = cut.first * tiles.shape[1] - touched.first_row
+    places = first.index_select(0, of_row) + torch.arange(len(z), device=z.device)
+    return forms.flatten().index_select(0, places)
 
 
 @dataclass(frozen=True, eq=False)
 class _Portions:
-    """Consecutive segments, each cut into portions of `size` places.
+    """The leaves or the rows of the U clusters with rows, each cut into portions of `size` places.
 
-    place: (N, size) the places of each portion; the last one of a segment repeats its end.
-    valid: (N, size) whether each is inside the segment. segment: (N) the segment of each portion.
-    first: the first portion of each segment.
+    place: (N, size) the places of each portion; the last one of a cluster repeats its end.
+    valid: (N, size) whether each is inside the cluster. cluster: (N) which of the U it is of.
+    first: (U) the first portion of each cluster.
     """
 
     place: Tensor
     valid: Tensor
-    segment: Tensor
+    cluster: Tensor
     first: Tensor
 
-    @classmethod
-    def of(cls, lengths: Tensor, starts: Tensor, size: int) -> _Portions:
-        """lengths, starts: of each segment."""
-        count = portions(lengths, size)
-        total = int(count.sum())  # a GPU is waited for here alone
-        segment = consecutive(count, total)
-        begun = ranges(torch.zeros_like(count), count, total) * size
-        within = begun.unsqueeze(1) + torch.arange(size, device=lengths.device)
-        valid = within < lengths[segment].unsqueeze(1)
-        place = starts[segment].unsqueeze(1) + within.minimum(lengths[segment].unsqueeze(1) - 1)
-        return cls(place, valid, segment, count.cumsum(0) - count)
+    def of(self, x: Tensor) -> Tensor:
+        """Values x (…, k) in portions: (N, size, k)."""
+        return x.index_select(0, self.place.flatten()).view(*self.place.shape, x.shape[1])
+
+    def sums(self, x: Tensor) -> Tensor:
+        """The sums of values of portions (N, …) in each cluster: (U, …)."""
+        if len(x) == len(self.first):
+            return x
+        return x.new_zeros(len(self.first), *x.shape[1:]).index_add(0, self.cluster, x)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """The value x (U, …) of its cluster for each portion: (N, …)."""
+        return x if len(self.place) == len(x) else x.index_select(0, self.cluster)
+
+
+def _portions(touched: Touched) -> tuple[_Portions, _Portions]:
+    """The blocks of leaves and the tiles of rows."""
+    block, tile = _block_size(touched), _tile_size(touched)
+    blocks, tiles = portions(touched.sizes, block), portions(touched.rows, tile)
+    V, N = in_one_wait(blocks.sum(), tiles.sum())
+    return (
+        _cut(touched.sizes, touched.starts, blocks, V, block),
+        _cut(touched.rows, touched.first_row, tiles, N, tile),
+    )
+
+
+def _cut(lengths: Tensor, starts: Tensor, count: Tensor, total: int, size: int) -> _Portions:
+    """Segments as `total` portions: count of each, of `size` places.
+
+    lengths, starts: of each segment.
+    """
+    segment = consecutive(count, total)
+    begun = ranges(torch.zeros_like(count), count, total) * size
+    within = begun.unsqueeze(1) + torch.arange(size, device=lengths.device)
+    length = lengths.index_select(0, segment).unsqueeze(1)
+    place = starts.index_select(0, segment).unsqueeze(1) + within.minimum(length - 1)
+    return _Portions(place, within < length, segment, count.cumsum(0) - count)
+
+
+def _block_size(touched: Touched) -> int:
+    return _portion(touched.leaves, len(touched.cluster), touched.largest, _BLOCK)
+
+
+def _tile_size(touched: Touched) -> int:
+    return _portion(len(touched.of_row), len(touched.cluster), touched.most_rows, _TILE)
+
+
+def _portion(total: int, clusters: int, largest: int, most: int) -> int:
+    """The places of a portion: at most about twice the mean, and the largest cluster is full."""
+    mean = total // max(1, clusters)
+    number = -(-largest // min(most, max(_FEWEST, 2 * mean)))
+    return max(1, -(-largest // max(1, number)))
+
+
+def _places(total: int, clusters: int, size: int) -> float:
+    """About how many places portions of a size have: one portion or more for each cluster."""
+    return max(clusters * size, total + clusters * (size - 1) / 2)

@@ -15,26 +15,30 @@ LEAF_ENGINES = ("logits", "gram", "factored")
 _FLOPS_PER_OUTPUT = 200
 # Products of single pairs take as long as this many times their FLOPs in a matrix product.
 _SLOWNESS_OF_PAIRS = 4
-# What the Gram matrices pay for each number of the weight besides their products: the mean row is
-# taken off, blocks are copied, and all of it is differentiated.
+# What the Gram matrices pay for each number of theirs and of the weight besides their products: the
+# mean row is taken off, blocks are copied and summed, and all of it is differentiated.
 _FLOPS_PER_NUMBER = 120
 # A row of a factored cluster reads and writes the float64 matrices of that cluster, seldom for more
 # than one row. It was measured to take as long as the outputs of some 8 w classes.
 _FACTORED_ROW = 200
 
 
-def leaf_costs(rows: int, pairs: int, leaves: int, width: int) -> dict[str, float]:
+def leaf_costs(
+    rows: int, pairs: int, clusters: int, places: tuple[float, float], width: int
+) -> dict[str, float]:
     """The cost of the leaves in a step, forward and backward, by engine, in FLOP equivalents.
 
     Args:
         rows: n, the rows whose target is in a cluster.
         pairs: P = Σ_i n_c(i), the outputs that they need.
-        leaves: L, the classes in clusters.
+        clusters: U, the clusters that have rows.
+        places: of their leaves in blocks, and of the rows in tiles; see `grouped_gram`.
         width: w, the width of their weight with the bias.
     """
+    numbers = places[0] * width + clusters * width * width
     return {
         "logits": pairs * (6.0 * width * _SLOWNESS_OF_PAIRS + _FLOPS_PER_OUTPUT),
-        "gram": 6.0 * (leaves + rows) * width * width + _FLOPS_PER_NUMBER * leaves * width,
+        "gram": 6.0 * sum(places) * width * width + _FLOPS_PER_NUMBER * numbers,
         "factored": float(_FACTORED_ROW * rows * width * width),
     }
 
@@ -48,7 +52,8 @@ def choose_leaves(
     classes of its cluster, if the L classes are shared evenly by C clusters:
 
         logits      n outputs: 24 n w FLOPs, and the passes over them
-        gram        one Gram matrix for each cluster: 6 L w² / rows, and 6 w²; spherical leaves
+        gram        6 w², and for each cluster with rows a Gram matrix of w² numbers, which is made
+                    with 6 n w² FLOPs and passed over; spherical leaves
         factored    200 w², which is 17 w² FLOPs and the passes over the float64 matrices of one
                     cluster; spherical leaves, a weight of its own kind, stepped by SGD alone
 
@@ -74,7 +79,9 @@ def choose_leaves(
         rows=rows, num_classes=num_classes, num_clusters=num_clusters, in_features=in_features
     )
     pairs = rows * num_classes // max(1, num_clusters)
-    costs = leaf_costs(rows, pairs, num_classes, in_features + int(bias))
+    clusters = min(rows, num_clusters)
+    leaves = num_classes * clusters / max(1, num_clusters)
+    costs = leaf_costs(rows, pairs, clusters, (leaves, rows), in_features + int(bias))
     engine = "logits" if costs["logits"] <= costs["gram"] else "gram"
     listed = ", ".join(f"{name} {cost:.2g}" for name, cost in costs.items())
     hint = (

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from softsphere import losses
 from softsphere._torch import integers, transformed, values_readable
-from softsphere.engines.grouped_gram import cluster_statistics, target_outputs_of
+from softsphere.engines.grouped_gram import cluster_statistics, places, target_outputs_of
 from softsphere.engines.grouped_products import group_outputs, group_statistics
 from softsphere.engines.grouping import Group, Grouping
 from softsphere.engines.leaf_choice import leaf_costs
@@ -141,7 +141,8 @@ def _cheapest(loss: losses.Loss, Z: Tensor, leaves: Leaves, group: Group, sparse
     if sparse or not isinstance(loss, losses.Normalised):
         return "logits"
     width = leaves.W.shape[1] + int(leaves.b is not None)
-    costs = leaf_costs(len(Z), group.pairs, len(leaves.W), width)
+    touched = group.touched
+    costs = leaf_costs(len(Z), group.pairs, len(touched.cluster), places(touched), width)
     return "logits" if costs["logits"] <= costs["gram"] else "gram"
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from softsphere._torch import pair_products, transformed
 from softsphere.engines.lines import Lines
+from softsphere.engines.sparse_rows import refuse_second_derivatives
 
 __all__ = ["group_outputs", "group_statistics"]
 
@@ -135,10 +136,7 @@ def _gradients_in_graph(
     function: takes Z, W, b and the lines to what was computed from them.
     """
     if ctx.sparse:
-        raise RuntimeError(
-            "second derivatives (create_graph=True) cannot be taken where the gradient of weight "
-            "is sparse; make the layer with sparse=False"
-        )
+        refuse_second_derivatives()
     needs = ctx.needs_input_grad[:3]
     asked = [x for x, needed in zip(inputs, needs, strict=True) if needed and x is not None]
     found = iter(

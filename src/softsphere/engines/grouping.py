@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from softsphere._torch import integers, untraced
@@ -187,6 +188,16 @@ class Group:
     def part(self, rows: slice) -> Group:
         """Some of the rows."""
         return Group(self.cluster[rows], self.target[rows], self.grouping)
+
+    def alone(self) -> tuple[Tensor, Group]:
+        """The T leaves of the clusters that have rows, and the group among these clusters."""
+        touched = self.touched
+        sizes, T = touched.sizes, touched.leaves
+        starts = F.pad(sizes.cumsum(0), (1, 0))
+        target = self.target + (starts[:-1] - touched.starts).index_select(0, touched.of_row)
+        every = torch.arange(T, device=starts.device)
+        grouping = Grouping(consecutive(sizes, T), every, every[:0], every, starts)
+        return ranges(touched.starts, sizes, T), Group(touched.of_row, target, grouping)
 
     @cached_property
     @untraced

@@ -20,6 +20,7 @@ from softsphere.engines.grouping import Group, Grouping
 from softsphere.engines.leaf_choice import leaf_costs
 from softsphere.engines.lines import Lines
 from softsphere.engines.row_statistics import wide_dtype
+from softsphere.engines.sparse_rows import sparse_rows
 from softsphere.engines.stack_statistics import stack_statistics
 from softsphere.engines.weight import recorded_in
 from softsphere.matrix import FactoredTensor
@@ -56,6 +57,16 @@ class Leaves(NamedTuple):
         joined = F.embedding(index, self.W) / self.pi[index].sqrt().unsqueeze(1)
         has_bias = joined.shape[1] > width
         return joined[:, :width], joined[:, width] if has_bias else None
+
+    def copied(self, index: Tensor, dtype: torch.dtype, *, sparse: bool) -> Leaves:
+        """Some leaves in dtype, in ascending order, of a W that is not factored.
+
+        Gradients from several places are added in these copies, before they are rounded.
+        """
+        W, b, pi = self
+        W = sparse_rows(W, index) if sparse else W.index_select(0, index)
+        b = None if b is None else b.index_select(0, index).to(dtype)
+        return Leaves(W.to(dtype), b, pi.index_select(0, index))
 
     def recorded_in(self, dtype: torch.dtype) -> Leaves:
         """The same leaves, as `weight.recorded_in` has their W and b."""
@@ -130,11 +141,13 @@ def leaf_losses(
     parts = list(_parts(group))
     if len(parts) == 1:
         return _by_outputs(loss, Z, leaves, group, sparse)
+    own, group = group.alone()
+    leaves = leaves.copied(own, Z.dtype, sparse=sparse and not transformed())
     # torch.func transforms have no rule for a checkpoint, and keep the outputs of all parts
     compute = (
         _by_outputs if transformed() else partial(checkpoint, _by_outputs, use_reentrant=False)
     )
-    return torch.cat([compute(loss, Z[part], leaves, group.part(part), sparse) for part in parts])
+    return torch.cat([compute(loss, Z[part], leaves, group.part(part), False) for part in parts])
 
 
 def _cheapest(loss: losses.Loss, Z: Tensor, leaves: Leaves, group: Group, sparse: bool) -> str:

@@ -30,9 +30,10 @@ def block_and_tile(touched: Touched, width: int) -> tuple[int, int]:
 
     def numbers(size: tuple[int, int]) -> float:
         B, R = size
-        # the last block of a cluster, and the last tile, are half full on average
-        products = P / (B * R) + T / (2 * B) + n / (2 * R) + U / 4
-        return max(U, products) * (B * R + (B + R) * width)
+        # the last block and the last tile of a cluster are half full on average, but a cluster that
+        # is smaller than both has a product to itself
+        products = P / (B * R) + T / (2 * B) + n / (2 * R) + U
+        return products * (B * R + (B + R) * width)
 
     whole = largest * U <= _ROOM_OF_LEAVES * T and largest * n <= _ROOM_OF_PAIRS * P
     together = most * U <= _ROOM_OF_ROWS * n and most * T <= _ROOM_OF_PAIRS * P

@@ -172,10 +172,7 @@ def factored_layer() -> str:
         f"{shown(products.value(ours, s, 'times its products'), 2)} ({described(s)})"
         for s in products.settings
     )
-    once, again = (
-        " and ".join(shown(scale * t.value(ours, s, measure)) for s in table.settings)
-        for t, measure, scale in ((table, "seconds", 1e3), (products, "milliseconds", 1.0))
-    )
+    once = " and ".join(shown(1e3 * table.value(ours, s, "seconds")) for s in table.settings)
     worn = shown(wear.value("factored squared error", wear.settings[0], "slowest over first"))
     peak = shown(max(float(value) for value in memory.values.values()))
     return f"""\
@@ -187,8 +184,9 @@ backward, update and the mending of the factors.
 {grid}
 *{table.source}*
 
-Two runs differ by up to a half: these steps took {once} milliseconds here, and {again} in
-the run against their products. So take ratios of single milliseconds for orders of magnitude.
+The steps of the factored layer took {once} milliseconds. Such ratios depend on the processor, by
+nearly a factor of two between two of them: softmax waits for the memory, and a factored step for
+its many short operations.
 
 - **Flat in D.** A step at D = {most[0]:,} takes {growth} times that at D = 10,000, with
   d = m = {most[1]}. *{flat.source}*

@@ -10,7 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from softsphere import ClusteredLoss, _torch
 from softsphere.engines import choose_leaves, grouped_products
+from softsphere.engines.grouping import Group
 from softsphere.functional import on_leaves
+from softsphere.functional.on_leaves import Leaves
 from softsphere.optim import FactoredSGD
 
 d = 16
@@ -129,6 +131,21 @@ def test_auto_makes_gram_matrices_where_few_clusters_have_many_pairs(name, gram,
     head, hidden, target, _ = shaped(name, 64)
     head(hidden, target)
     assert bool(made) == gram
+
+
+@pytest.mark.parametrize("width", [16, 64, 128])
+@pytest.mark.parametrize("size", [4, 20, 100, 300])
+def test_auto_takes_the_engine_that_is_told_for_even_clusters(size, width):
+    """Whatever the number of rows, as long as clusters have the same sizes and rows."""
+    C = 6
+    head = ClusteredLoss(width, C * size, torch.arange(C).repeat_interleave(size))
+    loss = head.loss
+    for each in (1, 2, 5, 10, 20, 40, 80, 160, 320):
+        cluster = torch.arange(C).repeat_interleave(each)
+        group = Group(cluster, cluster * size, head.grouping)
+        leaves = Leaves(head.weight, head.bias, head.prior)
+        taken = on_leaves._cheapest(loss, torch.empty(C * each, width), leaves, group, False)
+        assert taken == choose_leaves(C * each, C * size, C, width).engine, each
 
 
 @pytest.mark.parametrize("many_rows", [0, 10**9], ids=["tiles", "pairs"])

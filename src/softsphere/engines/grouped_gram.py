@@ -59,13 +59,17 @@ def target_outputs_of(Z: Tensor, W: Tensor, b: Tensor | None, target: Tensor) ->
     return c if b is None else c + b.index_select(0, target)
 
 
-def places(touched: Touched) -> tuple[float, float]:
-    """About how many places the leaves have in their blocks, and the rows in their tiles."""
-    U = len(touched.cluster)
-    return (
-        _places(touched.leaves, U, _block_size(touched)),
-        _places(len(touched.of_row), U, _tile_size(touched)),
-    )
+def places(
+    clusters: int, leaves: int, largest: int, rows: int, most_rows: int
+) -> tuple[float, float]:
+    """About how many places the leaves have in their blocks, and the rows in their tiles.
+
+    Args:
+        clusters: U, those that have rows.
+        leaves, rows: how many they have together.
+        largest, most_rows: the largest numbers of leaves and of rows that one of them has.
+    """
+    return _places(leaves, clusters, largest, _BLOCK), _places(rows, clusters, most_rows, _TILE)
 
 
 def _moments(
@@ -127,7 +131,9 @@ class _Portions:
 
 def _portions(touched: Touched) -> tuple[_Portions, _Portions]:
     """The blocks of leaves and the tiles of rows."""
-    block, tile = _block_size(touched), _tile_size(touched)
+    U, n = len(touched.cluster), len(touched.of_row)
+    block = _portion(touched.leaves, U, touched.largest, _BLOCK)
+    tile = _portion(n, U, touched.most_rows, _TILE)
     blocks, tiles = portions(touched.sizes, block), portions(touched.rows, tile)
     V, N = in_one_wait(blocks.sum(), tiles.sum())
     return (
@@ -149,14 +155,6 @@ def _cut(lengths: Tensor, starts: Tensor, count: Tensor, total: int, size: int) 
     return _Portions(place, within < length, segment, count.cumsum(0) - count)
 
 
-def _block_size(touched: Touched) -> int:
-    return _portion(touched.leaves, len(touched.cluster), touched.largest, _BLOCK)
-
-
-def _tile_size(touched: Touched) -> int:
-    return _portion(len(touched.of_row), len(touched.cluster), touched.most_rows, _TILE)
-
-
 def _portion(total: int, clusters: int, largest: int, most: int) -> int:
     """The places of a portion: at most about twice the mean, and the largest cluster is full."""
     mean = total // max(1, clusters)
@@ -164,6 +162,9 @@ def _portion(total: int, clusters: int, largest: int, most: int) -> int:
     return max(1, -(-largest // max(1, number)))
 
 
-def _places(total: int, clusters: int, size: int) -> float:
-    """About how many places portions of a size have: one portion or more for each cluster."""
+def _places(total: int, clusters: int, largest: int, most: int) -> float:
+    """About how many places all portions have: one portion for each cluster, or more."""
+    size = _portion(total, clusters, largest, most)
+    if largest <= size:
+        return clusters * size
     return max(clusters * size, total + clusters * (size - 1) / 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from softsphere import checks
 from softsphere.engines.choice import Choice
+from softsphere.engines.grouped_gram import places
 
 __all__ = ["LEAF_ENGINES", "choose_leaves", "leaf_costs"]
 
@@ -80,8 +81,10 @@ def choose_leaves(
     )
     pairs = rows * num_classes // max(1, num_clusters)
     clusters = min(rows, num_clusters)
-    leaves = num_classes * clusters / max(1, num_clusters)
-    costs = leaf_costs(rows, pairs, clusters, (leaves, rows), in_features + int(bias))
+    leaves = num_classes * clusters // max(1, num_clusters)
+    largest, most_rows = (-(-total // max(1, clusters)) for total in (leaves, rows))
+    cut = places(clusters, leaves, largest, rows, most_rows)
+    costs = leaf_costs(rows, pairs, clusters, cut, in_features + int(bias))
     engine = "logits" if costs["logits"] <= costs["gram"] else "gram"
     listed = ", ".join(f"{name} {cost:.2g}" for name, cost in costs.items())
     hint = (

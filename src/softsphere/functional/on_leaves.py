@@ -154,8 +154,9 @@ def _cheapest(loss: losses.Loss, Z: Tensor, leaves: Leaves, group: Group, sparse
     if sparse or not isinstance(loss, losses.Normalised):
         return "logits"
     width = leaves.W.shape[1] + int(leaves.b is not None)
-    touched = group.touched
-    costs = leaf_costs(len(Z), group.pairs, len(touched.cluster), places(touched), width)
+    touched, U = group.touched, len(group.touched.cluster)
+    cut = places(U, touched.leaves, touched.largest, len(Z), touched.most_rows)
+    costs = leaf_costs(len(Z), group.pairs, U, cut, width)
     return "logits" if costs["logits"] <= costs["gram"] else "gram"
 
 

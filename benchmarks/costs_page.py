@@ -184,9 +184,8 @@ backward, update and the mending of the factors.
 {grid}
 *{table.source}*
 
-The steps of the factored layer took {once} milliseconds. Such ratios depend on the processor, by
-nearly a factor of two between two of them: softmax waits for the memory, and a factored step for
-its many short operations.
+The steps of the factored layer took {once} milliseconds. Such ratios depend on the processor:
+softmax waits for its memory, and a factored step for many short operations.
 
 - **Flat in D.** A step at D = {most[0]:,} takes {growth} times that at D = 10,000, with
   d = m = {most[1]}. *{flat.source}*

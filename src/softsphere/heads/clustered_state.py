@@ -29,7 +29,7 @@ from softsphere.heads.clustered_checks import (
 from softsphere.heads.computed_weights import compute_weights
 from softsphere.heads.factored_leaves import FactoredLeaves
 from softsphere.heads.sharded import ShardedLayer, ShardedLinear
-from softsphere.parallel import Agreement, RowsOfRanks
+from softsphere.parallel import RowsOfRanks
 
 __all__ = ["WithGrouping"]
 
@@ -49,6 +49,8 @@ class WithGrouping(ShardedLayer, FactoredLeaves):
     The assignment never changes. The other two stay in float32 or wider. With a process group, L is
     the number of leaves of this rank.
     """
+
+    saved_together = True  # the rows of clusters are sent to other ranks
 
     assignment: Tensor
     root_shares: Tensor
@@ -307,13 +309,6 @@ class WithGrouping(ShardedLayer, FactoredLeaves):
 
     def _row_width(self) -> int:
         return self.leaf_width
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        if self.shards is not None:
-            with Agreement(self.shards.ranks, "state_dict()"):
-                self._refuse_computed_weights("saved")
-            # the rows of clusters are sent to other ranks
-        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _check_state(self, state_dict: dict[str, Any], prefix: str) -> None:
         refusal = self._refusal(state_dict, prefix)

@@ -18,7 +18,6 @@ from softsphere.matrix import FactoredTensor
 from softsphere.matrix.factored_matrix import FactoredMatrix, single_matrix
 from softsphere.matrix.interrupts import undisturbed
 from softsphere.matrix.turns import in_turn
-from softsphere.parallel import Agreement
 
 __all__ = ["FactoredState"]
 
@@ -30,6 +29,7 @@ class FactoredState(ShardedLayer, WithFactoredParameter):
     """
 
     norm_is_of_all = True
+    saved_together = True  # U and ω, which are those of all ranks, become I and 0
     in_features: int
     num_classes: int
     has_bias: bool
@@ -76,13 +76,9 @@ class FactoredState(ShardedLayer, WithFactoredParameter):
             state["prior"] = W.pi.clone()
         return state
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        if self.shards is not None:
-            # U and ω, which are those of all ranks, become I and 0
-            with Agreement(self.shards.ranks, "state_dict()"):
-                self._refuse_computed_weights("saved")
-                _ = self._factored_weight
-        super()._save_to_state_dict(destination, prefix, keep_vars)
+    def _check_saving(self) -> None:
+        super()._check_saving()
+        single_matrix(self._factored_weight.block)
 
     def _local_state(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         for name, value in self._saved().items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -94,6 +94,8 @@ class ShardedRows(LoadsEntries):
     # whether the gradient of the weight has the norm of the gradient of all rows, as a factored
     # one has, and not that of the rows of this rank
     norm_is_of_all: bool = False
+    # whether saving changes or needs what other ranks have, so that all must save together
+    saved_together: bool = False
     # whether weight and bias are DTensors of a program that shards them by itself
     of_dtensors: bool = False
 
@@ -135,7 +137,9 @@ class ShardedRows(LoadsEntries):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         if self.shards is not None:
-            self._refuse_computed_weights("saved")
+            together = Agreement(self.shards.ranks, "state_dict()")
+            with together if self.saved_together else nullcontext():
+                self._check_saving()
         self._local_state(destination, prefix, keep_vars)
         if self.shards is None:
             return
@@ -204,6 +208,10 @@ class ShardedRows(LoadsEntries):
         held = self.shards.ranks, self.rows_of_ranks(name)
         rows = own_rows(name, x, *held)
         return whole_tensor(rows, *held) if is_dtensor(getattr(self, name, None)) else rows
+
+    def _check_saving(self) -> None:
+        """Raises an error if the state of a layer with a process group cannot be saved."""
+        self._refuse_computed_weights("saved")
 
     def _refuse_computed_weights(self, done: str) -> None:
         """Raises RuntimeError where what the weight is computed from would be that of one rank."""

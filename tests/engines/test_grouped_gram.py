@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from _matrix_units import float32_may_be, float32_rounded_to
+from softsphere.engines import grouped_gram
 from softsphere.engines.grouped_gram import cluster_statistics
 from softsphere.engines.grouping import Group, Grouping
 
@@ -31,3 +32,14 @@ def test_sums_of_squares_where_outputs_cancel(monkeypatch, precision, bits):
     terms = 2 * 300 * 1.3**2
     bound = 2 * (theirs - want).abs().max() + 2.0**-16 * terms
     assert ((ours - want).abs() <= bound).all()
+
+
+@pytest.mark.parametrize(("size", "rows"), [(1, 1), (4, 30), (100, 20), (128, 32)])
+def test_clusters_that_are_one_portion_each_have_the_places_that_are_counted(size, rows):
+    """Where all have the same sizes and rows, none of the places is padding."""
+    C = 5
+    grouping = Grouping.of(torch.arange(C).repeat_interleave(size))
+    cluster = torch.arange(C).repeat_interleave(rows)
+    blocks, tiles = grouped_gram._portions(Group(cluster, cluster * size, grouping).touched)
+    counted = grouped_gram.places(C, C * size, size, C * rows, rows)
+    assert counted == (blocks.place.numel(), tiles.place.numel()) == (C * size, C * rows)

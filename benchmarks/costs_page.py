@@ -145,6 +145,7 @@ from one row to 4,096 and from a hundred classes to a million.
 
 def factored_layer() -> str:
     table, ours = Table("factored_vs_other_layers"), "factored Taylor (ours)"
+    compiled = "factored Taylor, compiled (ours)"
     core = [name for name in table.layers if name.startswith("softmax, core fused")]
     named = {
         "`F.linear`, `F.cross_entropy` and SGD": ["softmax"],
@@ -153,6 +154,7 @@ def factored_layer() -> str:
         "two-level hierarchical softmax and sparse SGD": ["hierarchical softmax"],
         "sampled softmax with 1,024 negatives and sparse SGD": ["sampled softmax, 1024"],
         "`LinearSphericalLoss`, Gram engine, and SGD": ["linear Taylor, gram (ours)"],
+        "`FactoredSphericalLoss` itself, in compiled steps": [compiled],
     }
 
     def longer(names: Sequence[str], setting: tuple[int, int, int]) -> str:
@@ -168,8 +170,9 @@ def factored_layer() -> str:
     wear, memory = Table("factored_wear"), Table("factored_memory")
     most = flat.settings[-1]
     growth = shown(flat.value(ours, most, "times that at D = 10,000"))
-    of_products = " and ".join(
-        f"{shown(products.value(ours, s, 'times its products'), 2)} ({described(s)})"
+    of_products = ", or\n  ".join(
+        f"{shown(products.value(ours, s, 'times its products'))} times, and compiled "
+        f"{shown(products.value(compiled, s, 'times its products'))} times ({described(s)})"
         for s in products.settings
     )
     once = " and ".join(shown(1e3 * table.value(ours, s, "seconds")) for s in table.settings)
@@ -189,8 +192,10 @@ softmax waits for its memory, and a factored step for many short operations.
 
 - **Flat in D.** A step at D = {most[0]:,} takes {growth} times that at D = 10,000, with
   d = m = {most[1]}. *{flat.source}*
-- **Against its own products.** A step takes {of_products} times as long as the
-  matrix products that it cannot do without. *{products.source}*
+- **Against its own products.** A step takes, of the time of the matrix products that it cannot do
+  without,
+  {of_products}.
+  *{products.source}*
 - **Wear.** The squared error wears the factors out fastest. In ten thousand steps of it the slowest
   thousand take {worn} times as long as the first, all mending included. *{wear.source}*
 - **Memory.** Steps, mending, saving and loading from a mapped file peak at {peak} times the bytes

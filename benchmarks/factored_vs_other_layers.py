@@ -12,20 +12,34 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 from softsphere_lab.timing.benchmark import Case, Row, left_out, run
 from softsphere_lab.timing.clock import Effort
 from softsphere_lab.timing.processes import measure
 from softsphere_lab.timing.setting import Setting
-from softsphere_lab.timing.training_steps import CHUNKED, CORE, FACTORED, LAYERS, obstacle
+from softsphere_lab.timing.training_steps import (
+    CHUNKED,
+    CORE,
+    FACTORED,
+    LAYERS,
+    REPEATED,
+    obstacle,
+)
 
+# the steps after which the compiled one is the program that it stays
+WARM_UP = 40
 SETTINGS = (Setting(D=793_471, d=512, m=200), Setting(D=800_000, d=300, m=128))
 
 
 def compared(setting: Setting, effort: Effort) -> Iterator[Row]:
     ours = measure(FACTORED, setting, effort).seconds
     yield Row(FACTORED, setting, "seconds", ours)
+    for name in REPEATED:
+        seconds = measure(name, setting, replace(effort, warm_up=WARM_UP)).seconds
+        yield Row(name, setting, "seconds", seconds)
+        yield Row(name, setting, "times ours", seconds / ours)
     for name in LAYERS:
         if name == FACTORED:
             continue

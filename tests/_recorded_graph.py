@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from softsphere import captured
+from softsphere import unread
+from softsphere.graphs import compiled, cuda
 from softsphere.matrix.wrapper import Wrapper
 
 # Operations that wait for a device, or copy from the host, which a CUDA graph refuses.
@@ -37,7 +38,22 @@ def pretend_a_gpu(monkeypatch) -> None:
             for question, answer in ANSWERS.items():
                 if hasattr(module, question):
                     monkeypatch.setattr(module, question, lambda *_, answer=answer: answer)
-    monkeypatch.setattr(captured, "Graph", RecordedGraph)
+    monkeypatch.setattr(cuda, "Graph", RecordedGraph)
+
+
+def compile_by_python(monkeypatch) -> None:
+    """Has steps compiled on a CPU, by programs of Python, which take no time to be made."""
+    look_at_no_value(monkeypatch)
+    monkeypatch.setattr(compiled, "by_inductor", lambda graph, inputs, options: graph)
+
+
+def look_at_no_value(monkeypatch) -> None:
+    """Has other steps look at no value either, as those before a capture do."""
+    monkeypatch.setattr(unread._now, "unread", True)
+
+
+# How a CPU can take steps as they are captured.
+WAYS = {"captured": pretend_a_gpu, "compiled": compile_by_python}
 
 
 class RecordedGraph(TorchDispatchMode):
@@ -65,9 +81,15 @@ class RecordedGraph(TorchDispatchMode):
             whole.copy_(saved)
         return outputs
 
+    def fill(self, tensors) -> None:
+        """All that was made is filled."""
+
+    def handed_out(self, x):
+        return x.clone()
+
     def replay(self) -> None:
         # as they were recorded: some operations keep less for a backward without a gradient
-        with torch._C._AutoDispatchBelowAutograd():
+        with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd():
             for func, args, kwargs, results in self.operations:
                 again = func(*args, **kwargs)
                 for old, new in zip(results, _tensors(again), strict=False):

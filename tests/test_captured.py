@@ -5,21 +5,22 @@ from __future__ import annotations
 import copy
 import signal
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
-from _recorded_graph import RecordedGraph, pretend_a_gpu
+from _recorded_graph import WAYS, RecordedGraph, pretend_a_gpu
 from softsphere import (
     CapturedStep,
     ClusteredLoss,
     FactoredSphericalLoss,
     LinearSphericalLoss,
-    cuda_graph,
     optim,
 )
 from softsphere._torch import products_have_out_dtype
+from softsphere.graphs import cuda
 from softsphere.matrix import SingularStepError, precision
 from softsphere.matrix import step as factored_step
 from softsphere.matrix.replay import Replay
@@ -28,6 +29,14 @@ from softsphere.parallel import Agreement
 
 pytestmark = pytest.mark.once("the stand-in for CUDA graphs is one of a CPU")
 D, WIDTH, ROWS = 40, 5, 6
+# on a GPU it makes no difference that a CPU would compile the step
+captured = partial(CapturedStep, compile=True)
+
+
+@pytest.fixture(params=WAYS)
+def way(request, monkeypatch):
+    """Has a CPU capture steps, or compile them."""
+    return partial(WAYS[request.param], monkeypatch)
 
 
 def model(momentum=0.0, loss="taylor_softmax", dtype=torch.float64, **options):
@@ -106,7 +115,7 @@ def trunk_as_in(x, y):
     ("name", "count"),
     [*((name, 100) for name in OPTIONS), pytest.param("plain", 1000, marks=pytest.mark.slow)],
 )
-def test_captured_steps_are_those_that_python_takes(name, count, monkeypatch):
+def test_captured_steps_are_those_that_python_takes(name, count, way):
     """With a schedule, mending in between, and a save and a load at 60 %.
 
     In the long run the step at 30 % cannot be taken, and both ways tell so at the same later step.
@@ -114,10 +123,10 @@ def test_captured_steps_are_those_that_python_takes(name, count, monkeypatch):
     options = {**OPTIONS[name]}
     if name in ("maximize", "squared error"):
         options["lr"] = torch.tensor(0.02, dtype=torch.float64)
-    pretend_a_gpu(monkeypatch)
+    way()
     mine, plain = model(**options), model(**options)
     schedules, train = [schedule(x[2]) for x in (mine, plain)], step_of(*plain)
-    step, told = CapturedStep(step_of(*mine), mine[2], *batch(0)), []
+    step, told = captured(step_of(*mine), mine[2], *batch(0)), []
     for i in range(count):
         if count == 1000 and i == 300:
             for x in (mine, plain):
@@ -144,20 +153,20 @@ def test_captured_steps_are_those_that_python_takes(name, count, monkeypatch):
         assert told[0][0] < 600 and mine[1].health().renewed > 0
 
 
-def test_float32_steps_differ_by_rounding_alone(monkeypatch):
-    pretend_a_gpu(monkeypatch)
+def test_float32_steps_differ_by_rounding_alone(way):
+    way()
     mine, plain = model(dtype=torch.float32), model(dtype=torch.float32)
     train = step_of(*plain)
-    step = CapturedStep(step_of(*mine), mine[2], *batch(0, torch.float32))
+    step = captured(step_of(*mine), mine[2], *batch(0, torch.float32))
     for i in range(100):
         step(*batch(i, torch.float32)), train(*batch(i, torch.float32))
     same(mine, plain, 1e-4)
 
 
-def test_a_refused_step_leaves_the_weight_as_it_was_and_is_told(monkeypatch):
-    pretend_a_gpu(monkeypatch)
+def test_a_refused_step_leaves_the_weight_as_it_was_and_is_told(way):
+    way()
     mine = model()
-    step = CapturedStep(step_of(*mine), mine[2], *batch(0))
+    step = captured(step_of(*mine), mine[2], *batch(0))
     for i in range(10):
         step(*batch(i))
     before, trunk = mine[1].dense(), copy.deepcopy(mine[0].state_dict())
@@ -173,10 +182,10 @@ def test_a_refused_step_leaves_the_weight_as_it_was_and_is_told(monkeypatch):
     assert not torch.equal(mine[1].dense(), before)
 
 
-def test_the_steps_after_a_refused_one_are_left_out_too(monkeypatch):
-    pretend_a_gpu(monkeypatch)
+def test_the_steps_after_a_refused_one_are_left_out_too(way):
+    way()
     mine = model()
-    step, rate = CapturedStep(step_of(*mine), mine[2], *batch(0)), mine[2].param_groups[0]["lr"]
+    step, rate = captured(step_of(*mine), mine[2], *batch(0)), mine[2].param_groups[0]["lr"]
     many(step, 10)
     before = mine[1].dense()
     rate.fill_(torch.nan)
@@ -190,12 +199,12 @@ def test_the_steps_after_a_refused_one_are_left_out_too(monkeypatch):
 
 
 @pytest.mark.parametrize("options", [{}, {"nesterov": True, "weight_decay": 1e-3}], ids=str)
-def test_options_that_are_plain_numbers_are_captured_with_momentum(options, monkeypatch):
-    pretend_a_gpu(monkeypatch)
+def test_options_that_are_plain_numbers_are_captured_with_momentum(options, way):
+    way()
     mine, plain = (model(momentum=0.9, **options) for _ in range(2))
     for each in (mine, plain):
         each[2].param_groups[0]["lr"] = 0.5
-    step, train = CapturedStep(step_of(*mine), mine[2], *batch(0)), step_of(*plain)
+    step, train = captured(step_of(*mine), mine[2], *batch(0)), step_of(*plain)
     for i in range(20):
         torch.testing.assert_close(step(*batch(i)), train(*batch(i)).detach())
     assert step.captures
@@ -203,10 +212,10 @@ def test_options_that_are_plain_numbers_are_captured_with_momentum(options, monk
 
 
 @pytest.mark.parametrize("by", ["products", "elimination"])
-def test_a_weight_that_is_loaded_forgets_a_refused_step(monkeypatch, by):
-    pretend_a_gpu(monkeypatch)
+def test_a_weight_that_is_loaded_forgets_a_refused_step(way, by):
+    way()
     mine = model()
-    step, rate = CapturedStep(step_of(*mine), mine[2], *batch(0)), mine[2].param_groups[0]["lr"]
+    step, rate = captured(step_of(*mine), mine[2], *batch(0)), mine[2].param_groups[0]["lr"]
     saved = copy.deepcopy(mine[1].state_dict())
     many(step, 10)
     if by == "elimination":
@@ -258,13 +267,13 @@ def test_calm_steps_are_taken_by_products_and_sudden_ones_by_elimination(monkeyp
     same(mine, plain)
 
 
-def test_a_step_that_was_left_undone_is_finished_with_its_own_gradient(monkeypatch):
+def test_a_step_that_was_left_undone_is_finished_with_its_own_gradient(way):
     """Where two steps of one weight are captured, for batches of two sizes."""
-    pretend_a_gpu(monkeypatch)
+    way()
     mine, plain = model(), model()
     rates = [each[2].param_groups[0]["lr"].fill_(0.2) for each in (mine, plain)]
-    small = CapturedStep(step_of(*mine), mine[2], *batch(0))
-    large = CapturedStep(step_of(*mine), mine[2], *batch(0, rows=2 * ROWS))
+    small = captured(step_of(*mine), mine[2], *batch(0))
+    large = captured(step_of(*mine), mine[2], *batch(0, rows=2 * ROWS))
     train = step_of(*plain)
     for i in range(60):
         for step, rows in ((small, ROWS), (large, 2 * ROWS)):
@@ -278,10 +287,10 @@ def test_a_step_that_was_left_undone_is_finished_with_its_own_gradient(monkeypat
     same(mine, plain)
 
 
-def test_what_changes_a_graph_and_what_does_not(monkeypatch):
-    pretend_a_gpu(monkeypatch)
+def test_what_changes_a_graph_and_what_does_not(way):
+    way()
     mine, plain = model(), model()
-    step, train = CapturedStep(step_of(*mine), mine[2], *batch(0)), step_of(*plain)
+    step, train = captured(step_of(*mine), mine[2], *batch(0)), step_of(*plain)
 
     def both(i):
         torch.testing.assert_close(step(*batch(i)), train(*batch(i)).detach())
@@ -312,10 +321,10 @@ def test_what_changes_a_graph_and_what_does_not(monkeypatch):
     same(mine, plain)
 
 
-def test_padded_rows_take_no_part(monkeypatch):
-    pretend_a_gpu(monkeypatch)
+def test_padded_rows_take_no_part(way):
+    way()
     mine, plain = model(), model()
-    step, train = CapturedStep(step_of(*mine), mine[2], *batch(0)), step_of(*plain)
+    step, train = captured(step_of(*mine), mine[2], *batch(0)), step_of(*plain)
     for i in range(8):
         hidden, target = batch(i, rows=4)
         padded = (
@@ -326,8 +335,8 @@ def test_padded_rows_take_no_part(monkeypatch):
     same(mine, plain)
 
 
-def test_the_gradient_of_hidden_for_a_trunk_outside(monkeypatch):
-    pretend_a_gpu(monkeypatch)
+def test_the_gradient_of_hidden_for_a_trunk_outside(way):
+    way()
     _, head, optimizer = model()
 
     def train(hidden, target):
@@ -338,7 +347,7 @@ def test_the_gradient_of_hidden_for_a_trunk_outside(monkeypatch):
         optimizer.step()
         return loss, hidden.grad
 
-    step = CapturedStep(train, optimizer, *batch(0))
+    step = captured(train, optimizer, *batch(0))
     for i in range(8):
         other = copy.deepcopy(head)
         hidden = batch(i)[0].requires_grad_()
@@ -357,12 +366,12 @@ OF_PYTORCH = {
 
 
 @pytest.mark.parametrize("optimizer", OF_PYTORCH)
-def test_a_step_without_a_factored_weight_and_one_of_two_optimizers(optimizer, monkeypatch):
+def test_a_step_without_a_factored_weight_and_one_of_two_optimizers(optimizer, way):
     """PyTorch's optimizer steps a layer with a dense weight, then the trunk below a factored one.
 
     Its rate is a tensor that changes, or a number, and an earlier state is loaded in between.
     """
-    pretend_a_gpu(monkeypatch)
+    way()
 
     def made(factored):
         torch.manual_seed(0)
@@ -387,7 +396,7 @@ def test_a_step_without_a_factored_weight_and_one_of_two_optimizers(optimizer, m
 
     for factored in (False, True):
         mine, plain = made(factored), made(factored)
-        step = CapturedStep(mine[3], mine[2] if factored else mine[2][0], *batch(0))
+        step = captured(mine[3], mine[2] if factored else mine[2][0], *batch(0))
         for i in range(20):
             for each in (mine, plain):
                 if factored:
@@ -402,10 +411,10 @@ def test_a_step_without_a_factored_weight_and_one_of_two_optimizers(optimizer, m
         torch.testing.assert_close(mine[1].weight.to_dense(), plain[1].weight.to_dense())
 
 
-def test_a_step_that_was_left_out_is_told_when_it_is_asked_for(monkeypatch):
-    pretend_a_gpu(monkeypatch)
+def test_a_step_that_was_left_out_is_told_when_it_is_asked_for(way):
+    way()
     mine = model()
-    step = CapturedStep(step_of(*mine), mine[2], *batch(0))
+    step = captured(step_of(*mine), mine[2], *batch(0))
     many(step, 10)
     step.check()
     mine[1].matrix.watch.period = 1000
@@ -417,8 +426,8 @@ def test_a_step_that_was_left_out_is_told_when_it_is_asked_for(monkeypatch):
 
 @pytest.mark.parametrize("number", [torch.nan, torch.inf])
 @pytest.mark.parametrize("name", ["lr", "momentum", "weight_decay"])
-def test_a_refused_first_step_leaves_the_weight_as_it_was(name, number, monkeypatch):
-    pretend_a_gpu(monkeypatch)
+def test_a_refused_first_step_leaves_the_weight_as_it_was(name, number, way):
+    way()
     given = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}
     given = {key: torch.tensor(value, dtype=torch.float64) for key, value in given.items()}
     mine, plain = (model(**copy.deepcopy(given)) for _ in range(2))
@@ -436,8 +445,8 @@ def test_a_refused_first_step_leaves_the_weight_as_it_was(name, number, monkeypa
     same(mine, plain)
 
 
-def test_a_refused_step_of_one_weight_leaves_the_next_one_in_order(monkeypatch):
-    pretend_a_gpu(monkeypatch)
+def test_a_refused_step_of_one_weight_leaves_the_next_one_in_order(way):
+    way()
     first, second = (FactoredSphericalLoss(WIDTH, D, dtype=torch.float64) for _ in range(2))
     twin = copy.deepcopy(second)
     scale = torch.ones((), dtype=torch.float64)
@@ -458,7 +467,7 @@ def test_a_refused_step_of_one_weight_leaves_the_next_one_in_order(monkeypatch):
 
         return train, optimizer
 
-    step, alone = CapturedStep(*step_of_heads(first, second), *batch(0)), step_of_heads(twin)[0]
+    step, alone = captured(*step_of_heads(first, second), *batch(0)), step_of_heads(twin)[0]
     told = 0
     for i in range(100):
         scale.fill_(torch.nan if i == 20 else 1.0)
@@ -493,10 +502,10 @@ def test_a_ctrl_c_waits_until_the_step_is_taken_as_a_whole(monkeypatch, while_):
     same(mine, plain)
 
 
-def test_what_a_graph_returns_holds_no_graph_of_autograd(monkeypatch):
-    pretend_a_gpu(monkeypatch)
+def test_what_a_graph_returns_holds_no_graph_of_autograd(way):
+    way()
     mine = model()
-    step = CapturedStep(step_of(*mine), mine[2], *batch(0))
+    step = captured(step_of(*mine), mine[2], *batch(0))
     many(step, 6)
     assert step.captures and not step._outputs.requires_grad
 
@@ -559,7 +568,7 @@ def streams(monkeypatch):
         finally:
             entered.remove(x)
 
-    monkeypatch.setattr(cuda_graph, "_side_stream", lambda device: "side")
+    monkeypatch.setattr(cuda, "_side_stream", lambda device: "side")
     monkeypatch.setattr(torch.cuda, "stream", stream)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
@@ -575,8 +584,8 @@ def test_a_capture_that_does_not_end_in_order_says_so_and_leaves_the_stream(
     error, streams, monkeypatch
 ):
     monkeypatch.setattr(torch.cuda, "graph", Capture(ends=False))
-    graph = cuda_graph.Graph(torch.device("cpu"))
-    with pytest.raises(cuda_graph.LostCaptureError, match="start a new process") as told:
+    graph = cuda.Graph(torch.device("cpu"))
+    with pytest.raises(cuda.LostCaptureError, match="start a new process") as told:
         graph.record(lambda: error and fails(error))
     said = "during capture" if error is None else "when stream is capturing"
     assert said in str(told.value) and not streams
@@ -586,7 +595,7 @@ def test_a_capture_that_does_not_end_in_order_says_so_and_leaves_the_stream(
 def test_what_train_raises_in_a_capture_that_ends_in_order_is_raised(error, streams, monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph", Capture(ends=True))
     with pytest.raises(type(error), match=r"^of train$"):
-        cuda_graph.Graph(torch.device("cpu")).record(lambda: fails(error))
+        cuda.Graph(torch.device("cpu")).record(lambda: fails(error))
     assert not streams
 
 
@@ -596,7 +605,7 @@ def test_after_a_lost_capture_none_is_tried(monkeypatch):
 
     def lost(self, function):
         tried.append(self)
-        raise cuda_graph.LostCaptureError("start a new process")
+        raise cuda.LostCaptureError("start a new process")
 
     monkeypatch.setattr(RecordedGraph, "record", lost)
     mine = model()
@@ -607,11 +616,11 @@ def test_after_a_lost_capture_none_is_tried(monkeypatch):
     assert len(tried) == 1
 
 
-def test_a_graph_whose_memory_has_changed_is_not_run_again(monkeypatch):
+def test_a_graph_whose_memory_has_changed_is_not_run_again(way):
     """Also where all that it holds comes to be where it was, as after an option was set back."""
-    pretend_a_gpu(monkeypatch)
+    way()
     trunk, head, optimizer = model()
-    step = CapturedStep(step_of(trunk, head, optimizer), optimizer, *batch(0))
+    step = captured(step_of(trunk, head, optimizer), optimizer, *batch(0))
     many(step, 6)
     assert step.captures == 1
     group = optimizer.param_groups[1]
@@ -782,7 +791,7 @@ def in_float32(monkeypatch) -> list[torch.dtype]:
     pretend_a_gpu(monkeypatch)
     monkeypatch.setattr(precision, "_LARGE", 1)
     monkeypatch.setattr(precision, "_NARROW", 0)
-    monkeypatch.setattr(precision, "_has_parts", lambda: True)
+    monkeypatch.setattr(precision, "_has_parts", lambda device: True)
     used, multiply = [], factored_step.matmul
 
     def matmul(a, b, out=None):
@@ -865,8 +874,10 @@ def test_the_inverse_gets_fewer_factors_only_after_some_measurements():
 def test_float16_that_is_summed_in_float16_makes_no_float32(monkeypatch):
     pretend_a_gpu(monkeypatch)
     many = 1 << 20, 4096
-    assert precision.float32_pays(torch.device("cpu"), *many) == products_have_out_dtype()
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(precision, "_multiplies_float64_slowly", lambda device: False)
+    assert precision.float32_pays(gpu, *many) == products_have_out_dtype()
     monkeypatch.setattr(precision, "sums_of_float16_are_rounded", lambda: True)
-    assert not precision.float32_pays(torch.device("cpu"), *many)
+    assert not precision.float32_pays(gpu, *many)
     a = torch.randn(3, 4)
     assert torch.equal(precision.matmul(a, a.mT), a @ a.mT)

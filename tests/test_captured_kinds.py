@@ -5,12 +5,14 @@ On a GPU they are CUDA graphs, and elsewhere records of their operations.
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 
 from _devices import KERNEL_DEVICE as DEVICE
-from _recorded_graph import pretend_a_gpu
+from _recorded_graph import WAYS, look_at_no_value
 from softsphere import (
     CapturedStep,
     FactoredSphericalLoss,
@@ -22,6 +24,12 @@ from softsphere.optim import FactoredSGD
 
 pytestmark = pytest.mark.once("a step is captured by a GPU, or recorded on a CPU")
 D, d, m, STEPS = 50, 6, 8, 16
+
+
+@pytest.fixture(params=[*WAYS, pytest.param("TorchInductor", marks=pytest.mark.slow)])
+def way(request, monkeypatch):
+    """Has a CPU capture steps, or compile them."""
+    return partial({**WAYS, "TorchInductor": look_at_no_value}[request.param], monkeypatch)
 
 
 class OnLogits(nn.Module):
@@ -100,7 +108,7 @@ def losses(kind, captured):
         return loss
 
     example = batch()
-    step = CapturedStep(train, optimizers, *example) if captured else train
+    step = CapturedStep(train, optimizers, *example, compile=True) if captured else train
     found = []
     for i in range(STEPS):
         rate.fill_(0.2 / (1 + i))
@@ -111,10 +119,10 @@ def losses(kind, captured):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_captured_steps_are_those_taken_eagerly(kind, monkeypatch):
+def test_captured_steps_are_those_taken_eagerly(kind, way):
     if DEVICE == "cpu":
         if kind == "factored and AdamW in one":
             pytest.skip("the AdamW of a group reads a number on a CPU")
-        pretend_a_gpu(monkeypatch)
+        way()
     for got, want in zip(losses(kind, True), losses(kind, False), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-9)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar, cast
 
@@ -18,13 +19,21 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _disable_current_modes,
+    is_traceable_wrapper_subclass,
+)
+
+from softsphere.unread import step_is_recorded, values_are_unread
 
 __all__ = [
     "DISABLED_TORCH_FUNCTION",
+    "TorchDispatchMode",
     "add_each",
     "assert_later",
     "backward_is_running",
+    "by_inductor",
     "capturable_state",
     "changed_in_place",
     "copies",
@@ -45,12 +54,15 @@ __all__ = [
     "ignored_in_data_parallel",
     "integers",
     "is_dtensor",
+    "is_plain",
     "is_recorded",
     "is_shared_with_others",
     "is_wrapper",
     "mapped_by_vmap",
+    "operation_name",
     "pair_products",
     "products_have_out_dtype",
+    "returns_what_it_writes",
     "runs_in_this_backward",
     "saveable_in_exports",
     "sum_of_norms",
@@ -65,6 +77,7 @@ __all__ = [
     "without_torch_function",
     "wrapper_tensor",
     "written_arguments",
+    "written_tensors",
 ]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -101,17 +114,24 @@ def values_readable(x: Tensor) -> bool:
         return False
     while torch._C._functorch.is_functorch_wrapped_tensor(x):
         x = torch._C._functorch.get_unwrapped(x)
-    return type(x).__torch_dispatch__ is Tensor.__torch_dispatch__
+    return is_plain(x)
 
 
 def values_on_cpu(x: Tensor) -> bool:
     """Whether Python may look at the values of x without waiting for a device."""
-    return x.device.type == "cpu" and values_readable(x)
+    return x.device.type == "cpu" and not values_are_unread() and values_readable(x)
 
 
 def assert_later(true: Tensor, message: str) -> None:
-    """Has a GPU end with an error unless a boolean () is true, without waiting for it."""
-    torch._assert_async(true, message)
+    """Has a GPU end with an error unless a boolean () is true, without waiting for it.
+
+    Before a step is compiled a CPU raises ValueError at once, and afterwards when it is taken.
+    """
+    if true.device.type == "cpu" and values_are_unread() and not step_is_recorded():
+        if not bool(true):
+            raise ValueError(message)
+    else:
+        torch._assert_async(true, message)
 
 
 def transforms_active() -> bool:
@@ -324,7 +344,9 @@ def capturable_state(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def graph_is_captured() -> bool:
-    """Whether the current CUDA stream records a graph, so that nothing is computed yet."""
+    """Whether a step is recorded, as by a CUDA stream, so that nothing is computed yet."""
+    if step_is_recorded():
+        return True
     if torch.compiler.is_compiling():  # which need not be able to trace the question
         return False
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
@@ -420,3 +442,38 @@ def written_arguments(operation: Any) -> list[bool]:
     """Whether an operation of torch.ops writes each of its arguments, by its schema."""
     aliases = [argument.alias_info for argument in operation._schema.arguments]
     return [alias is not None and alias.is_write for alias in aliases]
+
+
+def written_tensors(operation: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """The tensors that a call of an operation of torch.ops writes, in the order of its schema."""
+    names = [argument.name for argument in operation._schema.arguments]
+    given = dict(zip(names, args, strict=False)) | dict(kwargs)
+    written = zip(names, written_arguments(operation), strict=True)
+    chosen = [given.get(name) for name, is_written in written if is_written]
+    return [x for x in pytree.tree_leaves(chosen) if isinstance(x, Tensor)]
+
+
+def operation_name(operation: Any) -> str:
+    """The name of an operation of torch.ops with its namespace, without that of the overload."""
+    name: str = operation._schema.name
+    return name
+
+
+def by_inductor(
+    graph: torch.fx.GraphModule, inputs: Sequence[Tensor], options: dict[str, Any]
+) -> Callable[..., Any]:
+    """A graph as a program that TorchInductor has compiled for inputs of these kinds."""
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it warns of its own code
+        program: Callable[..., Any] = torch._inductor.compile(graph, list(inputs), options)
+    return program
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether the operations of a tensor are not handled by a subclass."""
+    return type(x).__torch_dispatch__ is Tensor.__torch_dispatch__
+
+
+def returns_what_it_writes(operation: Any) -> bool:
+    """Whether an operation of torch.ops returns nothing but what it has written."""
+    return all(result.alias_info is not None for result in operation._schema.returns)

@@ -1,15 +1,17 @@
-"""A training step that a GPU repeats as one CUDA graph."""
+"""A training step that a GPU repeats as one CUDA graph, or a CPU as one compiled program."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from softsphere.cuda_graph import Graph, LostCaptureError
+from softsphere.graphs import compiled, cuda
+from softsphere.graphs.cuda import LostCaptureError
 from softsphere.matrix import FactoredTensor, SingularStepError
 from softsphere.matrix.factored_matrix import FactoredMatrix
 from softsphere.matrix.interrupts import uninterrupted
@@ -26,7 +28,7 @@ _WARM_UP = 3
 
 
 class CapturedStep:
-    """Captures a training step as a CUDA graph, and replays it.
+    """Captures a training step as a CUDA graph, or compiles it for a CPU, and replays it.
 
     A GPU may run the operations of a step faster than Python launches them. A graph launches them
     all at once. This matters most for a factored layer, whose step is about 150 short operations;
@@ -37,31 +39,41 @@ class CapturedStep:
     was given another number, when a state was loaded. Options that are tensors on the device can
     change without that, as the learning rate does under a scheduler.
 
-    On a CPU every step runs eagerly, with the same results. The optimizers need not be capturable
-    there, and PyTorch's own must not be, unless they are fused.
+    On a CPU every step runs eagerly, with the same results, unless `compile` is set. The optimizers
+    need not be capturable there, and PyTorch's own must not be, unless they are fused.
+
+    A compiled step is recorded as a graph would be, and TorchInductor makes one program of it, in
+    some seconds. A program is made whenever a graph would be captured, unless an equal one is
+    there. Once the factors of a weight have been renewed, Python takes its steps faster and does so
+    again; `state_dict()` of its layer writes all rows anew, after which steps are compiled again.
 
     Args:
         train: does a step: it sets the gradients to None, computes the loss, calls backward and
             steps the optimizers. It is called with tensors of the shapes of the examples, and
-            returns a tensor, a tuple of tensors, or None. It must not read a value on the device.
+            returns a tensor, a tuple of tensors, or None. It must not read a value on the device,
+            nor any value in a step that is compiled.
         optimizer: made with capturable=True on a GPU, torch.optim.SGD with fused=True, or several
             such optimizers as a list or tuple. They step whatever `train` steps, a factored weight
             by FactoredSGD.
         examples: tensors that stand for the inputs; their shapes, dtypes and device are those of
             every input.
+        compile: whether a CPU compiles the step, for which TorchInductor needs a C++ compiler. The
+            optimizers are then made as for a GPU, and stepped last, PyTorch's own with fused=True.
+            No `.grad` is kept. A GPU captures the step either way.
 
     Calling it with inputs takes a step and returns copies of what `train` returned. The first three
     calls run `train` eagerly. A batch with fewer rows is padded by the caller: zeros for hidden,
     and the layer's ignore_index for target.
 
     Attributes:
-        captures: how many graphs have been captured so far; 0 on a CPU.
+        captures: how many graphs have been captured, or programs made, so far.
 
     Raises TypeError for an optimizer that cannot be captured, and for the factored leaves of a
     ClusteredLoss.
     A call raises ValueError for inputs that do not fit the examples, RuntimeError where `train`
-    cannot be captured, and SingularStepError if a step since the last measurement of the factors
-    could not be taken; that step and those after it have changed nothing in the factored weight.
+    cannot be captured or compiled, and SingularStepError if a step since the last measurement of
+    the factors could not be taken; that step and those after it have changed nothing in the
+    factored weight.
 
     >>> import softsphere
     >>> head = softsphere.FactoredSphericalLoss(8, 1000)
@@ -83,6 +95,7 @@ class CapturedStep:
         train: Callable[..., Outputs],
         optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
         *examples: Tensor,
+        compile: bool = False,
     ) -> None:
         given = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
         self._train, self._optimizers = train, given
@@ -96,6 +109,7 @@ class CapturedStep:
                     f"capturable, got {type(each).__name__}"
                 )
         self._inputs = tuple(x.detach().clone() for x in examples)
+        self._compile = compile
         self._outputs: Outputs = None
         self._graph: Any = None
         # what the last eager step left, and what the graph holds; see `_held`
@@ -105,7 +119,7 @@ class CapturedStep:
         # why a capture did not end in order, after which none is tried
         self._lost: str | None = None
         self._calls = self.captures = 0
-        self._matrices()
+        self._matrices = self._captured_matrices()
 
     def check(self) -> None:
         """Raises SingularStepError if a step since the last measurement was left out.
@@ -120,39 +134,50 @@ class CapturedStep:
         self._check(inputs)
         if self._lost is not None:
             raise LostCaptureError(self._lost)
-        matrices = self._matrices()
-        with torch.no_grad():
+        with turn(), torch.no_grad():
             for static, given in zip(self._inputs, inputs, strict=True):
                 static.copy_(given)
-        if not captures(self._device):
-            return _copied(self._train(*self._inputs))
-        self._calls += 1
-        with turn():
-            now = self._held(matrices)
-            if now != self._captured:
+            if self._graph is not None:
+                if self._held() == self._captured:
+                    self._calls += 1
+                    return self._replayed()
                 # for good: memory that it holds may come to be where it was, as another tensor's
                 self._outputs, self._graph = None, None
-            if self._graph is not None:
-                return self._replayed(matrices)
+        self._matrices = self._captured_matrices()
+        self._calls += 1
+        if not self._captures or self._pays_no_more():
+            return _copied(self._train(*self._inputs))
         # Elimination asks a library that need not allow a capture. It is for few steps in a row.
-        eliminates = any(not matrix.watch.products[0] for matrix in matrices)
-        if self._calls <= _WARM_UP or now != self._left or eliminates:
-            outputs = _copied(Graph.warmed_up(lambda: self._train(*self._inputs), self._device))
-            self._left = self._held(matrices)
+        eliminates = any(not matrix.watch.products[0] for matrix in self._matrices)
+        if self._calls <= _WARM_UP or eliminates or self._held() != self._left:
+            step = self._kind_of_graph.warmed_up(lambda: self._train(*self._inputs), self._device)
+            outputs = _copied(step)
+            self._left = self._held()
             return outputs
-        with uninterrupted():
-            self._capture(matrices)
-            with turn():
-                self._captured = self._held(matrices)
-                return self._replayed(matrices)
+        # a Ctrl-C ends a compilation, which takes seconds, and waits for a capture
+        with uninterrupted() if captures(self._device) else nullcontext():
+            self._capture()
+            with turn(), torch.no_grad():
+                self._captured = self._held()
+                return self._replayed()
 
-    def _replayed(self, matrices: list[FactoredMatrix]) -> Outputs:
+    def _pays_no_more(self) -> bool:
+        """Whether Python takes steps faster than a program for a CPU would.
+
+        Python multiplies the rows of those generations that a batch meets, and a program would do
+        so with each that there is.
+        """
+        if captures(self._device):
+            return False
+        return not all(matrix.arrays.generations.alone for matrix in self._matrices)
+
+    def _replayed(self) -> Outputs:
         """Runs the graph, and returns copies of what it filled."""
         with uninterrupted():
             self._graph.replay()
-            outputs = _copied(self._outputs)
+            outputs = _each(self._graph.handed_out, self._outputs)
             refused = []
-            for matrix, recorded in zip(matrices, self._recorded, strict=True):
+            for matrix, recorded in zip(self._matrices, self._recorded, strict=True):
                 try:
                     Replay(matrix).after(*recorded)
                 except SingularStepError as error:
@@ -161,21 +186,32 @@ class CapturedStep:
                 raise refused[0]
         return outputs
 
-    def _capture(self, matrices: list[FactoredMatrix]) -> None:
-        graph = Graph(self._device)
-        with ExitStack() as stack:
-            for matrix in matrices:
+    def _capture(self) -> None:
+        graph = self._kind_of_graph(self._device)
+        with uninterrupted(), ExitStack() as stack:
+            for matrix in self._matrices:
                 stack.enter_context(Replay(matrix).recorded())
             try:
                 outputs = graph.record(lambda: self._train(*self._inputs))
             except LostCaptureError as error:
                 self._lost = str(error)
                 raise
+            finally:
+                self._forget_gradients()
         # an autograd graph that lives on would tie later steps to the stream of the capture
-        self._outputs = _each(Tensor.detach, outputs)
-        self._recorded = [matrix.recorded_step for matrix in matrices]
-        self._graph = graph
+        outputs = _each(Tensor.detach, outputs)
+        recorded = [matrix.recorded_step for matrix in self._matrices]
+        graph.fill(_tensors_in((outputs, recorded)))
+        self._outputs, self._recorded, self._graph = outputs, recorded, graph
         self.captures += 1
+
+    def _forget_gradients(self) -> None:
+        """Drops the gradients of a step that was compiled, in which nothing is filled."""
+        if captures(self._device):
+            return
+        for _, group in self._groups:
+            for p in group["params"]:
+                p.grad = None
 
     @property
     def _groups(self) -> list[tuple[torch.optim.Optimizer, dict[str, Any]]]:
@@ -183,19 +219,28 @@ class CapturedStep:
         return [(each, group) for each in self._optimizers for group in each.param_groups]
 
     @property
+    def _captures(self) -> bool:
+        """Whether steps are captured."""
+        return self._compile or captures(self._device)
+
+    @property
+    def _kind_of_graph(self) -> Any:
+        return cuda.Graph if captures(self._device) else compiled.Graph
+
+    @property
     def _device(self) -> torch.device:
         """The device of the parameters."""
         first: Tensor = self._groups[0][1]["params"][0]
         return first.device
 
-    def _matrices(self) -> list[FactoredMatrix]:
+    def _captured_matrices(self) -> list[FactoredMatrix]:
         """The factored matrices that the optimizers step.
 
         Raises TypeError for one that cannot be captured.
         """
         found: dict[int, FactoredMatrix] = {}
         for optimizer, group in self._groups:
-            _check_can_step(optimizer, group, self._device)
+            _check_can_step(optimizer, group, self._device, self._captures)
             for p in group["params"]:
                 if not isinstance(p, FactoredTensor):
                     continue
@@ -222,14 +267,14 @@ class CapturedStep:
         if len(inputs) != len(self._inputs):
             raise ValueError(f"expected {len(self._inputs)} inputs, got {len(inputs)}")
         for i, (given, example) in enumerate(zip(inputs, self._inputs, strict=True)):
-            mine, wanted = (_described(x) for x in (given, example))
-            if mine != wanted:
+            if _kind(given) != _kind(example):
                 raise ValueError(
-                    f"input {i} must be {wanted}, as the example, got {mine}; pad a smaller batch "
-                    "with rows of zeros, whose target is the layer's ignore_index"
+                    f"input {i} must be {_described(example)}, as the example, got "
+                    f"{_described(given)}; pad a smaller batch with rows of zeros, whose target is "
+                    "the layer's ignore_index"
                 )
 
-    def _held(self, matrices: list[FactoredMatrix]) -> tuple[Any, ...]:
+    def _held(self) -> tuple[Any, ...]:
         """All that a graph would hold for ever: the place of each tensor, and numbers of Python."""
         held: list[Any] = []
         for optimizer in self._optimizers:
@@ -241,7 +286,7 @@ class CapturedStep:
                     state = optimizer.state.get(p, {})
                     held.append((_place(p), *((name, _place(x)) for name, x in state.items())))
         # last, since it may wait for the step before
-        return *held, *(Replay(matrix).before() for matrix in matrices)
+        return *held, *(Replay(matrix).before() for matrix in self._matrices)
 
 
 def check_taken(optimizers: Sequence[torch.optim.Optimizer]) -> None:
@@ -266,18 +311,19 @@ def captures(device: torch.device) -> bool:
 
 
 def _check_can_step(
-    optimizer: torch.optim.Optimizer, group: dict[str, Any], device: torch.device
+    optimizer: torch.optim.Optimizer, group: dict[str, Any], device: torch.device, captured: bool
 ) -> None:
-    """Raises TypeError if a group of an optimizer cannot be stepped as the device needs it."""
+    """Raises TypeError if a group of an optimizer cannot be stepped, or captured, on a device."""
     fused, capturable = group.get("fused"), group.get("capturable")
-    if captures(device) and not (fused if _is_sgd(optimizer) else capturable):
+    if captured and not (fused if _is_sgd(optimizer) else capturable):
         option = "fused" if _is_sgd(optimizer) else "capturable"
         raise TypeError(f"optimizer must be made with {option}=True, and so must all of its groups")
     fused = fused or isinstance(optimizer, FactoredSGD)
     if not captures(device) and capturable and not fused:
+        without = "" if captured else "capturable=False there, or with "
         raise TypeError(
             f"optimizer is an {type(optimizer).__name__} with capturable=True, which PyTorch does "
-            f"not step on a {device.type}; make it with capturable=False there, or with fused=True"
+            f"not step on a {device.type}; make it with {without}fused=True"
         )
 
 
@@ -293,8 +339,21 @@ def _place(x: Any) -> Any:
     return ("at", x.data_ptr()) if isinstance(x, Tensor) else x
 
 
+def _kind(x: Tensor) -> tuple[Any, ...]:
+    return x.shape, x.dtype, x.device
+
+
 def _described(x: Tensor) -> str:
     return f"{tuple(x.shape)} of {x.dtype} on {x.device}"
+
+
+def _tensors_in(x: Any) -> list[Tensor]:
+    """The tensors in tuples, lists and dataclasses, also those that these have computed."""
+    if isinstance(x, Tensor):
+        return [x]
+    if is_dataclass(x):
+        x = list(vars(x).values())
+    return [y for each in x for y in _tensors_in(each)] if isinstance(x, tuple | list) else []
 
 
 def _copied(outputs: Any) -> Outputs:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from softsphere._torch import assert_later, values_on_cpu, values_readable
 from softsphere.checks.kinds import dense, floating, is_integer, shown
+from softsphere.unread import step_is_recorded
 
 _INDICES = "class indices must be integers, target.long()"
 
@@ -61,8 +62,13 @@ def indices(target: Tensor, allowed: Tensor, num_classes: int, spared: str) -> N
 def _assert_in_range(
     name: str, index: Tensor, num_classes: int, spared: str, allowed: Tensor | None = None
 ) -> None:
-    """Has a GPU assert that every index is in [0, C), or allowed, unless it is traced."""
-    if index.device.type not in ("cpu", "cuda") or not values_readable(index):
+    """Has a GPU assert that every index is in [0, C), or allowed, unless it is traced.
+
+    So does a step that is recorded on a CPU, whenever it is taken.
+    """
+    if index.device.type not in ("cpu", "cuda"):
+        return
+    if not (step_is_recorded() or values_readable(index)):
         return
     fits = (index >= 0) & (index < num_classes)
     fits = fits if allowed is None else fits | allowed

@@ -26,6 +26,7 @@ from softsphere.matrix.update import SingularStepError, Update
 from softsphere.matrix.upkeep import Watch, too_harsh
 from softsphere.matrix.wear import Health, health
 from softsphere.parallel import Shards
+from softsphere.unread import values_unread
 
 __all__ = ["FactoredMatrix", "single_matrix"]
 
@@ -145,6 +146,10 @@ class FactoredMatrix(Matrix):
 
         Then the factors are measured, which also tells how later steps can be recorded.
         """
+        with values_unread():  # also where it was compiled on a CPU
+            self._finish_unread(gradient, blocks)
+
+    def _finish_unread(self, gradient: GradientFactors, blocks: Blocks) -> None:
         W, watch = self.arrays, self.watch
         update = plan(W, gradient, blocks, watch.refused, final=True)
         if too_harsh(W, update):

@@ -13,13 +13,23 @@ from softsphere.matrix.turns import turn
 __all__ = ["undisturbed", "uninterrupted"]
 
 
+class _Now(threading.local):
+    """Whether this thread is inside a block that delays SIGINT."""
+
+    delayed = False
+
+
+_now = _Now()
+
+
 @contextmanager
 def uninterrupted() -> Iterator[None]:
     """Delays SIGINT until the block has ended, so that the factors are never left half written.
 
-    Outside the main thread, where Python handles no signals, this does nothing.
+    Outside the main thread, where Python handles no signals, this does nothing, and neither does it
+    inside another such block.
     """
-    if threading.current_thread() is not threading.main_thread():
+    if _now.delayed or threading.current_thread() is not threading.main_thread():
         yield
         return
     held: list[tuple[int, FrameType | None]] = []
@@ -28,9 +38,11 @@ def uninterrupted() -> Iterator[None]:
         yield
         return
     signal.signal(signal.SIGINT, lambda number, frame: held.append((number, frame)))
+    _now.delayed = True
     try:
         yield
     finally:
+        _now.delayed = False
         signal.signal(signal.SIGINT, old)
         if held and callable(old):
             old(*held[-1])

@@ -20,6 +20,7 @@ from softsphere._torch import (
 )
 from softsphere.half_products import by_float16
 from softsphere.matrix.turns import turn
+from softsphere.unread import values_are_unread
 
 __all__ = [
     "Rounded",
@@ -79,8 +80,8 @@ def _nothing_to_switch_off(kind: str) -> bool:
 
 
 def is_asynchronous(device: torch.device) -> bool:
-    """Whether Python has to wait for a device before it can look at a value."""
-    return device.type != "cpu"
+    """Whether Python has to wait for a device before it can look at a value, or must not look."""
+    return device.type != "cpu" or values_are_unread()
 
 
 def float32_is_exact() -> bool:
@@ -102,7 +103,7 @@ def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """a b (m, p) of matrices of one dtype, with its accuracy whatever is set for float32."""
     if _is_plain(a, b):
         return torch.mm(a, b, out=out)
-    if _are_large(2 * a.numel() * b.shape[1]):
+    if _are_large(2 * a.numel() * b.shape[1], a.device):
         return by_float16(a, b, out)
     result = product(a, b)
     return result if out is None else out.copy_(result)
@@ -119,18 +120,20 @@ def _is_plain(a: Tensor, b: Tensor) -> bool:
     """Whether PyTorch's own product has the accuracy of the dtype and is as fast as any."""
     if a.dtype != torch.float32 or not is_asynchronous(a.device):
         return True
-    return float32_is_exact() and not _are_large(2 * a.numel() * b.shape[1])
+    return float32_is_exact() and not _are_large(2 * a.numel() * b.shape[1], a.device)
 
 
 def float32_may_pay(device: torch.device, width: int) -> bool:
-    """Whether a GPU takes some step of a matrix of w columns faster in float32 than in float64."""
-    return (width > _NARROW and _has_parts()) or _multiplies_float64_slowly(device)
+    """Whether some step of a matrix of w columns is taken faster in float32 than in float64."""
+    by_parts = width > _NARROW and _has_parts(device)
+    return by_parts or device.type == "cpu" or _multiplies_float64_slowly(device)
 
 
 def float32_pays(device: torch.device, rank: int, width: int) -> bool:
-    """Whether it does so with a step of r factors."""
-    by_parts = width > _NARROW and _are_large(2 * rank * width**2)
-    return by_parts or (_multiplies_float64_slowly(device) and float32_is_exact())
+    """Whether a step of r factors is."""
+    by_parts = width > _NARROW and _are_large(2 * rank * width**2, device)
+    slow = device.type == "cpu" or _multiplies_float64_slowly(device)
+    return by_parts or (slow and float32_is_exact())
 
 
 def _multiplies_float64_slowly(device: torch.device) -> bool:
@@ -138,12 +141,14 @@ def _multiplies_float64_slowly(device: torch.device) -> bool:
     return is_gpu and torch.cuda.get_device_capability(device) not in _FAST_FLOAT64
 
 
-def _are_large(flops: int) -> bool:
-    return flops >= _LARGE and _has_parts()
+def _are_large(flops: int, device: torch.device) -> bool:
+    return flops >= _LARGE and _has_parts(device)
 
 
-def _has_parts() -> bool:
-    """Whether products of float16 can have float32 results."""
+def _has_parts(device: torch.device) -> bool:
+    """Whether products of float16 are fast on a device, and can have float32 results."""
+    if device.type == "cpu":
+        return False
     return products_have_out_dtype() and not sums_of_float16_are_rounded()
 
 

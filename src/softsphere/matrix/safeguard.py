@@ -16,6 +16,7 @@ from softsphere.matrix.inverse import Inverse
 from softsphere.matrix.precision import is_asynchronous
 from softsphere.matrix.update import Update
 from softsphere.matrix.wear import LAST_CONDITION, amplification, block_sizes
+from softsphere.unread import values_are_unread
 
 __all__ = ["guarded", "reason", "smallest_share", "unusable"]
 
@@ -45,7 +46,7 @@ def guarded(
     inverse was not found, and unless it is final one after which the factors would be worn out.
     """
     squares, most = _squares(W, update), torch.finfo(W.dtype).max
-    changes = update.to_rows, update.to_small.whole
+    changes = update.to_rows, *update.to_small.memory
     share, solved = inverse.share, inverse.solved
     enough = smallest_share(W.V.width, len(inverse.value), inverse.value.dtype)
     if not is_asynchronous(W.device):
@@ -55,11 +56,12 @@ def guarded(
         if not (math.isfinite(total) and float(squares.max()) <= most and share > enough):
             refused = reason(gradient, bool(share <= enough), W.dtype)
         return replace(update, refused=refused, share=float(share))
-    ok = sum_of_norms((*changes, squares.to(update.to_rows.dtype))) <= most
+    ok = _size(changes, squares) <= most
     # What products have not solved is no reason to refuse a step. Of two booleans a > b is a & ~b.
     now = solved > ok if solved is not None else ~(ok & (share > enough))
     flag = now if flag is None else flag | now
-    can_be_taken = solved if final else _lasts(W, update, solved)
+    calm = gradient.H.dtype == torch.float32  # or it does not count as solved
+    can_be_taken = solved if final or calm else _lasts(W, update, solved)
     undone = None if can_be_taken is None else ~can_be_taken
     left_out = flag if undone is None else flag | undone
     blocks, scaled = update.blocks, update.scaled
@@ -78,6 +80,14 @@ def guarded(
         blocks=blocks,
         scaled=scaled,
     )
+
+
+def _size(changes: tuple[Tensor, ...], squares: Tensor) -> Tensor:
+    """A number () that is finite if all of these are, and at least as large as the squares."""
+    if squares.device.type != "cpu" or not values_are_unread():
+        return sum_of_norms((*changes, squares.to(changes[0].dtype)))
+    # a program that is compiled on a CPU fuses sums, and no norms
+    return torch.stack([x.sum().abs() for x in changes]).sum() + squares.amax()
 
 
 def smallest_share(width: int, rank: int, dtype: torch.dtype) -> float:

@@ -12,6 +12,7 @@ from softsphere.matrix.abstract import POWER
 from softsphere.matrix.arrays import Arrays
 from softsphere.matrix.blocks import Blocks
 from softsphere.matrix.precision import is_asynchronous
+from softsphere.unread import values_are_unread
 
 __all__ = ["SingularStepError", "SmallIncrements", "Update"]
 
@@ -30,18 +31,25 @@ class SingularStepError(RuntimeError):
 class SmallIncrements(Mapping[str, Tensor]):
     """What is added to each small array, by its name, in the memory of one tensor.
 
-    So a GPU needs one launch to look at all of them, and one to change them.
+    So a GPU needs one launch to look at all of them, and one to change them. A program that is
+    compiled on a CPU would ask at each number which of them it belongs to.
 
-    whole: (3w + 2, w) the rows of all
+    memory: (3w + 2, w) the rows of all, or a few tensors that have them
     images: (w + 2, w) those of U, ω and w̄, which are rows times R
     """
 
     def __init__(self, w: int, like: Tensor) -> None:
-        self.whole = like.new_empty(3 * w + 2, w)
-        self.images = self.whole[2 * w :]
-        *matrices, omega, colsum = self.whole.split([w, w, w, 1, 1])
-        vectors = omega.squeeze(0), colsum.squeeze(0)
-        self.each: dict[str, Tensor] = dict(zip(_NAMES, (*matrices, *vectors), strict=True))
+        self.memory: tuple[Tensor, ...]
+        rows = [w, w, w + 2]
+        if like.device.type == "cpu" and values_are_unread():
+            self.memory = tuple(like.new_empty(n, w) for n in rows)
+            U_inv, gram, self.images = self.memory
+        else:
+            self.memory = (like.new_empty(sum(rows), w),)
+            U_inv, gram, self.images = self.memory[0].split(rows)
+        U, omega, colsum = self.images[:w], self.images[w], self.images[w + 1]
+        each = (U_inv, gram, U, omega, colsum)
+        self.each: dict[str, Tensor] = dict(zip(_NAMES, each, strict=True))
 
     def __getitem__(self, name: str) -> Tensor:
         return self.each[name]

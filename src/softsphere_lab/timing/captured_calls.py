@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from softsphere.cuda_graph import Graph
+from softsphere.graphs.cuda import Graph
 
 __all__ = ["Capture", "captured_on_cuda"]
 

@@ -36,7 +36,8 @@ from softsphere_lab.timing.sharded_steps import (
     SOFTMAX,
     number_of_clusters,
 )
-from softsphere_lab.timing.training_steps import LOSS, RATE, Step
+from softsphere_lab.timing.steps import Step
+from softsphere_lab.timing.training_steps import LOSS, RATE
 
 __all__ = ["ON_RANKS", "measured_on_ranks", "vocabulary_parallel_softmax"]
 

@@ -21,11 +21,12 @@ import torch
 
 from softsphere_lab.errors import LabError
 from softsphere_lab.timing.clock import Effort, step_times
-from softsphere_lab.timing.gpu_steps import ON_GPU, Repeated
+from softsphere_lab.timing.gpu_steps import ON_GPU
 from softsphere_lab.timing.head_measures import BFLOAT16, Found, head_measures
 from softsphere_lab.timing.linear_losses import LINEAR_LOSSES, ForwardBackward
 from softsphere_lab.timing.setting import Setting
-from softsphere_lab.timing.training_steps import CHUNKED, CLUSTERS, LAYERS
+from softsphere_lab.timing.steps import Repeated
+from softsphere_lab.timing.training_steps import CHUNKED, CLUSTERS, LAYERS, REPEATED
 
 __all__ = [
     "FORWARD_BACKWARD",
@@ -38,7 +39,7 @@ __all__ = [
 
 TRAINING_STEP, FORWARD_BACKWARD, HEAD = "training step", "forward and backward", "head"
 KINDS: Mapping[str, Mapping[str, Callable[[Setting], Any]]] = {
-    TRAINING_STEP: {**LAYERS, **CHUNKED, **CLUSTERS, **ON_GPU},
+    TRAINING_STEP: {**LAYERS, **REPEATED, **CHUNKED, **CLUSTERS, **ON_GPU},
     FORWARD_BACKWARD: LINEAR_LOSSES,
 }
 

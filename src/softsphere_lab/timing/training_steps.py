@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -24,11 +23,13 @@ from softsphere.matrix.step import THIN
 from softsphere.optim import FactoredSGD
 from softsphere_lab.models.baselines import AdaptiveSoftmax, HierarchicalSoftmax
 from softsphere_lab.timing.setting import Setting
+from softsphere_lab.timing.steps import Repeated, Step
 
 __all__ = [
     "CHUNKED",
     "CLUSTERED",
     "CLUSTERS",
+    "COMPILED",
     "CORE",
     "FACTORED",
     "FACTORED_LEAVES",
@@ -36,41 +37,28 @@ __all__ = [
     "LAYERS",
     "LOSS",
     "RATE",
+    "REPEATED",
     "SHARE",
     "Softmax",
-    "Step",
     "clustered",
     "factored",
     "memory",
     "obstacle",
     "products",
     "rate_of",
+    "repeated",
 ]
 
 RATE = 0.01
 LOSS = "taylor_softmax"
 FACTORED = "factored Taylor (ours)"
+COMPILED = "factored Taylor, compiled (ours)"
 GRAM = "linear Taylor, gram (ours)"
 CLUSTERED = "clustered Taylor (ours)"
 FACTORED_LEAVES = "clustered Taylor, factored (ours)"
 CORE = "softmax, core fused"
 # The share of the machine's memory that a layer may take.
 SHARE = 0.8
-
-
-@dataclass(frozen=True)
-class Step:
-    """Forward, backward and update of an output layer; returns the loss before the update."""
-
-    head: nn.Module
-    optimizer: Any
-
-    def __call__(self, hidden: Tensor, target: Tensor) -> Tensor:
-        self.optimizer.zero_grad()
-        loss: Tensor = self.head(hidden, target)
-        loss.backward()
-        self.optimizer.step()
-        return loss
 
 
 def _sgd(head: nn.Module, lr: float = RATE) -> Step:
@@ -85,6 +73,14 @@ def rate_of(setting: Setting, loss: str) -> float:
 def factored(setting: Setting, loss: str = LOSS) -> Step:
     head = FactoredSphericalLoss(setting.d, setting.D, loss, bias=False)
     return Step(head, FactoredSGD(head.parameters(), lr=rate_of(setting, loss)))
+
+
+def repeated(setting: Setting, *, compile: bool = False) -> Repeated:
+    """The same step, which a GPU captures; compile: and which a CPU compiles."""
+    head = FactoredSphericalLoss(setting.d, setting.D, LOSS, bias=False)
+    rate = torch.tensor(rate_of(setting, LOSS), dtype=torch.float64)
+    optimizer = FactoredSGD(head.parameters(), lr=rate, capturable=True)
+    return Repeated(Step(head, optimizer), setting, compile=compile)
 
 
 def _gram(setting: Setting) -> Step:
@@ -175,6 +171,8 @@ LAYERS: Mapping[str, Callable[[Setting], Step]] = {
     "sampled softmax, 1024": _sampled,
     "hierarchical softmax": _hierarchical,
 }
+# By the factored layer as well, in fewer and longer operations.
+REPEATED: Mapping[str, Callable[[Setting], Repeated]] = {COMPILED: partial(repeated, compile=True)}
 # Those among which the best chunk of PyTorch's fused softmax is looked for.
 CHUNKED: Mapping[str, Callable[[Setting], Step]] = {
     f"{CORE}, chunk {chunk}": partial(_core, chunk=chunk) for chunk in (25, 50, 100, 200)

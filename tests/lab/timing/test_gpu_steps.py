@@ -10,9 +10,10 @@ import torch
 from _recorded_graph import pretend_a_gpu
 from softsphere_lab.timing import processes
 from softsphere_lab.timing.clock import Effort
-from softsphere_lab.timing.gpu_steps import CAPTURED, ON_GPU, SOFTMAX_ON_GPU, Repeated
+from softsphere_lab.timing.gpu_steps import CAPTURED, ON_GPU, SOFTMAX_ON_GPU
 from softsphere_lab.timing.processes import TRAINING_STEP
 from softsphere_lab.timing.setting import Setting
+from softsphere_lab.timing.steps import Repeated
 from softsphere_lab.timing.training_steps import LAYERS
 
 SETTING = Setting(D=300, d=8, m=16)

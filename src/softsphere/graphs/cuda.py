@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 __all__ = ["Graph", "LostCaptureError"]
 
@@ -74,8 +75,15 @@ class Graph:
                 "start a new process, since PyTorch may not capture again in this one"
             ) from first
 
+    def fill(self, tensors: Sequence[Tensor]) -> None:
+        """A replay fills all tensors that were made, these among them."""
+
     def replay(self) -> None:
         self.graph.replay()
+
+    def handed_out(self, x: Tensor) -> Tensor:
+        """A tensor for the caller, which later replays leave as it is."""
+        return x.clone()
 
 
 @functools.cache

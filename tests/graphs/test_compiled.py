@@ -1,0 +1,448 @@
+"""Programs of what a function does on a CPU, beside the function itself."""
+
+from __future__ import annotations
+
+import signal
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from softsphere import CapturedStep, FactoredSphericalLoss
+from softsphere.graphs import compiled
+from softsphere.optim import FactoredSGD
+
+pytestmark = pytest.mark.once("a program that is compiled for a CPU")
+
+
+class Memory:
+    """What functions find: the inputs, and what they keep from one run to the next."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        generator = torch.Generator().manual_seed(0)
+        self.x = torch.randn(6, 5, generator=generator)
+        self.y = torch.randn(5, 5, generator=generator)
+        self.at = torch.tensor([3, 0, 3, 1, 1, 3])
+        self.kept = torch.zeros(6, 5)
+        self.table = torch.randn(9, 5, generator=generator)
+        self.norm = nn.BatchNorm1d(5)
+        self.trunk = nn.Linear(5, 5)
+        with torch.no_grad():
+            self.trunk.weight.copy_(self.y)
+        self.sgd = torch.optim.SGD(self.trunk.parameters(), lr=0.1, momentum=0.9, fused=True)
+        self.rate = torch.tensor(0.1)
+        self.adamw = torch.optim.AdamW(
+            [nn.Parameter(self.table.clone())], lr=self.rate, capturable=True, fused=True
+        )
+
+    def state(self) -> list[torch.Tensor]:
+        of_adamw = self.adamw.param_groups[0]["params"]
+        return [self.kept, self.table, *self.norm.buffers(), *self.trunk.parameters(), *of_adamw]
+
+
+def in_place(m):
+    return m.kept.add_(m.x).mul_(0.5), m.kept[1:].sub_(1).sum()
+
+
+def into_a_part(m):
+    whole = m.x.new_empty(7, 5)
+    torch.mm(m.x, m.y, out=whole[:6])
+    torch.mv(m.y, m.x[0], out=whole[6])
+    return whole.sum(0), whole[2:].mT.exp()
+
+
+def parts_that_overlap(m):
+    m.kept[:3].add_(m.kept[3:])
+    return m.kept.mT @ m.x
+
+
+def sums_with_a_factor(m):
+    product = m.x @ m.y
+    own = torch.add(m.x, product, alpha=0.5)
+    torch.sub(own, product, alpha=3, out=own)
+    return own, m.x.sub(product, alpha=0.25), product.clone().add_(m.x @ m.y, alpha=-2)
+
+
+def one_number_for_all(m):
+    return m.x.sum().expand(3, 4), m.x[:1].expand(6, 5)
+
+
+def rows_of_a_table(m):
+    m.table.index_add_(0, m.at, m.x)
+    m.table.index_copy_(0, m.at[:1], m.table[m.at[:1]] * 2)
+    return m.table.index_select(0, m.at), m.table[m.at[:2]]
+
+
+def several_at_once(m):
+    pair = torch._foreach_mul([m.x, m.y], 2.0)
+    torch._foreach_add_([m.kept, m.table], 1.0)
+    return *pair, *m.x.split([2, 4]), *m.y.sort()
+
+
+def numbers_of_python(m):
+    total = torch.tensor(1.0)
+    total += m.x.sum()
+    return total
+
+
+def batch_norm(m):
+    return m.norm(m.x)
+
+
+def fused_sgd(m):
+    m.sgd.zero_grad()
+    loss = m.trunk(m.x).square().sum()
+    loss.backward()
+    m.sgd.step()
+    return loss.detach()
+
+
+def fused_adamw(m):
+    (p,) = m.adamw.param_groups[0]["params"]
+    m.adamw.zero_grad()
+    loss = (p.square().sum() * m.x[0, 0]).exp()
+    loss.backward()
+    m.adamw.step()
+    return loss.detach()
+
+
+FUNCTIONS = [
+    *(in_place, into_a_part, parts_that_overlap, sums_with_a_factor, one_number_for_all),
+    *(rows_of_a_table, several_at_once, numbers_of_python, batch_norm),
+]
+STEPS = [fused_sgd, fused_adamw]
+
+
+def everything(m):
+    """One program of all, whose compilation takes seconds."""
+    return [x for function in (*FUNCTIONS, *STEPS) for x in listed(function(m))]
+
+
+def listed(outputs):
+    return [x.detach() for x in ([outputs] if isinstance(outputs, torch.Tensor) else outputs)]
+
+
+def runs(function, program):
+    """The outputs of three runs on other inputs, and what they leave."""
+    m, found = Memory(), []
+    run = partial(function, m)
+    run()  # so that the optimizers have their state
+    if program:
+        before = [x.detach().clone() for x in m.state()]
+        graph = compiled.Graph(torch.device("cpu"))
+        outputs = listed(graph.record(run))
+        for x, wanted in zip(m.state(), before, strict=True):
+            assert torch.equal(x, wanted)
+        graph.fill(outputs)
+    torch.manual_seed(1)
+    for i in range(3):
+        m.x.copy_(torch.randn(6, 5, generator=torch.Generator().manual_seed(i)))
+        m.rate.fill_(0.1 / (1 + i))
+        if program:
+            graph.replay()
+            found += [graph.handed_out(x) for x in outputs]
+        else:
+            found += [x.clone() for x in listed(run())]
+    return found + [x.detach() for x in m.state()]
+
+
+def compare(function):
+    for got, wanted in zip(runs(function, True), runs(function, False), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def by_python(monkeypatch):
+    """Programs of Python in place of compiled ones, and the graphs that they were made of."""
+    graphs = []
+
+    def made(graph, inputs, options):
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr(compiled, "by_inductor", made)
+    monkeypatch.setattr(compiled, "_programs", type(compiled._programs)())
+    return graphs
+
+
+@pytest.mark.usefixtures("by_python")
+@pytest.mark.parametrize("function", [*FUNCTIONS, *STEPS], ids=lambda function: function.__name__)
+def test_a_record_does_what_the_function_does(function):
+    compare(function)
+
+
+def test_a_compiled_program_does_what_the_function_does():
+    compare(everything)
+
+
+@pytest.mark.usefixtures("by_python")
+def test_random_numbers_are_drawn_in_each_run_and_not_by_recording():
+    graph, x = compiled.Graph(torch.device("cpu")), torch.ones(1000)
+    before = torch.get_rng_state()
+    result = graph.record(lambda: F.dropout(x, 0.5))
+    graph.fill([result])
+    assert torch.equal(torch.get_rng_state(), before)
+    runs = []
+    for _ in range(2):
+        graph.replay()
+        runs.append(graph.handed_out(result))
+    assert not torch.equal(*runs)
+    assert all(400 < (x == 0).sum() < 600 for x in runs)
+
+
+def test_no_sum_is_left_to_the_compiler_that_has_a_factor(by_python):
+    """TorchInductor of torch 2.13 loses the factor where one of the terms is a product."""
+    compare(sums_with_a_factor)
+    assert "alpha" not in by_python[0].code and "mul.Scalar" in by_python[0].code
+
+
+READERS = {
+    "item": lambda x: x.sum().item(),
+    "tolist": lambda x: x.tolist(),
+    "numpy": lambda x: x.numpy(),
+    "bool": lambda x: bool(x.sum() > 0),
+    "equal": lambda x: torch.equal(x, x),
+    "nonzero": lambda x: x.nonzero(),
+    "a mask": lambda x: x[x > 0],
+    "writing by a mask": lambda x: x.clone().__setitem__(x > 0, x[0, :1]),
+    "masked_select": lambda x: x.masked_select(x > 0),
+    "unique": lambda x: x.unique(),
+    "bincount": lambda x: x.long().abs().flatten().bincount(),
+    "repeat_interleave": lambda x: x.repeat_interleave(torch.ones(6).long(), 0),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_what_reads_a_value_is_refused(reader):
+    graph = compiled.Graph(torch.device("cpu"))
+    x = torch.randn(6, 5)
+    with pytest.raises(RuntimeError, match=r"read a value, as .* does.* leave compile out"):
+        graph.record(lambda: READERS[reader](x))
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch has no oneDNN here")
+def test_what_a_backward_pass_of_a_program_could_not_take_is_refused():
+    lstm, graph = nn.LSTM(4, 4), compiled.Graph(torch.device("cpu"))
+    with pytest.raises(RuntimeError, match=r"must not call mkldnn_rnn_layer.*leave compile out"):
+        graph.record(lambda: lstm(torch.ones(3, 2, 4))[0].sum().backward())
+
+
+@pytest.mark.usefixtures("by_python")
+def test_what_is_not_filled_has_no_value():
+    graph, kept = compiled.Graph(torch.device("cpu")), []
+    x = torch.ones(3)
+
+    def function():
+        kept.append(x * 2)
+        return kept[0] + 1
+
+    result = graph.record(function)
+    graph.fill([result])
+    graph.replay()
+    assert torch.equal(result, torch.full((3,), 3.0)) and kept[0].isnan().all()
+
+
+@pytest.mark.usefixtures("by_python")
+def test_an_assertion_is_looked_at_before_anything_changes():
+    graph, x, total = compiled.Graph(torch.device("cpu")), torch.ones(3), torch.zeros(())
+
+    def function():
+        total.add_(x.sum())
+        torch._assert_async((x > 0).all(), "x must be positive")
+
+    graph.record(function)
+    graph.fill([])
+    graph.replay()
+    x[1] = -1
+    with pytest.raises(ValueError, match=r"^x must be positive$"):
+        graph.replay()
+    assert total == 3
+
+
+@pytest.mark.usefixtures("by_python")
+def test_what_comes_after_a_fused_optimizer_and_needs_it_is_refused():
+    m = Memory()
+    fused_sgd(m)
+    graph = compiled.Graph(torch.device("cpu"))
+    graph.record(lambda: (fused_sgd(m), m.trunk.weight.sum()))
+    with pytest.raises(RuntimeError, match=r"optimizers last: .*_fused_sgd_.* aten::sum"):
+        graph.fill([])
+
+
+def training(d=4, D=30, **options):
+    torch.manual_seed(0)
+    head = FactoredSphericalLoss(d, D)
+    rate = torch.tensor(0.5, dtype=torch.float64)
+    optimizer = FactoredSGD(head.parameters(), **{"lr": rate, "capturable": True} | options)
+
+    def train(hidden, target):
+        optimizer.zero_grad()
+        hidden = hidden.detach().requires_grad_()
+        loss = head(hidden, target)
+        loss.backward()
+        optimizer.step()
+        return loss, hidden.grad
+
+    def batch(i):
+        generator = torch.Generator().manual_seed(i)
+        hidden = torch.randn(3, d, generator=generator)
+        return hidden, torch.randint(D, (3,), generator=generator)
+
+    return head, optimizer, train, batch
+
+
+def test_compiled_steps_of_a_factored_layer_are_those_of_python():
+    """By TorchInductor, in float32."""
+    head, optimizer, train, batch = training()
+    step = CapturedStep(train, optimizer, *batch(0), compile=True)
+    other, _, plain, _ = training()
+    for i in range(12):
+        for got, wanted in zip(step(*batch(i)), plain(*batch(i)), strict=True):
+            torch.testing.assert_close(got, wanted.detach(), rtol=1e-4, atol=1e-4)
+    assert step.captures
+    torch.testing.assert_close(head.dense(), other.dense(), rtol=1e-4, atol=1e-4)
+    assert head.health(probes=4).gram_drift < 1e-4
+
+
+@pytest.mark.slow
+def test_a_trunk_that_is_compiled_by_itself_is_recorded():
+    """PyTorch runs it as it is meanwhile; what it compiled would be no operation to record."""
+    results = []
+    for is_compiled in (True, False):
+        torch.manual_seed(0)
+        trunk = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+        head, _, _, batch = training()
+        rate = torch.tensor(0.5, dtype=torch.float64)
+        below = {"params": trunk.parameters(), "lr": 0.05}
+        groups = [{"params": head.parameters(), "lr": rate}, below]
+        optimizer = FactoredSGD(groups, capturable=True)
+        if is_compiled:
+            trunk.compile()
+
+        def train(hidden, target, trunk=trunk, head=head, optimizer=optimizer):
+            optimizer.zero_grad()
+            loss = head(trunk(hidden), target)
+            loss.backward()
+            optimizer.step()
+            return loss.detach()
+
+        step = CapturedStep(train, optimizer, *batch(0), compile=True) if is_compiled else train
+        losses = [step(*batch(i)) for i in range(12)]
+        results.append([*losses, *(p.detach() for p in trunk.parameters())])
+    for got, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+def steps_taken(step, batch, count=8):
+    for i in range(count):
+        step(*batch(i))
+
+
+@pytest.mark.usefixtures("by_python")
+@pytest.mark.parametrize("target", [30, -1, 2**40])
+def test_a_target_that_is_no_class_is_told_and_changes_nothing(target):
+    head, optimizer, train, batch = training()
+    step = CapturedStep(train, optimizer, *batch(0), compile=True)
+    for taken in (0, 8):
+        steps_taken(step, batch, taken)
+        before = head.dense()
+        hidden, wrong = batch(0)
+        wrong[1] = target
+        with pytest.raises(ValueError, match=r"target must be in \[0, 30\)"):
+            step(hidden, wrong)
+        assert torch.equal(head.dense(), before)
+    wrong[1] = -100  # the row is ignored
+    assert step(hidden, wrong)[0].isfinite() and not torch.equal(head.dense(), before)
+
+
+def test_a_weight_whose_factors_were_renewed_is_stepped_by_python(by_python):
+    """Until it is written anew, as where it is saved; no other program is made for it."""
+    head, optimizer, train, batch = training()
+    step = CapturedStep(train, optimizer, *batch(0), compile=True)
+    other, _, plain, _ = training()
+    made = []
+    for i in range(30):
+        if i == 10:
+            head.matrix.renew_(), other.matrix.renew_()
+        if i == 20:
+            head.state_dict(), other.state_dict()
+        for got, wanted in zip(step(*batch(i)), plain(*batch(i)), strict=True):
+            torch.testing.assert_close(got, wanted.detach(), rtol=1e-4, atol=1e-4)
+        made.append(step.captures)
+    assert 0 < made[9] == made[19] < made[29]
+    assert len(by_python) <= made[9]
+    torch.testing.assert_close(head.dense(), other.dense(), rtol=1e-4, atol=1e-4)
+
+
+def test_equal_steps_share_a_program(by_python):
+    for _ in range(2):
+        _, optimizer, train, batch = training()
+        step = CapturedStep(train, optimizer, *batch(0), compile=True)
+        steps_taken(step, batch)
+        assert step.captures
+        found = len(by_python)
+    assert len(by_python) == found > 0
+
+
+@pytest.mark.usefixtures("by_python")
+def test_what_was_handed_out_stays_and_no_gradient_is_kept():
+    head, optimizer, train, batch = training()
+    step = CapturedStep(train, optimizer, *batch(0), compile=True)
+    steps_taken(step, batch)
+    outputs = step(*batch(8))
+    before = [x.clone() for x in outputs]
+    step(*batch(9))
+    assert all(torch.equal(x, y) for x, y in zip(outputs, before, strict=True))
+    assert all(p.grad is None for p in head.parameters())
+
+
+def test_a_compiler_that_fails_is_told_and_leaves_the_weight_as_it_was(monkeypatch):
+    head, optimizer, train, batch = training()
+    step = CapturedStep(train, optimizer, *batch(0), compile=True)
+
+    def fails(*_):
+        raise FileNotFoundError("no g++")
+
+    monkeypatch.setattr(compiled, "by_inductor", fails)
+    monkeypatch.setattr(compiled, "_programs", {})
+    steps_taken(step, batch, 3)
+    before = head.dense()
+    with pytest.raises(RuntimeError, match=r"cannot be compiled: no g.*leave compile out"):
+        steps_taken(step, batch, 1)
+    assert torch.equal(head.dense(), before)
+    steps_taken(train, batch)
+
+
+@pytest.mark.usefixtures("ctrl_c")
+@pytest.mark.usefixtures("by_python")
+def test_a_ctrl_c_ends_a_compilation_and_leaves_the_weight_as_it_was(monkeypatch):
+    head, optimizer, train, batch = training()
+    step = CapturedStep(train, optimizer, *batch(0), compile=True)
+    other, _, plain, _ = training()
+
+    def interrupted(*_):
+        signal.raise_signal(signal.SIGINT)
+
+    steps_taken(step, batch, 3), steps_taken(plain, batch, 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(compiled, "by_inductor", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            step(*batch(3))
+    for i in range(3, 8):
+        step(*batch(i)), plain(*batch(i))
+    assert step.captures
+    torch.testing.assert_close(head.dense(), other.dense(), rtol=1e-4, atol=1e-4)
+
+
+def test_an_optimizer_that_no_program_can_hold_is_refused():
+    _, optimizer, train, batch = training(capturable=False, lr=0.5)
+    with pytest.raises(TypeError, match="capturable=True"):
+        CapturedStep(train, optimizer, *batch(0), compile=True)
+    trunk = nn.Linear(4, 4)
+    adamw = torch.optim.AdamW(trunk.parameters(), capturable=True)
+    _, optimizer, train, batch = training()
+    with pytest.raises(TypeError, match=r"AdamW .*; make it with fused=True"):
+        CapturedStep(train, [optimizer, adamw], *batch(0), compile=True)

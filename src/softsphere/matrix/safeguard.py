@@ -16,7 +16,7 @@ from softsphere.matrix.inverse import Inverse
 from softsphere.matrix.precision import is_asynchronous
 from softsphere.matrix.update import Update
 from softsphere.matrix.wear import LAST_CONDITION, amplification, block_sizes
-from softsphere.unread import values_are_unread
+from softsphere.unread import step_is_recorded, values_are_unread
 
 __all__ = ["guarded", "reason", "smallest_share", "unusable"]
 
@@ -60,7 +60,8 @@ def guarded(
     # What products have not solved is no reason to refuse a step. Of two booleans a > b is a & ~b.
     now = solved > ok if solved is not None else ~(ok & (share > enough))
     flag = now if flag is None else flag | now
-    calm = gradient.H.dtype == torch.float32  # or it does not count as solved
+    # A compiled step in float32 counts as solved only if it is calm, after which a CPU does not look.
+    calm = step_is_recorded() and gradient.H.dtype == torch.float32
     can_be_taken = solved if final or calm else _lasts(W, update, solved)
     undone = None if can_be_taken is None else ~can_be_taken
     left_out = flag if undone is None else flag | undone

@@ -59,6 +59,7 @@ __all__ = [
     "is_shared_with_others",
     "is_wrapper",
     "mapped_by_vmap",
+    "number_of_results",
     "operation_name",
     "pair_products",
     "products_have_out_dtype",
@@ -472,6 +473,11 @@ def by_inductor(
 def is_plain(x: Tensor) -> bool:
     """Whether the operations of a tensor are not handled by a subclass."""
     return type(x).__torch_dispatch__ is Tensor.__torch_dispatch__
+
+
+def number_of_results(operation: Any) -> int:
+    """How many results an operation of torch.ops has."""
+    return len(operation._schema.returns)
 
 
 def returns_what_it_writes(operation: Any) -> bool:

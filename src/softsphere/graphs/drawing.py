@@ -77,27 +77,20 @@ class Drawing:
             for x in tensors_of((operation.args, operation.kwargs)):
                 if not self._recorder.is_made(x):
                     found.setdefault(place(x), {}).setdefault(_where(x), x)
+        wholes: list[tuple[fx.Node, dict[Any, Tensor]]] = []
         for parts in found.values():
             if len(parts) == 1 or not all(x.numel() for x in parts.values()):
                 self._nodes |= {where: self._input(x) for where, x in parts.items()}
-                continue
-            first = next(iter(parts.values()))
-            whole = first.new_empty(0).set_(first.untyped_storage())
-            node = self._input(whole)
+            else:
+                first = next(iter(parts.values()))
+                whole = first.new_empty(0).set_(first.untyped_storage())
+                wholes.append((self._input(whole), parts))
+        for node, parts in wholes:  # behind all placeholders
             self._nodes |= {where: self._part(node, x) for where, x in parts.items()}
 
     def _input(self, x: Tensor) -> fx.Node:
-        """Draws a placeholder behind the others."""
-        last = next((n for n in reversed(self._graph.nodes) if n.op == "placeholder"), None)
-        first = next(iter(self._graph.nodes), None)
         self.inputs.append(x)
-        if last is None and first is not None:
-            with self._graph.inserting_before(first):
-                return self._graph.placeholder("input_1")
-        if last is None:
-            return self._graph.placeholder("input_1")
-        with self._graph.inserting_after(last):
-            return self._graph.placeholder(f"input_{len(self.inputs)}")
+        return self._graph.placeholder(f"input_{len(self.inputs)}")
 
     def _draw(self, operation: Operation) -> None:
         args, kwargs = map_aggregate(

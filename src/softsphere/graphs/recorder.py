@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from softsphere._torch import (
     TorchDispatchMode,
     is_plain,
+    number_of_results,
     operation_name,
     returns_what_it_writes,
     written_tensors,
@@ -136,7 +137,7 @@ def _each(x: Any, change: Callable[[Tensor], Any]) -> Any:
 
 def _as_returned(func: Any, written: list[Tensor]) -> Any:
     """What an operation returns that returns what it has written, or nothing."""
-    count = len(func._schema.returns)
+    count = number_of_results(func)
     if count == 0:
         return None
     return written[0] if count == 1 else tuple(written[:count])

@@ -56,6 +56,20 @@ def look_at_no_value(monkeypatch) -> None:
 WAYS = {"captured": pretend_a_gpu, "compiled": compile_by_python}
 
 
+def step_below(head, optimizer):
+    """A step of a head alone, which returns the loss and the gradient for a trunk outside."""
+
+    def train(hidden, target):
+        optimizer.zero_grad()
+        hidden = hidden.detach().requires_grad_()
+        loss = head(hidden, target)
+        loss.backward()
+        optimizer.step()
+        return loss, hidden.grad
+
+    return train
+
+
 class RecordedGraph(TorchDispatchMode):
     """The operations of a function, each with the tensors that it reads and writes."""
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from _recorded_graph import WAYS, RecordedGraph, pretend_a_gpu
+from _recorded_graph import WAYS, RecordedGraph, pretend_a_gpu, step_below
 from softsphere import (
     CapturedStep,
     ClusteredLoss,
@@ -339,15 +339,7 @@ def test_the_gradient_of_hidden_for_a_trunk_outside(way):
     way()
     _, head, optimizer = model()
 
-    def train(hidden, target):
-        optimizer.zero_grad()
-        hidden = hidden.detach().requires_grad_()
-        loss = head(hidden, target)
-        loss.backward()
-        optimizer.step()
-        return loss, hidden.grad
-
-    step = captured(train, optimizer, *batch(0))
+    step = captured(step_below(head, optimizer), optimizer, *batch(0))
     for i in range(8):
         other = copy.deepcopy(head)
         hidden = batch(i)[0].requires_grad_()

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from _recorded_graph import step_below
 from softsphere import CapturedStep, FactoredSphericalLoss
 from softsphere.graphs import compiled
 from softsphere.optim import FactoredSGD
@@ -278,20 +279,12 @@ def training(d=4, D=30, **options):
     rate = torch.tensor(0.5, dtype=torch.float64)
     optimizer = FactoredSGD(head.parameters(), **{"lr": rate, "capturable": True} | options)
 
-    def train(hidden, target):
-        optimizer.zero_grad()
-        hidden = hidden.detach().requires_grad_()
-        loss = head(hidden, target)
-        loss.backward()
-        optimizer.step()
-        return loss, hidden.grad
-
     def batch(i):
         generator = torch.Generator().manual_seed(i)
         hidden = torch.randn(3, d, generator=generator)
         return hidden, torch.randint(D, (3,), generator=generator)
 
-    return head, optimizer, train, batch
+    return head, optimizer, step_below(head, optimizer), batch
 
 
 def test_compiled_steps_of_a_factored_layer_are_those_of_python():

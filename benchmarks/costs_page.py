@@ -170,9 +170,9 @@ def factored_layer() -> str:
     wear, memory = Table("factored_wear"), Table("factored_memory")
     most = flat.settings[-1]
     growth = shown(flat.value(ours, most, "times that at D = 10,000"))
-    of_products = ", or\n  ".join(
-        f"{shown(products.value(ours, s, 'times its products'))} times, and compiled "
-        f"{shown(products.value(compiled, s, 'times its products'))} times ({described(s)})"
+    of_products = ", and\n  ".join(
+        f"{shown(products.value(ours, s, 'times its products'))} (compiled "
+        f"{shown(products.value(compiled, s, 'times its products'))}) at {described(s)}"
         for s in products.settings
     )
     once = " and ".join(shown(1e3 * table.value(ours, s, "seconds")) for s in table.settings)
@@ -192,9 +192,8 @@ softmax waits for its memory, and a factored step for many short operations.
 
 - **Flat in D.** A step at D = {most[0]:,} takes {growth} times that at D = 10,000, with
   d = m = {most[1]}. *{flat.source}*
-- **Against its own products.** A step takes, of the time of the matrix products that it cannot do
-  without,
-  {of_products}.
+- **Against its own products.** In multiples of the time of the matrix products that it cannot do
+  without, a step takes {of_products}.
   *{products.source}*
 - **Wear.** The squared error wears the factors out fastest. In ten thousand steps of it the slowest
   thousand take {worn} times as long as the first, all mending included. *{wear.source}*

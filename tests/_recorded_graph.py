@@ -28,7 +28,10 @@ READS = {
 # Operations that write into what they are given, and do not say so.
 WRITES = {"native_batch_norm"}
 # What the package asks of a device, and what a GPU answers.
-ANSWERS = {"values_on_cpu": False, "is_asynchronous": True, "captures": True}
+ANSWERS = {
+    **{"values_on_cpu": False, "is_asynchronous": True, "captures": True},
+    "_multiplies_float64_slowly": False,
+}
 
 
 def pretend_a_gpu(monkeypatch) -> None:

@@ -66,7 +66,7 @@ class CapturedStep:
     and the layer's ignore_index for target.
 
     Attributes:
-        captures: how many graphs have been captured, or programs made, so far.
+        captures: how many graphs have been captured, or steps recorded for a program, so far.
 
     Raises TypeError for an optimizer that cannot be captured, and for the factored leaves of a
     ClusteredLoss.

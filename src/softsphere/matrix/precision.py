@@ -125,18 +125,19 @@ def _is_plain(a: Tensor, b: Tensor) -> bool:
 
 def float32_may_pay(device: torch.device, width: int) -> bool:
     """Whether some step of a matrix of w columns is taken faster in float32 than in float64."""
-    by_parts = width > _NARROW and _has_parts(device)
-    return by_parts or device.type == "cpu" or _multiplies_float64_slowly(device)
+    return (width > _NARROW and _has_parts(device)) or _multiplies_float64_slowly(device)
 
 
 def float32_pays(device: torch.device, rank: int, width: int) -> bool:
     """Whether a step of r factors is."""
     by_parts = width > _NARROW and _are_large(2 * rank * width**2, device)
-    slow = device.type == "cpu" or _multiplies_float64_slowly(device)
-    return by_parts or (slow and float32_is_exact())
+    return by_parts or (_multiplies_float64_slowly(device) and float32_is_exact())
 
 
 def _multiplies_float64_slowly(device: torch.device) -> bool:
+    """Whether a device takes at least twice as long for float64 as for float32, as a CPU does."""
+    if device.type == "cpu":
+        return True
     is_gpu = device.type == "cuda"
     return is_gpu and torch.cuda.get_device_capability(device) not in _FAST_FLOAT64
 

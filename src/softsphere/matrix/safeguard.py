@@ -60,7 +60,7 @@ def guarded(
     # What products have not solved is no reason to refuse a step. Of two booleans a > b is a & ~b.
     now = solved > ok if solved is not None else ~(ok & (share > enough))
     flag = now if flag is None else flag | now
-    # A compiled step in float32 counts as solved only if it is calm, after which a CPU does not look.
+    # A compiled step in float32 is solved only if it is calm, after which a CPU does not look.
     calm = step_is_recorded() and gradient.H.dtype == torch.float32
     can_be_taken = solved if final or calm else _lasts(W, update, solved)
     undone = None if can_be_taken is None else ~can_be_taken

@@ -9,10 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from _recorded_graph import step_below
 from softsphere import CapturedStep, FactoredSphericalLoss
 from softsphere.graphs import compiled
+from softsphere.matrix import factored_matrix, precision
 from softsphere.optim import FactoredSGD
 
 pytestmark = pytest.mark.once("a program that is compiled for a CPU")
@@ -231,6 +233,26 @@ def test_what_a_backward_pass_of_a_program_could_not_take_is_refused():
         graph.record(lambda: lstm(torch.ones(3, 2, 4))[0].sum().backward())
 
 
+def test_memory_that_is_written_is_not_copied_to_record_it():
+    """That of W may be most of what the machine has."""
+    W, made = torch.zeros(1000, 100), []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **kwargs or {})
+            made.append(result.numel())
+            return result
+
+    def function():
+        W.add_(1.0)
+        W.index_add_(0, torch.tensor([3]), torch.ones(1, 100))
+
+    graph = compiled.Graph(torch.device("cpu"))
+    with Sizes():
+        graph.record(function)
+    assert made and max(made) < W.numel() and not W.any()
+
+
 @pytest.mark.usefixtures("by_python")
 def test_what_is_not_filled_has_no_value():
     graph, kept = compiled.Graph(torch.device("cpu")), []
@@ -336,19 +358,50 @@ def steps_taken(step, batch, count=8):
 
 @pytest.mark.usefixtures("by_python")
 @pytest.mark.parametrize("target", [30, -1, 2**40])
-def test_a_target_that_is_no_class_is_told_and_changes_nothing(target):
+@pytest.mark.parametrize("taken", [0, 3, 10], ids=["by Python", "recorded", "by a program"])
+def test_a_target_that_is_no_class_is_told_and_changes_nothing(target, taken):
+    head, optimizer, train, batch = training()
+    runs = []
+
+    def counted(*inputs):
+        runs.append(inputs)
+        return train(*inputs)
+
+    step = CapturedStep(counted, optimizer, *batch(0), compile=True)
+    steps_taken(step, batch, taken)
+    W, before = head.matrix.arrays, len(runs)
+    arrays = W.V.blocks[0], *W.small_state().values()
+    kept = [x.clone() for x in arrays]
+    hidden, wrong = batch(0)
+    wrong[1] = target
+    with pytest.raises(ValueError, match=r"target must be in \[0, 30\)"):
+        step(hidden, wrong)
+    assert (len(runs) == before) == (taken == 10)
+    assert all(torch.equal(x, y) for x, y in zip(arrays, kept, strict=True))
+    wrong[1] = -100  # the row is ignored
+    assert step(hidden, wrong)[0].isfinite() and not torch.equal(arrays[0], kept[0])
+
+
+@pytest.mark.usefixtures("by_python")
+def test_a_step_that_a_program_left_undone_is_finished_without_looking_at_values(monkeypatch):
+    """So that one that cannot be taken is left out, and not written before it is looked at."""
     head, optimizer, train, batch = training()
     step = CapturedStep(train, optimizer, *batch(0), compile=True)
-    for taken in (0, 8):
-        steps_taken(step, batch, taken)
-        before = head.dense()
-        hidden, wrong = batch(0)
-        wrong[1] = target
-        with pytest.raises(ValueError, match=r"target must be in \[0, 30\)"):
-            step(hidden, wrong)
-        assert torch.equal(head.dense(), before)
-    wrong[1] = -100  # the row is ignored
-    assert step(hidden, wrong)[0].isfinite() and not torch.equal(head.dense(), before)
+    steps_taken(step, batch, 10)
+    looked = []
+
+    def seen(W, *given, **options):
+        looked.append(not precision.is_asynchronous(W.device))
+        return planned(W, *given, **options)
+
+    planned = factored_matrix.plan
+    monkeypatch.setattr(factored_matrix, "plan", seen)
+    head.matrix.watch.period = 100  # no measurement finds it
+    optimizer.param_groups[0]["lr"].fill_(30.0)
+    step(*batch(10))
+    assert head.matrix.watch.undone.any() and not looked
+    head.dense()
+    assert looked and not any(looked) and not head.matrix.watch.undone.any()
 
 
 def test_a_weight_whose_factors_were_renewed_is_stepped_by_python(by_python):

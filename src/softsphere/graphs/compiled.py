@@ -57,7 +57,8 @@ class Graph:
     def record(self, function: Callable[[], Result]) -> Result:
         """Records what a function does, and returns what it returns, which has no values yet.
 
-        All memory stays as it was. Raises RuntimeError where the function reads a value.
+        All memory stays as it was. Raises RuntimeError where the function reads a value, and
+        ValueError where it asserts what does not hold.
         """
         random = torch.get_rng_state()
         try:

@@ -78,6 +78,8 @@ class Recorder(TorchDispatchMode):
         name = operation_name(func)
         if name in _ASSERTIONS:
             message = args[1] if len(args) > 1 else "an assertion of train does not hold"
+            if not bool(args[0]):  # or what follows would fail with words of its own
+                raise ValueError(message)
             self.operations.append(Operation(func, args, kwargs, None, message))
             return None
         if name == "aten::lift_fresh":

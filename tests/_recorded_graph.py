@@ -87,16 +87,17 @@ class RecordedGraph(TorchDispatchMode):
 
     def record(self, function):
         random = torch.get_rng_state()
-        with self:
-            outputs = function()
-        torch.set_rng_state(random)
-        for *_, results in self.operations:
-            for x in results:
-                if x.is_floating_point():
-                    x.fill_(torch.nan)
-        for whole, saved in self.before.values():
-            whole.copy_(saved)
-        return outputs
+        try:
+            with self:
+                return function()
+        finally:
+            torch.set_rng_state(random)
+            for *_, results in self.operations:
+                for x in results:
+                    if x.is_floating_point():
+                        x.fill_(torch.nan)
+            for whole, saved in self.before.values():
+                whole.copy_(saved)
 
     def fill(self, tensors) -> None:
         """All that was made is filled."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import signal
+from collections import Counter
 from contextlib import contextmanager, nullcontext
 from functools import partial
 
@@ -161,6 +162,73 @@ def test_float32_steps_differ_by_rounding_alone(way):
     for i in range(100):
         step(*batch(i, torch.float32)), train(*batch(i, torch.float32))
     same(mine, plain, 1e-4)
+
+
+@pytest.mark.parametrize("name", ["plain", "momentum", "squared error"])
+def test_copies_that_last_are_those_of_the_factors(name, way):
+    """Also after the factors were mended, a step was finished later, and Python took steps."""
+    way()
+    lr = torch.tensor(0.02 if name == "squared error" else 1.0, dtype=torch.float64)
+    mine, plain = (model(dtype=torch.float32, **OPTIONS[name] | {"lr": lr}) for _ in range(2))
+    train, W, lasted = step_of(*mine), mine[1].matrix.arrays, Counter()
+    step = captured(train, mine[2], *batch(0, torch.float32))
+    for i in range(150):
+        if i == 60:
+            lr.mul_(12)
+        got = (train if i % 10 == 9 else step)(*batch(i, torch.float32)).detach()
+        want = step_of(*plain)(*batch(i, torch.float32)).detach()
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+        W.check()
+        for key in W.rounded.fresh & W.rounded.lasting:
+            torch.testing.assert_close(W.small(key), getattr(W, key).float(), rtol=1e-6, atol=1e-7)
+            lasted[key] += 1
+        if i == 60:
+            lr.div_(12)
+    assert min(lasted["U"], lasted["centred_gram"]) > 10
+
+
+def twice(mine, hidden, target):
+    step_of(*mine)(hidden, target)
+    return step_of(*mine)(hidden, target)
+
+
+def read_afterwards(mine, hidden, target):
+    step_of(*mine)(hidden, target)
+    return mine[1](mine[0](hidden), target)
+
+
+def measured_afterwards(mine, hidden, target):
+    step_of(*mine)(hidden, target)
+    return mine[1].weight.norm()
+
+
+@pytest.mark.parametrize("train", [twice, read_afterwards, measured_afterwards])
+def test_a_weight_is_not_read_after_its_step_in_a_record(train, way):
+    """A step that is finished later would be missing there, and an earlier one would be lost."""
+    way()
+    mine, plain = model(), model()
+    step = captured(partial(train, mine), mine[2], *batch(0))
+    for i in range(3):
+        step(*batch(i)), train(plain, *batch(i))
+    with pytest.raises(RuntimeError, match="train must step a factored weight once, after every"):
+        step(*batch(3))
+    same(mine, plain)
+    for each in (mine, plain):
+        train(each, *batch(4))
+    same(mine, plain)
+
+
+def test_a_weight_that_train_does_not_step_stays_as_it_is(way):
+    way()
+    mine, other = model(), model()
+
+    def train(hidden, target):
+        return step_of(*mine)(hidden, target) + other[1](hidden, target).detach()
+
+    before = other[1].dense()
+    step = captured(train, [mine[2], other[2]], *batch(0))
+    many(step, 10)
+    assert step.captures and torch.equal(other[1].dense(), before)
 
 
 def test_a_refused_step_leaves_the_weight_as_it_was_and_is_told(way):

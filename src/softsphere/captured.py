@@ -116,6 +116,8 @@ class CapturedStep:
         self._left: tuple[Any, ...] = ()
         self._captured: tuple[Any, ...] = ()
         self._recorded: list[Any] = []
+        # the matrices that the last eager step changed
+        self._stepped: list[FactoredMatrix] = []
         # why a capture did not end in order, after which none is tried
         self._lost: str | None = None
         self._calls = self.captures = 0
@@ -148,10 +150,13 @@ class CapturedStep:
         if not self._captures or self._pays_no_more():
             return _copied(self._train(*self._inputs))
         # Elimination asks a library that need not allow a capture. It is for few steps in a row.
-        eliminates = any(not matrix.watch.products[0] for matrix in self._matrices)
+        eliminates = any(not matrix.watch.products[0] for matrix in self._stepped)
         if self._calls <= _WARM_UP or eliminates or self._held() != self._left:
+            editions = [matrix.edition for matrix in self._matrices]
             step = self._kind_of_graph.warmed_up(lambda: self._train(*self._inputs), self._device)
             outputs = _copied(step)
+            both = zip(self._matrices, editions, strict=True)
+            self._stepped = [matrix for matrix, edition in both if matrix.edition != edition]
             self._left = self._held()
             return outputs
         # a Ctrl-C ends a compilation, which takes seconds, and waits for a capture
@@ -179,7 +184,8 @@ class CapturedStep:
             refused = []
             for matrix, recorded in zip(self._matrices, self._recorded, strict=True):
                 try:
-                    Replay(matrix).after(*recorded)
+                    if recorded is not None:
+                        Replay(matrix).after(*recorded)
                 except SingularStepError as error:
                     refused.append(error)  # the graph has stepped the others all the same
             if refused:

@@ -40,6 +40,8 @@ class Kept(ABC):
     is_written: bool
     # finishes a step that was left unfinished on the device
     unfinished: Callable[[], None] | None = None
+    # whether a step was recorded that nobody has run yet
+    is_recorded: bool = False
     # the process group that has the other rows of W
     shards: Shards | None = None
     # the first row of each matrix of a stack, and the number of rows
@@ -116,6 +118,12 @@ class Kept(ABC):
 
     def _finish_step(self) -> None:
         """See `finish_step`."""
+        if self.is_recorded:
+            raise RuntimeError(
+                "train must step a factored weight once, after everything that reads it: a step "
+                "that takes much of a direction away is finished when all of train has run; put "
+                "what comes later into another function, or take the steps without CapturedStep"
+            )
         if self.unfinished is None:
             return
         if graph_is_captured():

@@ -52,8 +52,8 @@ class FactoredMatrix(Matrix):
     """
 
     arrays: Arrays
-    # the gradient and the blocks of the step that was recorded last
-    recorded_step: tuple[GradientFactors, Blocks]
+    # the gradient and the blocks of the step in the last record, if there is one in it
+    recorded_step: tuple[GradientFactors, Blocks] | None = None
 
     def __init__(
         self, *blocks: Tensor, pi: Tensor | None = None, shards: Shards | None = None
@@ -116,6 +116,8 @@ class FactoredMatrix(Matrix):
             update.commit(self.arrays)
             self.watch.note(update)
         if self.watch.recording:
+            self.arrays.round_again()
+            self.arrays.is_recorded = True
             self.recorded_step = gradient, blocks
         else:
             self.after_step(gradient, blocks, update.share)

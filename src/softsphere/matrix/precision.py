@@ -163,6 +163,8 @@ class Rounded:
     def __init__(self) -> None:
         self.kept: dict[str, Tensor] = {}
         self.fresh: set[str] = set()
+        # those that a recorded step rounds again itself, so that they last from run to run
+        self.lasting: frozenset[str] = frozenset()
 
     def get(self, name: str, dtype: torch.dtype, parts: Callable[[], Sequence[Tensor]]) -> Tensor:
         """Returns an array rounded to `dtype`: the one, or the sum of two, that `parts` returns."""

@@ -43,11 +43,13 @@ class Replay:
         W.know_sums()
         W.settle()  # or the record would do it each time
         W.changed()
-        watch.recording = True
+        W.let_last()
+        W.round_again()
+        watch.recording, self.matrix.recorded_step = True, None
         try:
             yield
         finally:
-            watch.recording = False
+            watch.recording = W.is_recorded = False
             W.rounded.forget_all()
 
     @in_full_precision
@@ -64,7 +66,8 @@ class Replay:
         small = (W.U, W.U_inv, W.omega, W.centred_gram, W.colsum)
         maps = (W.generations.made, W.generations.maps)
         known = (watch.refused, watch.undone, watch.deviation)
-        memory = [None if x is None else x.data_ptr() for x in (*W.V.blocks, *small, *maps, *known)]
+        held = (*W.V.blocks, *small, *W.round_again(), *maps, *known)
+        memory = [None if x is None else x.data_ptr() for x in held]
         return *memory, watch.products, W.generations.now, len(maps[1]), float32_is_exact()
 
     @in_full_precision
@@ -80,4 +83,5 @@ class Replay:
             W.V.note()
             W.renamed()
             W.changed()
+            W.rounded.fresh |= W.rounded.lasting
         self.matrix.after_step(gradient, blocks)

@@ -55,6 +55,14 @@ class SmallArrays(Kept):
         """Notes that the small arrays have changed, so that they are rounded again."""
         self.rounded.forget(*_SMALL, "mean", _MEAN)
 
+    def let_last(self) -> None:
+        """Has recorded steps round those matrices themselves that are rounded now."""
+        self.rounded.lasting = self.rounded.kept.keys() & frozenset(_MATRICES)
+
+    def round_again(self) -> list[Tensor]:
+        """Returns the copies that last from one recorded step to the next, with their values."""
+        return [self.small(name) for name in sorted(self.rounded.lasting)]
+
     @property
     def U(self) -> Tensor:
         """U (w, w); it may be a new tensor, so write it by `put`."""

@@ -41,6 +41,8 @@ def pretend_a_gpu(monkeypatch) -> None:
             for question, answer in ANSWERS.items():
                 if hasattr(module, question):
                     monkeypatch.setattr(module, question, lambda *_, answer=answer: answer)
+            if hasattr(module, "graph_is_captured"):
+                monkeypatch.setattr(module, "graph_is_captured", RecordedGraph.is_recording)
     monkeypatch.setattr(cuda, "Graph", RecordedGraph)
 
 
@@ -76,6 +78,8 @@ def step_below(head, optimizer):
 class RecordedGraph(TorchDispatchMode):
     """The operations of a function, each with the tensors that it reads and writes."""
 
+    recording = False
+
     def __init__(self, device) -> None:
         super().__init__()
         self.operations: list[tuple] = []
@@ -86,11 +90,12 @@ class RecordedGraph(TorchDispatchMode):
         return function()
 
     def record(self, function):
-        random = torch.get_rng_state()
+        random, RecordedGraph.recording = torch.get_rng_state(), True
         try:
             with self:
                 return function()
         finally:
+            RecordedGraph.recording = False
             torch.set_rng_state(random)
             for *_, results in self.operations:
                 for x in results:
@@ -98,6 +103,10 @@ class RecordedGraph(TorchDispatchMode):
                         x.fill_(torch.nan)
             for whole, saved in self.before.values():
                 whole.copy_(saved)
+
+    @staticmethod
+    def is_recording() -> bool:
+        return RecordedGraph.recording
 
     def fill(self, tensors) -> None:
         """All that was made is filled."""
@@ -122,7 +131,7 @@ class RecordedGraph(TorchDispatchMode):
         kwargs = kwargs or {}
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         if any(isinstance(x, Wrapper) for x in given):
-            return func(*args, **kwargs)
+            return NotImplemented
         if _name(func) in READS:
             raise RuntimeError(f"{_name(func)} reads a value, which no graph can hold")
         if _name(func).startswith("index") and any(x.dtype == torch.bool for x in _masks(args)):

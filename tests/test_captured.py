@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import signal
 from collections import Counter
 from contextlib import contextmanager, nullcontext
@@ -187,6 +188,74 @@ def test_copies_that_last_are_those_of_the_factors(name, way):
     assert min(lasted["U"], lasted["centred_gram"]) > 10
 
 
+def clipped(mine, hidden, target):
+    trunk, head, optimizer = mine
+    optimizer.zero_grad()
+    loss = head(trunk(hidden), target)
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_([*trunk.parameters(), *head.parameters()], 0.3)
+    optimizer.step()
+    return loss, norm
+
+
+def accumulated(mine, hidden, target):
+    trunk, head, optimizer = mine
+    optimizer.zero_grad()
+    for half in range(2):
+        (head(trunk(hidden[half::2]), target[half::2]) / 2).backward()
+    optimizer.step()
+
+
+def used_twice(mine, hidden, target):
+    trunk, head, optimizer = mine
+    optimizer.zero_grad()
+    loss = head(trunk(hidden), target) + head(hidden.flip(0), target) / 2
+    loss.backward()
+    optimizer.step()
+    return loss
+
+
+def with_a_hook(mine, hidden, target):
+    hook = mine[1].weight.register_hook(lambda gradient: gradient * 0.5)
+    loss = step_of(*mine)(hidden, target)
+    hook.remove()
+    return loss
+
+
+def scaled_in_place(mine, hidden, target):
+    trunk, head, optimizer = mine
+    optimizer.zero_grad()
+    head(trunk(hidden), target).backward()
+    head.weight.grad.mul_(0.5)
+    optimizer.step()
+
+
+def measured(mine, hidden, target):
+    trunk, head, optimizer = mine
+    optimizer.zero_grad()
+    before = head.weight.norm()
+    head(trunk(hidden), target).backward()
+    found = before, head.weight.grad.norm(), head.weight[target].detach()
+    optimizer.step()
+    return found
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize(
+    "train", [clipped, accumulated, used_twice, with_a_hook, scaled_in_place, measured]
+)
+def test_what_train_does_with_a_weight_or_its_gradient_is_done_in_each_step(train, momentum, way):
+    way()
+    rate = torch.tensor(0.2, dtype=torch.float64)
+    mine, plain = (model(momentum, lr=rate) for _ in range(2))
+    step = captured(partial(train, mine), mine[2], *batch(0))
+    for i in range(30):
+        got, want = step(*batch(i)), train(plain, *batch(i))
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+    assert step.captures
+    same(mine, plain)
+
+
 def twice(mine, hidden, target):
     step_of(*mine)(hidden, target)
     return step_of(*mine)(hidden, target)
@@ -202,7 +271,13 @@ def measured_afterwards(mine, hidden, target):
     return mine[1].weight.norm()
 
 
-@pytest.mark.parametrize("train", [twice, read_afterwards, measured_afterwards])
+def scaled_afterwards(mine, hidden, target):
+    step_of(*mine)(hidden, target)
+    with torch.no_grad():
+        mine[1].weight.mul_(0.9)
+
+
+@pytest.mark.parametrize("train", [twice, read_afterwards, measured_afterwards, scaled_afterwards])
 def test_a_weight_is_not_read_after_its_step_in_a_record(train, way):
     """A step that is finished later would be missing there, and an earlier one would be lost."""
     way()
@@ -216,6 +291,43 @@ def test_a_weight_is_not_read_after_its_step_in_a_record(train, way):
     for each in (mine, plain):
         train(each, *batch(4))
     same(mine, plain)
+
+
+WHOLE = {
+    "saved": lambda head: head.state_dict(),
+    "loaded": lambda head: head.load_state_dict(model()[1].state_dict()),
+    "initialised": lambda head: nn.init.zeros_(head.weight),
+    "added to": lambda head: head.weight.data.add_(torch.ones(D, 1, dtype=torch.float64)),
+    "renewed": lambda head: head.matrix.renew_(),
+    "refactorised": lambda head: head.matrix.refactorise_(),
+}
+
+
+@pytest.mark.parametrize("when", ["before the step", "after it"])
+@pytest.mark.parametrize("what", WHOLE)
+def test_a_weight_is_not_written_as_a_whole_in_a_record(what, when, way):
+    way()
+    mine, plain = model(), model()
+
+    def train(model, hidden, target):
+        if when == "before the step":
+            WHOLE[what](model[1])
+        loss = step_of(*model)(hidden, target)
+        if when == "after it":
+            WHOLE[what](model[1])
+        return loss
+
+    step, told = captured(partial(train, mine), mine[2], *batch(0)), []
+    for i in range(8):
+        try:
+            step(*batch(i))
+        except RuntimeError as error:
+            told.append(str(error))
+        else:
+            train(plain, *batch(i))
+        same(mine, plain)
+    reasons = re.compile("written as a whole|weight once, after|reads? a value")
+    assert not step.captures and all(reasons.search(words) for words in told)
 
 
 def test_a_weight_that_train_does_not_step_stays_as_it_is(way):

@@ -73,8 +73,10 @@ class Recorder(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         given = tensors_of((args, kwargs))
-        if func.namespace == "profiler" or not all(is_plain(x) for x in given):
+        if func.namespace == "profiler":
             return func(*args, **kwargs)
+        if not all(is_plain(x) for x in given):
+            return NotImplemented  # their own handler is called, whose operations come here again
         name = operation_name(func)
         if name in _ASSERTIONS:
             message = args[1] if len(args) > 1 else "an assertion of train does not hold"

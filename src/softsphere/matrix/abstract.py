@@ -15,6 +15,7 @@ from softsphere.matrix.blocks import Blocks
 from softsphere.matrix.gradient import GradientFactors
 from softsphere.matrix.interrupts import uninterrupted
 from softsphere.matrix.precision import in_full_precision
+from softsphere.matrix.refusals import refuse_in_record
 from softsphere.matrix.rows import Rows
 from softsphere.matrix.turns import in_turn, only_thread, turn
 from softsphere.parallel import Shards
@@ -79,7 +80,15 @@ class Kept(ABC):
         self.edition = os.urandom(16).hex()
 
     def begin_change(self) -> None:
-        """Prepares for writing: tensors that were handed out keep their values."""
+        """Prepares for writing: tensors that were handed out keep their values.
+
+        Raises RuntimeError in a record, which would know nothing of what Python notes here.
+        """
+        refuse_in_record()
+        self.begin_step()
+
+    def begin_step(self) -> None:
+        """Prepares for a step, which may be recorded."""
         self.check()
         self.V.own()
         self.is_written = False

@@ -17,7 +17,7 @@ from softsphere.matrix.gradient_products import dense_gradient, inner_product
 from softsphere.matrix.interrupts import uninterrupted
 from softsphere.matrix.mending import rebase, renew
 from softsphere.matrix.precision import in_full_precision, is_asynchronous
-from softsphere.matrix.refusals import stale
+from softsphere.matrix.refusals import refuse_in_record, stale
 from softsphere.matrix.rows import Rows
 from softsphere.matrix.sharded_arrays import arrays_of
 from softsphere.matrix.step import HARSH, plan
@@ -183,6 +183,7 @@ class FactoredMatrix(Matrix):
         self.watch.restart()
 
     def reset_(self) -> None:
+        refuse_in_record()
         # what was refused, or left unfinished, was a step of another weight
         self.arrays.unfinished = None
         if self.watch.refused is not None:
@@ -191,6 +192,7 @@ class FactoredMatrix(Matrix):
 
     @in_full_precision
     def canonical_(self) -> None:
+        refuse_in_record()
         W = self.arrays
         W.check()
         if not W.is_written:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from softsphere._torch import graph_is_captured
+
 __all__ = [
     "ADAPTIVE",
     "BY_SGD",
@@ -13,6 +15,7 @@ __all__ = [
     "MOMENTUM",
     "foreign",
     "refusal",
+    "refuse_in_record",
     "stale",
 ]
 
@@ -101,3 +104,15 @@ def stale() -> RuntimeError:
         "or load_state_dict changed it; call zero_grad() after each step. torch.optim.SGD keeps "
         "such gradients for its momentum: use softsphere.optim.FactoredSGD instead"
     )
+
+
+def refuse_in_record() -> None:
+    """Raises RuntimeError in a record, for what is more than a step.
+
+    Python notes it at once, and memory would follow only when the record is run.
+    """
+    if graph_is_captured():
+        raise RuntimeError(
+            "a factored weight cannot be saved, loaded or written as a whole in a step that is "
+            "captured or compiled; do so between the steps"
+        )

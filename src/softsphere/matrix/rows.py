@@ -17,6 +17,7 @@ from torch import Tensor
 
 from softsphere._torch import is_shared_with_others, version_of
 from softsphere.equal_indices import Places
+from softsphere.matrix.refusals import refuse_in_record
 from softsphere.unread import step_is_recorded
 
 __all__ = ["Rows"]
@@ -94,6 +95,7 @@ class Rows:
 
     def lend(self, j: int) -> Tensor:
         """Hands block j out. The tensor keeps its present values while V changes."""
+        refuse_in_record()
         self.lent[j] = self.sample(j)
         return self.blocks[j].detach()
 

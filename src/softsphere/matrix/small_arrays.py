@@ -57,7 +57,7 @@ class SmallArrays(Kept):
 
     def let_last(self) -> None:
         """Has recorded steps round those matrices themselves that are rounded now."""
-        self.rounded.lasting = self.rounded.kept.keys() & frozenset(_MATRICES)
+        self.rounded.lasting = frozenset(_MATRICES) & self.rounded.kept.keys()
 
     def round_again(self) -> list[Tensor]:
         """Returns the copies that last from one recorded step to the next, with their values."""

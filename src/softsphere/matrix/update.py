@@ -96,7 +96,7 @@ class Update:
 
     def commit(self, W: Arrays) -> None:
         """Writes the update in place; no large tensor is allocated."""
-        W.begin_change()
+        W.begin_step()
         rows, which = W.own_targets(self.rows)
         if self.carried is not None:
             W.V[rows] = self.carried[which]

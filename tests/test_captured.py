@@ -295,7 +295,9 @@ def test_a_weight_is_not_read_after_its_step_in_a_record(train, way):
 
 WHOLE = {
     "saved": lambda head: head.state_dict(),
-    "loaded": lambda head: head.load_state_dict(model()[1].state_dict()),
+    "loaded": lambda head: head.load_state_dict(
+        {"weight": torch.ones(D, WIDTH, dtype=torch.float64)}, strict=False
+    ),
     "initialised": lambda head: nn.init.zeros_(head.weight),
     "added to": lambda head: head.weight.data.add_(torch.ones(D, 1, dtype=torch.float64)),
     "renewed": lambda head: head.matrix.renew_(),

@@ -95,12 +95,18 @@ def usable_now(x: Tensor) -> bool:
 
 def is_shared_with_others(x: Tensor) -> bool:
     """Whether another tensor refers to the memory of x. True where PyTorch cannot say."""
+    return users_of_memory(x) > 1
+
+
+def users_of_memory(x: Tensor) -> int:
+    """How many tensors refer to the memory of x. Very many where PyTorch cannot say."""
     count = getattr(torch._C, "_storage_Use_Count", None)
     if count is None:
-        return True
+        return sys.maxsize
     # how a tensor of its own memory is counted differs between versions
     alone = torch.empty(1, device=x.device)
-    return bool(count(x.untyped_storage()._cdata) > count(alone.untyped_storage()._cdata))
+    users: int = count(x.untyped_storage()._cdata) - count(alone.untyped_storage()._cdata) + 1
+    return users
 
 
 def values_readable(x: Tensor) -> bool:

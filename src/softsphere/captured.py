@@ -140,7 +140,7 @@ class CapturedStep:
             for static, given in zip(self._inputs, inputs, strict=True):
                 static.copy_(given)
             if self._graph is not None:
-                if self._held() == self._captured:
+                if self._held() == self._captured and self._graph.is_current():
                     self._calls += 1
                     return self._replayed()
                 # for good: memory that it holds may come to be where it was, as another tensor's
@@ -193,7 +193,7 @@ class CapturedStep:
         return outputs
 
     def _capture(self) -> None:
-        graph = self._kind_of_graph(self._device)
+        graph, gradients = self._kind_of_graph(self._device), self._gradients
         with uninterrupted(), ExitStack() as stack:
             for matrix in self._matrices:
                 stack.enter_context(Replay(matrix).recorded())
@@ -203,20 +203,25 @@ class CapturedStep:
                 self._lost = str(error)
                 raise
             finally:
-                self._forget_gradients()
+                self._forget_gradients_but(gradients)
         # an autograd graph that lives on would tie later steps to the stream of the capture
         outputs = _each(Tensor.detach, outputs)
         recorded = [matrix.recorded_step for matrix in self._matrices]
-        graph.fill(_tensors_in((outputs, recorded)))
+        graph.fill(_tensors_in((outputs, recorded)), self._addresses())
         self._outputs, self._recorded, self._graph = outputs, recorded, graph
         self.captures += 1
 
-    def _forget_gradients(self) -> None:
-        """Drops the gradients of a step that was compiled, in which nothing is filled."""
+    @property
+    def _gradients(self) -> list[Tensor | None]:
+        return [p.grad for _, group in self._groups for p in group["params"]]
+
+    def _forget_gradients_but(self, kept: list[Tensor | None]) -> None:
+        """Drops the gradients that were made by a step that was compiled, which are not filled."""
         if captures(self._device):
             return
-        for _, group in self._groups:
-            for p in group["params"]:
+        every = [p for _, group in self._groups for p in group["params"]]
+        for p, grad in zip(every, kept, strict=True):
+            if p.grad is not grad:
                 p.grad = None
 
     @property
@@ -279,6 +284,10 @@ class CapturedStep:
                     f"{_described(given)}; pad a smaller batch with rows of zeros, whose target is "
                     "the layer's ignore_index"
                 )
+
+    def _addresses(self) -> set[int]:
+        """Where the memory is that changes with what is held, and that of the inputs."""
+        return {*_numbers_in(self._held()), *(x.data_ptr() for x in self._inputs)}
 
     def _held(self) -> tuple[Any, ...]:
         """All that a graph would hold for ever: the place of each tensor, and numbers of Python."""
@@ -360,6 +369,13 @@ def _tensors_in(x: Any) -> list[Tensor]:
     if is_dataclass(x):
         x = list(vars(x).values())
     return [y for each in x for y in _tensors_in(each)] if isinstance(x, tuple | list) else []
+
+
+def _numbers_in(x: Any) -> list[int]:
+    """The integers in nested tuples."""
+    if isinstance(x, tuple):
+        return [y for each in x for y in _numbers_in(each)]
+    return [x] if isinstance(x, int) else []
 
 
 def _copied(outputs: Any) -> Outputs:

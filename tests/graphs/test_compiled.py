@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import signal
+import threading
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from _recorded_graph import step_below
 from softsphere import CapturedStep, FactoredSphericalLoss
 from softsphere.graphs import compiled
+from softsphere.graphs.tensors import place, tensors_of
 from softsphere.matrix import factored_matrix, precision
 from softsphere.optim import FactoredSGD
 
@@ -29,7 +33,7 @@ class Memory:
         self.x = torch.randn(6, 5, generator=generator)
         self.y = torch.randn(5, 5, generator=generator)
         self.at = torch.tensor([3, 0, 3, 1, 1, 3])
-        self.kept = torch.zeros(6, 5)
+        self.kept, self.pairs = torch.zeros(6, 5), torch.ones(3, 2)
         self.table = torch.randn(9, 5, generator=generator)
         self.norm = nn.BatchNorm1d(5)
         self.trunk = nn.Linear(5, 5)
@@ -43,7 +47,15 @@ class Memory:
 
     def state(self) -> list[torch.Tensor]:
         of_adamw = self.adamw.param_groups[0]["params"]
-        return [self.kept, self.table, *self.norm.buffers(), *self.trunk.parameters(), *of_adamw]
+        return [
+            self.kept,
+            self.pairs,
+            self.table,
+            self.at,
+            *self.norm.buffers(),
+            *self.trunk.parameters(),
+            *of_adamw,
+        ]
 
 
 def in_place(m):
@@ -112,9 +124,35 @@ def fused_adamw(m):
     return loss.detach()
 
 
+def conjugates(m):
+    z = torch.complex(m.x, m.x.flip(0))
+    return (z * z.conj()).real, (z.conj() * (1 + 1j)).imag
+
+
+def parts_as_complex_numbers(m):
+    m.pairs.mul_(0.5)
+    return torch.view_as_complex(m.pairs).abs(), m.pairs.sum()
+
+
+def integers_in_place(m):
+    m.at.sub_(1).clamp_(min=0)
+    return m.table[m.at], m.at.float()
+
+
+def parts_without_numbers(m):
+    return m.kept[:0].sum() + m.kept[1:].sum(), m.kept[:2].add_(1)
+
+
+def outputs_that_share_memory(m):
+    y = m.x * 2
+    return y, y.view(-1), y[1:], y.detach()
+
+
 FUNCTIONS = [
     *(in_place, into_a_part, parts_that_overlap, sums_with_a_factor, one_number_for_all),
-    *(rows_of_a_table, several_at_once, numbers_of_python, batch_norm),
+    *(rows_of_a_table, several_at_once, numbers_of_python, batch_norm, conjugates),
+    *(parts_as_complex_numbers, integers_in_place, parts_without_numbers),
+    outputs_that_share_memory,
 ]
 STEPS = [fused_sgd, fused_adamw]
 
@@ -139,7 +177,7 @@ def runs(function, program):
         outputs = listed(graph.record(run))
         for x, wanted in zip(m.state(), before, strict=True):
             assert torch.equal(x, wanted)
-        graph.fill(outputs)
+        graph.fill(outputs, ())
     torch.manual_seed(1)
     for i in range(3):
         m.x.copy_(torch.randn(6, 5, generator=torch.Generator().manual_seed(i)))
@@ -186,7 +224,7 @@ def test_random_numbers_are_drawn_in_each_run_and_not_by_recording():
     graph, x = compiled.Graph(torch.device("cpu")), torch.ones(1000)
     before = torch.get_rng_state()
     result = graph.record(lambda: F.dropout(x, 0.5))
-    graph.fill([result])
+    graph.fill([result], ())
     assert torch.equal(torch.get_rng_state(), before)
     runs = []
     for _ in range(2):
@@ -202,6 +240,175 @@ def test_no_sum_is_left_to_the_compiler_that_has_a_factor(by_python):
     assert "alpha" not in by_python[0].code and "mul.Scalar" in by_python[0].code
 
 
+@pytest.mark.usefixtures("by_python")
+def test_outputs_share_no_memory_with_each_other():
+    graph, x = compiled.Graph(torch.device("cpu")), torch.ones(3, 2)
+    outputs = graph.record(lambda: outputs_that_share_memory(SimpleNamespace(x=x)))
+    graph.fill(outputs, ())
+    graph.replay()
+    given = [graph.handed_out(y) for y in outputs]
+    given[0].zero_()
+    assert all((y == 2).all() for y in given[1:])
+
+
+class ByNumPy(torch.autograd.Function):
+    """Its backward pass reads values, which no mode sees."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, g):
+        return torch.from_numpy(g.numpy() * 2)
+
+
+def in_a_backward_pass(x):
+    parameter = torch.ones(5, requires_grad=True)
+    ByNumPy.apply(x * parameter).sum().backward()
+    return parameter.grad
+
+
+def by_a_thread(x):
+    found = []
+    thread = threading.Thread(target=lambda: found.append(x * 2))
+    thread.start(), thread.join()
+    return found[0] + 1
+
+
+def with_a_seed(x):
+    torch.manual_seed(3)
+    return F.dropout(x, 0.5)
+
+
+def checkpointed(x):
+    x = x.detach().requires_grad_()
+    checkpoint(lambda y: F.dropout(y, 0.5).exp(), x, use_reentrant=False).sum().backward()
+    return x.grad
+
+
+class Rebound:
+    """Keeps the result of a step for the next one under the same name."""
+
+    def __init__(self):
+        self.mean = torch.zeros(5)
+
+    def __call__(self, x):
+        self.mean = 0.9 * self.mean + x.mean(0)
+        return self.mean
+
+
+def asserted_at_random(x):
+    torch._assert_async((torch.rand(3) < 2).all(), "drawn")
+    return x + 1
+
+
+NUMBERS, BATCHES = torch.ones(5), [torch.ones(5)]
+BITS = NUMBERS.view(torch.int32)
+REFUSED = {
+    "a thread": (by_a_thread, "does not keep"),
+    "NumPy in a backward pass": (in_a_backward_pass, "does not keep"),
+    "the result of the last step": (Rebound(), "does not keep"),
+    "the next batch": (lambda x: BATCHES.pop() + x, "does not keep"),
+    "a seed": (with_a_seed, "state of the random numbers"),
+    "random numbers that come again": (checkpointed, "state of the random numbers"),
+    "an assertion of random numbers": (asserted_at_random, "at random"),
+    "two dtypes": (lambda x: BITS + NUMBERS.sum(), "memory of another"),
+    "a sparse tensor": (lambda x: x.to_sparse_csr(), "sparse|a value"),
+    "a shape in place": (lambda x: x.view(-1).unsqueeze_(0), "shape of a tensor in place"),
+}
+
+
+@pytest.mark.usefixtures("by_python")
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_a_program_would_do_otherwise_is_refused(what):
+    function, words = REFUSED[what]
+    graph, x = compiled.Graph(torch.device("cpu")), torch.ones(6, 5)
+    with pytest.raises(RuntimeError, match=words):
+        graph.fill([graph.record(lambda: function(x))], [x.data_ptr()])
+    assert (x == 1).all()
+
+
+@pytest.mark.usefixtures("by_python")
+def test_memory_in_whose_place_other_memory_has_come_is_noticed():
+    norm, x, given = nn.BatchNorm1d(5), torch.randn(6, 5), torch.zeros(5)
+    for change in (
+        lambda: setattr(norm, "running_mean", given),
+        lambda: setattr(norm.weight, "data", given.clone()),
+        lambda: norm.load_state_dict(nn.BatchNorm1d(5).state_dict(), assign=True),
+    ):
+        graph = compiled.Graph(torch.device("cpu"))
+        graph.fill([graph.record(lambda: norm(x).detach())], ())
+        assert graph.is_current()
+        change()
+        assert not graph.is_current()
+
+
+INDEXED = {
+    "embedding": lambda W, at: F.embedding(at, W),
+    "embedding_bag": lambda W, at: F.embedding_bag(at, W, offsets=torch.tensor([0, 2])),
+    "cross_entropy": lambda W, at: F.cross_entropy(W.mT[: len(at)], at),
+    "index": lambda W, at: W[:, at[:1] % 2][at],
+    "index_select": lambda W, at: W.index_select(0, at),
+    "gather": lambda W, at: W.gather(0, at.unsqueeze(1)),
+    "scatter": lambda W, at: W.scatter(0, at.unsqueeze(1), 0.0),
+    "index_add": lambda W, at: torch.index_add(W, 0, at, torch.ones(len(at), 4)),
+}
+
+
+@pytest.mark.usefixtures("by_python")
+@pytest.mark.parametrize("name", INDEXED)
+@pytest.mark.parametrize("wrong", [7, -8, 1 << 40])
+def test_a_wrong_index_is_told_before_anything_changes(name, wrong):
+    W, at, total = torch.ones(7, 4), torch.tensor([0, 3, 6]), torch.zeros(())
+    graph = compiled.Graph(torch.device("cpu"))
+
+    def function():
+        total.add_(1.0)
+        return INDEXED[name](W, at)
+
+    result = graph.record(function)
+    graph.fill([result], ())
+    graph.replay()
+    assert torch.equal(graph.handed_out(result), INDEXED[name](W, at))
+    at[1] = wrong
+    with pytest.raises(ValueError, match=r"must be in \[-?\d, 7\)"):
+        graph.replay()
+    with pytest.raises(ValueError, match=r"must be in \[-?\d, 7\)"):
+        compiled.Graph(torch.device("cpu")).record(function)
+    assert total == 1
+
+
+@pytest.mark.usefixtures("by_python")
+def test_an_assertion_sees_what_train_has_done_with_its_inputs():
+    """As with labels that are counted from 1, and a last one that is filled in."""
+    graph, labels, table = (
+        compiled.Graph(torch.device("cpu")),
+        torch.tensor([1, 5, 5]),
+        torch.eye(5),
+    )
+
+    def function():
+        own = labels.sub_(1).clone()
+        own[-1:].fill_(2)
+        torch._assert_async(((own >= 0) & (own < 5)).all(), "a label is wrong")
+        return table[own]
+
+    result = graph.record(function)
+    graph.fill([result], ())
+    assert labels.tolist() == [1, 5, 5]
+    for given in ([1, 5, 99], [2, 1, 0]):
+        labels.copy_(torch.tensor(given))
+        graph.replay()
+        want = [*(x - 1 for x in given[:2]), 2]
+        assert graph.handed_out(result).argmax(1).tolist() == want
+        assert labels.tolist() == [x - 1 for x in given]
+    labels.copy_(torch.tensor([0, 5, 5]))
+    with pytest.raises(ValueError, match=r"^a label is wrong$"):
+        graph.replay()
+    assert labels.tolist() == [0, 5, 5]
+
+
 READERS = {
     "item": lambda x: x.sum().item(),
     "tolist": lambda x: x.tolist(),
@@ -214,6 +421,14 @@ READERS = {
     "masked_select": lambda x: x.masked_select(x > 0),
     "unique": lambda x: x.unique(),
     "bincount": lambda x: x.long().abs().flatten().bincount(),
+    "float": lambda x: float(x.sum()),
+    "print": lambda x: str(x),
+    "format": lambda x: f"{x.sum():.1f}",
+    "a list of numbers": lambda x: torch.tensor([x[0, 0], x[0, 1]]),
+    "an array of a list": lambda x: torch.asarray([x[0, 0]]),
+    "a new tensor of a list": lambda x: x.new_tensor([x[0, 0], 1.0]),
+    "a legacy list of numbers": lambda x: torch.FloatTensor([x[0, 0], x[0, 1]]),
+    "tensor_split": lambda x: x.tensor_split(torch.tensor([1])),
     "repeat_interleave": lambda x: x.repeat_interleave(torch.ones(6).long(), 0),
 }
 
@@ -222,7 +437,8 @@ READERS = {
 def test_what_reads_a_value_is_refused(reader):
     graph = compiled.Graph(torch.device("cpu"))
     x = torch.randn(6, 5)
-    with pytest.raises(RuntimeError, match=r"read a value, as .* does.* leave compile out"):
+    told = r"read a value, as .* does in line \d+ of test_compiled.py.* leave compile out"
+    with pytest.raises(RuntimeError, match=told):
         graph.record(lambda: READERS[reader](x))
 
 
@@ -240,7 +456,7 @@ def test_memory_that_is_written_is_not_copied_to_record_it():
     class Sizes(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             result = func(*args, **kwargs or {})
-            made.append(result.numel())
+            made.extend(x.numel() for x in tensors_of(result) if place(x) != place(W))
             return result
 
     def function():
@@ -263,7 +479,7 @@ def test_what_is_not_filled_has_no_value():
         return kept[0] + 1
 
     result = graph.record(function)
-    graph.fill([result])
+    graph.fill([result], ())
     graph.replay()
     assert torch.equal(result, torch.full((3,), 3.0)) and kept[0].isnan().all()
 
@@ -277,7 +493,7 @@ def test_an_assertion_is_looked_at_before_anything_changes():
         torch._assert_async((x > 0).all(), "x must be positive")
 
     graph.record(function)
-    graph.fill([])
+    graph.fill([], ())
     graph.replay()
     x[1] = -1
     with pytest.raises(ValueError, match=r"^x must be positive$"):
@@ -292,7 +508,7 @@ def test_what_comes_after_a_fused_optimizer_and_needs_it_is_refused():
     graph = compiled.Graph(torch.device("cpu"))
     graph.record(lambda: (fused_sgd(m), m.trunk.weight.sum()))
     with pytest.raises(RuntimeError, match=r"optimizers last: .*_fused_sgd_.* aten::sum"):
-        graph.fill([])
+        graph.fill([], ())
 
 
 def training(d=4, D=30, **options):

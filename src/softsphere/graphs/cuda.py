@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TypeVar
 
 import torch
@@ -75,8 +75,12 @@ class Graph:
                 "start a new process, since PyTorch may not capture again in this one"
             ) from first
 
-    def fill(self, tensors: Sequence[Tensor]) -> None:
+    def fill(self, tensors: Sequence[Tensor], known: Collection[int]) -> None:
         """A replay fills all tensors that were made, these among them."""
+
+    def is_current(self) -> bool:
+        """Whether it is worth a replay. What a graph reads at an address is not known."""
+        return True
 
     def replay(self) -> None:
         self.graph.replay()

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.fx.node import map_aggregate
-from torch.overrides import TorchFunctionMode
 
 from softsphere._torch import (
     TorchDispatchMode,
@@ -18,19 +16,18 @@ from softsphere._torch import (
     returns_what_it_writes,
     written_tensors,
 )
+from softsphere.graphs.bounds import bounds
+from softsphere.graphs.reading import check_reads_nothing, where_called
+from softsphere.graphs.tensors import each, place, tensors_of, where
 
-__all__ = ["Operation", "Recorder", "Unreadable", "place", "tensors_of"]
+__all__ = ["Operation", "Recorder"]
 
-# What reads the memory of a tensor without an operation.
-_READERS = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__}
 # Operations that write into what they are given, and do not say so.
-_SILENT = {"aten::native_batch_norm"}
-# How operations are marked whose result, or its shape, depends on values that Python would see.
-_READS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+_SILENT = {"native_batch_norm"}
 # Operations that keep for a backward pass what depends on whether gradients are wanted, which in a
 # program they are not.
-_KEEPING = {"aten::mkldnn_rnn_layer"}
-_ASSERTIONS = {"aten::_assert_async"}
+_KEEPING = {"mkldnn_rnn_layer"}
+_ASSERTION = "_assert_async"
 
 
 class Operation(NamedTuple):
@@ -46,27 +43,28 @@ class Operation(NamedTuple):
     asserts: str | None = None
 
 
-class Unreadable(TorchFunctionMode):
-    """Refuses to let Python read the memory of a tensor, which no operation would show."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if func in _READERS:
-            raise RuntimeError(_told(func.__name__))
-        return func(*args, **(kwargs or {}))
-
-
 class Recorder(TorchDispatchMode):
     """Records operations on plain tensors. Memory that was there before stays as it was.
 
-    operations: what was recorded, with every tensor, so that no two of them share memory by chance
+    Integers there are changed meanwhile, since what is an index must be one, and put back at the
+    end. Other memory is never changed, so that what depends on it has any values.
+
+    operations: what was recorded, with every tensor that it made, so that no two of them share
+        memory by chance, and aliases of those that were there before
+    constants: where memory is that holds numbers of Python
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.operations: list[Operation] = []
+        self.constants: set[int] = set()
         self._made: set[int] = set()
+        self._aliases: dict[Any, Tensor] = {}
+        self._saved: dict[int, tuple[Tensor, Tensor]] = {}
+        # the places of integers that were there before, on which those at a place depend
+        self._origins: dict[int, frozenset[int]] = {}
+        self._asserted: set[int] = set()
+        self._random = torch.get_rng_state()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -77,40 +75,28 @@ class Recorder(TorchDispatchMode):
             return func(*args, **kwargs)
         if not all(is_plain(x) for x in given):
             return NotImplemented  # their own handler is called, whose operations come here again
-        name = operation_name(func)
-        if name in _ASSERTIONS:
-            message = args[1] if len(args) > 1 else "an assertion of train does not hold"
-            if not bool(args[0]):  # or what follows would fail with words of its own
-                raise ValueError(message)
-            self.operations.append(Operation(func, args, kwargs, None, message))
-            return None
-        if name == "aten::lift_fresh":
+        name = operation_name(func).split("::")[-1]
+        _check_possible(func, name, args)
+        self._check_random()
+        if name == _ASSERTION:
+            return self._assert(func, *args)
+        for index, true, message in bounds(name, args):
+            if self._is_unsure(index):
+                with self:
+                    torch._assert_async(true(), message)
+        if name == "lift_fresh":
             # numbers of Python are a new tensor in each run, which may change it
             func = torch.ops.aten.clone.default
-        _check_reads_nothing(func, name, args)
-        if name in _KEEPING:
-            raise RuntimeError(
-                f"train must not call {name.split('::')[-1]}, as an LSTM on a CPU does, whose "
-                "backward pass a program cannot take; leave compile out"
-            )
-        result = self._result(func, args, kwargs, given if name in _SILENT else None)
-        self.operations.append(Operation(func, args, kwargs, result))
+            # memory of NumPy, which cannot be resized, may have been computed from other values
+            self.constants |= {place(x) for x in given if x.untyped_storage().resizable()}
+        result = self._result(func, name, args, kwargs)
+        _check_dense(name, [*given, *tensors_of(result)])
+        self._random = torch.get_rng_state()
         self._made |= {place(x) for x in tensors_of(result)} - {place(x) for x in given}
+        self._note_origins(given, result)
+        args, kwargs, kept = each((args, kwargs, result), self._kept)
+        self.operations.append(Operation(func, args, dict(kwargs), kept))
         return result
-
-    def _result(
-        self, func: Any, args: tuple[Any, ...], kwargs: Any, written: list[Tensor] | None
-    ) -> Any:
-        """What an operation returns. Only where it writes new memory is it also done."""
-        silent = written is not None
-        written = written_tensors(func, args, kwargs) if written is None else written
-        if all(self.is_made(x) for x in written):
-            return func(*args, **kwargs)
-        if not silent and returns_what_it_writes(func):
-            return _as_returned(func, written)
-        old = {id(x) for x in written}
-        copied = _each((args, kwargs), lambda x: x.clone() if id(x) in old else x)
-        return func(*copied[0], **copied[1])
 
     def is_made(self, x: Tensor) -> bool:
         """Whether the memory of a tensor was made by what was recorded; that of none was not."""
@@ -121,22 +107,79 @@ class Recorder(TorchDispatchMode):
         for operation in self.operations:
             yield from (x for x in tensors_of(operation.result) if self.is_made(x))
 
+    def restore(self) -> None:
+        """Puts back the integers that were changed."""
+        for memory, before in self._saved.values():
+            memory.copy_(before)
+        self._saved.clear()
 
-def place(x: Tensor) -> int:
-    """Where the storage of a tensor is in memory."""
-    return x.untyped_storage().data_ptr()
+    def _assert(self, func: Any, true: Tensor, message: str = "an assertion fails") -> None:
+        if not bool(true):  # or what follows would fail with words of its own
+            raise ValueError(message)
+        self._asserted |= self._origins_of(true)
+        self.operations.append(Operation(func, (self._kept(true), message), {}, None, message))
 
+    def _check_random(self) -> None:
+        """Raises RuntimeError if random numbers were set to come again."""
+        if not torch.equal(self._random, torch.get_rng_state()):
+            raise RuntimeError(
+                "train must not set the state of the random numbers, as torch.manual_seed does and "
+                f"torch.utils.checkpoint where there is dropout{where_called()}, since a program "
+                "draws each number anew; leave compile out, or do without"
+            )
 
-def tensors_of(x: Any) -> list[Tensor]:
-    """The tensors in nested tuples, lists and dictionaries."""
-    found: list[Tensor] = []
-    _each(x, found.append)
-    return found
+    def _result(self, func: Any, name: str, args: tuple[Any, ...], kwargs: Any) -> Any:
+        """What an operation returns. Only where it writes new memory or integers is it done."""
+        silent = name in _SILENT
+        written = tensors_of((args, kwargs)) if silent else written_tensors(func, args, kwargs)
+        # what has no numbers yet is given some, as by out=
+        there = [x for x in written if x.numel() and not self.is_made(x)]
+        if not any(x.is_floating_point() or x.is_complex() for x in there):
+            for x in there:
+                self._save(x)
+            return func(*args, **kwargs)
+        if torch.Tag.inplace_view in func.tags:
+            raise RuntimeError(
+                f"train must not change the shape of a tensor in place, as {name} "
+                f"does{where_called()}; leave compile out, or do without"
+            )
+        if not silent and returns_what_it_writes(func):
+            return _as_returned(func, written)
+        old = {id(x) for x in written}
+        copied = each((args, kwargs), lambda x: x.clone() if id(x) in old else x)
+        return func(*copied[0], **copied[1])
 
+    def _save(self, x: Tensor) -> None:
+        """Keeps what memory holds, to be put back at the end."""
+        if place(x) not in self._saved:
+            memory = torch.empty(0, dtype=torch.uint8).set_(x.untyped_storage())
+            self._saved[place(x)] = memory, memory.clone()
 
-def _each(x: Any, change: Callable[[Tensor], Any]) -> Any:
-    """Changes each tensor in nested tuples, lists and dictionaries."""
-    return map_aggregate(x, lambda y: change(y) if isinstance(y, Tensor) else y)
+    def _kept(self, x: Tensor) -> Tensor:
+        """What stands for a tensor in the record: an alias of one that was there before.
+
+        So it can be told which of them nobody else holds.
+        """
+        if self.is_made(x):
+            return x
+        return self._aliases.setdefault(where(x), x.detach())
+
+    def _is_unsure(self, index: Tensor) -> bool:
+        """Whether an index was there before, and nothing was asserted of it."""
+        return not (self.is_made(index) or place(index) in self._asserted)
+
+    def _origins_of(self, x: Tensor) -> frozenset[int]:
+        if x.is_floating_point() or x.is_complex():
+            return frozenset()
+        alone = frozenset(() if self.is_made(x) else (place(x),))
+        return self._origins.get(place(x), alone)
+
+    def _note_origins(self, given: list[Tensor], result: Any) -> None:
+        found = [x for x in tensors_of(result) if self.is_made(x) and not x.is_floating_point()]
+        if found:
+            origins = frozenset().union(*map(self._origins_of, given))
+            for x in found:
+                self._origins[place(x)] = self._origins.get(place(x), frozenset()) | origins
 
 
 def _as_returned(func: Any, written: list[Tensor]) -> Any:
@@ -147,18 +190,20 @@ def _as_returned(func: Any, written: list[Tensor]) -> Any:
     return written[0] if count == 1 else tuple(written[:count])
 
 
-def _check_reads_nothing(func: Any, name: str, args: tuple[Any, ...]) -> None:
-    """Raises RuntimeError for an operation that reads a value, or whose shapes depend on one."""
-    if name in ("aten::index", "aten::index_put", "aten::index_put_"):
-        reads = any(x.dtype in (torch.bool, torch.uint8) for x in tensors_of(args[1]))
-    else:
-        reads = not _READS.isdisjoint(func.tags)
-    if reads:
-        raise RuntimeError(_told(name.split("::")[-1]))
+def _check_possible(func: Any, name: str, args: tuple[Any, ...]) -> None:
+    """Raises RuntimeError for an operation that a program cannot take."""
+    check_reads_nothing(func, name, args)
+    if name in _KEEPING:
+        raise RuntimeError(
+            f"train must not call {name}, as an LSTM on a CPU does{where_called()}, whose backward "
+            "pass a program cannot take; leave compile out"
+        )
 
 
-def _told(name: str) -> str:
-    return (
-        f"train must not read a value, as {name} does, since a compiled step goes on in the same "
-        "way whatever the values are; leave compile out, or do without"
-    )
+def _check_dense(name: str, tensors: list[Tensor]) -> None:
+    """Raises RuntimeError for sparse tensors, whose numbers are at no place."""
+    if any(x.layout != torch.strided for x in tensors):
+        raise RuntimeError(
+            f"train must not use sparse tensors, as {name} does{where_called()}; leave compile "
+            "out, or use dense ones"
+        )

@@ -1,0 +1,56 @@
+"""What indices have to be, which PyTorch's own operations check and compiled ones need not.
+
+A compiled program that meets a wrong index may end the process, or leave what it writes half done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+__all__ = ["Bound", "bounds"]
+
+_ALONG_A_DIMENSION = {
+    *("gather", "index_select", "index_add", "index_add_", "index_copy", "index_copy_"),
+    *("index_fill", "index_fill_", "scatter", "scatter_", "scatter_add", "scatter_add_"),
+}
+
+
+class Bound(NamedTuple):
+    """What indices have to be.
+
+    true: whether they are within bounds, a boolean ()
+    message: of the error if they are not
+    """
+
+    indices: Tensor
+    true: Callable[[], Tensor]
+    message: str
+
+
+def bounds(name: str, args: tuple[Any, ...]) -> Iterator[Bound]:
+    """The bounds of the indices of an operation, by its name without the namespace."""
+    if name in ("embedding", "_embedding_bag", "_embedding_bag_forward_only"):
+        yield _bound(args[1], 0, args[0].shape[0], "an input of an embedding")
+    elif name in ("nll_loss_forward", "nll_loss2d_forward"):
+        target, ignored = args[1], args[4]
+        yield _bound(target, 0, args[0].shape[1 if args[0].dim() > 1 else 0], "target", ignored)
+    elif name in _ALONG_A_DIMENSION:
+        size = args[0].shape[args[1]] if args[0].dim() else 1
+        yield _bound(args[2], 0, size, f"the index of {name}")
+    elif name in ("index", "index_put", "index_put_"):
+        for dim, index in enumerate(args[1]):
+            if isinstance(index, Tensor):
+                size = args[0].shape[dim]
+                yield _bound(index, -size, size, "an index")
+
+
+def _bound(index: Tensor, least: int, end: int, what: str, ignored: int | None = None) -> Bound:
+    def true() -> Tensor:
+        within = (index >= least) & (index < end)
+        return (within if ignored is None else within | (index == ignored)).all()
+
+    besides = "" if ignored is None else f" or {ignored}"
+    return Bound(index, true, f"{what} must be in [{least}, {end}){besides}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import re
 import signal
 from collections import Counter
@@ -330,6 +331,36 @@ def test_a_weight_is_not_written_as_a_whole_in_a_record(what, when, way):
         same(mine, plain)
     reasons = re.compile("written as a whole|weight once, after|reads? a value")
     assert not step.captures and all(reasons.search(words) for words in told)
+
+
+@pytest.mark.parametrize("frozen", ["trunk", "head"])
+def test_what_is_frozen_between_steps_is_not_stepped_until_it_is_thawed(frozen, way):
+    way()
+    mine, plain = model(), model()
+    step = captured(step_of(*mine), mine[2], *batch(0))
+    for i in range(30):
+        if i % 10 == 0:
+            for x in (mine, plain):
+                x[frozen == "head"].requires_grad_(i != 10)
+        torch.testing.assert_close(step(*batch(i)), step_of(*plain)(*batch(i)).detach())
+        same(mine, plain)
+    assert step.captures == 3
+
+
+def test_a_step_by_python_tells_that_one_was_left_out_before_it_changes_anything():
+    mine = model(dtype=torch.float32)
+    step = captured(step_of(*mine), mine[2], *batch(0, torch.float32))
+    for i in range(10):
+        step(*batch(i, torch.float32))
+    hidden, target = batch(10, torch.float32)
+    step(hidden * torch.nan, target)
+    trunk_as_in(mine, model(dtype=torch.float32))
+    before = mine[1].dense()
+    with pytest.raises(SingularStepError, match="was left out with those after it"):
+        step_of(*mine)(hidden, target)
+    assert torch.equal(mine[1].dense(), before)
+    step_of(*mine)(hidden, target)
+    assert mine[1].dense().isfinite().all() and not torch.equal(mine[1].dense(), before)
 
 
 def test_a_weight_that_train_does_not_step_stays_as_it_is(way):
@@ -838,7 +869,7 @@ def test_what_pytorch_does_not_step_on_a_cpu_is_said_before_anything_is_stepped(
     trunk, head, optimizer = model()
     adamw = torch.optim.AdamW(trunk.parameters(), capturable=True)
     train = step_of(trunk, head, optimizer)
-    with pytest.raises(TypeError, match=r"AdamW with capturable=True.* on a cpu.*capturable=False"):
+    with pytest.raises(TypeError, match=r"AdamW with capturable=True.* on a CPU.*capturable=False"):
         CapturedStep(train, [optimizer, adamw], *batch(0))
 
 
@@ -855,7 +886,15 @@ def test_what_cannot_be_captured_is_said(monkeypatch):
     with pytest.raises(TypeError, match="capturable=True"):
         CapturedStep(train, FactoredSGD(head.parameters(), lr=1.0), *batch(0))
     with pytest.raises(TypeError, match=r"optimizer must be .* got Linear"):
-        CapturedStep(optimizer, trunk, *batch(0))
+        CapturedStep(train, trunk, *batch(0))
+    with pytest.raises(TypeError, match="train comes first and optimizer second"):
+        CapturedStep(optimizer, train, *batch(0))
+    with pytest.raises(TypeError, match=r"train must be a function that does a step, got str"):
+        CapturedStep("train", optimizer, *batch(0))
+    with pytest.raises(TypeError, match=r"example 0 must be a tensor.* got tuple"):
+        CapturedStep(train, optimizer, batch(0))
+    with pytest.raises(TypeError, match="compile must be True or False, got 'yes'"):
+        CapturedStep(train, optimizer, *batch(0), compile="yes")
     with pytest.raises(TypeError, match="got none"):
         CapturedStep(train, [], *batch(0))
     with pytest.raises(TypeError, match="capturable=True"):
@@ -866,8 +905,17 @@ def test_what_cannot_be_captured_is_said(monkeypatch):
     step = CapturedStep(train, optimizer, *batch(0))
     with pytest.raises(ValueError, match=r"input 0 must be \(6, 5\).*got \(4, 5\).*pad"):
         step(*batch(0, rows=4))
-    with pytest.raises(ValueError, match="expected 2 inputs, got 1"):
+    with pytest.raises(ValueError, match=r"input 1 must be .*int64.*got .*int32 on cpu$"):
+        step(batch(0)[0], batch(0)[1].int())
+    with pytest.raises(ValueError, match=r"as many inputs as it was made with examples, 2, got 1"):
         step(batch(0)[0])
+    with pytest.raises(TypeError, match=r"input 1 must be \(6,\).* got list"):
+        step(batch(0)[0], batch(0)[1].tolist())
+    with pytest.raises(ValueError, match=r"input 0 requires a gradient.*x\.detach\(\)"):
+        step(batch(0)[0].requires_grad_(), batch(0)[1])
+    for copied in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="cannot be copied or saved"):
+            copied(step)
 
 
 def test_a_capture_by_hand_is_refused(monkeypatch):

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from softsphere.checks.settings import flag
+from softsphere.checks.steps import check_step, inputs_like
 from softsphere.graphs import compiled, cuda
 from softsphere.graphs.cuda import LostCaptureError
 from softsphere.matrix import FactoredTensor, SingularStepError
@@ -97,10 +99,7 @@ class CapturedStep:
         *examples: Tensor,
         compile: bool = False,
     ) -> None:
-        given = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
-        self._train, self._optimizers = train, given
-        if not self._optimizers:
-            raise TypeError("optimizer must be an optimizer or several, got none")
+        self._train, self._optimizers = train, check_step(train, optimizer, examples)
         for each in self._optimizers:
             if "capturable" not in getattr(each, "defaults", ()) and not _is_sgd(each):
                 raise TypeError(
@@ -109,7 +108,7 @@ class CapturedStep:
                     f"capturable, got {type(each).__name__}"
                 )
         self._inputs = tuple(x.detach().clone() for x in examples)
-        self._compile = compile
+        self._compile = flag("compile", compile)
         self._outputs: Outputs = None
         self._graph: Any = None
         # what the last eager step left, and what the graph holds; see `_held`
@@ -123,6 +122,12 @@ class CapturedStep:
         self._calls = self.captures = 0
         self._matrices = self._captured_matrices()
 
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a CapturedStep cannot be copied or saved, since it holds the tensors of its layers; "
+            "make one for the copy"
+        )
+
     def check(self) -> None:
         """Raises SingularStepError if a step since the last measurement was left out.
 
@@ -133,7 +138,7 @@ class CapturedStep:
 
     def __call__(self, *inputs: Tensor) -> Outputs:
         """Takes a step with these inputs, and returns copies of what `train` returns."""
-        self._check(inputs)
+        inputs_like(self._inputs, inputs)
         if self._lost is not None:
             raise LostCaptureError(self._lost)
         with turn(), torch.no_grad():
@@ -273,18 +278,6 @@ class CapturedStep:
                 found[id(p.matrix)] = p.matrix
         return list(found.values())
 
-    def _check(self, inputs: tuple[Tensor, ...]) -> None:
-        """Raises ValueError if the inputs are not like the examples."""
-        if len(inputs) != len(self._inputs):
-            raise ValueError(f"expected {len(self._inputs)} inputs, got {len(inputs)}")
-        for i, (given, example) in enumerate(zip(inputs, self._inputs, strict=True)):
-            if _kind(given) != _kind(example):
-                raise ValueError(
-                    f"input {i} must be {_described(example)}, as the example, got "
-                    f"{_described(given)}; pad a smaller batch with rows of zeros, whose target is "
-                    "the layer's ignore_index"
-                )
-
     def _addresses(self) -> set[int]:
         """Where the memory is that changes with what is held, and that of the inputs."""
         return {*_numbers_in(self._held()), *(x.data_ptr() for x in self._inputs)}
@@ -299,7 +292,13 @@ class CapturedStep:
                         held.append((name, _place(value)))
                 for p in group["params"]:
                     state = optimizer.state.get(p, {})
-                    held.append((_place(p), *((name, _place(x)) for name, x in state.items())))
+                    held.append(
+                        (
+                            _place(p),
+                            p.requires_grad,
+                            *((name, _place(x)) for name, x in state.items()),
+                        )
+                    )
         # last, since it may wait for the step before
         return *held, *(Replay(matrix).before() for matrix in self._matrices)
 
@@ -330,15 +329,22 @@ def _check_can_step(
 ) -> None:
     """Raises TypeError if a group of an optimizer cannot be stepped, or captured, on a device."""
     fused, capturable = group.get("fused"), group.get("capturable")
-    if captured and not (fused if _is_sgd(optimizer) else capturable):
-        option = "fused" if _is_sgd(optimizer) else "capturable"
-        raise TypeError(f"optimizer must be made with {option}=True, and so must all of its groups")
-    fused = fused or isinstance(optimizer, FactoredSGD)
-    if not captures(device) and capturable and not fused:
-        without = "" if captured else "capturable=False there, or with "
+    is_ours, on_cpu = isinstance(optimizer, FactoredSGD), not captures(device)
+    # PyTorch's other optimizers read numbers of a CPU unless they are fused
+    options = {"fused": _is_sgd(optimizer) or (on_cpu and not is_ours)}
+    options["capturable"] = not _is_sgd(optimizer)
+    missing = [name for name, is_needed in options.items() if is_needed and not group.get(name)]
+    if captured and missing:
+        needed = " and ".join(f"{name}=True" for name, is_needed in options.items() if is_needed)
+        raise TypeError(
+            f"optimizer must be made with {needed}, and so must all of its groups, got an "
+            f"{type(optimizer).__name__} without {' and '.join(missing)}"
+        )
+    if on_cpu and capturable and not (fused or is_ours):
         raise TypeError(
             f"optimizer is an {type(optimizer).__name__} with capturable=True, which PyTorch does "
-            f"not step on a {device.type}; make it with {without}fused=True"
+            "not step on a CPU unless it is fused; make it with capturable=False, or with "
+            "fused=True as well"
         )
 
 
@@ -352,14 +358,6 @@ def _place(x: Any) -> Any:
     if isinstance(x, FactoredTensor):
         return id(x.matrix)
     return ("at", x.data_ptr()) if isinstance(x, Tensor) else x
-
-
-def _kind(x: Tensor) -> tuple[Any, ...]:
-    return x.shape, x.dtype, x.device
-
-
-def _described(x: Tensor) -> str:
-    return f"{tuple(x.shape)} of {x.dtype} on {x.device}"
 
 
 def _tensors_in(x: Any) -> list[Tensor]:

@@ -706,5 +706,7 @@ def test_an_optimizer_that_no_program_can_hold_is_refused():
     trunk = nn.Linear(4, 4)
     adamw = torch.optim.AdamW(trunk.parameters(), capturable=True)
     _, optimizer, train, batch = training()
-    with pytest.raises(TypeError, match=r"AdamW .*; make it with fused=True"):
+    with pytest.raises(
+        TypeError, match=r"fused=True and capturable=True.*got an AdamW without fused"
+    ):
         CapturedStep(train, [optimizer, adamw], *batch(0), compile=True)

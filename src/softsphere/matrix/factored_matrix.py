@@ -103,6 +103,7 @@ class FactoredMatrix(Matrix):
         if is_asynchronous(W.device):
             products = watch.products if watch.recording else (0, 0)
             return plan(W, gradient, blocks, watch.refused, *products)
+        watch.tell()  # of steps before this one, which were taken without looking
         update = plan(W, gradient, blocks)
         if update.refused is None and update.share < HARSH and too_harsh(W, update):
             watch.prepare(W, gradient, update.blocks)

@@ -132,6 +132,15 @@ class Watch:
         self.done["renewed"] += 1
         self.seconds += time.perf_counter() - start
 
+    def tell(self) -> None:
+        """Raises SingularStepError if a step since the last check was left out."""
+        if self.refused is not None and bool(self.refused):
+            self.refused.zero_()
+            raise SingularStepError(
+                "a step since the last check was not finite or was singular, and was left out with "
+                "those after it; lower lr, or look for an overflow in the layers below"
+            )
+
     def is_due(self, blocks: Blocks, share: float) -> bool:
         """Counts a step, and says whether to measure: it is time, or the step was harsh."""
         self.blocks = blocks
@@ -146,12 +155,7 @@ class Watch:
 
         Raises SingularStepError if a step since the last check was left out on a GPU.
         """
-        if self.refused is not None and bool(self.refused):
-            self.refused.zero_()
-            raise SingularStepError(
-                "a step since the last check was not finite or was singular, and was left out with "
-                "those after it; lower lr, or look for an overflow in the layers below"
-            )
+        self.tell()
         start, steps = time.perf_counter(), max(self.steps, 1)
         W.settle()
         self.checks += 1

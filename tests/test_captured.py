@@ -347,6 +347,37 @@ def test_what_is_frozen_between_steps_is_not_stepped_until_it_is_thawed(frozen, 
     assert step.captures == 3
 
 
+def test_gradients_that_are_parts_of_one_tensor_stay_so(way):
+    """As they are for a norm of all of them."""
+    way()
+    results = []
+    for is_captured in (True, False):
+        trunk, head, optimizer = model()
+        flat = torch.zeros(WIDTH * WIDTH + WIDTH, dtype=torch.float64)
+        for p, part in zip(trunk.parameters(), flat.split([WIDTH * WIDTH, WIDTH]), strict=True):
+            p.grad = part.view_as(p)
+
+        def train(hidden, target, head=head, trunk=trunk, optimizer=optimizer, flat=flat):
+            flat.zero_()
+            head.zero_grad()
+            head(trunk(hidden), target).backward()
+            flat.mul_(flat.norm().clamp(min=1).reciprocal())
+            norm = flat.norm()
+            optimizer.step()
+            return norm
+
+        step = captured(train, optimizer, *batch(0)) if is_captured else train
+        for i in range(12):
+            if i == 8:
+                optimizer.param_groups[1]["weight_decay"] = 0.01
+            results.append(step(*batch(i)))
+        assert not is_captured or step.captures == 2
+        results += [trunk.weight.detach(), head.dense(), *(p.grad for p in trunk.parameters())]
+    half = len(results) // 2
+    for got, want in zip(results[:half], results[half:], strict=True):
+        torch.testing.assert_close(got, want)
+
+
 def test_a_step_by_python_tells_that_one_was_left_out_before_it_changes_anything():
     mine = model(dtype=torch.float32)
     step = captured(step_of(*mine), mine[2], *batch(0, torch.float32))

@@ -61,6 +61,6 @@ class Repeated:
     def __call__(self, hidden: Tensor, target: Tensor) -> Any:
         # Python runs the step to capture it as well, and the graph is replayed then
         before = self._runs - self.captures
-        result = self._captured(hidden, target)
+        result = self._captured(hidden.detach(), target)
         self.eager.append(self._runs - self.captures > before)
         return result

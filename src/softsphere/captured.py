@@ -36,10 +36,16 @@ class CapturedStep:
     all at once. This matters most for a factored layer, whose step is about 150 short operations;
     any other layer with a step of fixed shapes can be captured as well.
 
-    If an address or a number that the graph holds has changed, the next step runs eagerly, and the
-    one after it is captured again: when the factors were mended, when an option of an optimizer
-    was given another number, when a state was loaded. Options that are tensors on the device can
-    change without that, as the learning rate does under a scheduler.
+    If an option, a parameter or a factor that the graph holds has changed, the next step runs
+    eagerly, and the one after it is captured again: when the factors were mended, when an option of
+    an optimizer was given another number, when a state was loaded or a layer was frozen. Options
+    that are tensors on the device can change without that, as the learning rate does under a
+    scheduler.
+
+    What Python does in `train` is done when it is captured, and not in later steps: make another
+    CapturedStep after `model.eval()`, after a change of a layer's options, as of its reduction, and
+    for another stage of training. What `train` keeps from step to step is kept by `copy_` into a
+    tensor that stays the same.
 
     On a CPU every step runs eagerly, with the same results, unless `compile` is set. The optimizers
     need not be capturable there, and PyTorch's own must not be, unless they are fused.
@@ -51,9 +57,9 @@ class CapturedStep:
 
     Args:
         train: does a step: it sets the gradients to None, computes the loss, calls backward and
-            steps the optimizers. It is called with tensors of the shapes of the examples, and
-            returns a tensor, a tuple of tensors, or None. It must not read a value on the device,
-            nor any value in a step that is compiled.
+            steps the optimizers, last of all, a factored weight once. It is called with tensors of
+            the shapes of the examples, and returns a tensor, a tuple of tensors, or None. It must
+            not read a value on the device, nor any value in a step that is compiled.
         optimizer: made with capturable=True on a GPU, torch.optim.SGD with fused=True, or several
             such optimizers as a list or tuple. They step whatever `train` steps, a factored weight
             by FactoredSGD.
@@ -70,12 +76,13 @@ class CapturedStep:
     Attributes:
         captures: how many graphs have been captured, or steps recorded for a program, so far.
 
-    Raises TypeError for an optimizer that cannot be captured, and for the factored leaves of a
-    ClusteredLoss.
-    A call raises ValueError for inputs that do not fit the examples, RuntimeError where `train`
-    cannot be captured or compiled, and SingularStepError if a step since the last measurement of
-    the factors could not be taken; that step and those after it have changed nothing in the
-    factored weight.
+    Raises TypeError for what is no training step, for an optimizer that cannot be captured, and for
+    the factored leaves of a ClusteredLoss.
+    A call raises TypeError or ValueError for inputs that do not fit the examples or require a
+    gradient, ValueError where a compiled step meets an index out of range, RuntimeError where
+    `train` cannot be captured or compiled, and SingularStepError if a step since the last
+    measurement of the factors could not be taken; that step and those after it have changed nothing
+    in the factored weight.
 
     >>> import softsphere
     >>> head = softsphere.FactoredSphericalLoss(8, 1000)

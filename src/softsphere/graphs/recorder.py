@@ -10,6 +10,7 @@ from torch import Tensor
 
 from softsphere._torch import (
     TorchDispatchMode,
+    assert_later,
     is_plain,
     number_of_results,
     operation_name,
@@ -83,7 +84,7 @@ class Recorder(TorchDispatchMode):
         for index, true, message in bounds(name, args):
             if self._is_unsure(index):
                 with self:
-                    torch._assert_async(true(), message)
+                    assert_later(true(), message)
         if name == "lift_fresh":
             # numbers of Python are a new tensor in each run, which may change it
             func = torch.ops.aten.clone.default
@@ -152,7 +153,7 @@ class Recorder(TorchDispatchMode):
     def _save(self, x: Tensor) -> None:
         """Keeps what memory holds, to be put back at the end."""
         if place(x) not in self._saved:
-            memory = torch.empty(0, dtype=torch.uint8).set_(x.untyped_storage())
+            memory = x.new_empty(0, dtype=torch.uint8).set_(x.untyped_storage())
             self._saved[place(x)] = memory, memory.clone()
 
     def _kept(self, x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from softsphere.checks.settings import flag
-from softsphere.checks.steps import check_step, inputs_like
+from softsphere.checks.steps import check_options, check_step, inputs_like
 from softsphere.graphs import compiled, cuda
 from softsphere.graphs.cuda import LostCaptureError
 from softsphere.matrix import FactoredTensor, SingularStepError
@@ -107,13 +107,6 @@ class CapturedStep:
         compile: bool = False,
     ) -> None:
         self._train, self._optimizers = train, check_step(train, optimizer, examples)
-        for each in self._optimizers:
-            if "capturable" not in getattr(each, "defaults", ()) and not _is_sgd(each):
-                raise TypeError(
-                    "optimizer must be a softsphere.optim.FactoredSGD, which can step a whole "
-                    "model, torch.optim.SGD with fused=True, or one of PyTorch's with the option "
-                    f"capturable, got {type(each).__name__}"
-                )
         self._inputs = tuple(x.detach().clone() for x in examples)
         self._compile = flag("compile", compile)
         self._outputs: Outputs = None
@@ -159,7 +152,7 @@ class CapturedStep:
                 self._outputs, self._graph = None, None
         self._matrices = self._captured_matrices()
         self._calls += 1
-        if not self._captures or self._pays_no_more():
+        if not self._is_captured or self._pays_no_more():
             return _copied(self._train(*self._inputs))
         # Elimination asks a library that need not allow a capture. It is for few steps in a row.
         eliminates = any(not matrix.watch.products[0] for matrix in self._stepped)
@@ -242,8 +235,8 @@ class CapturedStep:
         return [(each, group) for each in self._optimizers for group in each.param_groups]
 
     @property
-    def _captures(self) -> bool:
-        """Whether steps are captured."""
+    def _is_captured(self) -> bool:
+        """Whether steps are captured, or compiled."""
         return self._compile or captures(self._device)
 
     @property
@@ -263,11 +256,12 @@ class CapturedStep:
         """
         found: dict[int, FactoredMatrix] = {}
         for optimizer, group in self._groups:
-            _check_can_step(optimizer, group, self._device, self._captures)
+            is_ours, on_cpu = isinstance(optimizer, FactoredSGD), not captures(self._device)
+            check_options(optimizer, group, is_ours, on_cpu, self._is_captured)
             for p in group["params"]:
                 if not isinstance(p, FactoredTensor):
                     continue
-                if not isinstance(optimizer, FactoredSGD):
+                if not is_ours:
                     raise TypeError(
                         "a factored weight must be stepped by FactoredSGD, got "
                         f"{type(optimizer).__name__}"
@@ -329,35 +323,6 @@ def check_taken(optimizers: Sequence[torch.optim.Optimizer]) -> None:
 def captures(device: torch.device) -> bool:
     """Whether steps on a device are captured."""
     return device.type == "cuda"
-
-
-def _check_can_step(
-    optimizer: torch.optim.Optimizer, group: dict[str, Any], device: torch.device, captured: bool
-) -> None:
-    """Raises TypeError if a group of an optimizer cannot be stepped, or captured, on a device."""
-    fused, capturable = group.get("fused"), group.get("capturable")
-    is_ours, on_cpu = isinstance(optimizer, FactoredSGD), not captures(device)
-    # PyTorch's other optimizers read numbers of a CPU unless they are fused
-    options = {"fused": _is_sgd(optimizer) or (on_cpu and not is_ours)}
-    options["capturable"] = not _is_sgd(optimizer)
-    missing = [name for name, is_needed in options.items() if is_needed and not group.get(name)]
-    if captured and missing:
-        needed = " and ".join(f"{name}=True" for name, is_needed in options.items() if is_needed)
-        raise TypeError(
-            f"optimizer must be made with {needed}, and so must all of its groups, got an "
-            f"{type(optimizer).__name__} without {' and '.join(missing)}"
-        )
-    if on_cpu and capturable and not (fused or is_ours):
-        raise TypeError(
-            f"optimizer is an {type(optimizer).__name__} with capturable=True, which PyTorch does "
-            "not step on a CPU unless it is fused; make it with capturable=False, or with "
-            "fused=True as well"
-        )
-
-
-def _is_sgd(optimizer: Any) -> bool:
-    """Whether it is PyTorch's SGD, which reads nothing from the device if it is fused."""
-    return isinstance(optimizer, torch.optim.SGD)
 
 
 def _place(x: Any) -> Any:

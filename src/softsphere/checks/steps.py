@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["check_step", "inputs_like"]
+__all__ = ["check_options", "check_step", "inputs_like"]
 
 
 def check_step(train: Any, optimizers: Any, examples: Sequence[Any]) -> list[torch.optim.Optimizer]:
@@ -25,10 +25,44 @@ def check_step(train: Any, optimizers: Any, examples: Sequence[Any]) -> list[tor
             raise TypeError(
                 f"optimizer must be an optimizer, or a list or tuple of several, got {_kind(x)}"
             )
+        if "capturable" not in x.defaults and not _is_sgd(x):
+            raise TypeError(
+                "optimizer must be a softsphere.optim.FactoredSGD, which can step a whole model, "
+                "torch.optim.SGD with fused=True, or one of PyTorch's with the option capturable, "
+                f"got {_kind(x)}"
+            )
     for i, x in enumerate(examples):
         if not isinstance(x, Tensor):
             raise TypeError(f"example {i} must be a tensor like the inputs, got {_kind(x)}")
     return given
+
+
+def check_options(
+    optimizer: torch.optim.Optimizer,
+    group: dict[str, Any],
+    is_ours: bool,
+    on_cpu: bool,
+    is_captured: bool,
+) -> None:
+    """Raises TypeError if a group of an optimizer cannot be stepped, or captured, where it is.
+
+    is_ours: whether it is a FactoredSGD
+    """
+    # PyTorch's other optimizers read numbers of a CPU unless they are fused
+    options = {"fused": _is_sgd(optimizer) or (on_cpu and not is_ours)}
+    options["capturable"] = not _is_sgd(optimizer)
+    missing = [name for name, is_needed in options.items() if is_needed and not group.get(name)]
+    if is_captured and missing:
+        needed = " and ".join(f"{name}=True" for name, is_needed in options.items() if is_needed)
+        raise TypeError(
+            f"optimizer must be made with {needed}, and so must all of its groups, got an "
+            f"{_kind(optimizer)} without {' and '.join(missing)}"
+        )
+    if on_cpu and group.get("capturable") and not (group.get("fused") or is_ours):
+        raise TypeError(
+            f"optimizer is an {_kind(optimizer)} with capturable=True, which PyTorch does not step "
+            "on a CPU unless it is fused; make it with capturable=False, or with fused=True as well"
+        )
 
 
 def inputs_like(examples: Sequence[Tensor], given: Sequence[Any]) -> None:
@@ -64,6 +98,11 @@ def _smaller(x: Tensor, example: Tensor) -> str:
         "; pad a smaller batch with rows of zeros, whose target is the layer's ignore_index, or "
         "make a step for its size"
     )
+
+
+def _is_sgd(optimizer: Any) -> bool:
+    """Whether it is PyTorch's SGD, which reads nothing from the device if it is fused."""
+    return isinstance(optimizer, torch.optim.SGD)
 
 
 def _kind(x: Any) -> str:

@@ -126,7 +126,7 @@ def fused_adamw(m):
 
 def conjugates(m):
     z = torch.complex(m.x, m.x.flip(0))
-    return (z * z.conj()).real, (z.conj() * (1 + 1j)).imag
+    return (z * z.conj()).real, (z.conj() * z.flip(1)).imag
 
 
 def parts_as_complex_numbers(m):

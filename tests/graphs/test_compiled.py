@@ -143,6 +143,26 @@ def parts_without_numbers(m):
     return m.kept[:0].sum() + m.kept[1:].sum(), m.kept[:2].add_(1)
 
 
+def by_masks(m):
+    own = m.x.clone()
+    own[m.x > 0] = 0.5
+    m.kept[m.x < 0] = 2.0
+    m.at[m.at == 3] = 2
+    return own, m.kept.sum(), m.table[m.at]
+
+
+def data_in_train(m):
+    h = m.x * 2
+    h.data = m.kept * 3
+    return h.tanh() + m.x, m.x * 2
+
+
+def shapes_in_place(m):
+    y = m.x @ m.y[0]
+    y.unsqueeze_(0).mul_(2)
+    return y.squeeze_(0) + m.x[:, 0]
+
+
 def outputs_that_share_memory(m):
     y = m.x * 2
     return y, y.view(-1), y[1:], y.detach()
@@ -151,7 +171,8 @@ def outputs_that_share_memory(m):
 FUNCTIONS = [
     *(in_place, into_a_part, parts_that_overlap, sums_with_a_factor, one_number_for_all),
     *(rows_of_a_table, several_at_once, numbers_of_python, batch_norm, conjugates),
-    *(parts_as_complex_numbers, integers_in_place, parts_without_numbers),
+    *(parts_as_complex_numbers, integers_in_place, parts_without_numbers, by_masks),
+    *(data_in_train, shapes_in_place),
     outputs_that_share_memory,
 ]
 STEPS = [fused_sgd, fused_adamw]
@@ -298,12 +319,19 @@ class Rebound:
         return self.mean
 
 
-def asserted_at_random(x):
-    torch._assert_async((torch.rand(3) < 2).all(), "drawn")
+def index_drawn_in_place(x):
+    return x[torch.zeros(3, dtype=torch.long).random_(0, 6)]
+
+
+def asserted_in_place(x):
+    torch._assert_async((torch.empty(3).uniform_() < 2).all(), "drawn")
     return x + 1
 
 
 NUMBERS, BATCHES = torch.ones(5), [torch.ones(5)]
+GENERATOR = torch.Generator()
+TABLE = torch.ones(6, 5)
+COLUMN = TABLE[:, 1]
 BITS = NUMBERS.view(torch.int32)
 REFUSED = {
     "a thread": (by_a_thread, "does not keep"),
@@ -312,7 +340,9 @@ REFUSED = {
     "the next batch": (lambda x: BATCHES.pop() + x, "does not keep"),
     "a seed": (with_a_seed, "state of the random numbers"),
     "random numbers that come again": (checkpointed, "state of the random numbers"),
-    "an assertion of random numbers": (asserted_at_random, "at random"),
+    "an assertion of numbers drawn in place": (asserted_in_place, "random numbers in place"),
+    "a generator": (lambda x: torch.rand(3, generator=GENERATOR) + x[0, 0], "generator of its own"),
+    "a part and the whole": (lambda x: (COLUMN.sum(), TABLE.add_(x))[0], "writes memory of which"),
     "two dtypes": (lambda x: BITS + NUMBERS.sum(), "memory of another"),
     "a sparse tensor": (lambda x: x.to_sparse_csr(), "sparse|a value"),
     "a shape in place": (lambda x: x.view(-1).unsqueeze_(0), "shape of a tensor in place"),
@@ -327,6 +357,43 @@ def test_what_a_program_would_do_otherwise_is_refused(what):
     with pytest.raises(RuntimeError, match=words):
         graph.fill([graph.record(lambda: function(x))], [x.data_ptr()])
     assert (x == 1).all()
+
+
+@pytest.mark.parametrize("by", ["python", "TorchInductor"])
+def test_indices_and_targets_that_are_drawn_are_those_of_the_program(by, request):
+    if by == "python":
+        request.getfixturevalue("by_python")
+    labels, table = torch.tensor([3, 1, 4, 1, 5, 2]), torch.eye(6)
+
+    def function():
+        order = torch.randperm(6)
+        masked = torch.where(torch.rand(6) < 0.5, labels, -100)
+        torch._assert_async(((masked < 6) | (masked == -100)).all(), "a label is wrong")
+        loss = F.cross_entropy(10 * table[labels], masked, ignore_index=-100, reduction="none")
+        return order, labels[order], table[order], masked, loss + torch.rand(6)
+
+    graph = compiled.Graph(torch.device("cpu"))
+    result = graph.record(function)
+    graph.fill(result, ())
+    runs = []
+    for _ in range(4):
+        graph.replay()
+        order, shuffled, rows, masked, loss = (graph.handed_out(x) for x in result)
+        assert torch.equal(shuffled, labels[order]) and torch.equal(rows, table[order])
+        assert ((masked == labels) | (masked == -100)).all()
+        assert torch.equal(loss < 1.0, torch.ones(6).bool()) and (loss >= 0).all()
+        runs.append([*order.tolist(), *masked.tolist()])
+    assert len({tuple(run) for run in runs}) > 1
+    labels[2] = 6
+    before, told = torch.get_rng_state(), ""
+    while not told:  # it is left out at random
+        before = torch.get_rng_state()
+        try:
+            graph.replay()
+        except ValueError as error:
+            told = str(error)
+    assert "must be in" in told or "is wrong" in told
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.usefixtures("by_python")
@@ -379,6 +446,28 @@ def test_a_wrong_index_is_told_before_anything_changes(name, wrong):
     assert total == 1
 
 
+TWICE = {
+    "columns": lambda W, at: F.embedding(at[:, 0], W) + F.embedding(at[:, 1], W[:3]),
+    "an offset": lambda W, at: F.embedding(at + torch.tensor([0, 4]), W),
+    "a smaller table": lambda W, at: W[at[:, 1]] + W[:3][at[:, 1]],
+    "written in between": lambda W, at: (W[at[:, 0]], at.add_(1), W[at[:, 1] + 1])[2],
+    "of floats": lambda W, at: F.embedding(at.float().mul(1.5).long(), W),
+}
+
+
+@pytest.mark.usefixtures("by_python")
+@pytest.mark.parametrize("name", TWICE)
+def test_each_index_is_asserted_for_its_own_bounds(name):
+    W, at = torch.ones(7, 4), torch.tensor([[0, 1], [3, 2]])
+    graph = compiled.Graph(torch.device("cpu"))
+    result = graph.record(lambda: TWICE[name](W, at))
+    graph.fill([result], ())
+    graph.replay()
+    at.copy_(torch.tensor([[0, 1], [3, 5]]))
+    with pytest.raises(ValueError, match="must be in"):
+        graph.replay()
+
+
 @pytest.mark.usefixtures("by_python")
 def test_an_assertion_sees_what_train_has_done_with_its_inputs():
     """As with labels that are counted from 1, and a last one that is filled in."""
@@ -417,7 +506,7 @@ READERS = {
     "equal": lambda x: torch.equal(x, x),
     "nonzero": lambda x: x.nonzero(),
     "a mask": lambda x: x[x > 0],
-    "writing by a mask": lambda x: x.clone().__setitem__(x > 0, x[0, :1]),
+    "adding by a mask": lambda x: x.clone().index_put_((x > 0,), x.new_ones(1), accumulate=True),
     "masked_select": lambda x: x.masked_select(x > 0),
     "unique": lambda x: x.unique(),
     "bincount": lambda x: x.long().abs().flatten().bincount(),
@@ -672,7 +761,7 @@ def test_a_compiler_that_fails_is_told_and_leaves_the_weight_as_it_was(monkeypat
     monkeypatch.setattr(compiled, "_programs", {})
     steps_taken(step, batch, 3)
     before = head.dense()
-    with pytest.raises(RuntimeError, match=r"cannot be compiled: no g.*leave compile out"):
+    with pytest.raises(RuntimeError, match=r"cannot compile the step: no g.*leave compile out"):
         steps_taken(step, batch, 1)
     assert torch.equal(head.dense(), before)
     steps_taken(train, batch)

@@ -5,7 +5,7 @@ A compiled program that meets a wrong index may end the process, or leave what i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -19,38 +19,38 @@ _ALONG_A_DIMENSION = {
 
 
 class Bound(NamedTuple):
-    """What indices have to be.
-
-    true: whether they are within bounds, a boolean ()
-    message: of the error if they are not
-    """
+    """Where indices have to be: from `least`, and below `end`, or what is ignored."""
 
     indices: Tensor
-    true: Callable[[], Tensor]
-    message: str
+    least: int
+    end: int
+    what: str
+    ignored: int | None = None
+
+    def hold(self) -> Tensor:
+        """Whether they are, a boolean ()."""
+        within = (self.indices >= self.least) & (self.indices < self.end)
+        return (within if self.ignored is None else within | (self.indices == self.ignored)).all()
+
+    @property
+    def message(self) -> str:
+        """The error if they are not."""
+        besides = "" if self.ignored is None else f" or {self.ignored}"
+        return f"{self.what} must be in [{self.least}, {self.end}){besides}"
 
 
 def bounds(name: str, args: tuple[Any, ...]) -> Iterator[Bound]:
     """The bounds of the indices of an operation, by its name without the namespace."""
     if name in ("embedding", "_embedding_bag", "_embedding_bag_forward_only"):
-        yield _bound(args[1], 0, args[0].shape[0], "an input of an embedding")
+        yield Bound(args[1], 0, args[0].shape[0], "an input of an embedding")
     elif name in ("nll_loss_forward", "nll_loss2d_forward"):
         target, ignored = args[1], args[4]
-        yield _bound(target, 0, args[0].shape[1 if args[0].dim() > 1 else 0], "target", ignored)
+        yield Bound(target, 0, args[0].shape[1 if args[0].dim() > 1 else 0], "target", ignored)
     elif name in _ALONG_A_DIMENSION:
         size = args[0].shape[args[1]] if args[0].dim() else 1
-        yield _bound(args[2], 0, size, f"the index of {name}")
+        yield Bound(args[2], 0, size, f"the index of {name}")
     elif name in ("index", "index_put", "index_put_"):
         for dim, index in enumerate(args[1]):
             if isinstance(index, Tensor):
                 size = args[0].shape[dim]
-                yield _bound(index, -size, size, "an index")
-
-
-def _bound(index: Tensor, least: int, end: int, what: str, ignored: int | None = None) -> Bound:
-    def true() -> Tensor:
-        within = (index >= least) & (index < end)
-        return (within if ignored is None else within | (index == ignored)).all()
-
-    besides = "" if ignored is None else f" or {ignored}"
-    return Bound(index, true, f"{what} must be in [{least}, {end}){besides}")
+                yield Bound(index, -size, size, "an index")

@@ -18,7 +18,7 @@ from softsphere.graphs.assertions import Assertions
 from softsphere.graphs.drawing import Drawing
 from softsphere.graphs.reading import Unreadable
 from softsphere.graphs.recorder import Operation, Recorder
-from softsphere.graphs.tensors import place, tensors_of
+from softsphere.graphs.tensors import place, tensors_of, where
 from softsphere.unread import recording, values_unread
 
 __all__ = ["Graph"]
@@ -48,6 +48,8 @@ class Graph:
         self._inputs: list[Tensor] = []
         # those of the inputs that others look after, and how many tensors of this graph share them
         self._watched: list[tuple[Tensor, int]] = []
+        # which of the inputs is what was drawn for the run
+        self._drawn_at: list[int | None] = []
         self._filled: list[Tensor] = []
         # whether each of these has memory of its own
         self._alone: dict[int, bool] = {}
@@ -88,16 +90,21 @@ class Graph:
         recorder, self._recorder = self._recorder, None
         assert recorder is not None
         try:
-            drawing = Drawing(recorder, [x for x in recorder.operations if x.asserts is None])
-            self._postponed = drawing.postponed
-            later = [x for each in drawing.postponed for x in tensors_of((each.args, each.kwargs))]
-            self._filled = [x for x in (*tensors, *later) if recorder.is_made(x)]
-            graph = drawing.returning(self._filled)
             self._assertions = Assertions(recorder)
+            early = {id(x) for x in self._assertions.drawing}
+            later = [x for x in recorder.operations if x.asserts is None and id(x) not in early]
+            drawn = self._assertions.drawn
+            drawing = Drawing(recorder, later, drawn)
+            self._postponed = drawing.postponed
+            needed = tensors_of([(each.args, each.kwargs) for each in drawing.postponed])
+            self._filled = [x for x in (*tensors, *needed) if recorder.is_made(x)]
+            graph = drawing.returning(self._filled)
             self._inputs = [x.detach() for x in drawing.inputs]
+            places = [where(x) for x in self._inputs]
+            self._drawn_at = [places.index(where(x)) if where(x) in places else None for x in drawn]
             made = [x.detach() for x in recorder.made()]
-            known = recorder.constants.union(known)
-            del recorder, drawing  # and with them the other tensors that they have held
+            known = recorder.constants.union(known, (x.data_ptr() for x in drawn))
+            del recorder, drawing, later  # and with them the other tensors that they have held
             self._watch(known)
             self._program = _compiled(graph, self._inputs)
         except RuntimeError:
@@ -115,8 +122,11 @@ class Graph:
         NumPy, or it was put aside by the step before, where a program would not find the next one.
         """
         assert self._assertions is not None
-        own = (self._inputs, self._assertions.inputs, [(x.args, x.kwargs) for x in self._postponed])
-        users = Counter(place(x) for x in {id(x): x for x in tensors_of(own)}.values())
+        of_this = self._inputs, self._assertions.inputs, self._assertions.drawn
+        postponed = [(x.args, x.kwargs) for x in self._postponed]
+        # each tensor once, though several operations may have it
+        own = {id(x): x for x in tensors_of((*of_this, postponed))}.values()
+        users = Counter(map(place, own))
         for x in self._inputs:
             if not x.numel() or place(x) in known or x.data_ptr() in known:
                 continue
@@ -145,9 +155,12 @@ class Graph:
         """
         assert self._program is not None and self._assertions is not None
         with torch.no_grad():
-            self._assertions.check()
+            inputs = list(self._inputs)
+            for at, x in zip(self._drawn_at, self._assertions.check(), strict=True):
+                if at is not None:
+                    inputs[at] = x
             try:
-                values = self._program(*self._inputs)
+                values = self._program(*inputs)
             except Exception as error:
                 raise RuntimeError(
                     f"a compiled step failed on its way: {error}. Some of what it writes may have "
@@ -183,7 +196,9 @@ def _compiled(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Program:
 
 
 def _cannot(error: Exception) -> str:
+    words = str(error)
+    compiler = ", which needs a C++ compiler" if "compiler" in words.lower() else ""
     return (
-        f"the step cannot be compiled: {error}. TorchInductor needs a C++ compiler, and knows most "
-        "operations; leave compile out to take steps without it"
+        f"TorchInductor cannot compile the step{compiler}: {words}; leave compile out to take "
+        "steps without it"
     )

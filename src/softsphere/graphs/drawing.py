@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -25,18 +25,21 @@ class Drawing:
     """Draws operations as a graph, whose placeholders are the memory that was there before.
 
     operations: some of those that were recorded
+    given: tensors that were made and are placeholders as well
     inputs: that memory, a tensor for each placeholder
     postponed: the steps of PyTorch's fused optimizers, which TorchInductor does not know; they are
         no part of the graph, and can be taken after it
     """
 
-    def __init__(self, recorder: Recorder, operations: Sequence[Operation]) -> None:
+    def __init__(
+        self, recorder: Recorder, operations: Sequence[Operation], given: Sequence[Tensor] = ()
+    ) -> None:
         self._graph, self._recorder, self._operations = fx.Graph(), recorder, operations
         self._nodes: dict[Any, fx.Node] = {}
         # the first tensor in each memory that was made, which may have views
         self._first: dict[int, fx.Node] = {}
         self.inputs: list[Tensor] = []
-        self._find_inputs()
+        self._find_inputs({where(x) for x in given})
         self.postponed: list[Operation] = []
         for operation in operations:
             if operation_name(operation.call).startswith(_FUSED):
@@ -50,14 +53,15 @@ class Drawing:
         self._graph.output(tuple(self._node(x) for x in tensors))
         return fx.GraphModule(torch.nn.Module(), self._graph)
 
-    def _find_inputs(self) -> None:
+    def _find_inputs(self, given: set[Any]) -> None:
         """Draws a placeholder for each memory that was there, and the tensors as parts of it."""
         found: dict[int, dict[Any, Tensor]] = {}
         viewed: set[Any] = set()
         for operation in self._operations:
             for x in tensors_of((operation.args, operation.kwargs)):
-                if not (self._recorder.is_made(x) or where(x) in viewed):
-                    # what has no numbers shares none
+                is_input = where(x) in given or not self._recorder.is_made(x)
+                if is_input and where(x) not in viewed:
+                    # an empty tensor shares its memory with no other
                     shared = place(x) if x.numel() else id(x)
                     found.setdefault(shared, {}).setdefault(where(x), x)
             viewed |= {where(x) for x in tensors_of(operation.result)}
@@ -66,6 +70,7 @@ class Drawing:
             if len(parts) == 1:
                 self._nodes |= {key: self._input(x) for key, x in parts.items()}
             else:
+                self._check_unwritten(parts.values())
                 first = next(iter(parts.values()))
                 whole = first.new_empty(0).set_(first.untyped_storage())
                 wholes.append((self._input(whole), parts))
@@ -111,7 +116,7 @@ class Drawing:
                 raise RuntimeError(
                     "train must step the optimizers last: it steps parameters by "
                     f"{operation_name(earlier.call)}, and uses them or their gradients afterwards, "
-                    f"in {operation_name(operation.call)}"
+                    f"in {operation_name(operation.call)}; do so before, or between the steps"
                 )
 
     def _take(self, x: Tensor, node: fx.Node) -> None:
@@ -126,7 +131,10 @@ class Drawing:
         return self._nodes[where(x)]
 
     def _part(self, whole: fx.Node | None, x: Tensor) -> fx.Node:
-        """Raises RuntimeError where no operation says how a tensor has come to its memory."""
+        """Draws a tensor as a part of the first one in its memory.
+
+        Raises RuntimeError where no operation says how it has come to its memory.
+        """
         if whole is None or whole.meta["dtype"] != x.dtype or x.is_conj() or x.is_neg():
             raise RuntimeError(
                 f"a tensor of shape {tuple(x.shape)} and {x.dtype} has the memory of another one, "
@@ -136,9 +144,26 @@ class Drawing:
         args = (whole, x.shape, x.stride(), x.storage_offset())
         return self._graph.call_function(_aten.as_strided.default, args)
 
+    def _check_unwritten(self, parts: Iterable[Tensor]) -> None:
+        """Raises RuntimeError if memory is written of which there are several parts.
+
+        TorchInductor of torch 2.13 may lose such a write where the memory is read in another order.
+        """
+        written = {place(x) for each in self._operations for x in _written(each)}
+        for x in parts:
+            if place(x) in written:
+                raise RuntimeError(
+                    f"train writes memory of which it uses several tensors, one of shape "
+                    f"{tuple(x.shape)}, that were there before; keep one of them, and take its "
+                    "parts in train, or leave compile out"
+                )
+
 
 def _depend(one: Operation, two: Operation) -> bool:
     """Whether the second operation reads or writes what the first one writes."""
-    written = written_tensors(one.call, one.args, one.kwargs)
     touched = tensors_of((two.args, two.kwargs))
-    return not {place(x) for x in written}.isdisjoint(map(place, touched))
+    return not {place(x) for x in _written(one)}.isdisjoint(map(place, touched))
+
+
+def _written(operation: Operation) -> list[Tensor]:
+    return written_tensors(operation.call, operation.args, operation.kwargs)

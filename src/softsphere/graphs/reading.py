@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from softsphere.graphs.tensors import tensors_of
 
-__all__ = ["Unreadable", "check_reads_nothing", "where_called"]
+__all__ = ["Unreadable", "check_reads_nothing", "is_called_by_package", "where_called"]
 
 # What reads the memory of a tensor without an operation that a dispatch mode would see.
 _READERS = {
@@ -28,8 +28,9 @@ _SPLITS = {torch.tensor_split, Tensor.tensor_split}
 _READS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 _INDEXED = {"index", "index_put", "index_put_"}
 _NAMES = {"_local_scalar_dense": "item()"}
-_INSIDE = tuple(
-    os.path.dirname(sys.modules[name].__file__ or "") + os.sep for name in ("torch", "softsphere")
+_GRAPHS, _PACKAGE, _TORCH = (
+    os.path.dirname(sys.modules[name].__file__ or "") + os.sep
+    for name in (__name__, "softsphere", "torch")
 )
 
 
@@ -72,15 +73,27 @@ def _reads_a_value(name: str) -> RuntimeError:
     return RuntimeError(
         f"train must not read a value, as {_NAMES.get(name, name)} does{where_called()}, since a "
         "compiled step goes on in the same way whatever the values are; leave compile out, or do "
-        "without"
+        "without, as by torch.where"
     )
 
 
 def where_called() -> str:
-    """Says which line of the caller's own code runs now; nothing in a backward pass."""
-    frame: FrameType | None = sys._getframe()
-    while frame is not None and frame.f_code.co_filename.startswith(_INSIDE):
-        frame = frame.f_back
+    """Says which line of the caller's own code runs now; nothing in a thread of PyTorch."""
+    frame = _frame_outside(_TORCH, _PACKAGE)
     if frame is None:
         return ""
     return f" in line {frame.f_lineno} of {os.path.basename(frame.f_code.co_filename)}"
+
+
+def is_called_by_package() -> bool:
+    """Whether the operation that runs now is one of this package, which checks what it is given."""
+    frame = _frame_outside(_TORCH, _GRAPHS)
+    return frame is not None and frame.f_code.co_filename.startswith(_PACKAGE)
+
+
+def _frame_outside(*folders: str) -> FrameType | None:
+    """The innermost frame of code that is in none of these folders."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code.co_filename.startswith(folders):
+        frame = frame.f_back
+    return frame

@@ -1,4 +1,4 @@
-"""Records what a function does with tensors on a CPU, and changes nothing meanwhile."""
+"""Records what a function does with tensors on a CPU, and leaves all as it was."""
 
 from __future__ import annotations
 
@@ -18,13 +18,21 @@ from softsphere._torch import (
     written_tensors,
 )
 from softsphere.graphs.bounds import bounds
-from softsphere.graphs.reading import check_reads_nothing, where_called
+from softsphere.graphs.reading import check_reads_nothing, is_called_by_package, where_called
 from softsphere.graphs.tensors import each, place, tensors_of, where
 
 __all__ = ["Operation", "Recorder"]
 
+_aten = torch.ops.aten
 # Operations that write into what they are given, and do not say so.
 _SILENT = {"native_batch_norm"}
+# What is recorded in their place: a new tensor each, where they look at memory in another way, or
+# keep the numbers of Python, which a run may change.
+_REPLACED = {
+    "lift_fresh": _aten.clone.default,
+    "_conj": _aten._conj_physical.default,
+    "_neg_view": _aten.neg.default,
+}
 # Operations that keep for a backward pass what depends on whether gradients are wanted, which in a
 # program they are not.
 _KEEPING = {"mkldnn_rnn_layer"}
@@ -50,8 +58,8 @@ class Recorder(TorchDispatchMode):
     Integers there are changed meanwhile, since what is an index must be one, and put back at the
     end. Other memory is never changed, so that what depends on it has any values.
 
-    operations: what was recorded, with every tensor that it made, so that no two of them share
-        memory by chance, and aliases of those that were there before
+    operations: what was recorded, with an alias of each tensor, so that no two of them share memory
+        by chance
     constants: where memory is that holds numbers of Python
     """
 
@@ -62,9 +70,10 @@ class Recorder(TorchDispatchMode):
         self._made: set[int] = set()
         self._aliases: dict[Any, Tensor] = {}
         self._saved: dict[int, tuple[Tensor, Tensor]] = {}
-        # the places of integers that were there before, on which those at a place depend
-        self._origins: dict[int, frozenset[int]] = {}
-        self._asserted: set[int] = set()
+        # the places of what was made from memory that was there before
+        self._dependent: set[int] = set()
+        # the bounds that were asserted, by the place of the indices
+        self._asserted: dict[int, set[Any]] = {}
         self._random = torch.get_rng_state()
 
     def __torch_dispatch__(
@@ -76,27 +85,24 @@ class Recorder(TorchDispatchMode):
             return func(*args, **kwargs)
         if not all(is_plain(x) for x in given):
             return NotImplemented  # their own handler is called, whose operations come here again
-        name = operation_name(func).split("::")[-1]
-        _check_possible(func, name, args)
+        func, args = _without_mask(func, args, kwargs)
+        name = _name(func)
+        _check_possible(func, name, args, kwargs)
         self._check_random()
         if name == _ASSERTION:
             return self._assert(func, *args)
-        for index, true, message in bounds(name, args):
-            if self._is_unsure(index):
-                with self:
-                    assert_later(true(), message)
+        if not is_called_by_package():
+            self._assert_bounds(name, args)
         if name == "lift_fresh":
-            # numbers of Python are a new tensor in each run, which may change it
-            func = torch.ops.aten.clone.default
             # memory of NumPy, which cannot be resized, may have been computed from other values
             self.constants |= {place(x) for x in given if x.untyped_storage().resizable()}
+        func = _REPLACED.get(name, func)
+        kept = each((args, kwargs), self._kept)
         result = self._result(func, name, args, kwargs)
         _check_dense(name, [*given, *tensors_of(result)])
         self._random = torch.get_rng_state()
-        self._made |= {place(x) for x in tensors_of(result)} - {place(x) for x in given}
-        self._note_origins(given, result)
-        args, kwargs, kept = each((args, kwargs, result), self._kept)
-        self.operations.append(Operation(func, args, dict(kwargs), kept))
+        self._note(given, written_tensors(func, args, kwargs), tensors_of(result))
+        self.operations.append(Operation(func, kept[0], dict(kept[1]), each(result, self._kept)))
         return result
 
     def is_made(self, x: Tensor) -> bool:
@@ -117,7 +123,6 @@ class Recorder(TorchDispatchMode):
     def _assert(self, func: Any, true: Tensor, message: str = "an assertion fails") -> None:
         if not bool(true):  # or what follows would fail with words of its own
             raise ValueError(message)
-        self._asserted |= self._origins_of(true)
         self.operations.append(Operation(func, (self._kept(true), message), {}, None, message))
 
     def _check_random(self) -> None:
@@ -157,30 +162,37 @@ class Recorder(TorchDispatchMode):
             self._saved[place(x)] = memory, memory.clone()
 
     def _kept(self, x: Tensor) -> Tensor:
-        """What stands for a tensor in the record: an alias of one that was there before.
+        """An alias of a tensor, which has its shape and its memory, whatever is done with x later.
 
-        So it can be told which of them nobody else holds.
+        Of one that was there before there is one alias, so that it can be told whether anybody else
+        holds it.
         """
         if self.is_made(x):
-            return x
+            return x.detach()
         return self._aliases.setdefault(where(x), x.detach())
 
-    def _is_unsure(self, index: Tensor) -> bool:
-        """Whether an index was there before, and nothing was asserted of it."""
-        return not (self.is_made(index) or place(index) in self._asserted)
+    def _assert_bounds(self, name: str, args: tuple[Any, ...]) -> None:
+        """Asserts that the indices of an operation are within bounds, unless it was done before.
 
-    def _origins_of(self, x: Tensor) -> frozenset[int]:
-        if x.is_floating_point() or x.is_complex():
-            return frozenset()
-        alone = frozenset(() if self.is_made(x) else (place(x),))
-        return self._origins.get(place(x), alone)
+        Those that come from no memory that was there before, as from arange, are what they are.
+        """
+        for bound in bounds(name, args):
+            at, key = place(bound.indices), (where(bound.indices), bound.least, bound.end)
+            from_there = not self.is_made(bound.indices) or at in self._dependent
+            if from_there and key not in self._asserted.get(at, ()):
+                with self:
+                    assert_later(bound.hold(), bound.message)
+                self._asserted.setdefault(at, set()).add(key)
 
-    def _note_origins(self, given: list[Tensor], result: Any) -> None:
-        found = [x for x in tensors_of(result) if self.is_made(x) and not x.is_floating_point()]
-        if found:
-            origins = frozenset().union(*map(self._origins_of, given))
-            for x in found:
-                self._origins[place(x)] = self._origins.get(place(x), frozenset()) | origins
+    def _note(self, given: list[Tensor], written: list[Tensor], returned: list[Tensor]) -> None:
+        """Notes what was made, from what, and that what was written may be out of bounds now."""
+        there = {place(x) for x in given}
+        self._made |= {place(x) for x in returned} - there
+        if any(at in self._dependent or at not in self._made | self.constants for at in there):
+            changed = {place(x) for x in (*written, *returned)}
+            self._dependent |= changed & self._made
+        for x in written:
+            self._asserted.pop(place(x), None)
 
 
 def _as_returned(func: Any, written: list[Tensor]) -> Any:
@@ -191,8 +203,30 @@ def _as_returned(func: Any, written: list[Tensor]) -> Any:
     return written[0] if count == 1 else tuple(written[:count])
 
 
-def _check_possible(func: Any, name: str, args: tuple[Any, ...]) -> None:
+def _name(func: Any) -> str:
+    """The name of an operation without its namespace."""
+    return operation_name(func).split("::")[-1]
+
+
+def _without_mask(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, tuple[Any, ...]]:
+    """x[mask] = number as masked_fill_, which reads no value; anything else as it is."""
+    if _name(func) != "index_put_" or kwargs or len(args[1]) != 1 or any(args[3:]):
+        return func, args
+    x, (mask,), value = args[:3]
+    if mask is None or mask.dtype != torch.bool or mask.dim() != x.dim() or value.dim():
+        return func, args
+    return _aten.masked_fill_.Tensor, (x, mask, value)
+
+
+def _check_possible(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Raises RuntimeError for an operation that a program cannot take."""
+    if any(isinstance(x, torch.Generator) for x in (*args, *kwargs.values())):
+        raise RuntimeError(
+            f"train must not draw from a generator of its own, as {name} does{where_called()}; "
+            "draw from PyTorch's own, or before the step and give it as an input"
+        )
     check_reads_nothing(func, name, args)
     if name in _KEEPING:
         raise RuntimeError(

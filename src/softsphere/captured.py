@@ -74,7 +74,8 @@ class CapturedStep:
     and the layer's ignore_index for target.
 
     Attributes:
-        captures: how many graphs have been captured, or steps recorded for a program, so far.
+        captures: how many graphs have been captured, or steps recorded for a program, so far. 0
+            also after many calls, if Python takes the steps.
 
     Raises TypeError for what is no training step, for an optimizer that cannot be captured, and for
     the factored leaves of a ClusteredLoss.
@@ -305,7 +306,7 @@ class CapturedStep:
 
 
 def check_taken(optimizers: Sequence[torch.optim.Optimizer]) -> None:
-    """Raises SingularStepError if a step of a factored weight was left out on a GPU.
+    """Raises SingularStepError if a captured or compiled step of a factored weight was left out.
 
     The weight looks for itself when its factors are measured, which is not in each step.
     """

@@ -398,6 +398,22 @@ def test_indices_and_targets_that_are_drawn_are_those_of_the_program(by, request
 
 
 @pytest.mark.usefixtures("by_python")
+def test_what_is_drawn_and_changed_in_place_is_changed_once():
+    table, graph = torch.arange(7.0), compiled.Graph(torch.device("cpu"))
+
+    def function():
+        index = torch.randperm(6)
+        index.add_(1)
+        return table[index], index
+
+    result = graph.record(function)
+    graph.fill(result, ())
+    graph.replay()
+    rows, index = (graph.handed_out(x) for x in result)
+    assert sorted(index.tolist()) == [1, 2, 3, 4, 5, 6] and torch.equal(rows, table[index])
+
+
+@pytest.mark.usefixtures("by_python")
 def test_memory_in_whose_place_other_memory_has_come_is_noticed():
     norm, x, given = nn.BatchNorm1d(5), torch.randn(6, 5), torch.zeros(5)
     for change in (

@@ -46,8 +46,9 @@ class Assertions:
                 "a new tensor, as by torch.randint, or before the step and give it as an input"
             )
         self.drawn = tensors_of([x.result for x in self.drawing])
+        needed, copies = _with_copies(needed, self.drawing)
         drawing = Drawing(recorder, needed)
-        self._graph = drawing.returning([*conditions, *self.drawn])
+        self._graph = drawing.returning([*conditions, *copies])
         # what is written on the way to a condition is changed in the program, and not here
         written = {place(x) for each in needed for x in _written(each)}
         self.inputs = [x.detach() for x in drawing.inputs]
@@ -79,6 +80,22 @@ def _needed(operations: Sequence[Operation], tensors: Sequence[Tensor]) -> list[
             places |= {place(x) for x in tensors_of((each.args, each.kwargs))}
             needed.append(each)
     return needed[::-1]
+
+
+def _with_copies(
+    operations: Sequence[Operation], drawing: Sequence[Operation]
+) -> tuple[list[Operation], list[Tensor]]:
+    """The operations with copies of what is drawn, made before it may be changed in place."""
+    found: list[Operation] = []
+    copies: list[Tensor] = []
+    for each in operations:
+        found.append(each)
+        if any(each is x for x in drawing):
+            drawn = tensors_of(each.result)
+            new = [Operation(torch.ops.aten.clone.default, (x,), {}, x.clone()) for x in drawn]
+            found += new
+            copies += [x.result for x in new]
+    return found, copies
 
 
 def _written(operation: Operation) -> list[Any]:

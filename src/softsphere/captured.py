@@ -50,10 +50,11 @@ class CapturedStep:
     On a CPU every step runs eagerly, with the same results, unless `compile` is set. The optimizers
     need not be capturable there, and PyTorch's own must not be, unless they are fused.
 
-    A compiled step is recorded as a graph would be, and TorchInductor makes one program of it, in
-    some seconds. A program is made whenever a graph would be captured, unless an equal one is
-    there. Once the factors of a weight have been renewed, Python takes its steps faster and does so
-    again; `state_dict()` of its layer writes all rows anew, after which steps are compiled again.
+    A compiled step is recorded as a graph would be. TorchInductor makes one program of it, which
+    may take half a minute. A program is made whenever a graph would be captured, unless an equal
+    one is there. Once the factors of a weight have been renewed, Python takes its steps faster and
+    does so again; `state_dict()` of its layer writes all rows anew, after which steps are compiled
+    again.
 
     Args:
         train: does a step: it sets the gradients to None, computes the loss, calls backward and

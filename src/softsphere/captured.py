@@ -200,7 +200,8 @@ class CapturedStep:
         return outputs
 
     def _capture(self) -> None:
-        graph, gradients = self._kind_of_graph(self._device), self._gradients
+        graph = self._kind_of_graph(self._device)
+        gradients = [p.grad for p in self._parameters]
         with uninterrupted(), ExitStack() as stack:
             for matrix in self._matrices:
                 stack.enter_context(Replay(matrix).recorded())
@@ -219,15 +220,14 @@ class CapturedStep:
         self.captures += 1
 
     @property
-    def _gradients(self) -> list[Tensor | None]:
-        return [p.grad for _, group in self._groups for p in group["params"]]
+    def _parameters(self) -> list[Tensor]:
+        return [p for _, group in self._groups for p in group["params"]]
 
     def _forget_gradients_but(self, kept: list[Tensor | None]) -> None:
         """Drops the gradients that were made by a step that was compiled, which are not filled."""
         if captures(self._device):
             return
-        every = [p for _, group in self._groups for p in group["params"]]
-        for p, grad in zip(every, kept, strict=True):
+        for p, grad in zip(self._parameters, kept, strict=True):
             if p.grad is not grad:
                 p.grad = None
 
@@ -248,8 +248,7 @@ class CapturedStep:
     @property
     def _device(self) -> torch.device:
         """The device of the parameters."""
-        first: Tensor = self._groups[0][1]["params"][0]
-        return first.device
+        return self._parameters[0].device
 
     def _captured_matrices(self) -> list[FactoredMatrix]:
         """The factored matrices that the optimizers step.

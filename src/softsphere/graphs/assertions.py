@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from softsphere._torch import operation_name, written_tensors
+from softsphere._torch import operation_name
 from softsphere.graphs.drawing import Drawing
 from softsphere.graphs.recorder import Operation, Recorder
 from softsphere.graphs.tensors import place, tensors_of
 
 __all__ = ["Assertions"]
-
 
 # Indexing by a permutation is something that TorchInductor of torch 2.13 fails to compile.
 _EARLY = {"aten::randperm"}
@@ -40,7 +38,7 @@ class Assertions:
         early = [x for x in recorder.operations if operation_name(x.call) in _EARLY]
         needed = _needed(recorder.operations, [*conditions, *tensors_of([x.result for x in early])])
         self.drawing = [x for x in needed if torch.Tag.nondeterministic_seeded in x.call.tags]
-        if any(map(_written, self.drawing)):
+        if any(each.written for each in self.drawing):
             raise RuntimeError(
                 "train must not fill an index or a target with random numbers in place; draw it as "
                 "a new tensor, as by torch.randint, or before the step and give it as an input"
@@ -50,7 +48,7 @@ class Assertions:
         drawing = Drawing(recorder, needed)
         self._graph = drawing.returning([*conditions, *copies])
         # what is written on the way to a condition is changed in the program, and not here
-        written = {place(x) for each in needed for x in _written(each)}
+        written = {place(x) for each in needed for x in each.written}
         self.inputs = [x.detach() for x in drawing.inputs]
         self._written = [place(x) in written for x in drawing.inputs]
 
@@ -75,9 +73,9 @@ def _needed(operations: Sequence[Operation], tensors: Sequence[Tensor]) -> list[
     """The operations that tensors depend on, in their order."""
     places, needed = {place(x) for x in tensors}, []
     for each in reversed(operations):
-        changed = [*tensors_of(each.result), *_written(each)]
+        changed = [*tensors_of(each.result), *each.written]
         if each.asserts is None and not places.isdisjoint(map(place, changed)):
-            places |= {place(x) for x in tensors_of((each.args, each.kwargs))}
+            places |= {place(x) for x in each.given}
             needed.append(each)
     return needed[::-1]
 
@@ -96,7 +94,3 @@ def _with_copies(
             found += new
             copies += [x.result for x in new]
     return found, copies
-
-
-def _written(operation: Operation) -> list[Any]:
-    return written_tensors(operation.call, operation.args, operation.kwargs)

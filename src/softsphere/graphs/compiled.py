@@ -96,7 +96,7 @@ class Graph:
             drawn = self._assertions.drawn
             drawing = Drawing(recorder, later, drawn)
             self._postponed = drawing.postponed
-            needed = tensors_of([(each.args, each.kwargs) for each in drawing.postponed])
+            needed = [x for each in drawing.postponed for x in each.given]
             self._filled = [x for x in (*tensors, *needed) if recorder.is_made(x)]
             graph = drawing.returning(self._filled)
             self._inputs = [x.detach() for x in drawing.inputs]
@@ -123,7 +123,7 @@ class Graph:
         """
         assert self._assertions is not None
         of_this = self._inputs, self._assertions.inputs, self._assertions.drawn
-        postponed = [(x.args, x.kwargs) for x in self._postponed]
+        postponed = [each.given for each in self._postponed]
         # each tensor once, though several operations may have it
         own = {id(x): x for x in tensors_of((*of_this, postponed))}.values()
         users = Counter(map(place, own))

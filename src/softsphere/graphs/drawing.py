@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.node import map_aggregate
 
-from softsphere._torch import operation_name, written_tensors
+from softsphere._torch import operation_name
 from softsphere.graphs.recorder import Operation, Recorder
-from softsphere.graphs.tensors import place, tensors_of, where
+from softsphere.graphs.tensors import each, place, tensors_of, where
 
 __all__ = ["Drawing"]
 
@@ -58,7 +57,7 @@ class Drawing:
         found: dict[int, dict[Any, Tensor]] = {}
         viewed: set[Any] = set()
         for operation in self._operations:
-            for x in tensors_of((operation.args, operation.kwargs)):
+            for x in operation.given:
                 is_input = where(x) in given or not self._recorder.is_made(x)
                 if is_input and where(x) not in viewed:
                     # an empty tensor shares its memory with no other
@@ -84,10 +83,7 @@ class Drawing:
         return node
 
     def _draw(self, operation: Operation) -> None:
-        args, kwargs = map_aggregate(
-            (operation.args, operation.kwargs),
-            lambda x: self._node(x) if isinstance(x, Tensor) else x,
-        )
+        args, kwargs = each((operation.args, operation.kwargs), self._node)
         args, kwargs = self._without_alpha(operation.call, args, dict(kwargs))
         node = self._graph.call_function(operation.call, args, kwargs)
         result = operation.result
@@ -149,7 +145,7 @@ class Drawing:
 
         TorchInductor of torch 2.13 may lose such a write where the memory is read in another order.
         """
-        written = {place(x) for each in self._operations for x in _written(each)}
+        written = {place(x) for operation in self._operations for x in operation.written}
         for x in parts:
             if place(x) in written:
                 raise RuntimeError(
@@ -161,9 +157,4 @@ class Drawing:
 
 def _depend(one: Operation, two: Operation) -> bool:
     """Whether the second operation reads or writes what the first one writes."""
-    touched = tensors_of((two.args, two.kwargs))
-    return not {place(x) for x in _written(one)}.isdisjoint(map(place, touched))
-
-
-def _written(operation: Operation) -> list[Tensor]:
-    return written_tensors(operation.call, operation.args, operation.kwargs)
+    return not {place(x) for x in one.written}.isdisjoint(map(place, two.given))

@@ -51,6 +51,16 @@ class Operation(NamedTuple):
     result: Any
     asserts: str | None = None
 
+    @property
+    def given(self) -> list[Tensor]:
+        """The tensors among its arguments."""
+        return tensors_of((self.args, self.kwargs))
+
+    @property
+    def written(self) -> list[Tensor]:
+        """Those of them that it writes, by its schema."""
+        return written_tensors(self.call, self.args, self.kwargs)
+
 
 class Recorder(TorchDispatchMode):
     """Records operations on plain tensors. Memory that was there before stays as it was.

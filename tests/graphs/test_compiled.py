@@ -343,6 +343,7 @@ REFUSED = {
     "random numbers that come again": (checkpointed, "state of the random numbers"),
     "an assertion of numbers drawn in place": (asserted_in_place, "random numbers in place"),
     "a generator": (lambda x: torch.rand(3, generator=GENERATOR) + x[0, 0], "generator of its own"),
+    "a conjugate": (lambda x: torch.complex(x, x).conj().mul_(2).real, "write through a conjugate"),
     "a part and the whole": (lambda x: (COLUMN.sum(), TABLE.add_(x))[0], "writes memory of which"),
     "two dtypes": (lambda x: BITS + NUMBERS.sum(), "memory of another"),
     "a sparse tensor": (lambda x: x.to_sparse_csr(), "sparse|a value"),

@@ -82,6 +82,8 @@ class Recorder(TorchDispatchMode):
         self._saved: dict[int, tuple[Tensor, Tensor]] = {}
         # the places of what was made from memory that was there before
         self._dependent: set[int] = set()
+        # the places of copies that stand for views, through which nothing can be written
+        self._copies: set[int] = set()
         # the bounds that were asserted, by the place of the indices
         self._asserted: dict[int, set[Any]] = {}
         self._random = torch.get_rng_state()
@@ -110,6 +112,8 @@ class Recorder(TorchDispatchMode):
         kept = each((args, kwargs), self._kept)
         result = self._result(func, name, args, kwargs)
         _check_dense(name, [*given, *tensors_of(result)])
+        if name in ("_conj", "_neg_view"):
+            self._copies.add(place(result))
         self._random = torch.get_rng_state()
         self._note(given, written_tensors(func, args, kwargs), tensors_of(result))
         self.operations.append(Operation(func, kept[0], dict(kept[1]), each(result, self._kept)))
@@ -148,6 +152,11 @@ class Recorder(TorchDispatchMode):
         """What an operation returns. Only where it writes new memory or integers is it done."""
         silent = name in _SILENT
         written = tensors_of((args, kwargs)) if silent else written_tensors(func, args, kwargs)
+        if any(place(x) in self._copies for x in written):
+            raise RuntimeError(
+                f"train must not write through a conjugate, as {name} does{where_called()}; write "
+                "the tensor itself, or leave compile out"
+            )
         # what has no numbers yet is given some, as by out=
         there = [x for x in written if x.numel() and not self.is_made(x)]
         if not any(x.is_floating_point() or x.is_complex() for x in there):
